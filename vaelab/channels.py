@@ -1,0 +1,291 @@
+"""Which channels of a model are silent: per-channel statistics and what is read off them.
+
+From "Investigating the Functional Role of Learned Channel Suppression in Diffusion VAEs" (Shi, Wang
+and Roshka), sections 4.2 and 4.3.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from vaelab.checks import at_least, one_of
+from vaelab.hooks import capture, find_layers, unwrap
+
+MEASURES = ("activity", "gamma")
+
+
+class Moments(NamedTuple):
+    """Statistics of the channels of one layer over ``count`` values a channel; each (C,)."""
+
+    count: int | Tensor
+    mean_abs: Tensor
+    """m_c, the paper's mean absolute activation (section 4.2)."""
+    mean: Tensor
+    variance: Tensor
+
+    @property
+    def std(self) -> Tensor:
+        """Standard deviation of each channel (C,)."""
+        return self.variance.sqrt()
+
+
+Activity = dict[str, Moments]
+
+
+class Suppressed(NamedTuple):
+    """The suppressed channels of one GroupNorm layer."""
+
+    layer: str
+    parameter: str
+    """Name of the scale, gamma, in the model: where an intervention has to reach."""
+    indices: tuple[int, ...]
+    values: tuple[float, ...]
+    """What was below the threshold, for each index: m_c, or |gamma|."""
+
+
+def channel_moments(activation: Tensor) -> Moments:
+    """Moments of every channel of one activation.
+
+    Args:
+        activation: (B, C, H, W), (B, C, L) or (B, C), as GroupNorm sees it.
+
+    Returns:
+        float32 moments on the activation's device: m_c = mean over batch and positions of |A|.
+    """
+    if activation.dim() < 2:
+        raise ValueError(f"activation: expected (B, C, ...), got {tuple(activation.shape)}")
+    values = activation.float()
+    over = [dim for dim in range(values.dim()) if dim != 1]
+    variance, mean = torch.var_mean(values, dim=over, correction=0)
+    return Moments(values.numel() // values.shape[1], values.abs().mean(dim=over), mean, variance)
+
+
+def merge(first: Moments, second: Moments) -> Moments:
+    """Moments of two sets of values together (Chan, Golub and LeVeque, 1979)."""
+    total = first.count + second.count
+    share = second.count / total
+    shift = second.mean - first.mean
+    return Moments(
+        total,
+        first.mean_abs + (second.mean_abs - first.mean_abs) * share,
+        first.mean + shift * share,
+        first.variance * (1 - share) + second.variance * share + shift**2 * share * (1 - share),
+    )
+
+
+def groupnorms(model: nn.Module, layers: str | Iterable[str] = "*") -> dict[str, nn.GroupNorm]:
+    """The GroupNorm layers with a scale among ``layers`` (paths or globs), by path.
+
+    Raises:
+        ValueError: none of the layers is one.
+    """
+    found = {
+        name: module
+        for name, module in find_layers(model, layers).items()
+        if isinstance(module, nn.GroupNorm) and module.affine
+    }
+    if not found:
+        raise ValueError(f"layers: no GroupNorm with a scale among {layers!r} of {type(unwrap(model)).__name__}")
+    return found
+
+
+class ActivityTracker:
+    """Running moments of the outputs of a model's GroupNorm layers.
+
+    ::
+
+        tracker = ActivityTracker(vae)
+        with tracker.track():          # hooks exist in here only
+            vae(pictures)
+        activity = tracker.read()      # one transfer to the CPU
+
+    Everything is accumulated on the device. In a distributed run ``read`` merges the processes'.
+    """
+
+    def __init__(self, model: nn.Module, layers: str | Iterable[str] = "*"):
+        self._model = model
+        self.layers = list(groupnorms(model, layers))
+        self._moments: Activity = {}
+
+    @contextmanager
+    def track(self) -> Iterator[None]:
+        """Add what passes inside the ``with`` block to the moments."""
+        with capture(self._model, self.layers, reduce=channel_moments) as seen:
+            yield
+        for layer, calls in seen.items():
+            for moments in calls:
+                self._moments[layer] = merge(self._moments[layer], moments) if layer in self._moments else moments
+
+    def read(self, *, reset: bool = True) -> Activity:
+        """The moments so far, on the CPU; ``reset`` begins anew.
+
+        Raises:
+            RuntimeError: nothing has been tracked.
+        """
+        if not self._moments:
+            raise RuntimeError("nothing was tracked: run the model inside `track()` first")
+        flat = torch.cat([torch.stack(moments[1:]) for moments in self._moments.values()], dim=1).cpu()
+        counts = [int(moments.count) for moments in self._moments.values()]
+        sizes = [len(moments.mean) for moments in self._moments.values()]
+        parts = torch.split(flat, sizes, dim=1)
+        activity = {
+            layer: Moments(count, *part.unbind(0))
+            for layer, count, part in zip(self._moments, counts, parts, strict=True)
+        }
+        if reset:
+            self._moments = {}
+        return _merged_over_processes(activity)
+
+
+def _merged_over_processes(activity: Activity) -> Activity:
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return activity
+    everyone: list[Activity | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyone, activity)
+    merged = everyone[0]
+    for other in everyone[1:]:
+        merged = {layer: merge(merged[layer], other[layer]) for layer in merged}
+    return merged
+
+
+@torch.no_grad()
+def measure(
+    model: nn.Module, forward: Callable[[Tensor], object], batches: Iterable[dict], layers: str | Iterable[str] = "*"
+) -> Activity:
+    """Moments of the GroupNorm outputs over a data set, without training.
+
+    Args:
+        model: the model whose layers are read.
+        forward: called on each batch's ``pixels``, on the model's device and in its precision.
+        batches: dicts with ``pixels`` (B, 3, H, W).
+        layers: paths or globs of GroupNorm layers.
+    """
+    tracker = ActivityTracker(model, layers)
+    parameter = next(model.parameters())
+    for batch in batches:
+        with tracker.track():
+            forward(batch["pixels"].to(parameter.device, parameter.dtype))
+    return tracker.read()
+
+
+def classify(
+    model: nn.Module,
+    activity: Activity,
+    *,
+    threshold: float = 1e-3,
+    relative: bool = False,
+    by: str = "activity",
+) -> dict[str, Suppressed]:
+    """The suppressed channels of every layer in ``activity`` (section 4.3: m_c < theta_act).
+
+    Args:
+        model: whose GroupNorm layers were measured.
+        activity: see :class:`ActivityTracker`.
+        threshold: theta_act. A value equal to it is not below it.
+        relative: take the threshold times the layer's median instead, since an absolute one means
+            different things in different layers.
+        by: ``activity`` (m_c), or ``gamma`` (|gamma| alone), the mechanism the paper names.
+
+    Returns:
+        An entry for every layer that has such a channel.
+    """
+    at_least("threshold", threshold, 0)
+    one_of("by", by, MEASURES)
+    found = groupnorms(model, list(activity))
+    suppressed = {}
+    for layer, moments in activity.items():
+        values = moments.mean_abs if by == "activity" else found[layer].weight.detach().float().abs().cpu()
+        bound = threshold * values.median() if relative else threshold
+        indices = torch.nonzero(values < bound).flatten().tolist()
+        if indices:
+            chosen = tuple(float(values[i]) for i in indices)
+            suppressed[layer] = Suppressed(layer, f"{layer}.weight", tuple(indices), chosen)
+    return suppressed
+
+
+def count(suppressed: dict[str, Suppressed]) -> int:
+    """How many channels, over all layers."""
+    return sum(len(one.indices) for one in suppressed.values())
+
+
+def channel_table(model: nn.Module, activity: Activity) -> pd.DataFrame:
+    """A row a channel: ``layer``, ``channel``, ``mean_abs``, ``mean``, ``std``, ``gamma``, ``beta``
+    and ``relative`` (m_c over the layer's median)."""
+    found = groupnorms(model, list(activity))
+    tables = []
+    for layer, moments in activity.items():
+        columns = {
+            "mean_abs": moments.mean_abs,
+            "mean": moments.mean,
+            "std": moments.std,
+            "gamma": found[layer].weight.detach().float().cpu(),
+            "beta": found[layer].bias.detach().float().cpu(),
+        }
+        table = pd.DataFrame({name: values.double().numpy() for name, values in columns.items()})
+        table.insert(0, "layer", layer)
+        table.insert(1, "channel", np.arange(len(table)))
+        table["relative"] = table["mean_abs"] / max(table["mean_abs"].median(), np.finfo(float).tiny)
+        tables.append(table)
+    return pd.concat(tables, ignore_index=True)
+
+
+def folded_normal_mean(mean: np.ndarray, std: np.ndarray) -> np.ndarray:
+    """E|y| of a normal y: what m_c would be of a channel with this mean and standard deviation."""
+    from scipy.special import erf
+
+    std = np.maximum(std, np.finfo(float).tiny)
+    return std * np.sqrt(2 / np.pi) * np.exp(-((mean / std) ** 2) / 2) + mean * erf(mean / std / np.sqrt(2))
+
+
+def scale_relation(table: pd.DataFrame, threshold: float) -> dict[str, float]:
+    """How m_c, gamma and beta relate: a test of the claim that GroupNorm's scale is the mechanism.
+
+    Args:
+        table: from :func:`channel_table`.
+        threshold: theta_act, for both m_c and |gamma|.
+
+    Returns:
+        ``spearman.gamma`` and ``spearman.beta``, rank correlations of m_c with |gamma| and |beta|;
+        ``predicted.r2``, the share of m_c's variance that E|gamma z + beta| with a standard normal
+        z accounts for; and the counts ``low.activity``, ``low.gamma`` and ``low.both``.
+    """
+    gamma, beta = table["gamma"].abs(), table["beta"]
+    predicted = folded_normal_mean(beta.to_numpy(), gamma.to_numpy())
+    residual = ((table["mean_abs"] - predicted) ** 2).sum()
+    total = ((table["mean_abs"] - table["mean_abs"].mean()) ** 2).sum()
+    low, low_gamma = table["mean_abs"] < threshold, gamma < threshold
+    return {
+        "spearman.gamma": _spearman(table["mean_abs"], gamma),
+        "spearman.beta": _spearman(table["mean_abs"], beta.abs()),
+        "predicted.r2": float(1 - residual / total) if total > 0 else float("nan"),
+        "low.activity": int(low.sum()),
+        "low.gamma": int(low_gamma.sum()),
+        "low.both": int((low & low_gamma).sum()),
+    }
+
+
+def _spearman(first: pd.Series, second: pd.Series) -> float:
+    return float(first.rank().corr(second.rank()))
+
+
+@torch.no_grad()
+def near_zero_weights(model: nn.Module, threshold: float = 1e-8, *, relative: bool = False) -> dict[str, float]:
+    """The fraction of near-zero weights of each convolution and linear layer (section 4.2, Figure 1).
+
+    Args:
+        model: any module.
+        threshold: a weight below it in magnitude is near zero.
+        relative: times the layer's mean weight magnitude.
+    """
+    at_least("near_zero_threshold", threshold, 0)
+    kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear)
+    weights = {name: m.weight.abs() for name, m in unwrap(model).named_modules() if isinstance(m, kinds)}
+    fractions = [
+        (weight < (threshold * weight.mean() if relative else threshold)).float().mean() for weight in weights.values()
+    ]
+    return dict(zip(weights, torch.stack(fractions).tolist(), strict=True)) if weights else {}

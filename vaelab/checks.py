@@ -1,0 +1,57 @@
+"""What is said to someone who gave something wrong, and where a relative path begins."""
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+
+def nearest(name: str, choices: Iterable[str], count: int = 5) -> list[str]:
+    """The up to ``count`` choices that look most like ``name``, best first."""
+    choices = sorted(set(choices))
+    close = difflib.get_close_matches(name, choices, n=count, cutoff=0.4)
+    return close or choices[:count]
+
+
+def unknown(parameter: str, name: Any, choices: Iterable[str]) -> ValueError:
+    """The error for a name that nothing answers to; it lists the nearest names that exist."""
+    choices = list(choices)
+    listed = ", ".join(nearest(str(name), choices)) or "none at all"
+    return ValueError(f"{parameter}: unknown name {name!r}; the nearest of {len(choices)}: {listed}")
+
+
+def at_least(parameter: str, value: float, minimum: float, *, exclusive: bool = False) -> None:
+    """Raise ValueError unless ``value >= minimum`` (``>`` if ``exclusive``); NaN never passes."""
+    if not (value > minimum if exclusive else value >= minimum):
+        bound = "above" if exclusive else "at least"
+        raise ValueError(f"{parameter}: must be {bound} {minimum}, got {value!r}")
+
+
+def one_of(parameter: str, value: str, choices: Iterable[str]) -> None:
+    """Raise ValueError, listing the nearest names, unless ``value`` is one of ``choices``."""
+    choices = list(choices)
+    if value not in choices:
+        raise unknown(parameter, value, choices)
+
+
+def project_root() -> Path:
+    """The folder that relative paths start from.
+
+    papermill's kernels work in the caller's folder, JupyterLab's in the notebook's: seen from
+    ``notebooks/``, a path in a params file begins one folder up.
+    """
+    here = Path.cwd()
+    beside_package = here.name == "notebooks" and (here.parent / "vaelab").is_dir()
+    return here.parent if beside_package else here
+
+
+def resolve(path: str | Path) -> Path:
+    """``path`` with ``~`` expanded and, where it is relative, put under :func:`project_root`."""
+    path = Path(path).expanduser()
+    return path if path.is_absolute() else project_root() / path
+
+
+def local(path: str | Path) -> Path | None:
+    """The local file or folder that ``path`` names, or None where there is none."""
+    resolved = resolve(path)
+    return resolved if resolved.exists() else None

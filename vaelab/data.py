@@ -1,0 +1,274 @@
+"""Pictures by one name: an embedded set, a hub id, a local image folder or a parquet file.
+
+Everything goes through the ``datasets`` library. Columns are found by their feature type, so no
+column needs a name. Preprocessing is that of Shi, Wang and Roshka (channel suppression), section 3.
+"""
+
+import io
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+import torch
+from torch import Tensor
+
+from vaelab import embedded_data
+from vaelab.checks import at_least, local, nearest, unknown
+
+if TYPE_CHECKING:
+    import datasets
+
+MOVED = {
+    "frgfm/imagenette": "frgfm/imagenette with revision refs/convert/parquet (its script is no longer run)",
+    "cifar10": "uoft-cs/cifar10",
+    "rcugarte/genfonts_data": "any folder of glyph pictures, or the embedded glyphs",
+}
+BROKEN = (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError)
+
+
+class Images:
+    """Preprocessed pictures of one split.
+
+    ``images[i]`` is ``{"pixels": (3, R, R) float32 in [-1, 1], "index": i}``, with ``"label"``
+    where the data set has one, or None where picture i cannot be read. What could not be read is
+    counted in ``skipped``, once a picture.
+    """
+
+    def __init__(self, rows: "datasets.Dataset", image: str, label: str | None, resolution: int, name: str):
+        self._rows, self._image, self._label = rows, image, label
+        self.resolution, self.name = resolution, name
+        self.skipped: dict[int, str] = {}
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @property
+    def classes(self) -> list[str]:
+        """The class names, or an empty list where the data set has no labels."""
+        return list(self._rows.features[self._label].names) if self._label else []
+
+    def __getitem__(self, index: int) -> dict[str, Any] | None:
+        row = self._rows[int(index)]
+        try:
+            pixels = preprocess(_decode(row[self._image]), self.resolution)
+        except BROKEN as error:
+            self.skipped[int(index)] = str(error)
+            return None
+        label = {"label": row[self._label]} if self._label else {}
+        return {"pixels": pixels, "index": int(index), **label}
+
+    def batches(self, batch_size: int) -> Iterator[dict[str, Tensor]]:
+        """All readable pictures once, in order, in batches of tensors."""
+        at_least("batch_size", batch_size, 1)
+        for start in range(0, len(self), batch_size):
+            batch = collate([self[i] for i in range(start, min(start + batch_size, len(self)))])
+            if batch is not None:
+                yield batch
+
+    def stack(self, count: int | None = None) -> Tensor:
+        """The first ``count`` readable pictures (all if None) as one tensor (N, 3, R, R)."""
+        readable = (item["pixels"] for item in map(self.__getitem__, range(len(self))) if item)
+        taken = [pixels for pixels, _ in zip(readable, range(count or len(self)), strict=False)]
+        if not taken:
+            raise ValueError(f"dataset: no picture of {self.name!r} can be read")
+        return torch.stack(taken)
+
+    def shuffled(self, batch_size: int, seed: int) -> Callable[..., Iterator[dict[str, Tensor]]]:
+        """Endless shuffled batches for :func:`vaelab.training.train`; epoch e's order is fixed
+        by (seed, e) alone, so that a run can be taken up at any batch."""
+        at_least("batch_size", batch_size, 1)
+        batch_size = min(batch_size, len(self))
+
+        def batches(start: int = 0, rank: int = 0, world: int = 1) -> Iterator[dict[str, Tensor]]:
+            per_epoch = max(1, len(self) // (batch_size * world))
+            while True:
+                epoch, place = divmod(start, per_epoch)
+                order = np.random.default_rng([seed, epoch]).permutation(len(self))
+                begin = (place * world + rank) * batch_size
+                batch = collate([self[i] for i in np.take(order, range(begin, begin + batch_size), mode="wrap")])
+                if batch is None:
+                    raise ValueError(f"dataset: a whole batch of {self.name!r} cannot be read: {self.report()}")
+                yield batch
+                start += 1
+
+        return batches
+
+    def report(self) -> str:
+        """One line on what was skipped."""
+        if not self.skipped:
+            return f"{self.name}: every picture that was asked for could be read"
+        first = next(iter(self.skipped.items()))
+        return f"{self.name}: {len(self.skipped)} skipped as unreadable, first row {first[0]} ({first[1]})"
+
+
+def load_images(
+    dataset: str,
+    *,
+    split: str = "train",
+    resolution: int = 256,
+    max_images: int | None = None,
+    seed: int = 0,
+    revision: str | None = None,
+) -> Images:
+    """Load a picture data set.
+
+    Args:
+        dataset: an embedded name (``photos``, ``digits``, ``glyphs``), a hub id, a local folder
+            (of pictures, or of parquet files), or a local parquet file. ``a+b`` joins several.
+        split: a split's name; slices such as ``train[:90%]`` work too. A single parquet file is
+            one split, whatever name is asked for.
+        resolution: side R of the square pictures, in pixels.
+        max_images: how many to take, drawn without replacement by ``seed``; None or 0 takes all.
+        seed: fixes which pictures are drawn.
+        revision: a branch, tag or commit on the hub.
+
+    Raises:
+        ValueError: no such data set or split, no image column, or no picture in it.
+    """
+    at_least("resolution", resolution, 8)
+    at_least("max_images", max_images or 0, 0)
+    rows, image, label = _joined([_columns(_rows(part, split, revision), part) for part in dataset.split("+")])
+    if len(rows) == 0:
+        raise ValueError(f"dataset: {dataset!r} has no picture in its split {split!r}")
+    if max_images and max_images < len(rows):
+        rows = rows.select(np.sort(np.random.default_rng(seed).permutation(len(rows))[:max_images]))
+    return Images(rows, image, label, resolution, f"{dataset}[{split}]")
+
+
+def preprocess(image: PIL.Image.Image, resolution: int) -> Tensor:
+    """A picture as the paper's section 3 prepares it: RGB; the shorter side resized to
+    ``resolution`` (bilinear); the centre cropped; (x - 0.5) / 0.5.
+
+    Returns:
+        (3, resolution, resolution) float32 in [-1, 1].
+    """
+    image = _as_rgb(image)
+    short = min(image.size)
+    width, height = (resolution if side == short else int(resolution * side / short) for side in image.size)
+    image = image.resize((width, height), PIL.Image.Resampling.BILINEAR)
+    left, top = round((width - resolution) / 2), round((height - resolution) / 2)
+    image = image.crop((left, top, left + resolution, top + resolution))
+    pixels = torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1) / 255
+    return ((pixels - 0.5) / 0.5).contiguous()
+
+
+def collate(items: list[dict[str, Any] | None]) -> dict[str, Tensor] | None:
+    """Stack what could be read; a picture that could not goes with its label. None if none could."""
+    items = [item for item in items if item is not None]
+    if not items:
+        return None
+    batch = {"pixels": torch.stack([item["pixels"] for item in items])}
+    for key in items[0].keys() - {"pixels"}:
+        batch[key] = torch.tensor([item[key] for item in items])
+    return batch
+
+
+def _as_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
+    image = PIL.ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16-bit greyscale: PIL would clip it to white
+        image = PIL.Image.fromarray((np.asarray(image, dtype=np.uint32) >> 8).astype(np.uint8))
+    return image.convert("RGB")
+
+
+def _decode(value: Any) -> PIL.Image.Image:
+    """A picture from what ``datasets`` stores of it; raises one of BROKEN where it is damaged."""
+    if isinstance(value, dict):
+        if value.get("bytes") is None and value.get("path") is None:
+            raise ValueError("the row holds no picture")
+        source = io.BytesIO(value["bytes"]) if value.get("bytes") is not None else value["path"]
+        image = PIL.Image.open(source)
+    elif isinstance(value, PIL.Image.Image):
+        image = value
+    else:
+        raise ValueError(f"the row holds {type(value).__name__}, not a picture")
+    image.load()
+    return image
+
+
+def _rows(dataset: str, split: str, revision: str | None) -> "datasets.Dataset":
+    if dataset in embedded_data.NAMES:
+        return embedded_data.load(dataset, split)
+    path = local(dataset)
+    if path is not None:
+        return _local_rows(path, dataset, split)
+    if dataset.count("/") != 1 or dataset.startswith((".", "/", "~")):
+        known = [*embedded_data.NAMES, *(name for name in MOVED if "/" in name)]
+        raise ValueError(
+            f"dataset: {dataset!r} is neither embedded ({', '.join(embedded_data.NAMES)}), a local folder or "
+            f"file, nor a hub id (owner/name); did you mean {nearest(dataset, known, 1)[0]!r}?"
+        )
+    import datasets
+
+    try:
+        return datasets.load_dataset(dataset, split=split, revision=revision)
+    except (OSError, RuntimeError, ValueError) as error:
+        moved = f" Try {MOVED[dataset]}." if dataset in MOVED else ""
+        raise ValueError(f"dataset: {dataset!r} could not be loaded from the hub.{moved} ({error})") from error
+
+
+def _local_rows(path: Path, dataset: str, split: str) -> "datasets.Dataset":
+    import datasets
+
+    if path.is_file():
+        if path.suffix != ".parquet":
+            raise ValueError(f"dataset: {dataset!r} is a file but no .parquet; give a folder for pictures")
+        return datasets.load_dataset("parquet", data_files={_base(split): str(path)}, split=split)
+    kind = "parquet" if any(path.rglob("*.parquet")) else "imagefolder"
+    known = PIL.Image.registered_extensions()
+    if kind == "imagefolder" and not any(file.suffix.lower() in known for file in path.rglob("*")):
+        raise ValueError(f"dataset: no picture and no parquet file in the folder {dataset!r}")
+    available = datasets.get_dataset_split_names(kind, data_dir=str(path))
+    if _base(split) not in available:
+        raise unknown(f"split (of {dataset!r})", split, available)
+    return datasets.load_dataset(kind, data_dir=str(path), split=split)
+
+
+def _base(split: str) -> str:
+    return split.split("[")[0]
+
+
+def same_pictures(dataset: str, split: str, other_split: str) -> bool:
+    """Whether two differently named splits are one: of a single parquet file they are."""
+    return (
+        any(
+            (path := local(part)) is not None and path.is_file() and _base(split) != _base(other_split)
+            for part in dataset.split("+")
+        )
+        or split == other_split
+    )
+
+
+def _columns(rows: "datasets.Dataset", dataset: str) -> tuple["datasets.Dataset", str, str | None]:
+    """The rows with undecoded pictures, their image column and their label column, if any."""
+    import datasets
+
+    image = next((name for name, feature in rows.features.items() if _holds_pictures(feature)), None)
+    if image is None:
+        kinds = ", ".join(f"{name} ({type(feature).__name__})" for name, feature in rows.features.items())
+        raise ValueError(f"dataset: no image column in {dataset!r}; its columns: {kinds or 'none'}")
+    rows = rows.cast_column(image, datasets.Image(decode=False))
+    label = next((name for name, feature in rows.features.items() if isinstance(feature, datasets.ClassLabel)), None)
+    return rows.select_columns([image, *([label] if label else [])]), image, label
+
+
+def _holds_pictures(feature: Any) -> bool:
+    import datasets
+
+    return (
+        isinstance(feature, datasets.Image)
+        or (isinstance(feature, dict) and {"bytes", "path"} <= feature.keys())
+        or (isinstance(feature, datasets.Value) and feature.dtype in ("binary", "large_binary"))
+    )
+
+
+def _joined(parts: list[tuple["datasets.Dataset", str, str | None]]) -> tuple["datasets.Dataset", str, str | None]:
+    """Several data sets as one; labels are kept only where there is one data set."""
+    import datasets
+
+    if len(parts) == 1:
+        return parts[0]
+    pictures = [rows.select_columns([image]).rename_column(image, "picture") for rows, image, _ in parts]
+    return datasets.concatenate_datasets(pictures), "picture", None

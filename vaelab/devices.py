@@ -1,0 +1,49 @@
+"""Where tensors live and in which number format: the ``device`` and ``precision`` parameters."""
+
+import torch
+
+from vaelab.checks import one_of
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def pick(device: str = "auto") -> torch.device:
+    """The torch device for a ``device`` parameter: ``auto`` is CUDA, else MPS, else the CPU.
+
+    Raises ValueError where the name is no device, or names one this machine lacks.
+    """
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device: {device!r} is none; expected auto, cpu, cuda, cuda:N or mps") from error
+    present = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available() and (chosen.index or 0) < torch.cuda.device_count(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if not present.get(chosen.type, False):
+        raise ValueError(f"device: {device!r} is not on this machine (try auto)")
+    return chosen
+
+
+def dtype(precision: str) -> torch.dtype:
+    """The torch dtype for a ``precision`` parameter; an unknown one lists the known."""
+    one_of("precision", precision, PRECISIONS)
+    return PRECISIONS[precision]
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the work queued on ``device``, so that a clock read next measures it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def name(device: torch.device) -> str:
+    """What ``device`` is called, for a results file: a GPU's product name, else its type."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

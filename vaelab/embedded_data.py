@@ -1,0 +1,135 @@
+"""The picture sets that come with the libraries: ``photos``, ``digits`` and ``glyphs``.
+
+They stand for the channel-suppression paper's three kinds of data: natural pictures, upscaled
+low-resolution pictures, and low-entropy glyphs. Each is made in seconds, the same on every
+machine, as an ordinary ``datasets.Dataset`` with the columns ``image`` and ``label`` and the
+splits ``train`` and ``test``.
+"""
+
+import functools
+import importlib.resources
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import PIL.Image
+import PIL.ImageDraw
+import PIL.ImageFont
+
+from vaelab.checks import one_of
+
+if TYPE_CHECKING:
+    import datasets
+
+SPLITS = ("train", "test")
+SIDE = 64
+CROPS_PER_PHOTOGRAPH = 100
+PHOTOGRAPHS = {
+    "train": (
+        *("astronaut.png", "brick.png", "camera.png", "cell.png", "coffee.png", "coins.png", "grass.png"),
+        *("hubble_deep_field.jpg", "ihc.png", "moon.png", "retina.jpg", "rocket.jpg", "china.jpg"),
+    ),
+    "test": ("chelsea.png", "gravel.png", "motorcycle_right.png", "flower.jpg"),
+}
+CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789!?&@#%$+=<>"
+FONTS = ("DejaVuSans", "DejaVuSerif", "DejaVuSansMono", "STIXGeneral", "cmr10", "cmss10", "cmtt10", "cmb10")
+EVERY_NTH_GLYPH_IS_TEST = 6
+
+
+def load(name: str, split: str) -> "datasets.Dataset":
+    """One split of an embedded set, or a slice of it such as ``train[:50%]``.
+
+    Raises:
+        ValueError: an unknown set or split.
+    """
+    import datasets
+
+    one_of("dataset", name, NAMES)
+    one_of(f"split (of {name!r})", split.split("[")[0], SPLITS)
+    whole = {key: _build(name, key) for key in SPLITS if key == split.split("[")[0]}
+    sizes = {key: len(rows) for key, rows in whole.items()}
+    parts = datasets.ReadInstruction.from_spec(split).to_absolute(sizes)
+    return datasets.concatenate_datasets(
+        [whole[part.splitname].select(range(part.from_ or 0, sizes[part.splitname] if part.to is None else part.to))
+         for part in parts]
+    )  # fmt: skip
+
+
+@functools.cache
+def _build(name: str, split: str) -> "datasets.Dataset":
+    import datasets
+
+    pictures, labels = zip(*NAMES[name](split), strict=True)
+    classes = sorted(set(labels))
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=classes))
+    columns = {"image": [_png(picture) for picture in pictures], "label": [classes.index(label) for label in labels]}
+    return datasets.Dataset.from_dict(columns, features=features)
+
+
+def _png(picture: PIL.Image.Image) -> dict[str, bytes | None]:
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", compress_level=1)
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+def _photos(split: str) -> Iterator[tuple[PIL.Image.Image, str]]:
+    """Square crops of 48 to 320 pixels of the sample photographs; a photograph is in one split only."""
+    for file in PHOTOGRAPHS[split]:
+        photograph = _read_photograph(file)
+        rng = np.random.default_rng([len(file), *file.encode()])
+        largest = min(320, *photograph.size)
+        for _ in range(CROPS_PER_PHOTOGRAPH):
+            side = int(np.exp(rng.uniform(np.log(48), np.log(largest))))
+            left, top = (int(rng.integers(0, extent - side + 1)) for extent in photograph.size)
+            box = (left, top, left + side, top + side)
+            yield photograph.resize((SIDE, SIDE), PIL.Image.Resampling.LANCZOS, box=box), file.rsplit(".", 1)[0]
+
+
+def _read_photograph(file: str) -> PIL.Image.Image:
+    package = "sklearn.datasets.images" if file in ("china.jpg", "flower.jpg") else "skimage.data"
+    with importlib.resources.as_file(importlib.resources.files(package) / file) as path:
+        return PIL.Image.open(path).convert("RGB")
+
+
+def _digits(split: str) -> Iterator[tuple[PIL.Image.Image, str]]:
+    """scikit-learn's 8x8 handwritten digits, at their own size: the preprocessing upscales them."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    for i, (picture, label) in enumerate(zip(digits.images, digits.target, strict=True)):
+        if (i % 6 == 5) == (split == "test"):
+            yield PIL.Image.fromarray((picture * 255 / 16).astype(np.uint8)), str(label)
+
+
+def _glyphs(split: str) -> Iterator[tuple[PIL.Image.Image, str]]:
+    """Dark characters on white, from the fonts that come with matplotlib and from no others,
+    so that the set is the same on every machine."""
+    rng = np.random.default_rng(0)
+    number = 0
+    for font in _font_files():
+        for character in CHARACTERS:
+            size = int(rng.integers(36, 60))
+            if (number % EVERY_NTH_GLYPH_IS_TEST == 0) == (split == "test"):
+                yield _glyph(font, character, size), character
+            number += 1
+
+
+def _font_files() -> list[str]:
+    import matplotlib
+
+    variants = ("", "-Bold", "-Oblique", "-BoldOblique", "-Italic", "-BoldItalic", "Bol", "Italic", "BolIta")
+    wanted = {family + variant for family in FONTS for variant in variants}
+    fonts = Path(matplotlib.get_data_path(), "fonts", "ttf").glob("*.ttf")
+    return [str(path) for path in sorted(fonts, key=lambda path: path.name) if path.stem in wanted]
+
+
+def _glyph(font: str, character: str, size: int) -> PIL.Image.Image:
+    picture = PIL.Image.new("L", (SIDE, SIDE), 255)
+    draw = PIL.ImageDraw.Draw(picture)
+    draw.text((SIDE / 2, SIDE / 2), character, fill=0, font=PIL.ImageFont.truetype(font, size), anchor="mm")
+    return picture
+
+
+NAMES = {"photos": _photos, "digits": _digits, "glyphs": _glyphs}

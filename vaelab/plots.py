@@ -1,0 +1,254 @@
+"""Figures from tensors and tables; nothing here knows a model. Every function returns a Figure."""
+
+from collections.abc import Mapping, Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.figure import Figure
+from torch import Tensor
+
+SILENT = "#c8102e"
+PALETTE = {"baseline": "#555555", "nudge": "#3b76af", "control": "#e08e2b", "start": "#b8b8b8"}
+
+sns.set_theme(style="whitegrid", context="notebook", rc={"axes.spines.top": False, "axes.spines.right": False})
+
+
+def picture_grid(rows: Mapping[str, Tensor], title: str = "") -> Figure:
+    """Pictures in labelled rows.
+
+    Args:
+        rows: for each label pictures (N, 3, H, W) in [-1, 1].
+        title: the figure's.
+    """
+    columns = max(len(pictures) for pictures in rows.values())
+    figure, axes = plt.subplots(
+        len(rows), columns, figsize=(1.1 * columns + 1.4, 1.1 * len(rows) + 0.4), squeeze=False, layout="constrained"
+    )
+    for line, (label, pictures) in zip(axes, rows.items(), strict=True):
+        for axis in line:
+            axis.axis("off")
+        for axis, picture in zip(line, _displayable(pictures), strict=False):
+            axis.imshow(picture, interpolation="nearest")
+        line[0].text(-0.12, 0.5, label, transform=line[0].transAxes, ha="right", va="center", fontsize=9)
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def activation_grids(
+    maps: Mapping[str, Tensor], silent: Mapping[str, Sequence[int]], picture: Tensor, columns: int = 8, title: str = ""
+) -> Figure:
+    """One picture's activation maps under several models, suppressed tiles framed (paper, Figure 2).
+
+    Each tile is scaled to its own range, as in the paper, so a suppressed channel can show a
+    pattern that is thousands of times too small to matter: its frame says so.
+
+    Args:
+        maps: for each model (C, H, W), the layer's activation for ``picture``.
+        silent: for each model the suppressed channels.
+        picture: (3, R, R) in [-1, 1].
+        columns: tiles in a row.
+        title: the figure's.
+    """
+    channels = len(next(iter(maps.values())))
+    lines = -(-channels // columns)
+    figure = plt.figure(figsize=(1.6 + len(maps) * (0.42 * columns + 0.4), 0.42 * lines + 0.9), layout="constrained")
+    panels = figure.subfigures(1, len(maps) + 1, width_ratios=[1.4, *[0.42 * columns] * len(maps)])
+    axis = panels[0].subplots()
+    axis.imshow(_displayable(picture[None])[0])
+    axis.axis("off")
+    axis.set_title("the picture", fontsize=9)
+    for panel, (model, activation) in zip(panels[1:], maps.items(), strict=True):
+        panel.suptitle(f"{model}: {len(silent[model])} of {channels} suppressed", fontsize=9)
+        axes = panel.subplots(lines, columns, squeeze=False, gridspec_kw={"wspace": 0.06, "hspace": 0.06})
+        for tile in axes.flat:
+            tile.set(xticks=[], yticks=[])
+            for spine in tile.spines.values():
+                spine.set_visible(False)
+        for channel, tile in zip(range(channels), axes.flat, strict=False):
+            _tile(tile, activation[channel].float().numpy(), channel in silent[model])
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def _tile(axis: plt.Axes, values: np.ndarray, suppressed: bool) -> None:
+    span = values.max() - values.min()
+    flat = np.full_like(values, 0.5)
+    axis.imshow((values - values.min()) / span if span > 0 else flat, cmap="gray", vmin=0, vmax=1)
+    if suppressed:
+        for spine in axis.spines.values():
+            spine.set(visible=True, color=SILENT, linewidth=2)
+
+
+def curves(table: pd.DataFrame, y: str, ylabel: str, *, log: bool = False, title: str = "") -> Figure:
+    """A curve a condition over steps: the mean over seeds, thin lines for the single ones.
+
+    Args:
+        table: columns ``step``, ``condition``, ``seed`` and ``y``.
+        y: the column to draw.
+        ylabel: its name and unit.
+        log: a logarithmic axis.
+        title: the figure's.
+    """
+    figure, axis = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    sns.lineplot(
+        table, x="step", y=y, hue="condition", palette=_palette(table["condition"]), ax=axis, errorbar=None, linewidth=2
+    )
+    for (condition, _), part in table.groupby(["condition", "seed"], sort=False):
+        axis.plot(part["step"], part[y], color=PALETTE.get(condition, "#888888"), linewidth=0.6, alpha=0.5)
+    axis.set(xlabel="step", ylabel=ylabel, yscale="log" if log else "linear")
+    axis.set_title(title, fontsize=11)
+    return figure
+
+
+def suppressed_over_steps(tracked: pd.DataFrame, interventions: Sequence[int], title: str = "") -> Figure:
+    """Suppressed channels over training, with a tick for each intervention (paper, Figure 5).
+
+    Args:
+        tracked: columns ``step``, ``condition``, ``seed``, ``suppressed``.
+        interventions: the steps at which one was made.
+        title: the figure's.
+    """
+    figure = curves(tracked, "suppressed", "suppressed channels", title=title)
+    axis = figure.axes[0]
+    axis.plot(
+        interventions, [0.02] * len(interventions), "|", transform=axis.get_xaxis_transform(), color=PALETTE["nudge"],
+        markersize=12, markeredgewidth=1.6, label="intervention",
+    )  # fmt: skip
+    axis.legend(fontsize=9)
+    return figure
+
+
+def near_zero_weights(table: pd.DataFrame, top: int = 8, title: str = "") -> Figure:
+    """Share of near-zero weights of the layers where it is largest, over training (paper, Figure 1).
+
+    Args:
+        table: columns ``step``, ``layer``, ``fraction``.
+        top: how many layers.
+        title: the figure's.
+    """
+    largest = table.groupby("layer")["fraction"].max().nlargest(top).index
+    figure, axis = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    shown = table[table["layer"].isin(largest)].assign(percent=lambda t: 100 * t["fraction"])
+    sns.lineplot(shown, x="step", y="percent", hue="layer", hue_order=list(largest), ax=axis, errorbar=None)
+    axis.set(xlabel="step", ylabel="near-zero weights (%)")
+    axis.legend(fontsize=7, title=None, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    axis.set_title(title, fontsize=11)
+    return figure
+
+
+def layer_bars(table: pd.DataFrame, threshold: float, title: str = "") -> Figure:
+    """For every layer the distribution of m_c and its suppressed share.
+
+    Args:
+        table: from :func:`vaelab.channels.channel_table`.
+        threshold: theta_act, drawn as a line.
+        title: the figure's.
+    """
+    layers = list(dict.fromkeys(table["layer"]))
+    figure, axis = plt.subplots(figsize=(8, 0.24 * len(layers) + 1.2), layout="constrained")
+    places = {layer: place for place, layer in enumerate(layers)}
+    values = table["mean_abs"].clip(lower=1e-6)
+    silent = table["mean_abs"] < threshold
+    jitter = np.random.default_rng(0).uniform(-0.3, 0.3, len(table))
+    heights = table["layer"].map(places) + jitter
+    axis.scatter(values[~silent], heights[~silent], s=5, color=PALETTE["nudge"], alpha=0.5, linewidths=0)
+    axis.scatter(values[silent], heights[silent], s=12, color=SILENT, linewidths=0, label="suppressed")
+    axis.axvline(threshold, color=SILENT, linewidth=1, linestyle="--", label=f"threshold {threshold:g}")
+    counts = silent.groupby(table["layer"]).sum()
+    sizes = table["layer"].value_counts()
+    axis.set_yticks(list(places.values()), [f"{la} ({counts[la]}/{sizes[la]})" for la in layers], fontsize=7)
+    axis.set(xscale="log", xlabel="m_c, mean absolute activation", ylim=(len(layers) - 0.4, -0.6))
+    axis.legend(fontsize=8, loc="lower right")
+    axis.set_title(title, fontsize=11)
+    return figure
+
+
+def scale_scatter(table: pd.DataFrame, threshold: float, title: str = "") -> Figure:
+    """m_c against |gamma|, coloured by |beta|: is the scale the mechanism?
+
+    Args:
+        table: from :func:`vaelab.channels.channel_table`.
+        threshold: theta_act, drawn for both axes.
+        title: the figure's.
+    """
+    figure, axis = plt.subplots(figsize=(6, 4.4), layout="constrained")
+    gamma, seen = table["gamma"].abs().clip(lower=1e-6), table["mean_abs"].clip(lower=1e-6)
+    points = axis.scatter(
+        gamma, seen, c=np.log10(table["beta"].abs().clip(lower=1e-6)), s=8, cmap="viridis", linewidths=0
+    )
+    line = np.geomspace(gamma.min(), gamma.max(), 50)
+    axis.plot(line, line * np.sqrt(2 / np.pi), color="#888888", linewidth=1, label="E|gamma z|, z normal")
+    axis.axhline(threshold, color=SILENT, linewidth=1, linestyle="--", label=f"threshold {threshold:g}")
+    axis.set(xscale="log", yscale="log", xlabel="|gamma|", ylabel="m_c")
+    axis.legend(fontsize=8)
+    axis.set_title(title, fontsize=11)
+    figure.colorbar(points, ax=axis, label="log10 |beta|")
+    return figure
+
+
+def forest(table: pd.DataFrame, title: str = "") -> Figure:
+    """Paired differences with their intervals, a panel a measure.
+
+    Args:
+        table: columns ``dataset``, ``measure``, ``condition``, ``percent``, ``percent_low``,
+            ``percent_high``: the difference to the baseline in percent of it.
+        title: the figure's.
+    """
+    measures = list(dict.fromkeys(table["measure"]))
+    datasets = list(dict.fromkeys(table["dataset"]))
+    figure, axes = plt.subplots(
+        1, len(measures), figsize=(2.9 * len(measures) + 1, 0.6 * len(datasets) + 1.5), sharey=True, squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    for axis, measure in zip(axes[0], measures, strict=True):
+        for shift, condition in ((-0.13, "nudge"), (0.13, "control")):
+            part = table[(table["measure"] == measure) & (table["condition"] == condition)]
+            if part.empty:
+                continue
+            heights = np.array([datasets.index(name) for name in part["dataset"]]) + shift
+            ends = np.abs(part[["percent_low", "percent_high"]].to_numpy().T - part["percent"].to_numpy())
+            axis.errorbar(
+                part["percent"], heights, xerr=ends, fmt="o", color=PALETTE[condition], capsize=3, label=condition
+            )
+        axis.axvline(0, color="#444444", linewidth=1)
+        axis.set(xlabel="difference to baseline (%)", ylim=(len(datasets) - 0.5, -0.5))
+        axis.set_yticks(range(len(datasets)), datasets)
+        axis.set_title(measure, fontsize=10)
+    axes[0][-1].legend(fontsize=8)
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def bars(table: pd.DataFrame, x: str, y: str, hue: str | None, ylabel: str, title: str = "") -> Figure:
+    """Means with every single value as a point.
+
+    Args:
+        table: a row a value.
+        x: column of the groups.
+        y: column of the values.
+        hue: column of the colours, or None.
+        ylabel: the values' name and unit.
+        title: the figure's.
+    """
+    figure, axis = plt.subplots(figsize=(max(5, 1.25 * table[x].nunique() + 1), 3.6), layout="constrained")
+    colours = _palette(table[hue]) if hue else None
+    sns.barplot(table, x=x, y=y, hue=hue, palette=colours, ax=axis, errorbar=None, alpha=0.55)
+    sns.stripplot(
+        table, x=x, y=y, hue=hue, palette=colours, dodge=bool(hue), ax=axis, size=5, legend=False, jitter=False
+    )
+    axis.set(xlabel="", ylabel=ylabel)
+    axis.tick_params(axis="x", rotation=20)
+    axis.set_title(title, fontsize=11)
+    return figure
+
+
+def _displayable(pictures: Tensor) -> np.ndarray:
+    return ((pictures.detach().float().cpu().clamp(-1, 1) + 1) / 2).permute(0, 2, 3, 1).numpy()
+
+
+def _palette(conditions: pd.Series) -> dict[str, str]:
+    spare = sns.color_palette("deep").as_hex()
+    names = list(dict.fromkeys(conditions))
+    return {name: PALETTE.get(name, spare[i % len(spare)]) for i, name in enumerate(names)}

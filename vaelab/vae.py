@@ -1,0 +1,93 @@
+"""A VAE's training objective and the measures of its reconstructions.
+
+From Shi, Wang and Roshka ("Investigating the Functional Role of Learned Channel Suppression in
+Diffusion VAEs"), sections 4.1 and 5.
+"""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vaelab import models
+from vaelab.checks import at_least
+
+
+class Reconstruction(NamedTuple):
+    """How well pictures come back, with pixels in [-1, 1] as the paper's Table 1 has them."""
+
+    mse: float
+    """Mean squared error over all pixel values."""
+    psnr: float
+    """10 log10(4 / MSE) over the whole set, in dB."""
+    ssim: float
+    """Structural similarity, mean over pictures."""
+    kl: float
+    """KL divergence to a standard normal, summed over latent entries, mean over pictures, in nats."""
+    kl_per_entry: float
+    """The same per latent entry, which does not depend on the resolution."""
+
+
+class VAEObjective(nn.Module):
+    """L = MSE + kl_weight KL (section 4.1), with one sample of the posterior a picture."""
+
+    def __init__(self, vae: nn.Module, kl_weight: float):
+        super().__init__()
+        at_least("kl_weight", kl_weight, 0)
+        self.vae, self.kl_weight = vae, kl_weight
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Losses of a batch with ``pixels`` (B, 3, R, R) in [-1, 1]."""
+        pixels = batch["pixels"]
+        posterior = models.posterior(self.vae, pixels)
+        decoded = self.vae.decode(posterior.sample()).sample
+        reconstruction = nn.functional.mse_loss(decoded.float(), pixels)
+        kl = posterior.kl().mean()
+        return {"loss": reconstruction + self.kl_weight * kl, "reconstruction": reconstruction, "kl": kl}
+
+
+@torch.no_grad()
+def evaluate(vae: nn.Module, batches: Iterable[dict[str, Tensor]]) -> Reconstruction:
+    """Measure reconstructions from the posterior's mean, in evaluation mode.
+
+    Args:
+        vae: an autoencoder with a Gaussian posterior.
+        batches: dicts with ``pixels`` (B, 3, R, R) in [-1, 1].
+    """
+    from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
+    from torchmetrics.regression import MeanSquaredError
+
+    parameter = next(vae.parameters())
+    mse = MeanSquaredError().to(parameter.device)
+    psnr = PeakSignalNoiseRatio(data_range=2.0).to(parameter.device)
+    ssim = StructuralSimilarityIndexMeasure(data_range=2.0).to(parameter.device)
+    kl, pictures, entries = 0.0, 0, 1
+    was_training = vae.training
+    vae.eval()
+    for batch in batches:
+        pixels = batch["pixels"].to(parameter.device)
+        posterior = models.posterior(vae, pixels.to(parameter.dtype))
+        decoded = vae.decode(posterior.mode()).sample.float()
+        for metric in (mse, psnr, ssim):
+            metric.update(decoded.contiguous(), pixels)
+        kl += posterior.kl().sum().item()
+        pictures += len(pixels)
+        entries = posterior.mean[0].numel()
+    vae.train(was_training)
+    if not pictures:
+        raise ValueError("batches: no picture to evaluate on")
+    values = (metric.compute().item() for metric in (mse, psnr, ssim))
+    return Reconstruction(*values, kl / pictures, kl / pictures / entries)
+
+
+@torch.no_grad()
+def latent_scale(vae: nn.Module, batches: Iterable[dict[str, Tensor]]) -> float:
+    """diffusers' ``scaling_factor``: one over the latents' standard deviation, so that scaled
+    latents have unit variance (Rombach et al. 2022, section G of the supplement)."""
+    parameter = next(vae.parameters())
+    latents = [
+        models.posterior(vae, batch["pixels"].to(parameter.device, parameter.dtype)).sample().float().flatten().cpu()
+        for batch in batches
+    ]
+    return float(1 / torch.cat(latents).std())
