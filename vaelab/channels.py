@@ -4,6 +4,7 @@ From "Investigating the Functional Role of Learned Channel Suppression in Diffus
 and Roshka), sections 4.2 and 4.3.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -232,6 +233,33 @@ def channel_table(model: nn.Module, activity: Activity) -> pd.DataFrame:
         table["relative"] = table["mean_abs"] / max(table["mean_abs"].median(), np.finfo(float).tiny)
         tables.append(table)
     return pd.concat(tables, ignore_index=True)
+
+
+def suppressed_rows(table: pd.DataFrame, suppressed: dict[str, Suppressed]) -> pd.DataFrame:
+    """The rows of :func:`channel_table` that :func:`classify` named."""
+    named = {(layer, channel) for layer, one in suppressed.items() for channel in one.indices}
+    return table[[key in named for key in zip(table["layer"], table["channel"], strict=True)]].reset_index(drop=True)
+
+
+def most_silent_layer(table: pd.DataFrame, suppressed: dict[str, Suppressed]) -> str:
+    """The layer with the most suppressed channels; where there are none, that of the smallest m_c."""
+    if suppressed:
+        return max(suppressed, key=lambda layer: len(suppressed[layer].indices))
+    return table.loc[table["mean_abs"].idxmin(), "layer"]
+
+
+def as_map(activation: Tensor) -> Tensor:
+    """One picture's activation as maps (C, H, W); an attention block's (C, L) is laid out square.
+
+    Raises:
+        ValueError: a sequence whose length is no square.
+    """
+    if activation.dim() == 3:
+        return activation
+    side = math.isqrt(activation.shape[1])
+    if side * side != activation.shape[1]:
+        raise ValueError(f"activation: {activation.shape[1]} positions are no square map")
+    return activation.unflatten(1, (side, side))
 
 
 def folded_normal_mean(mean: np.ndarray, std: np.ndarray) -> np.ndarray:

@@ -21,8 +21,9 @@ from vaelab.checks import at_least, local, nearest, unknown
 if TYPE_CHECKING:
     import datasets
 
+PARQUET_CONVERSION = "refs/convert/parquet"
 MOVED = {
-    "frgfm/imagenette": "frgfm/imagenette with revision refs/convert/parquet (its script is no longer run)",
+    "frgfm/imagenette": f"frgfm/imagenette:320px with the revision {PARQUET_CONVERSION} (its script is no longer run)",
     "cifar10": "uoft-cs/cifar10",
     "rcugarte/genfonts_data": "any folder of glyph pictures, or the embedded glyphs",
 }
@@ -116,8 +117,9 @@ def load_images(
     """Load a picture data set.
 
     Args:
-        dataset: an embedded name (``photos``, ``digits``, ``glyphs``), a hub id, a local folder
-            (of pictures, or of parquet files), or a local parquet file. ``a+b`` joins several.
+        dataset: an embedded name (``photos``, ``digits``, ``glyphs``), a hub id (``owner/name`` or
+            ``owner/name:subset``), a local folder (of pictures, or of parquet files), or a local
+            parquet file. ``a+b`` joins several.
         split: a split's name; slices such as ``train[:90%]`` work too. A single parquet file is
             one split, whatever name is asked for.
         resolution: side R of the square pictures, in pixels.
@@ -136,6 +138,30 @@ def load_images(
     if max_images and max_images < len(rows):
         rows = rows.select(np.sort(np.random.default_rng(seed).permutation(len(rows))[:max_images]))
     return Images(rows, image, label, resolution, f"{dataset}[{split}]")
+
+
+def load_pair(
+    dataset: str, split: str, eval_split: str, *, max_images: int, eval_images: int, **options: Any
+) -> tuple[Images, Images]:
+    """Pictures to train on, and others to measure on; ``options`` as in :func:`load_images`.
+
+    Raises:
+        ValueError: both splits are the same pictures, besides what :func:`load_images` raises.
+    """
+    if same_pictures(dataset, split, eval_split):
+        raise ValueError(
+            f"eval_split: {eval_split!r} and split {split!r} are the same pictures of {dataset!r}; "
+            "take slices, such as train[:90%] and train[90%:]"
+        )
+    return (
+        load_images(dataset, split=split, max_images=max_images, **options),
+        load_images(dataset, split=eval_split, max_images=eval_images, **options),
+    )
+
+
+def short_name(dataset: str) -> str:
+    """A data set's name for a label: a hub id without owner and subset, a path's last part."""
+    return "+".join(Path(part.split(":")[0]).stem for part in dataset.split("+"))
 
 
 def preprocess(image: PIL.Image.Image, resolution: int) -> Tensor:
@@ -202,10 +228,13 @@ def _rows(dataset: str, split: str, revision: str | None) -> "datasets.Dataset":
         )
     import datasets
 
+    name, _, subset = dataset.partition(":")
+    # the hub's parquet conversions keep each subset in a folder of its name
+    part = {"data_dir" if revision == PARQUET_CONVERSION else "name": subset} if subset else {}
     try:
-        return datasets.load_dataset(dataset, split=split, revision=revision)
+        return datasets.load_dataset(name, split=split, revision=revision, **part)
     except (OSError, RuntimeError, ValueError) as error:
-        moved = f" Try {MOVED[dataset]}." if dataset in MOVED else ""
+        moved = f" Try {MOVED[name]}." if name in MOVED else ""
         raise ValueError(f"dataset: {dataset!r} could not be loaded from the hub.{moved} ({error})") from error
 
 

@@ -19,7 +19,7 @@ article h3 { margin: 0; font-size: 1rem; } a { color: var(--accent); }
 table { border-collapse: collapse; font-size: .85rem; width: 100%; } td { padding: .12rem 0; vertical-align: top; }
 td + td { text-align: right; font-variant-numeric: tabular-nums; padding-left: .8rem; white-space: nowrap; }
 .pictures { display: flex; gap: .8rem; flex-wrap: wrap; align-items: flex-start; }
-.pictures img { max-height: 210px; max-width: 100%; background: white; border: 1px solid var(--soft); border-radius: 4px; }
+.pictures img { max-height: 210px; max-width: 100%; background: white; border: 1px solid var(--soft); }
 .unfinished { color: #b3362b; } @media (max-width: 700px) { article { grid-template-columns: 1fr; } }
 """
 
@@ -49,8 +49,8 @@ def write(outputs: Path) -> Path:
 def _row(folder: Path, name: str) -> str:
     results_file = folder / name / "results.json"
     if not results_file.exists():
-        link = _link(folder, name)
-        return f"<article><div><h3>{link}</h3><p class='meta unfinished'>not finished: failed, killed or running</p></div></article>"
+        state = "<p class='meta unfinished'>not finished: failed, killed or running</p>"
+        return f"<article><div><h3>{_link(folder, name)}</h3>{state}</div></article>"
     results = read_json(results_file)
     numbers = "".join(
         f"<tr><td>{escape(key)}</td><td>{_number(value)}</td></tr>"

@@ -15,6 +15,7 @@ Both are context managers; whatever happens inside, their hooks are gone afterwa
 import fnmatch
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from copy import copy
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ def unwrap(model: nn.Module) -> nn.Module:
     """``model`` without the wrappers of DDP, FSDP, DataParallel or ``torch.compile``."""
     from accelerate.utils import extract_model_from_parallel
 
-    return extract_model_from_parallel(model, keep_fp32_wrapper=True)
+    return extract_model_from_parallel(model, keep_fp32_wrapper=True, keep_torch_compile=False)
 
 
 def find_layers(model: nn.Module, layers: str | Iterable[str]) -> dict[str, nn.Module]:
@@ -234,9 +235,9 @@ def _with_first_tensor(value: Any, new: Tensor) -> Any:
         return new
     if isinstance(value, Mapping):
         key = next(key for key, entry in value.items() if isinstance(entry, Tensor))
-        copy = value.copy() if type(value) is dict else type(value)(**value)
-        copy[key] = new
-        return copy
+        edited = copy(value)
+        edited[key] = new
+        return edited
     place = next(i for i, entry in enumerate(value) if isinstance(entry, Tensor))
     entries = [*value[:place], new, *value[place + 1 :]]
     return type(value)(*entries) if hasattr(value, "_fields") else type(value)(entries)

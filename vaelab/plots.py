@@ -166,7 +166,7 @@ def layer_bars(table: pd.DataFrame, threshold: float, title: str = "") -> Figure
 
 
 def scale_scatter(table: pd.DataFrame, threshold: float, title: str = "") -> Figure:
-    """m_c against |gamma|, coloured by |beta|: is the scale the mechanism?
+    """Draw m_c against |gamma|, coloured by |beta|, to see whether the scale is the mechanism.
 
     Args:
         table: from :func:`vaelab.channels.channel_table`.
@@ -240,6 +240,23 @@ def bars(table: pd.DataFrame, x: str, y: str, hue: str | None, ylabel: str, titl
     )
     axis.set(xlabel="", ylabel=ylabel)
     axis.tick_params(axis="x", rotation=20)
+    axis.set_title(title, fontsize=11)
+    return figure
+
+
+def distributions(table: pd.DataFrame, x: str, y: str, title: str = "") -> Figure:
+    """Every single value of each group, with its median and quartiles.
+
+    Args:
+        table: a row a value.
+        x: column of the groups.
+        y: column of the values; its name is the axis's label.
+        title: the figure's.
+    """
+    figure, axis = plt.subplots(figsize=(1.2 * table[x].nunique() + 2.5, 3.4), layout="constrained")
+    sns.boxplot(table, x=x, y=y, ax=axis, color="#dddddd", showfliers=False, width=0.5)
+    sns.stripplot(table, x=x, y=y, ax=axis, size=3, alpha=0.6, color=PALETTE["nudge"])
+    axis.set_xlabel("")
     axis.set_title(title, fontsize=11)
     return figure
 

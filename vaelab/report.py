@@ -50,6 +50,11 @@ class Run:
         self.metrics[name] = value if isinstance(value, int) else float(value)
         return self.metrics[name]
 
+    def record(self, metrics: Mapping[str, float]) -> None:
+        """Record several numbers, see :meth:`metric`."""
+        for name, value in metrics.items():
+            self.metric(name, value)
+
     def table(self, name: str, table: pd.DataFrame) -> pd.DataFrame:
         """Record a table, and give it back to be shown."""
         self.tables[name] = table

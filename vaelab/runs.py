@@ -10,6 +10,7 @@ checks before the kernel starts, the runs that a run reads, the HTML beside it a
 
 import argparse
 import ast
+import logging
 import os
 import re
 import subprocess
@@ -201,6 +202,12 @@ def _in_a_process(path: Path, threads: int) -> str | None:
     return ended.stderr[-3000:]
 
 
+def _show_output() -> None:
+    """Let what the notebooks print, progress bars above all, through to the terminal."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
+    logging.getLogger("papermill").setLevel(logging.INFO)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command line; see the module's first lines."""
     parser = argparse.ArgumentParser(prog="python -m vaelab.runs", description=__doc__.split("\n")[0])
@@ -211,6 +218,7 @@ def main(arguments: list[str] | None = None) -> int:
     everything.add_argument("--jobs", type=int, default=max(1, min(2, os.cpu_count() or 1)))
     verbs.add_parser("index", help="write the front page")
     chosen = parser.parse_args(arguments)
+    _show_output()
     from papermill.exceptions import PapermillExecutionError
 
     from vaelab import frontpage

@@ -245,6 +245,8 @@ def compare(
     """
     for condition in conditions:
         one_of("conditions", condition, CONDITIONS)
+    if "baseline" not in conditions or len(set(conditions)) < len(conditions):
+        raise ValueError(f"conditions: expected baseline and what is compared with it, each once, got {conditions}")
     if len(set(seeds)) < len(seeds) or not seeds:
         raise ValueError(f"seeds: expected one or more different numbers, got {seeds}")
     runs = []

@@ -197,6 +197,7 @@ def train(
     if config.trackers:
         accelerator.end_training()
     accelerator.wait_for_everyone()
+    objective.eval()
     return Trained(history, time.perf_counter() - began, start)
 
 

@@ -1,0 +1,101 @@
+"""How long things take, measured so that a shared machine's noise shows.
+
+Everything that is compared is run in one process, in turns, each round in a random order; the
+reference is run twice a round, so that its difference to itself says what a difference means.
+"""
+
+import copy
+import time
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import nn
+
+from vaelab import devices
+from vaelab.checks import at_least
+from vaelab.data import Images
+from vaelab.study import ChannelWatcher, StudyConfig
+from vaelab.vae import VAEObjective
+
+
+def interleaved(
+    actions: Mapping[str, Callable[[int], object]], rounds: int, *, device: torch.device, warmup: int = 2, seed: int = 0
+) -> pd.DataFrame:
+    """Time several actions in turns.
+
+    Args:
+        actions: called with the round's number.
+        rounds: how often each is timed.
+        device: whose queue must be empty before a clock is read.
+        warmup: rounds that do not count.
+        seed: fixes the order within the rounds.
+
+    Returns:
+        A row a round, a column an action, in seconds.
+    """
+    at_least("rounds", rounds, 1)
+    rng = np.random.default_rng(seed)
+    rows = []
+    for number in range(warmup + rounds):
+        row = {}
+        for name in rng.permutation(list(actions)):
+            devices.synchronize(device)
+            began = time.perf_counter()
+            actions[str(name)](number)
+            devices.synchronize(device)
+            row[str(name)] = time.perf_counter() - began
+        rows.append(row)
+    return pd.DataFrame(rows[warmup:])[list(actions)]
+
+
+def tracking_seconds(vae: nn.Module, images: Images, config: StudyConfig, rounds: int) -> pd.DataFrame:
+    """Seconds of a training step: ``untracked``, its ``twin``, and ``tracked``.
+
+    The three train copies of ``vae`` on the same batches. A tracked step measures every GroupNorm
+    output, classifies, and counts near-zero weights: all that the study does on such a step. On
+    the other steps there is no hook and nothing to measure.
+
+    Args:
+        vae: the model, on the device to measure on.
+        images: pictures to train on.
+        config: batch size, learning rate and what is tracked; every step of ``tracked`` is.
+        rounds: how often each is timed.
+    """
+    device = next(vae.parameters()).device
+    batches = images.shuffled(config.batch_size, config.train.seed)()
+    pixels = [next(batches)["pixels"].to(device) for _ in range(4)]
+    every_step = replace(config, track_every=1)
+
+    def step_of(tracked: bool) -> Callable[[int], None]:
+        twin = copy.deepcopy(vae).train().requires_grad_(True)
+        objective = VAEObjective(twin, config.kl_weight)
+        optimizer = torch.optim.AdamW(
+            twin.parameters(), lr=config.train.learning_rate, weight_decay=config.train.weight_decay, fused=True
+        )
+        watcher = ChannelWatcher(twin, "baseline", every_step)
+
+        def step(number: int) -> None:
+            torch.manual_seed(number)
+            with watcher.around(number + 1) if tracked else nullcontext():
+                objective({"pixels": pixels[number % len(pixels)]})["loss"].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if tracked:
+                watcher.after(number + 1, optimizer)
+
+        return step
+
+    actions = {"untracked": step_of(False), "twin": step_of(False), "tracked": step_of(True)}
+    return interleaved(actions, rounds, device=device, seed=config.train.seed)
+
+
+def paired_percent(seconds: pd.DataFrame, name: str, reference: str) -> tuple[float, float, float]:
+    """How much longer ``name`` takes than ``reference``, in percent: the median over rounds of
+    the paired difference over the reference's median, and its first and third quartile."""
+    difference = 100 * (seconds[name] - seconds[reference]) / seconds[reference].median()
+    low, middle, high = np.percentile(difference, [25, 50, 75])
+    return float(middle), float(low), float(high)
