@@ -6,6 +6,7 @@ column needs a name. Preprocessing is that of Shi, Wang and Roshka (channel supp
 
 import io
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,7 @@ MOVED = {
     "cifar10": "uoft-cs/cifar10",
     "rcugarte/genfonts_data": "any folder of glyph pictures, or the embedded glyphs",
 }
-BROKEN = (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError)
+BROKEN = (OSError, RuntimeError, SyntaxError, ValueError, PIL.Image.DecompressionBombError)
 
 
 class Images:
@@ -135,9 +136,11 @@ def load_images(
     rows, image, label = _joined([_columns(_rows(part, split, revision), part) for part in dataset.split("+")])
     if len(rows) == 0:
         raise ValueError(f"dataset: {dataset!r} has no picture in its split {split!r}")
+    name = f"{dataset}[{split}]" + (f"@{revision}" if revision else "")
     if max_images and max_images < len(rows):
         rows = rows.select(np.sort(np.random.default_rng(seed).permutation(len(rows))[:max_images]))
-    return Images(rows, image, label, resolution, f"{dataset}[{split}]")
+        name += f", {max_images} drawn by seed {seed}"
+    return Images(rows, image, label, resolution, name)
 
 
 def load_pair(
@@ -217,24 +220,24 @@ def _decode(value: Any) -> PIL.Image.Image:
 def _rows(dataset: str, split: str, revision: str | None) -> "datasets.Dataset":
     if dataset in embedded_data.NAMES:
         return embedded_data.load(dataset, split)
-    path = local(dataset)
+    path = local(dataset) if dataset else None
     if path is not None:
         return _local_rows(path, dataset, split)
+    name, _, subset = dataset.partition(":")
+    moved = f" Try {MOVED[name]}." if name in MOVED else ""
     if dataset.count("/") != 1 or dataset.startswith((".", "/", "~")):
         known = [*embedded_data.NAMES, *(name for name in MOVED if "/" in name)]
         raise ValueError(
             f"dataset: {dataset!r} is neither embedded ({', '.join(embedded_data.NAMES)}), a local folder or "
-            f"file, nor a hub id (owner/name); did you mean {nearest(dataset, known, 1)[0]!r}?"
+            "file, nor a hub id (owner/name)." + (moved or f" Did you mean {nearest(dataset, known, 1)[0]!r}?")
         )
     import datasets
 
-    name, _, subset = dataset.partition(":")
     # the hub's parquet conversions keep each subset in a folder of its name
     part = {"data_dir" if revision == PARQUET_CONVERSION else "name": subset} if subset else {}
     try:
         return datasets.load_dataset(name, split=split, revision=revision, **part)
-    except (OSError, RuntimeError, ValueError) as error:
-        moved = f" Try {MOVED[name]}." if name in MOVED else ""
+    except (OSError, RuntimeError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(f"dataset: {dataset!r} could not be loaded from the hub.{moved} ({error})") from error
 
 
@@ -244,15 +247,29 @@ def _local_rows(path: Path, dataset: str, split: str) -> "datasets.Dataset":
     if path.is_file():
         if path.suffix != ".parquet":
             raise ValueError(f"dataset: {dataset!r} is a file but no .parquet; give a folder for pictures")
-        return datasets.load_dataset("parquet", data_files={_base(split): str(path)}, split=split)
+        with _told(dataset):
+            return datasets.load_dataset("parquet", data_files={_base(split): str(path)}, split=split)
     kind = "parquet" if any(path.rglob("*.parquet")) else "imagefolder"
     known = PIL.Image.registered_extensions()
     if kind == "imagefolder" and not any(file.suffix.lower() in known for file in path.rglob("*")):
         raise ValueError(f"dataset: no picture and no parquet file in the folder {dataset!r}")
-    available = datasets.get_dataset_split_names(kind, data_dir=str(path))
+    with _told(dataset):
+        available = datasets.get_dataset_split_names(kind, data_dir=str(path))
     if _base(split) not in available:
         raise unknown(f"split (of {dataset!r})", split, available)
-    return datasets.load_dataset(kind, data_dir=str(path), split=split)
+    with _told(dataset):
+        return datasets.load_dataset(kind, data_dir=str(path), split=split)
+
+
+@contextmanager
+def _told(dataset: str) -> Iterator[None]:
+    """What ``datasets`` says of an empty or damaged data set, with the parameter's name."""
+    import datasets
+
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(f"dataset: {dataset!r} holds no row that can be read ({error.__cause__ or error})") from error
 
 
 def _base(split: str) -> str:
@@ -274,8 +291,9 @@ def _columns(rows: "datasets.Dataset", dataset: str) -> tuple["datasets.Dataset"
     """The rows with undecoded pictures, their image column and their label column, if any."""
     import datasets
 
-    image = next((name for name, feature in rows.features.items() if _holds_pictures(feature)), None)
-    if image is None:
+    sure = {name: _holds_pictures(feature) for name, feature in rows.features.items()}
+    image = max(sure, key=sure.get, default=None)
+    if not sure.get(image):
         kinds = ", ".join(f"{name} ({type(feature).__name__})" for name, feature in rows.features.items())
         raise ValueError(f"dataset: no image column in {dataset!r}; its columns: {kinds or 'none'}")
     rows = rows.cast_column(image, datasets.Image(decode=False))
@@ -283,14 +301,15 @@ def _columns(rows: "datasets.Dataset", dataset: str) -> tuple["datasets.Dataset"
     return rows.select_columns([image, *([label] if label else [])]), image, label
 
 
-def _holds_pictures(feature: Any) -> bool:
+def _holds_pictures(feature: Any) -> int:
+    """How surely a column of this type holds pictures; 0 for no."""
     import datasets
 
-    return (
-        isinstance(feature, datasets.Image)
-        or (isinstance(feature, dict) and {"bytes", "path"} <= feature.keys())
-        or (isinstance(feature, datasets.Value) and feature.dtype in ("binary", "large_binary"))
-    )
+    if isinstance(feature, datasets.Image):
+        return 3
+    if isinstance(feature, dict) and {"bytes", "path"} <= feature.keys():
+        return 2
+    return int(isinstance(feature, datasets.Value) and feature.dtype in ("binary", "large_binary"))
 
 
 def _joined(parts: list[tuple["datasets.Dataset", str, str | None]]) -> tuple["datasets.Dataset", str, str | None]:

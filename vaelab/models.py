@@ -155,10 +155,10 @@ def _untrained(kind: type, config: dict[str, Any], seed: int) -> nn.Module:
 
 
 def _hub_config(name: str, revision: str | None) -> dict[str, Any]:
-    from diffusers import ConfigMixin
+    from diffusers import AutoencoderKL
 
     try:
-        return ConfigMixin.load_config(name, revision=revision)
+        return AutoencoderKL.load_config(name, revision=revision)
     except OSError as error:
         moved = f" It is now {MOVED[name]!r}." if name in MOVED else ""
         raise ValueError(

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 REPORTED = ("vaelab", "torch", "diffusers", "accelerate", "datasets", "transformers", "torchmetrics", "numpy")
+EARLIER = ".earlier.json"
 KINDS = {"str": str, "int": int, "float": float, "bool": bool}
 
 
@@ -119,6 +120,7 @@ def start(notebook: str, namespace: Mapping[str, Any]) -> Run:
     for name in earlier:
         path = folder / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    (folder / EARLIER).unlink(missing_ok=True)
     return Run(notebook, params, folder)
 
 
@@ -204,12 +206,9 @@ def _open_folder(folder: Path) -> list[str]:
         probe.unlink()
     except OSError as error:
         raise OSError(f"output_dir: cannot write to {str(folder)!r} ({error.strerror})") from error
-    results = folder / "results.json"
-    if not results.exists():
-        return []
-    made = read_json(results).get("files", [])
-    results.unlink()
-    return made
+    if (folder / "results.json").exists():
+        os.replace(folder / "results.json", folder / EARLIER)
+    return read_json(folder / EARLIER).get("files", []) if (folder / EARLIER).exists() else []
 
 
 def _injected(namespace: Mapping[str, Any]) -> list[str]:
@@ -229,6 +228,8 @@ def _portable(value: Any) -> Any:
     """A parameter without this machine's folders: inside the project relative, else its last part."""
     if isinstance(value, list):
         return [_portable(entry) for entry in value]
+    if isinstance(value, str) and "+" in value:
+        return "+".join(map(_portable, value.split("+")))
     if not isinstance(value, str) or not Path(value).expanduser().is_absolute():
         return value
     path = Path(value).expanduser()

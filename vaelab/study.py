@@ -199,10 +199,12 @@ def train_vae(
             model's configuration; None fine-tunes its weights.
         keep_weights: save the trained VAE as a diffusers folder.
     """
+    from accelerate import PartialState
+
     folder = Path(folder)
     finished, checkpoint = folder / "run.json", folder / "checkpoint.safetensors"
     settings = _settings(model, revision, condition, config, pictures, changes)
-    if finished.exists():
+    if finished.exists() and (not keep_weights or (folder / "vae").exists()):
         return _reload(finished, settings)
     models.check_precision(model, config.train.precision, revision)
     vae = models.load_vae(
@@ -222,10 +224,11 @@ def train_vae(
         title=f"{condition}, seed {config.train.seed}",
     )
     result = VAERun(condition, config.train.seed, trained.history, watcher.rows, watcher.interventions, validator.rows)
-    if keep_weights:
-        vae.eval().save_pretrained(folder / "vae")
-    write_json(finished, {"settings": settings, **result._asdict()})
-    checkpoint.unlink()
+    if PartialState().is_main_process:
+        if keep_weights:
+            vae.eval().save_pretrained(folder / "vae")
+        write_json(finished, {"settings": settings, **result._asdict()})
+        checkpoint.unlink()
     return result
 
 
@@ -275,8 +278,9 @@ def _settings(
 ) -> dict[str, Any]:
     """All that decides the outcome, as it comes back from JSON."""
     decides = asdict(config)
+    decides |= decides.pop("train") | decides.pop("nudge")
     for name in NOT_SIGNED:
-        decides["train"].pop(name)
+        decides.pop(name)
     data = [f"{images.name} x {len(images)} at {images.resolution}" for images in pictures]
     named = {"model": model, "revision": revision, "condition": condition, "data": data, "changes": changes}
     return json.loads(json.dumps({**decides, **named}))

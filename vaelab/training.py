@@ -28,7 +28,7 @@ from vaelab.files import atomic
 
 SCHEDULES = ("constant", "linear", "cosine")
 MIXED = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
-NOT_SIGNED = ("device", "log_every", "checkpoint_every", "trackers")
+NOT_SIGNED = ("device", "checkpoint_every", "trackers")
 
 Batches = Callable[..., Iterator[Any]]
 
@@ -50,7 +50,7 @@ class TrainConfig:
     warmup: int = 0
     """Steps over which the learning rate rises linearly from 0."""
     schedule: str = "constant"
-    """After the warm-up: ``constant``, or ``linear`` or ``cosine`` to 0 at the last step."""
+    """After the warm-up: ``constant``, or ``linear`` or ``cosine``, which reach 0 just after the last step."""
     accumulation: int = 1
     """Batches to a step."""
     clip_norm: float = 1.0
@@ -197,6 +197,7 @@ def train(
     if config.trackers:
         accelerator.end_training()
     accelerator.wait_for_everyone()
+    accelerator.unwrap_model(module, keep_fp32_wrapper=False)  # which is what ends its autocast
     objective.eval()
     return Trained(history, time.perf_counter() - began, start)
 

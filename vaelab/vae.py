@@ -86,8 +86,9 @@ def latent_scale(vae: nn.Module, batches: Iterable[dict[str, Tensor]]) -> float:
     """diffusers' ``scaling_factor``: one over the latents' standard deviation, so that scaled
     latents have unit variance (Rombach et al. 2022, section G of the supplement)."""
     parameter = next(vae.parameters())
-    latents = [
-        models.posterior(vae, batch["pixels"].to(parameter.device, parameter.dtype)).sample().float().flatten().cpu()
-        for batch in batches
-    ]
-    return float(1 / torch.cat(latents).std())
+    posteriors = [models.posterior(vae, batch["pixels"].to(parameter.device, parameter.dtype)) for batch in batches]
+    means, variances = (
+        torch.cat([getattr(one, moment).double().flatten().cpu() for one in posteriors]) for moment in ("mean", "var")
+    )
+    # Var z = Var E[z|x] + E Var[z|x]: no sample, so no seed
+    return float((means.var() + variances.mean()) ** -0.5)
