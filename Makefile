@@ -1,0 +1,48 @@
+# Every target sets up .venv from requirements.lock first; a ready environment is used instead with
+# PYTHON=python.
+PYTHON ?= .venv/bin/python
+JOBS ?= 2
+READY := $(if $(filter .venv/bin/python,$(PYTHON)),.venv/ready)
+
+export PYTHONPATH := $(CURDIR)
+export HF_HUB_DISABLE_TELEMETRY := 1
+export PYDEVD_DISABLE_FILE_VALIDATION := 1
+
+.PHONY: help setup demo test lint run bench index lab
+.DEFAULT_GOAL := help
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(READY) ## the environment alone
+
+demo: export HF_HUB_OFFLINE := 1
+demo: $(READY) ## every notebook on the embedded models, then outputs/index.html
+	$(PYTHON) -m vaelab.runs all demo --jobs $(JOBS)
+
+test: export HF_HUB_OFFLINE := 1
+test: $(READY) ## the tests, every notebook's smoke run among them
+	$(PYTHON) -m pytest
+
+lint: $(READY) ## style
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+
+run: $(READY) ## one run: make run P=params/10_finetune_vae/paper-fonts.yaml
+	@test -n "$(P)" || { echo "name a params file: make run P=params/12_channel_census/demo.yaml" >&2; exit 2; }
+	$(PYTHON) -m vaelab.runs run $(P)
+
+bench: $(READY) ## the whole of 90_benchmarks
+	$(PYTHON) -m vaelab.runs run params/90_benchmarks/full.yaml
+
+index: $(READY) ## outputs/index.html anew, from what has been run
+	$(PYTHON) -m vaelab.runs index
+
+lab: $(READY) ## JupyterLab on the notebooks
+	$(PYTHON) -m jupyterlab notebooks
+
+.venv/ready: requirements.lock pyproject.toml
+	$(or $(shell command -v python3.11),python3) -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check --requirement requirements.lock
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@

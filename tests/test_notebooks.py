@@ -1,0 +1,185 @@
+"""The notebooks as text, then run: every smoke.yaml by the runner, and wrong input by papermill."""
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import papermill
+import pytest
+from papermill.exceptions import PapermillExecutionError
+
+from vaelab import runs
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+COMMON = {"model", "dataset", "split", "resolution", "max_images", "batch_size", "seed", "device", "precision", "output_dir"}
+ORDER = ["question", "parameters", "load", "run", "show", "save"]
+
+
+@pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
+def notebook(request):
+    return nbformat.read(request.param, as_version=4)
+
+
+def code(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def test_committed_without_outputs(notebook):
+    assert all(not cell.outputs and cell.execution_count is None for cell in code(notebook))
+
+
+def test_thin(notebook):
+    lines = [line for cell in code(notebook) for line in cell.source.splitlines() if line.strip()]
+    assert len([line for line in lines if not line.strip().startswith("#")]) <= 60
+    kinds = (ast.FunctionDef, ast.ClassDef, ast.AsyncFunctionDef)
+    assert not any(isinstance(node, kinds) for cell in code(notebook) for node in ast.walk(ast.parse(cell.source)))
+
+
+def test_cells_have_their_names_in_order(notebook):
+    names = [re.split("-", cell.id)[0] for cell in notebook.cells if not cell.id.startswith("about")]
+    assert names[:3] == ORDER[:3] and names[-1] == "save"
+    assert set(names) == set(ORDER)
+
+
+def test_one_parameters_cell_annotated_and_explained(notebook):
+    tagged = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
+    assert [cell.id for cell in tagged] == ["parameters"]
+    statements = ast.parse(tagged[0].source).body
+    assert all(isinstance(statement, ast.AnnAssign) for statement in statements)
+    assert {statement.target.id for statement in statements} >= COMMON
+
+
+def test_every_parameter_is_used(notebook):
+    parameters = {s.target.id for s in ast.parse(code(notebook)[0].source).body}
+    rest = "\n".join(cell.source for cell in code(notebook)[1:])
+    named = {node.id for node in ast.walk(ast.parse(rest)) if isinstance(node, ast.Name)}
+    by_name = re.search(r"StudyConfig\.of\(run\.params\)", rest) is not None
+    from dataclasses import fields
+
+    from vaelab.nudge import NudgeConfig
+    from vaelab.study import StudyConfig
+    from vaelab.training import TrainConfig
+
+    configured = {one.name for kind in (StudyConfig, TrainConfig, NudgeConfig) for one in fields(kind)} if by_name else set()
+    assert parameters - named - configured == {"output_dir"}
+
+
+@pytest.fixture(scope="session")
+def smoked():
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "vaelab.runs", "all", "smoke", "--jobs", "2"]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1500)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_smoke(smoked, path):
+    folder = ROOT / "outputs" / path.stem
+    assert (folder / "smoke" / "results.json").exists(), smoked.stdout[-4000:] + smoked.stderr[-4000:]
+    results = json.loads((folder / "smoke" / "results.json").read_text())
+    assert results["notebook"] == path.stem
+    assert {"params", "metrics", "tables", "seconds", "environment"} <= results.keys()
+    assert results["metrics"]
+    assert (folder / "smoke.html").stat().st_size > 10_000
+    executed = nbformat.read(folder / "smoke.ipynb", as_version=4)
+    assert any(out.output_type == "display_data" or "data" in out for cell in code(executed) for out in cell.outputs)
+    for text in ((folder / "smoke" / "results.json").read_text(), (folder / "smoke.ipynb").read_text()):
+        assert str(ROOT) not in text
+
+
+def test_smoke_front_page_links_every_run(smoked):
+    page = (ROOT / "outputs" / "index.html").read_text()
+    assert smoked.returncode == 0, smoked.stdout[-4000:] + smoked.stderr[-4000:]
+    for path in NOTEBOOKS:
+        assert f'href="{path.stem}/smoke.html"' in page
+    for link in re.findall(r'(?:href|src)="([^"]+)"', page):
+        assert (ROOT / "outputs" / link).exists(), link
+
+
+def census(folder, **params):
+    output = folder / "out.ipynb"
+    base = {"max_images": 4, "batch_size": 4, "device": "cpu", "output_dir": str(folder / "run")}
+    notebook = ROOT / "notebooks" / "12_channel_census.ipynb"
+    papermill.execute_notebook(notebook, output, {**base, **params}, cwd=ROOT, progress_bar=False)
+
+
+@pytest.fixture
+def no_groupnorm(tmp_path):
+    from diffusers import AutoencoderTiny
+
+    small = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8)}
+    blocks = {"num_encoder_blocks": (1, 1), "num_decoder_blocks": (1, 1)}
+    AutoencoderTiny(**small, **blocks).save_pretrained(tmp_path / "tiny")
+    return tmp_path / "tiny"
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"treshold": 1.0e-3}, "treshold.*threshold"),
+        ({"threshold": "5e-5"}, "threshold: expected float.*5.0e-5"),
+        ({"threshold": -1.0}, "threshold: must be at least 0"),
+        ({"layers": "decoder.*.nrm1"}, "layers: unknown name.*norm1"),
+        ({"dataset": "photoz"}, "dataset: 'photoz'.*photos"),
+        ({"model": "no_groupnorm"}, "model: .* has no GroupNorm"),
+        ({"output_dir": "a-file"}, "output_dir: cannot write"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_wrong_input_is_one_clear_error_and_leaves_nothing_finished(tmp_path, no_groupnorm, params, message):
+    (tmp_path / "a-file").write_text("in the way")
+    places = {"no_groupnorm": str(no_groupnorm), "a-file": str(tmp_path / "a-file" / "run")}
+    given = {key: places.get(value, value) if isinstance(value, str) else value for key, value in params.items()}
+    with pytest.raises(PapermillExecutionError) as raised:
+        census(tmp_path, **given)
+    assert re.search(message, raised.value.evalue, re.DOTALL), raised.value.evalue
+    assert not list(tmp_path.rglob("results.json"))
+
+
+def test_planted_channels_are_found_by_the_census_and_no_others(tmp_path):
+    import numpy as np
+    import PIL.Image
+    import torch
+
+    from vaelab import channels, models
+
+    vae = models.load_vae("embedded", device="cpu", changes={}, seed=3)
+    rng = np.random.default_rng(5)
+    layers = rng.choice(list(channels.groupnorms(vae)), 5, replace=False)
+    planted = set()
+    with torch.no_grad():
+        for layer in layers:
+            norm = vae.get_submodule(str(layer))
+            for channel in rng.choice(norm.num_channels, 4, replace=False):
+                norm.weight[channel] = norm.bias[channel] = 0
+                planted.add((str(layer), int(channel)))
+    vae.save_pretrained(tmp_path / "vae")
+    (tmp_path / "pictures").mkdir()
+    for i in range(6):
+        PIL.Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(tmp_path / "pictures" / f"{i}.png")
+    census(tmp_path, model=str(tmp_path / "vae"), dataset=str(tmp_path / "pictures"))
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    rows = results["tables"]["suppressed"]
+    assert len(planted) == 20
+    assert {(row["layer"], row["channel"]) for row in rows} == planted
+    assert all(row.keys() == {"layer", "channel", "mean_abs", "gamma", "beta"} for row in rows)
+    assert str(tmp_path) not in json.dumps(results)
+
+
+def test_a_run_reads_finished_runs_only(tmp_path):
+    notebook = ROOT / "notebooks" / "11_compare_interventions.ipynb"
+    params = {"runs": ["outputs/10_finetune_vae/never"], "device": "cpu", "output_dir": str(tmp_path / "run")}
+    with pytest.raises(PapermillExecutionError, match="run it first"):
+        papermill.execute_notebook(notebook, tmp_path / "out.ipynb", params, cwd=ROOT, progress_bar=False)
+
+
+def test_a_params_file_names_the_runs_it_needs(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    params = runs.load_params(Path("params/11_compare_interventions/demo.yaml"))
+    names = [runs.label(path) for path in runs.needs(params)]
+    assert names == ["10_finetune_vae/demo-photos", "10_finetune_vae/demo-digits", "10_finetune_vae/demo"]
