@@ -17,7 +17,18 @@ from vaelab import runs
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-COMMON = {"model", "dataset", "split", "resolution", "max_images", "batch_size", "seed", "device", "precision", "output_dir"}
+COMMON = {
+    "model",
+    "dataset",
+    "split",
+    "resolution",
+    "max_images",
+    "batch_size",
+    "seed",
+    "device",
+    "precision",
+    "output_dir",
+}
 ORDER = ["question", "parameters", "load", "run", "show", "save"]
 
 
@@ -66,7 +77,9 @@ def test_every_parameter_is_used(notebook):
     from vaelab.study import StudyConfig
     from vaelab.training import TrainConfig
 
-    configured = {one.name for kind in (StudyConfig, TrainConfig, NudgeConfig) for one in fields(kind)} if by_name else set()
+    configured = (
+        {one.name for kind in (StudyConfig, TrainConfig, NudgeConfig) for one in fields(kind)} if by_name else set()
+    )
     assert parameters - named - configured == {"output_dir"}
 
 

@@ -62,7 +62,7 @@ def load_vae(
     if changes is None:
         vae = kind.from_pretrained(path, subfolder=subfolder, revision=revision, torch_dtype=dtype)
     else:
-        vae = _untrained(kind, {**config, **changes}, seed).to(dtype=dtype)
+        vae = nn.Module.to(_untrained(kind, {**config, **changes}, seed), dtype)
     if groupnorm:
         require_groupnorm(vae, name)
     return vae.to(devices.pick(device)).eval()

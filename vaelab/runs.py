@@ -146,7 +146,7 @@ def label(params_file: Path) -> str:
 
 def matching(name: str) -> list[Path]:
     """The params files of every notebook called ``name`` or ``name-...``, in order."""
-    found = sorted((project_root() / "params").glob("*/*.yaml"))
+    found = sorted((project_root() / "params").glob("*/*.yaml"), key=lambda path: (path.parent.name, path.stem))
     return [path for path in found if path.stem == name or path.stem.startswith(f"{name}-")]
 
 

@@ -1,0 +1,59 @@
+from dataclasses import replace
+
+import pytest
+
+from vaelab import causes, data
+from vaelab.files import read_json
+from vaelab.study import StudyConfig
+from vaelab.training import TrainConfig
+
+CONFIG = StudyConfig(
+    TrainConfig(steps=2, learning_rate=1e-3, weight_decay=0.5, device="cpu"), batch_size=2, track_every=9
+)
+
+
+@pytest.fixture
+def model(tiny_vae, tmp_path):
+    tiny_vae.save_pretrained(tmp_path / "reference")
+    return str(tmp_path / "reference")
+
+
+def pictures(name):
+    return data.load_pair(name, "train", "test", resolution=16, max_images=4, eval_images=4)
+
+
+def test_every_variant_changes_one_thing(model, tmp_path):
+    names = ["reference", "no weight decay", "scales not decayed", "half the width", "twice the length", "glyphs"]
+    table = causes.compare(model, names, [0], CONFIG, pictures, "digits", tmp_path / "runs")
+    assert list(dict.fromkeys(table["variant"])) == names
+    assert table.groupby("variant")["final"].sum().eq(1).all()
+    stored = {name: tmp_path / "runs" / f"{name.replace(' ', '-')}-seed0" / "run.json" for name in names}
+    settings = {name: read_json(path)["settings"] for name, path in stored.items()}
+    reference = settings.pop("reference")
+    differing = {name: {key for key in one if one[key] != reference[key]} for name, one in settings.items()}
+    assert differing == {
+        "no weight decay": {"weight_decay"},
+        "scales not decayed": {"undecayed"},
+        "half the width": {"changes"},
+        "twice the length": {"steps"},
+        "glyphs": {"data"},
+    }
+    assert settings["half the width"]["changes"] == {"block_out_channels": [4, 8]}
+    assert all("norm" in name for name in settings["scales not decayed"]["undecayed"])
+
+
+def test_a_decay_that_silences_every_channel_spares_scales_that_are_not_decayed(model, tmp_path):
+    train = replace(CONFIG.train, learning_rate=1e-2, weight_decay=100.0)
+    config = replace(CONFIG, train=train, threshold=0.05)
+    silent = {
+        name: causes.train_variant(model, name, config, pictures, "digits", tmp_path / name).validation[-1][
+            "suppressed"
+        ]
+        for name in ("reference", "scales not decayed")
+    }
+    assert silent["reference"] > 20 * silent["scales not decayed"]
+
+
+def test_an_unknown_variant_lists_the_nearest(model, tmp_path):
+    with pytest.raises(ValueError, match="no weight decay"):
+        causes.compare(model, ["no weight decy"], [0], CONFIG, pictures, "digits", tmp_path)

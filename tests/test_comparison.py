@@ -1,0 +1,100 @@
+import numpy as np
+import pytest
+from scipy import stats
+
+from vaelab import comparison
+from vaelab.files import write_json
+from vaelab.study import VAERun
+
+
+def a_run(condition, seed, mse, suppressed=(5, 7)):
+    ends = {"kl": 100 + seed, "psnr": 20.0, "ssim": 0.5, "kl_per_entry": 1.0}
+    validation = [{"step": 0, "mse": 1.0, **ends, "suppressed": suppressed[0]}]
+    validation.append({"step": 9, "mse": mse, **ends, "suppressed": suppressed[1]})
+    tracked = [{"step": 3, "suppressed": 6, "nudged": 0, "near_zero": {"conv": 0.25}}]
+    return VAERun(condition, seed, [{"step": 9, "loss": mse}], tracked, [{"step": 3}] * seed, validation)
+
+
+BASE, NUDGED = [0.10, 0.20, 0.30], [0.11, 0.19, 0.33]
+RUNS = [a_run("baseline", i, m) for i, m in enumerate(BASE)] + [a_run("nudge", i, m) for i, m in enumerate(NUDGED)]
+
+
+def test_differences_are_paired_by_seed_whatever_the_order_of_the_runs():
+    rows = comparison.paired_differences(RUNS[::-1], "glyphs").set_index(["condition", "measure"])
+    row = rows.loc["nudge", "mse"]
+    expected = stats.ttest_rel(NUDGED, BASE).confidence_interval(0.95)
+    assert row["difference"] == pytest.approx(np.mean(np.subtract(NUDGED, BASE)))
+    assert (row["low"], row["high"]) == pytest.approx(tuple(expected))
+    assert row["percent"] == pytest.approx(100 * row["difference"] / 0.2)
+    assert set(rows.index.get_level_values("measure")) == {"mse", "kl", "psnr", "ssim"}
+
+
+def test_one_seed_has_a_difference_and_no_interval():
+    row = comparison.paired_differences([RUNS[0], RUNS[3]], "d").iloc[0]
+    assert row["difference"] == pytest.approx(0.01)
+    assert np.isnan(row["low"]) and np.isnan(row["high"])
+
+
+def test_frames_have_condition_and_seed():
+    table = comparison.frame(RUNS, "validation")
+    assert len(table) == 12
+    assert (
+        table.loc[(table["condition"] == "nudge") & (table["seed"] == 2) & (table["step"] == 9), "mse"].item() == 0.33
+    )
+    near_zero = comparison.near_zero_frame(RUNS)
+    assert set(near_zero["layer"]) == {"conv"} and len(near_zero) == 6
+
+
+def test_summary_is_the_means_over_seeds():
+    values = comparison.summary(RUNS)
+    assert values["suppressed.start"] == 5
+    assert values["baseline.mse"] == pytest.approx(0.2)
+    assert values["nudge.suppressed"] == 7
+    assert values["nudge.touched"] == 1
+
+
+@pytest.fixture
+def stored(tmp_path):
+    for one in RUNS:
+        write_json(
+            tmp_path / "runs" / f"{one.condition}-seed{one.seed}" / "run.json", {"settings": {}, **one._asdict()}
+        )
+    params = {"seeds": [0, 1, 2], "conditions": ["baseline", "nudge"], "dataset": "frgfm/imagenette:320px"}
+    write_json(tmp_path / "results.json", {"params": params})
+    return tmp_path
+
+
+def test_a_stored_study_is_read_back(stored):
+    study = comparison.read_comparison(str(stored))
+    assert study.dataset == "imagenette"
+    assert sorted(study.runs) == sorted(RUNS)
+    assert study.final("nudge", "mse") == NUDGED
+    assert study.weights("nudge") == stored / "runs" / "nudge-seed0" / "vae"
+    assert comparison.suppressed_metrics([study]) == {"imagenette.suppressed.start": 5, "imagenette.suppressed.end": 7}
+
+
+def test_an_unfinished_study_is_refused(stored):
+    (stored / "results.json").unlink()
+    with pytest.raises(ValueError, match="run it first"):
+        comparison.read_comparison(str(stored))
+
+
+def test_a_study_of_one_seed_is_refused(stored):
+    write_json(stored / "results.json", {"params": {"seeds": [0], "conditions": ["baseline"], "dataset": "d"}})
+    with pytest.raises(ValueError, match="one seed"):
+        comparison.read_comparison(str(stored))
+
+
+def test_beside_the_paper_its_own_data_or_what_stands_for_it():
+    table = comparison.beside_paper(comparison.paired_differences(RUNS, "glyphs")).set_index("measure")
+    assert table.loc["mse", "paper's data"] == "Google Fonts"
+    assert table.loc["mse", "paper %"] == pytest.approx(100 * (2.470 - 2.451) / 2.451)
+    assert comparison.beside_paper(comparison.paired_differences(RUNS, "mine"))["paper %"].isna().all()
+
+
+def test_the_verdict_names_what_differs_and_says_where_nothing_does():
+    clear = [a_run("baseline", i, 1.0 + i / 1e3) for i in range(3)] + [
+        a_run("nudge", i, 2.0 + i / 1e3 + i**2 / 1e4) for i in range(3)
+    ]
+    assert "mse +1e+02 %" in comparison.verdict(comparison.paired_differences(clear, "d")).data
+    assert "no measure differs" in comparison.verdict(comparison.paired_differences(RUNS, "d")).data
