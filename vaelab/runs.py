@@ -21,7 +21,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
-from vaelab.checks import nearest, project_root, unknown
+from vaelab.checks import at_least, nearest, project_root, unknown
 from vaelab.report import check_value
 
 ALONE = ("90_benchmarks",)
@@ -155,29 +155,35 @@ def run_all(name: str, jobs: int) -> list[str]:
 
     What measures speed runs alone, last. Returns the runs that failed.
     """
+    at_least("jobs", jobs, 1)
     todo = matching(name)
     if not todo:
         raise ValueError(f"no params file called {name!r}")
     waits = {path: {p for p in needs(load_params(path)) if p in todo} for path in todo}
     alone = [path for path in todo if path.parent.name in ALONE]
     failed: set[Path] = set()
+    ended = 0
+    print(f"{len(todo)} runs, {jobs} at a time", flush=True)
     for batch, width in (([path for path in todo if path not in alone], jobs), (alone, 1)):
-        for path, error in _scheduled(batch, waits, failed, width):
+        for path, seconds, error in _scheduled(batch, waits, failed, width):
+            ended += 1
+            print(f"[{ended:2}/{len(todo)}] {seconds:6.1f} s  {label(path)}{'  FAILED' if error else ''}", flush=True)
             if error is not None:
                 failed.add(path)
-                print(f"FAILED  {label(path)}\n{error}", flush=True)
+                print(error, flush=True)
     return [label(path) for path in todo if path in failed]
 
 
-def _scheduled(todo: list[Path], waits: dict, failed: set, jobs: int) -> Iterator[tuple[Path, str | None]]:
-    """Yield each run as it ends, with its error or None; a run whose needs failed ends at once."""
+def _scheduled(todo: list[Path], waits: dict, failed: set, jobs: int) -> Iterator[tuple[Path, float, str | None]]:
+    """Yield each run as it ends, with its seconds and its error or None; a run whose needs failed
+    ends at once."""
     left, done, going = list(todo), set(), {}
     threads = max(1, (os.cpu_count() or 1) // jobs)
     with ThreadPoolExecutor(jobs) as pool:
         while left or going:
             for path in [p for p in left if waits[p] & failed]:
                 left.remove(path)
-                yield path, f"not run: it reads {', '.join(label(p) for p in waits[path] & failed)}"
+                yield path, 0.0, f"not run: it reads {', '.join(label(p) for p in waits[path] & failed)}"
             ready = [p for p in left if not (waits[p] & set(todo)) - done]
             for path in ready[: jobs - len(going)]:
                 left.remove(path)
@@ -187,19 +193,16 @@ def _scheduled(todo: list[Path], waits: dict, failed: set, jobs: int) -> Iterato
                 for future in ended:
                     path = going.pop(future)
                     done.add(path)
-                    yield path, future.result()
+                    yield path, *future.result()
 
 
-def _in_a_process(path: Path, threads: int) -> str | None:
+def _in_a_process(path: Path, threads: int) -> tuple[float, str | None]:
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     began = time.perf_counter()
     ended = subprocess.run(
         [sys.executable, "-m", "vaelab.runs", "run", str(path)], env=environment, capture_output=True, text=True
     )
-    if ended.returncode == 0:
-        print(f"{time.perf_counter() - began:6.1f} s  {label(path)}", flush=True)
-        return None
-    return ended.stderr[-3000:]
+    return time.perf_counter() - began, None if ended.returncode == 0 else ended.stderr[-3000:]
 
 
 def _show_output() -> None:
