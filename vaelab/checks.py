@@ -54,4 +54,4 @@ def resolve(path: str | Path) -> Path:
 def local(path: str | Path) -> Path | None:
     """The local file or folder that ``path`` names, or None where there is none."""
     resolved = resolve(path)
-    return resolved if resolved.exists() else None
+    return resolved if str(path) and resolved.exists() else None

@@ -4,6 +4,7 @@ Everything goes through the ``datasets`` library. Columns are found by their fea
 column needs a name. Preprocessing is that of Shi, Wang and Roshka (channel suppression), section 3.
 """
 
+import glob
 import io
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -207,8 +208,8 @@ def _decode(value: Any) -> PIL.Image.Image:
     if isinstance(value, dict):
         if value.get("bytes") is None and value.get("path") is None:
             raise ValueError("the row holds no picture")
-        source = io.BytesIO(value["bytes"]) if value.get("bytes") is not None else value["path"]
-        image = PIL.Image.open(source)
+        stored = value["bytes"] if value.get("bytes") is not None else Path(value["path"]).read_bytes()
+        image = PIL.Image.open(io.BytesIO(stored))
     elif isinstance(value, PIL.Image.Image):
         image = value
     else:
@@ -220,7 +221,7 @@ def _decode(value: Any) -> PIL.Image.Image:
 def _rows(dataset: str, split: str, revision: str | None) -> "datasets.Dataset":
     if dataset in embedded_data.NAMES:
         return embedded_data.load(dataset, split)
-    path = local(dataset) if dataset else None
+    path = local(dataset)
     if path is not None:
         return _local_rows(path, dataset, split)
     name, _, subset = dataset.partition(":")
@@ -244,21 +245,22 @@ def _rows(dataset: str, split: str, revision: str | None) -> "datasets.Dataset":
 def _local_rows(path: Path, dataset: str, split: str) -> "datasets.Dataset":
     import datasets
 
+    place = glob.escape(str(path))
     if path.is_file():
         if path.suffix != ".parquet":
             raise ValueError(f"dataset: {dataset!r} is a file but no .parquet; give a folder for pictures")
         with _told(dataset):
-            return datasets.load_dataset("parquet", data_files={_base(split): str(path)}, split=split)
+            return datasets.load_dataset("parquet", data_files={_base(split): place}, split=split)
     kind = "parquet" if any(path.rglob("*.parquet")) else "imagefolder"
     known = PIL.Image.registered_extensions()
     if kind == "imagefolder" and not any(file.suffix.lower() in known for file in path.rglob("*")):
         raise ValueError(f"dataset: no picture and no parquet file in the folder {dataset!r}")
     with _told(dataset):
-        available = datasets.get_dataset_split_names(kind, data_dir=str(path))
+        available = datasets.get_dataset_split_names(kind, data_dir=place)
     if _base(split) not in available:
         raise unknown(f"split (of {dataset!r})", split, available)
     with _told(dataset):
-        return datasets.load_dataset(kind, data_dir=str(path), split=split)
+        return datasets.load_dataset(kind, data_dir=place, split=split)
 
 
 @contextmanager

@@ -153,6 +153,9 @@ def train(
     module, optimizer = accelerator.prepare(objective, optimizer)
     signature = _signature(config, settings)
     checkpoint = Path(folder, "checkpoint.safetensors") if folder else None
+    if checkpoint and accelerator.is_main_process:
+        for left_by_a_kill in checkpoint.parent.glob(f".{checkpoint.name}.*.draft"):
+            left_by_a_kill.unlink()
     history: list[dict[str, float]] = []
     sums: dict[str, Tensor] = {}
     start = 0
