@@ -201,7 +201,7 @@ def classify(
     suppressed = {}
     for layer, moments in activity.items():
         values = moments.mean_abs if by == "activity" else found[layer].weight.detach().float().abs().cpu()
-        bound = threshold * values.median() if relative else threshold
+        bound = threshold * values.quantile(0.5) if relative else threshold
         indices = torch.nonzero(values < bound).flatten().tolist()
         if indices:
             chosen = tuple(float(values[i]) for i in indices)
@@ -266,8 +266,8 @@ def folded_normal_mean(mean: np.ndarray, std: np.ndarray) -> np.ndarray:
     """E|y| of a normal y: what m_c would be of a channel with this mean and standard deviation."""
     from scipy.special import erf
 
-    std = np.maximum(std, np.finfo(float).tiny)
-    return std * np.sqrt(2 / np.pi) * np.exp(-((mean / std) ** 2) / 2) + mean * erf(mean / std / np.sqrt(2))
+    ratio = mean / np.maximum(std, np.abs(mean) / 40 + np.finfo(float).tiny)  # beyond 40, E|y| is |mean|
+    return std * np.sqrt(2 / np.pi) * np.exp(-(ratio**2) / 2) + mean * erf(ratio / np.sqrt(2))
 
 
 def scale_relation(table: pd.DataFrame, threshold: float) -> dict[str, float]:

@@ -18,6 +18,8 @@ from vaelab.hooks import unwrap
 
 STRATEGIES = ("multiply", "add", "reset", "adaptive")
 MOMENTS = ("keep", "reset")
+HEADROOM = 1.01
+"""``adaptive`` aims this much above the threshold, so that rounding leaves no channel just below."""
 
 
 @dataclass(frozen=True)
@@ -149,25 +151,33 @@ def _signed(scale: Tensor, size: Tensor) -> Tensor:
 def _adaptive(
     scale: Tensor, beta: np.ndarray, moments: object, indices: tuple[int, ...], threshold: float, config: NudgeConfig
 ) -> Tensor:
-    """The smallest |gamma|, never below the present one, with E|gamma z + beta| >= threshold.
+    """The smallest |gamma|, never below the present one, that brings m_c just above the threshold.
 
-    z is the normalised channel: normal, with the mean and deviation it was measured to have
-    (standard where gamma is 0 and nothing could be measured). Solved by bisection.
+    m_c is predicted as s E|gamma z + beta|, where z is the normalised channel: normal, with the
+    mean and deviation it was measured to have, and s makes the prediction at the present gamma what
+    was measured (z is standard and s = 1 where nothing could be measured: gamma is 0, or the
+    channel constant). Solved by bisection.
     """
     gamma = scale.numpy()
     chosen = list(indices)
     mean, std = moments.mean[chosen].double().numpy(), moments.std[chosen].double().numpy()
-    seen = np.abs(gamma) > 1e-8
+    measured, active = moments.mean_abs[chosen].double().numpy(), (moments.mean_abs[chosen] >= threshold).numpy()
+    seen = (np.abs(gamma) > 1e-8) & (std > 0)
     safe = np.where(seen, gamma, 1.0)
     z_mean, z_std = np.where(seen, (mean - beta) / safe, 0.0), np.where(seen, std / np.abs(safe), 1.0)
     sign = np.where(gamma < 0, -1.0, 1.0)
-    low = np.minimum(np.abs(gamma), config.gamma_max)
-    high = np.full_like(low, config.gamma_max)
+
+    def predicted(size: np.ndarray) -> np.ndarray:
+        return folded_normal_mean(sign * size * z_mean + beta, size * z_std)
+
+    share = np.where(seen, measured / np.maximum(predicted(np.abs(gamma)), np.finfo(float).tiny), 1.0)
+    low = np.abs(gamma)
+    high = np.maximum(low, config.gamma_max)
     for _ in range(60):
         middle = (low + high) / 2
-        enough = folded_normal_mean(sign * middle * z_mean + beta, middle * z_std) >= threshold
+        enough = share * predicted(middle) >= HEADROOM * threshold
         low, high = np.where(enough, low, middle), np.where(enough, middle, high)
-    return _signed(scale, torch.from_numpy(high))
+    return _signed(scale, torch.from_numpy(np.where(active, np.abs(gamma), high)))
 
 
 def _reset_moments(optimizer: torch.optim.Optimizer, scale: nn.Parameter, where: Tensor) -> None:
