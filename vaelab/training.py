@@ -154,7 +154,7 @@ def train(
     signature = _signature(config, settings)
     checkpoint = Path(folder, "checkpoint.safetensors") if folder else None
     if checkpoint and accelerator.is_main_process:
-        for left_by_a_kill in checkpoint.parent.glob(f".{checkpoint.name}.*.draft"):
+        for left_by_a_kill in checkpoint.parent.glob(".*.draft"):
             left_by_a_kill.unlink()
     history: list[dict[str, float]] = []
     sums: dict[str, Tensor] = {}
@@ -305,6 +305,7 @@ def _save(
     progress = {
         "step": step,
         "history": history,
+        "sums": list(sums),
         "signature": signature,
         "watchers": [watcher.state() for watcher in watchers],
         "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
@@ -339,5 +340,5 @@ def _restore(
         accelerator.scaler.load_state_dict(progress["scaler"])
     for watcher, state in zip(watchers, progress["watchers"], strict=True):
         watcher.restore(state)
-    sums = {n.removeprefix("sums/"): t.to(accelerator.device) for n, t in tensors.items() if n.startswith("sums/")}
+    sums = {name: tensors[f"sums/{name}"].to(accelerator.device) for name in progress["sums"]}
     return progress["step"], progress["history"], sums

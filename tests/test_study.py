@@ -1,0 +1,327 @@
+import json
+import multiprocessing
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import train_small_vae
+from helpers import ONE_THREAD, SILENT, save_silenced, without_groupnorm
+from safetensors.torch import load_file
+
+from vaelab import channels, models, study
+from vaelab.data import load_images
+from vaelab.nudge import NudgeConfig
+from vaelab.study import StudyConfig, compare, train_vae
+from vaelab.training import TrainConfig
+
+SCRIPT = Path(__file__).with_name("train_small_vae.py")
+PLANTED = sorted((layer, channel) for layer, indices in SILENT.items() for channel in indices)
+
+
+@pytest.fixture
+def model(tiny_vae, tmp_path):
+    return str(save_silenced(tiny_vae, tmp_path / "model"))
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    return (
+        load_images("digits", resolution=16, max_images=16),
+        load_images("digits", split="test", resolution=16, max_images=6),
+    )
+
+
+def config(nudge=None, **changes):
+    training = {"steps": 6, "learning_rate": 1e-3, "log_every": 1, "device": "cpu"}
+    for name in list(changes):
+        if name in TrainConfig.__dataclass_fields__:
+            training[name] = changes.pop(name)
+    others = {"batch_size": 4, "threshold": 1e-2, "track_every": 2, **changes}
+    return StudyConfig(TrainConfig(**training), NudgeConfig(interval=2, **(nudge or {})), **others)
+
+
+def touched(run):
+    return [(row["step"], row["layer"], row["channel"]) for row in run.interventions]
+
+
+def command(model, folder, steps):
+    return [sys.executable, "-W", "ignore", str(SCRIPT), model, str(folder), str(steps)]
+
+
+def bytes_of(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture
+def start(monkeypatch):
+    """Start ``train_small_vae.main`` in a process of its own; a server has the imports ready."""
+    for name, value in ONE_THREAD.items():
+        monkeypatch.setenv(name, value)
+    context = multiprocessing.get_context("forkserver")
+    kept_ready = ("accelerate", "datasets", "diffusers.models.autoencoders.autoencoder_kl", "torchmetrics.image")
+    context.set_forkserver_preload([*kept_ready, "sklearn.datasets"])
+
+    def started(*arguments):
+        process = context.Process(target=train_small_vae.main, args=arguments)
+        process.start()
+        return process
+
+    return started
+
+
+def test_killed_at_any_moment_it_ends_in_the_same_bits(model, tmp_path, start):
+    folder, checkpoint = tmp_path / "killed", tmp_path / "killed" / "checkpoint.safetensors"
+    rng = random.Random(0)
+
+    def written():
+        return checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
+
+    def early(process, before):
+        time.sleep(rng.uniform(0, 0.6))
+
+    def after_another_checkpoint(process, before):
+        wait_until(process, lambda: written() > before)
+        time.sleep(rng.uniform(0, 0.08))
+
+    def writing_a_checkpoint(process, before):
+        wait_until(process, lambda: any(folder.glob(".checkpoint*")))
+
+    def saving_the_weights(process, before):
+        wait_until(process, (folder / "vae").exists)
+
+    moments = [*[early] * 3, *[after_another_checkpoint] * 5, *[writing_a_checkpoint] * 2, saving_the_weights]
+    with (tmp_path / "log").open("w") as log:
+        options = {"env": ONE_THREAD, "stdout": log, "stderr": log}
+        alone = subprocess.Popen(command(model, tmp_path / "alone", 150), **options)
+        kills, resumed_from = 0, set()
+        for moment in moments:
+            resumed_from.add(written())
+            process = start(model, str(folder), 150)
+            moment(process, written())
+            process.kill()
+            process.join()
+            kills += process.exitcode == -signal.SIGKILL
+        last = subprocess.run(command(model, folder, 150), **options)
+        assert (last.returncode, alone.wait()) == (0, 0), (tmp_path / "log").read_text()
+
+    assert kills >= 6
+    assert len(resumed_from) >= 4
+    assert sorted(bytes_of(folder)) == ["run.json", "vae/config.json", "vae/diffusion_pytorch_model.safetensors"]
+    assert bytes_of(folder) == bytes_of(tmp_path / "alone")
+    run = json.loads((folder / "run.json").read_text())
+    assert run["interventions"]
+    assert [row["step"] for row in run["validation"]] == [0, 25, 50, 75, 100, 125, 150]
+    assert [row["step"] for row in run["tracked"]] == [1, *range(5, 151, 5)]
+
+
+def wait_until(process, reached):
+    while process.is_alive() and not reached():
+        time.sleep(0.002)
+
+
+def test_two_processes_stay_replicas(model, tmp_path):
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    python, *rest = command(model, tmp_path / "run", 12)
+    ended = subprocess.run([python, *rest[:2], *launch, *rest[2:]], env=ONE_THREAD, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    first, second = (load_file(tmp_path / "run" / f"rank{rank}.safetensors") for rank in (0, 1))
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+    runs = [json.loads((tmp_path / "run" / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    assert runs[0]["interventions"] == runs[1]["interventions"]
+    assert [row["channel"] for row in runs[0]["interventions"] if row["step"] == 10]
+    assert runs[0]["tracked"] == runs[1]["tracked"]
+    losses = [[row["loss"] for row in run["history"]] for run in runs]
+    assert all(a != b for a, b in zip(*losses, strict=True))
+    stored = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert {key: stored[key] for key in runs[0]} == runs[0]
+    assert not (tmp_path / "run" / "checkpoint.safetensors").exists()
+
+
+def test_nudge_touches_the_suppressed_channels_on_its_steps_and_not_after_the_last(model, pictures, tmp_path):
+    run = train_vae(model, "nudge", config(learning_rate=1e-6), pictures, tmp_path)
+    assert touched(run) == [(step, *one) for step in (2, 4) for one in sorted(PLANTED, key=layer_order(model))]
+    for row in run.interventions[: len(PLANTED)]:
+        assert row["after"] == pytest.approx(1.1 * row["before"], rel=1e-5)
+    assert [(row["step"], row["nudged"]) for row in run.tracked] == [(1, 0), (2, 5), (4, 5), (6, 0)]
+
+
+def layer_order(model):
+    layers = list(channels.groupnorms(models.load_vae(model, device="cpu")))
+    return lambda one: (layers.index(one[0]), one[1])
+
+
+def test_baseline_scales_move_by_the_optimizer_alone(model, pictures, tmp_path):
+    setting = config(undecayed=(), weight_decay=0.0)
+    run = train_vae(model, "baseline", setting, pictures, tmp_path / "run", keep_weights=True)
+    assert run.interventions == []
+    assert {row["nudged"] for row in run.tracked} == {0}
+    plain = models.load_vae(model, device="cpu")
+    study.train(
+        study.VAEObjective(plain.requires_grad_(True), setting.kl_weight),
+        pictures[0].shuffled(setting.batch_size, setting.train.seed),
+        setting.train,
+    )
+    trained = models.load_vae(str(tmp_path / "run" / "vae"), device="cpu")
+    for name, value in plain.state_dict().items():
+        assert torch.equal(value, trained.state_dict()[name]), name
+
+
+def test_control_touches_as_many_active_channels_of_the_same_layers(model, pictures, tmp_path):
+    run = train_vae(model, "control", config(), pictures, tmp_path)
+    at_first = [one for one in touched(run) if one[0] == 2]
+    assert not {one[1:] for one in at_first} & set(PLANTED)
+    counts = {layer: sum(one[1] == layer for one in at_first) for layer in SILENT}
+    assert counts == {layer: len(indices) for layer, indices in SILENT.items()}
+    assert all(abs(row["before"]) > 0.5 for row in run.interventions if row["step"] == 2)
+
+
+def test_compare_pairs_runs_by_their_seed(model, pictures, tmp_path):
+    runs = compare(model, ["baseline", "nudge", "control"], [0, 7], config(), pictures, tmp_path)
+    assert [(run.seed, run.condition) for run in runs] == [
+        (seed, condition) for seed in (0, 7) for condition in ("baseline", "nudge", "control")
+    ]
+    losses = {(run.condition, run.seed): [row["loss"] for row in run.history] for run in runs}
+    for seed in (0, 7):
+        for condition in ("nudge", "control"):
+            assert losses[condition, seed][:2] == losses["baseline", seed][:2]
+            assert losses[condition, seed][2:] != losses["baseline", seed][2:]
+    assert losses["baseline", 0] != losses["baseline", 7]
+    kept = sorted(path.parent.name for path in tmp_path.glob("*/vae"))
+    assert kept == ["baseline-seed0", "control-seed0", "nudge-seed0"]
+    assert {run.validation[0]["mse"] for run in runs} == {runs[0].validation[0]["mse"]}
+
+
+def test_validation_counts_the_planted_channels(model, pictures, tmp_path):
+    run = train_vae(model, "baseline", config(evaluate_every=4), pictures, tmp_path)
+    assert [row["step"] for row in run.validation] == [0, 4, 6]
+    assert run.validation[0]["suppressed"] == len(PLANTED)
+
+
+def test_finished_run_is_read_back_and_not_trained_again(model, pictures, tmp_path, monkeypatch):
+    first = train_vae(model, "nudge", config(), pictures, tmp_path)
+    assert [path.name for path in tmp_path.glob("*") if path.name != "model"] == ["run.json"]
+    with monkeypatch.context() as patched:
+        patched.setattr(study, "train", None)
+        assert train_vae(model, "nudge", config(), pictures, tmp_path) == first
+
+
+def test_finished_run_without_weights_is_trained_again_where_they_are_wanted(model, pictures, tmp_path):
+    first = train_vae(model, "nudge", config(), pictures, tmp_path)
+    assert train_vae(model, "nudge", config(), pictures, tmp_path, keep_weights=True) == first
+    assert (tmp_path / "vae" / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"learning_rate": 2e-3}, "learning_rate"),
+        ({"nudge": {"nudge_factor": 1.5}}, "nudge_factor"),
+        ({"threshold": 0.1, "kl_weight": 1.0}, "kl_weight, threshold"),
+    ],
+)
+def test_finished_run_of_other_settings_is_refused_by_name(model, pictures, tmp_path, changes, named):
+    train_vae(model, "nudge", config(steps=2), pictures, tmp_path)
+    with pytest.raises(ValueError, match=rf"run.json holds a run with other settings \({named}\)"):
+        train_vae(model, "nudge", config(**{"steps": 2, **changes}), pictures, tmp_path)
+
+
+def test_other_pictures_are_other_settings(model, pictures, tmp_path):
+    train_vae(model, "baseline", config(steps=1), pictures, tmp_path)
+    others = load_images("digits", resolution=16, max_images=16, seed=1)
+    with pytest.raises(ValueError, match=r"other settings \(data\)"):
+        train_vae(model, "baseline", config(steps=1), (others, pictures[1]), tmp_path)
+
+
+def test_from_scratch_the_seed_makes_the_weights(model, pictures, tmp_path):
+    def scratch(seed, changes):
+        folder = tmp_path / f"{seed}{len(changes)}"
+        setting = config(steps=1, seed=seed, learning_rate=1e-9)
+        train_vae(model, "baseline", setting, pictures, folder, changes=changes, keep_weights=True)
+        return models.load_vae(str(folder / "vae"), device="cpu")
+
+    first, second = scratch(0, {}), scratch(1, {})
+    assert not torch.allclose(first.decoder.conv_in.weight, second.decoder.conv_in.weight, atol=1e-3)
+    assert first.encoder.mid_block.resnets[0].norm1.weight.min() > 0.9
+    assert scratch(0, {"block_out_channels": [16, 16]}).decoder.conv_norm_out.num_channels == 16
+
+
+def test_decayless_scales_are_spared(model, pictures, tmp_path):
+    names = study.decayless_scales(models.load_vae(model, device="cpu"))
+    setting = {"steps": 2, "weight_decay": 0.5, "learning_rate": 0.1, "clip_norm": 0}
+
+    def scales(folder, undecayed):
+        train_vae(model, "baseline", config(**setting, undecayed=undecayed), pictures, tmp_path / folder,
+                  keep_weights=True)  # fmt: skip
+        return models.load_vae(str(tmp_path / folder / "vae"), device="cpu").encoder.conv_norm_out.weight
+
+    decayed, spared = scales("decayed", ()), scales("spared", names)
+    assert len(names) == 2 * len(channels.groupnorms(models.load_vae(model, device="cpu")))
+    assert spared.mean() - decayed.mean() > 0.05
+
+
+def test_bfloat16_trains_and_measures_in_float32(model, pictures, tmp_path):
+    exact, coarse = (
+        train_vae(model, "baseline", config(precision=precision), pictures, tmp_path / precision)
+        for precision in ("float32", "bfloat16")
+    )
+    assert coarse.validation[0] == exact.validation[0]
+    assert coarse.history[0]["loss"] != exact.history[0]["loss"]
+    assert coarse.history[0]["loss"] == pytest.approx(exact.history[0]["loss"], rel=0.05)
+
+
+def test_float16_of_an_sdxl_vae_is_refused_before_anything_is_written(model, pictures, tmp_path):
+    with pytest.raises(ValueError, match=r"^precision: float16 is refused"):
+        train_vae(model, "baseline", config(precision="float16"), pictures, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_model_without_groupnorm_is_refused(pictures, tmp_path):
+    without_groupnorm().save_pretrained(tmp_path / "tiny")
+    with pytest.raises(ValueError, match=r"^model: .*no GroupNorm"):
+        train_vae(str(tmp_path / "tiny"), "baseline", config(), pictures, tmp_path / "run")
+
+
+def test_unknown_layers_are_refused(model, pictures, tmp_path):
+    with pytest.raises(ValueError, match=r"^layers: "):
+        train_vae(model, "baseline", config(layers="encoder.conv_nrm_out"), pictures, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("conditions", [["baseline", "nugde"], ["nudge"], ["baseline", "baseline"], []])
+def test_bad_conditions_are_refused(model, pictures, tmp_path, conditions):
+    with pytest.raises(ValueError, match=r"^conditions:"):
+        compare(model, conditions, [0, 1], config(), pictures, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("seeds", [[], [1, 1]])
+def test_bad_seeds_are_refused(model, pictures, tmp_path, seeds):
+    with pytest.raises(ValueError, match=r"^seeds:"):
+        compare(model, ["baseline", "nudge"], seeds, config(), pictures, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"interval": 0}, {"threshold": -1e-3}, {"threshold": float("nan")}, {"track_every": 0}, {"batch_size": 0}),
+        *({"kl_weight": -1}, {"evaluate_every": -1}, {"near_zero_threshold": -1}, {"nudge_factor": 0.9}),
+        *({"strategy": "mulitply"}, {"steps": 0}, {"precision": "half"}),
+    ],
+)
+def test_bad_parameter_is_refused_by_name(changes):
+    with pytest.raises(ValueError, match=f"^{next(iter(changes))}:"):
+        StudyConfig.of({"steps": 5}, **changes)
+
+
+def test_configuration_of_a_notebooks_parameters():
+    params = {"steps": 5, "learning_rate": 1e-3, "interval": 3, "threshold": 0.5, "trackers": ["tensorboard"],
+              "dataset": "glyphs", "output_dir": "x", "seed": 4}  # fmt: skip
+    got = StudyConfig.of(params, threshold=0.25)
+    expected = TrainConfig(steps=5, learning_rate=1e-3, trackers=("tensorboard",), seed=4)
+    assert got == StudyConfig(expected, NudgeConfig(interval=3), threshold=0.25)

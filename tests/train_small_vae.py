@@ -1,0 +1,43 @@
+"""Train the VAE in one folder with nudges, in another: the command that test_study.py runs, kills
+and runs as two processes."""
+
+import os
+import sys
+import threading
+from pathlib import Path
+
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from vaelab import data, models, study
+from vaelab.files import write_json
+from vaelab.nudge import NudgeConfig
+from vaelab.training import TrainConfig
+
+
+def main(model: str, folder: str, steps: int) -> None:
+    tqdm.set_lock(threading.RLock())  # its own is shared by processes, and a kill would leave it behind
+    pictures = (
+        data.load_images("digits", resolution=16, max_images=24),
+        data.load_images("digits", split="test", resolution=16, max_images=8),
+    )
+    config = study.StudyConfig(
+        TrainConfig(steps=steps, learning_rate=1e-3, log_every=4, checkpoint_every=7, device="cpu"),
+        NudgeConfig(interval=10),
+        batch_size=4,
+        threshold=1e-2,
+        track_every=5,
+        evaluate_every=25,
+    )
+    loaded = []
+    load = models.load_vae
+    models.load_vae = lambda *names, **options: loaded.append(load(*names, **options)) or loaded[-1]
+    run = study.train_vae(model, "nudge", config, pictures, folder, keep_weights=True)
+    if "RANK" in os.environ:
+        rank = os.environ["RANK"]
+        save_file(loaded[0].state_dict(), Path(folder, f"rank{rank}.safetensors"))
+        write_json(Path(folder, f"rank{rank}.json"), run._asdict())
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))
