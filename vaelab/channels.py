@@ -200,6 +200,8 @@ def classify(
     found = groupnorms(model, list(activity))
     suppressed = {}
     for layer, moments in activity.items():
+        if not moments.mean_abs.isfinite().all():
+            raise ValueError(f"activity: {layer} puts out NaN or infinity; precision float32 or bfloat16 may help")
         values = moments.mean_abs if by == "activity" else found[layer].weight.detach().float().abs().cpu()
         bound = threshold * values.quantile(0.5) if relative else threshold
         indices = torch.nonzero(values < bound).flatten().tolist()

@@ -32,14 +32,15 @@ class NudgeConfig:
 
     strategy: str = "multiply"
     """``multiply``: |gamma| f; ``add``: |gamma| + a; ``reset``: gamma = 1; ``adaptive``: as far as
-    the threshold asks for and no further."""
+    the threshold asks for and no further (so the control, whose channels are above it, is left as
+    it is)."""
     nudge_factor: float = 1.1
     """f of ``multiply``."""
     nudge_amount: float = 0.01
     """a of ``add``."""
     gamma_max: float = 2.0
     """gamma_max, which caps ``multiply``, ``add`` and ``adaptive``."""
-    gamma_floor: float = 1e-3
+    gamma_floor: float = 1e-4
     """``multiply`` starts from at least this magnitude: a scale of exactly 0 would stay 0."""
     interval: int = 200
     """Steps between interventions."""

@@ -63,6 +63,8 @@ class StudyConfig:
         )
 
     def __post_init__(self) -> None:
+        if self.relative and self.nudge.strategy == "adaptive":
+            raise ValueError("strategy: adaptive raises m_c to an absolute threshold; it cannot go with relative")
         at_least("batch_size", self.batch_size, 1)
         at_least("track_every", self.track_every, 1)
         at_least("threshold", self.threshold, 0)
