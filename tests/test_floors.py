@@ -10,8 +10,8 @@ import vaelab
 PACKAGE = Path(vaelab.__file__).parent
 FLOORS = [
     ["checks", "devices", "files"],
-    ["hooks", "models", "training", "plots", "embedded_data"],
-    ["data", "channels", "report", "vae"],
+    ["hooks", "models", "plots", "embedded_data", "checkpoints"],
+    ["training", "data", "channels", "report", "vae"],
     ["nudge", "lens"],
     ["study", "frontpage"],
     ["causes", "comparison", "bench", "runs"],

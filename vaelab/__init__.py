@@ -3,11 +3,12 @@
 The package is the vocabulary of the notebooks. Its modules stand on floors and import only
 downward (``tests/test_floors.py`` holds them to it)::
 
-    0  checks, devices                     what is refused and how; where things run
-    1  hooks, models, training, plots      reading layers, loading models, training, drawing
-    2  data, channels, lens, report        pictures, channel statistics, the lens, results
-    3  nudge                               what is done to suppressed channels
-    4  vae, bench, runs, frontpage         the studies; how fast; running params files
+    0  checks, devices, files                          what is refused and how; where things run
+    1  hooks, models, embedded_data, plots, checkpoints    reading layers, loading, drawing, saving
+    2  training, data, channels, vae, report           training, pictures, statistics, results
+    3  nudge, lens                                     silent channels woken; what a layer sees
+    4  study, frontpage                                fine-tuning; what has been run
+    5  comparison, causes, bench, runs                 runs side by side; how fast; params files
 
 Importing ``vaelab`` imports nothing else: ``from vaelab import channels`` loads what it needs.
 """

@@ -17,14 +17,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from vaelab import devices
+from vaelab import checkpoints, devices
+from vaelab.checkpoints import Progress
 from vaelab.checks import at_least, one_of
-from vaelab.files import atomic
 
 SCHEDULES = ("constant", "linear", "cosine")
 MIXED = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
@@ -156,11 +154,14 @@ def train(
     if checkpoint and accelerator.is_main_process:
         for left_by_a_kill in checkpoint.parent.glob(".*.draft"):
             left_by_a_kill.unlink()
-    history: list[dict[str, float]] = []
-    sums: dict[str, Tensor] = {}
-    start = 0
+    progress = Progress()
     if checkpoint and checkpoint.exists():
-        start, history, sums = _restore(checkpoint, objective, optimizer, watchers, signature, accelerator)
+        progress = checkpoints.restore(checkpoint, objective, optimizer, signature)
+        for watcher, state in zip(watchers, progress.watchers, strict=True):
+            watcher.restore(state)
+        if progress.scaler and accelerator.scaler:
+            accelerator.scaler.load_state_dict(progress.scaler)
+    start, history, sums = progress.step, progress.history, progress.sums
     if config.trackers:
         accelerator.init_trackers(
             "vaelab", config={**asdict(config), "undecayed": None, "betas": None, "trackers": None}
@@ -195,7 +196,9 @@ def train(
         bar.update()
         due = step == config.steps or (config.checkpoint_every and step % config.checkpoint_every == 0)
         if checkpoint and due and accelerator.is_main_process:
-            _save(checkpoint, objective, optimizer, watchers, step, history, sums, signature, accelerator)
+            scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
+            progress = Progress(step, history, sums, [watcher.state() for watcher in watchers], scaler)
+            checkpoints.save(checkpoint, objective, optimizer, progress, signature)
     bar.close()
     if config.trackers:
         accelerator.end_training()
@@ -284,61 +287,3 @@ def _optimizer(objective: nn.Module, config: TrainConfig, device: torch.device) 
 def _signature(config: TrainConfig, settings: dict[str, Any] | None) -> dict[str, Any]:
     signed = {key: value for key, value in asdict(config).items() if key not in NOT_SIGNED}
     return json.loads(json.dumps({**signed, **(settings or {})}))
-
-
-def _named_state(objective: nn.Module, optimizer: Any) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    names = {id(parameter): name for name, parameter in objective.named_parameters()}
-    inner = getattr(optimizer, "optimizer", optimizer)
-    for group in inner.param_groups:
-        for parameter in group["params"]:
-            yield names[id(parameter)], inner.state.setdefault(parameter, {})
-
-
-def _save(
-    path: Path, objective: nn.Module, optimizer: Any, watchers: list[Watcher], step: int,
-    history: list, sums: dict[str, Tensor], signature: dict, accelerator: Any,
-) -> None:  # fmt: skip
-    tensors = {f"model/{name}": value for name, value in objective.state_dict().items()}
-    for name, state in _named_state(objective, optimizer):
-        tensors |= {f"optimizer/{key}/{name}": value for key, value in state.items()}
-    tensors |= {f"sums/{name}": value for name, value in sums.items()}
-    progress = {
-        "step": step,
-        "history": history,
-        "sums": list(sums),
-        "signature": signature,
-        "watchers": [watcher.state() for watcher in watchers],
-        "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
-    }
-    with atomic(path) as draft:
-        # a copy each: safetensors refuses tensors that share memory
-        tensors = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
-        save_file(tensors, draft, metadata={"progress": json.dumps(progress)})
-
-
-def _restore(
-    path: Path, objective: nn.Module, optimizer: Any, watchers: list[Watcher], signature: dict, accelerator: Any
-) -> tuple[int, list, dict[str, Tensor]]:
-    with safe_open(path, framework="pt", device="cpu") as file:
-        progress = json.loads((file.metadata() or {}).get("progress", "null"))
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    if progress is None:
-        raise ValueError(f"{path} is no checkpoint of this lab")
-    differing = [key for key in signature if progress["signature"].get(key) != signature[key]]
-    if differing:
-        there = ", ".join(
-            f"{key} {progress['signature'].get(key)!r} there, {signature[key]!r} here" for key in differing
-        )
-        raise ValueError(f"{path} was made with other settings ({there}); delete it, or train in another folder")
-    objective.load_state_dict({n.removeprefix("model/"): t for n, t in tensors.items() if n.startswith("model/")})
-    fused = optimizer.param_groups[0]["fused"]
-    for name, state in _named_state(objective, optimizer):
-        for key in ("step", "exp_avg", "exp_avg_sq"):
-            if (stored := tensors.get(f"optimizer/{key}/{name}")) is not None:
-                state[key] = stored.to(accelerator.device) if fused or key != "step" else stored
-    if progress["scaler"] and accelerator.scaler:
-        accelerator.scaler.load_state_dict(progress["scaler"])
-    for watcher, state in zip(watchers, progress["watchers"], strict=True):
-        watcher.restore(state)
-    sums = {name: tensors[f"sums/{name}"].to(accelerator.device) for name in progress["sums"]}
-    return progress["step"], progress["history"], sums
