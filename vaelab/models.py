@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -37,8 +37,8 @@ def load_vae(
     """Load an autoencoder in evaluation mode.
 
     Args:
-        name: ``embedded``, a hub id, or a local diffusers folder; of a whole pipeline the part
-            in its folder ``vae`` is taken.
+        name: ``embedded``, a hub id, or a local diffusers folder; of a whole pipeline, local or
+            on the hub, its ``vae`` is taken.
         device: ``auto``, ``cpu``, ``cuda``, ``mps``.
         precision: ``float32``, ``bfloat16`` or ``float16``, of the weights.
         revision: a branch, tag or commit on the hub.
@@ -55,9 +55,8 @@ def load_vae(
         ValueError: no such model, a model that is no autoencoder, no GroupNorm where one is
             needed, or float16 for the SDXL-VAE, whose activations pass float16's 65,504.
     """
-    path, subfolder = _locate(name)
-    config = _read_config(path, subfolder, name, revision)
-    check_precision(name, precision, revision)
+    path, subfolder, config = _locate(name, revision)
+    _refuse_overflow(config, precision, name)
     kind, dtype = _autoencoder_class(config, name), devices.dtype(precision)
     if changes is None:
         vae = kind.from_pretrained(path, subfolder=subfolder, revision=revision, torch_dtype=dtype)
@@ -80,8 +79,9 @@ def posterior(vae: nn.Module, pixels: Tensor) -> Any:
     return encoded.latent_dist
 
 
+@torch.no_grad()
 def reconstruct(vae: nn.Module, pixels: Tensor) -> Tensor:
-    """Pictures (B, 3, R, R) through encoder and decoder; of a posterior, its mean."""
+    """Pictures (B, 3, R, R) through encoder and decoder; of a posterior, its mean. Keeps no graph."""
     encoded = vae.encode(pixels)
     if hasattr(encoded, "latent_dist"):
         latent = encoded.latent_dist.mode()
@@ -106,8 +106,10 @@ def check_precision(name: str, precision: str, revision: str | None = None) -> N
     It is known by ``force_upcast`` in its configuration, or by its latents' scaling factor where
     the configuration does not say (``sdxl-vae-fp16-fix`` says that it need not).
     """
-    path, subfolder = _locate(name)
-    config = _read_config(path, subfolder, name, revision)
+    _refuse_overflow(_locate(name, revision).config, precision, name)
+
+
+def _refuse_overflow(config: dict[str, Any], precision: str, name: str) -> None:
     is_sdxl = abs((config.get("scaling_factor") or 0) - SDXL_SCALING_FACTOR) < 1e-6
     if devices.dtype(precision) == torch.float16 and config.get("force_upcast", is_sdxl):
         raise ValueError(
@@ -116,32 +118,58 @@ def check_precision(name: str, precision: str, revision: str | None = None) -> N
         )
 
 
-def _locate(name: str) -> tuple[str, str | None]:
-    """The path or hub id to load from, and the subfolder of it that holds the autoencoder."""
+class _Place(NamedTuple):
+    path: str
+    """A local folder or a hub id."""
+    subfolder: str | None
+    """Where in it the autoencoder is."""
+    config: dict[str, Any]
+    """Its config.json as it is written, without the class's defaults."""
+
+
+def _locate(name: str, revision: str | None) -> _Place:
     if name in EMBEDDED:
-        return str(embedded_path()), "vae"
+        return _place_in(embedded_path(), name)
     folder = local(name)
     if folder is not None:
         if not folder.is_dir():
             raise ValueError(f"model: {name!r} is a file; expected a diffusers folder")
-        return str(folder), "vae" if not (folder / "config.json").exists() and (folder / "vae").is_dir() else None
+        return _place_in(folder, name)
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise ValueError(
             f"model: {name!r} is neither an embedded model ({', '.join(EMBEDDED)}), a local folder, "
             f"nor a hub id (owner/name); did you mean {nearest(name, [*EMBEDDED, *MOVED.values()], 1)[0]!r}?"
         )
-    return name, None
+    return _place_on_hub(name, revision)
 
 
-def _read_config(path: str, subfolder: str | None, name: str, revision: str | None) -> dict[str, Any]:
-    """The autoencoder's config.json as it is written, without the class's defaults."""
-    if Path(path).is_dir():
-        file = Path(path, subfolder or "", "config.json")
-        if not file.exists():
-            raise ValueError(f"model: no config.json in {name!r}; expected a folder saved by diffusers")
-        config = json.loads(file.read_text())
-    else:
-        config = _hub_config(name, revision)
+def _place_in(folder: Path, name: str) -> _Place:
+    for subfolder in (None, "vae"):
+        file = folder / (subfolder or "") / "config.json"
+        if file.exists():
+            return _Place(str(folder), subfolder, _own_entries(json.loads(file.read_text())))
+    raise ValueError(f"model: no config.json in {name!r}; expected a folder saved by diffusers")
+
+
+def _place_on_hub(name: str, revision: str | None) -> _Place:
+    from diffusers import AutoencoderKL
+
+    errors = []
+    for subfolder in (None, "vae"):
+        try:
+            config = AutoencoderKL.load_config(name, revision=revision, subfolder=subfolder)
+        except OSError as error:
+            errors.append(error)
+        else:
+            return _Place(name, subfolder, _own_entries(config))
+    moved = f" It is now {MOVED[name]!r}." if name in MOVED else ""
+    raise ValueError(
+        f"model: {name!r} could not be read from the hub.{moved} For a model behind a licence, set HF_TOKEN. "
+        f"({errors[0]})"
+    ) from errors[0]
+
+
+def _own_entries(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in ("_name_or_path", "_diffusers_version")}
 
 
@@ -152,19 +180,6 @@ def _untrained(kind: type, config: dict[str, Any], seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return kind.from_config(config)
-
-
-def _hub_config(name: str, revision: str | None) -> dict[str, Any]:
-    from diffusers import AutoencoderKL
-
-    try:
-        return AutoencoderKL.load_config(name, revision=revision)
-    except OSError as error:
-        moved = f" It is now {MOVED[name]!r}." if name in MOVED else ""
-        raise ValueError(
-            f"model: {name!r} could not be read from the hub.{moved} For a model behind a licence, set "
-            f"HF_TOKEN; for a pipeline, name its local folder or its VAE's own id. ({error})"
-        ) from error
 
 
 def _autoencoder_class(config: dict[str, Any], name: str) -> type:
