@@ -148,6 +148,10 @@ def test_parquet_with_features(tmp_path):
 
 
 def test_column_of_pictures_is_preferred_to_other_bytes(tmp_path):
+    labelled(2).add_column("a", [b"12", b"34"]).select_columns(["a", "kind", "picture"]).to_parquet(
+        tmp_path / "1.parquet"
+    )
+    assert load_images(str(tmp_path / "1.parquet"), resolution=16)[0]["label"] == 0
     shots = [{"bytes": png(i), "path": "x"} for i in (0, 1)]
     path = plain_parquet(tmp_path / "some.parquet", hash=[b"12", b"34"], row=[7, 8], shot=shots)
     images = load_images(path, resolution=16)

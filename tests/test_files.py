@@ -22,7 +22,9 @@ def test_reader_sees_the_old_file_until_the_new_one_is_whole(tmp_path):
         draft.write_text("new")
         assert path.read_text() == "old"
         assert draft.parent == path.parent
+        place = draft.stat().st_ino
     assert path.read_text() == "new"
+    assert path.stat().st_ino == place  # renamed, not copied
     assert list(tmp_path.iterdir()) == [path]
 
 

@@ -192,7 +192,13 @@ def test_loss_that_is_not_finite_is_an_error_with_its_step():
         train(Broken(), batches, config(log_every=2))
 
 
+class Noise(Line):
+    def forward(self, batch):
+        return {"loss": torch.rand(()) + 0 * self.bias}
+
+
 def test_randomness_depends_on_seed_and_step_alone():
+    assert len({row["loss"] for row in train(Noise(), batches, config(log_every=1)).history}) == 10
     torch.manual_seed(1)
     first = train(Line(noise=1.0), batches, config(log_every=1)).history
     torch.manual_seed(2)

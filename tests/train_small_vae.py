@@ -22,7 +22,7 @@ def main(model: str, folder: str, steps: int) -> None:
         data.load_images("digits", split="test", resolution=16, max_images=8),
     )
     config = study.StudyConfig(
-        TrainConfig(steps=steps, learning_rate=1e-3, log_every=4, checkpoint_every=7, device="cpu"),
+        TrainConfig(steps=steps, learning_rate=1e-3, log_every=4, checkpoint_every=4, device="cpu"),
         NudgeConfig(interval=10),
         batch_size=4,
         threshold=1e-2,

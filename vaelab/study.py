@@ -5,6 +5,7 @@ seed; the notebooks pair runs that share everything but the condition.
 """
 
 import json
+import shutil
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -208,6 +209,7 @@ def train_vae(
     settings = _settings(model, revision, condition, config, pictures, changes)
     if finished.exists() and (not keep_weights or (folder / "vae").exists()):
         return _reload(finished, settings)
+    finished.unlink(missing_ok=True)
     models.check_precision(model, config.train.precision, revision)
     vae = models.load_vae(
         model, device=config.train.device, revision=revision, groupnorm=True, changes=changes, seed=config.train.seed
@@ -228,6 +230,7 @@ def train_vae(
     result = VAERun(condition, config.train.seed, trained.history, watcher.rows, watcher.interventions, validator.rows)
     if PartialState().is_main_process:
         if keep_weights:
+            shutil.rmtree(folder / "vae", ignore_errors=True)  # what a kill left half written
             vae.eval().save_pretrained(folder / "vae")
         write_json(finished, {"settings": settings, **result._asdict()})
         checkpoint.unlink()
