@@ -125,5 +125,18 @@ def test_the_front_page_escapes_what_it_shows(project):
     assert "2.0 s" in page
 
 
+def test_the_front_page_says_what_a_notebook_asks_and_folds_its_smoke_run(project):
+    folder = project / "outputs" / "10_one"
+    for name in ("demo", "smoke"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "results.json").write_text('{"metrics": {}, "seconds": 1, "environment": {}}')
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# 10 · Why <so>?\nBecause.")])
+    nbformat.write(nb, project / "notebooks" / "10_one.ipynb")
+    page = frontpage.write(project / "outputs").read_text()
+    assert "Why &lt;so&gt;?" in page
+    demo, smoke = page.split("<details>")
+    assert "demo</h3>" in demo and "smoke</h3>" in smoke
+
+
 def test_an_empty_front_page_says_what_to_do(tmp_path):
     assert "make demo" in frontpage.write(tmp_path).read_text()

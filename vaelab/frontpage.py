@@ -8,10 +8,11 @@ from urllib.parse import quote
 from vaelab.files import atomic, read_json
 
 PICTURES, NUMBERS = 3, 8
+SMOKE = "smoke"
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8882; --accent: #3b76af; }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1200px; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.6rem; margin-bottom: 0; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .4rem; }
+h1 { font-size: 1.6rem; margin-bottom: 0; } h2 { font-size: 1.15rem; margin: 2.2rem 0 0; }
 article { display: grid; grid-template-columns: minmax(230px, 1fr) 3fr; gap: 1.2rem; padding: 1rem 0;
   border-top: 1px solid var(--line); }
 article h3 { margin: 0; font-size: 1rem; } a { color: var(--accent); }
@@ -26,14 +27,18 @@ td + td { text-align: right; font-variant-numeric: tabular-nums; padding-left: .
 
 def write(outputs: Path) -> Path:
     """Write the front page of everything run under ``outputs``; returns its path."""
+    notebooks = outputs.parent / "notebooks"
     sections = []
     for folder in sorted(path for path in outputs.glob("*/") if path.is_dir()):
         names = {path.stem for path in folder.glob("*.ipynb")} | {
             path.parent.name for path in folder.glob("*/results.json")
         }
         if names:
-            rows = "\n".join(_row(folder, name) for name in sorted(names))
-            sections.append(f"<h2>{escape(folder.name)}</h2>\n{rows}")
+            rows = {name: _row(folder, name) for name in sorted(names)}
+            shown = "\n".join(row for name, row in rows.items() if name != SMOKE)
+            hidden = f"<details><summary>its smoke run</summary>{rows[SMOKE]}</details>" if SMOKE in rows else ""
+            heading = f"<h2>{escape(folder.name)}</h2><p class=meta>{escape(_question(notebooks / f'{folder.name}.ipynb'))}</p>"
+            sections.append(f"{heading}\n{shown}\n{hidden}")
     body = "\n".join(sections) or "<p>Nothing has been run yet: try <code>make demo</code>.</p>"
     page = outputs / "index.html"
     with atomic(page) as draft:
@@ -44,6 +49,14 @@ def write(outputs: Path) -> Path:
             f"A run's name leads to its notebook.</p>\n{body}\n</body></html>\n"
         )
     return page
+
+
+def _question(notebook: Path) -> str:
+    """What a notebook asks: the heading of its first cell, without the number."""
+    if not notebook.exists():
+        return ""
+    heading = "".join(read_json(notebook)["cells"][0]["source"]).split("\n")[0]
+    return heading.removeprefix("# ").split(" · ")[-1] if heading.startswith("# ") else ""
 
 
 def _row(folder: Path, name: str) -> str:
