@@ -457,3 +457,14 @@ def test_pair_of_the_same_pictures_is_refused(tmp_path):
     ):
         with pytest.raises(ValueError, match=r"^eval_split:"):
             data.load_pair(dataset, split, eval_split, **options)
+
+
+def test_a_picture_for_a_figure_and_what_is_said_where_there_is_none(tmp_path):
+    PIL.Image.new("RGB", (20, 20), "red").save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(b"no picture")
+    images = data.load_images(str(tmp_path), resolution=16)
+    assert images.picture(0).shape == (3, 16, 16)
+    with pytest.raises(ValueError, match="picture: .* has pictures 0 to 1, got 2"):
+        images.picture(2)
+    with pytest.raises(ValueError, match="picture: 1 of .* cannot be read"):
+        images.picture(1)

@@ -141,6 +141,8 @@ def no_groupnorm(tmp_path):
         ({"dataset": "photoz"}, "dataset: 'photoz'.*photos"),
         ({"model": "no_groupnorm"}, "model: .* has no GroupNorm"),
         ({"output_dir": "a-file"}, "output_dir: cannot write"),
+        ({"picture": 99}, "picture: .* has pictures 0 to 3, got 99"),
+        ({"resolution": 30}, "resolution: pictures of 30 x 30 come back as 28 x 28; take a multiple of 4"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

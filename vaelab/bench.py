@@ -5,6 +5,7 @@ reference is run twice a round, so that its difference to itself says what a dif
 """
 
 import copy
+import functools
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -69,6 +70,8 @@ def tracking_seconds(vae: nn.Module, images: Images, config: StudyConfig, rounds
     batches = images.shuffled(config.batch_size, config.train.seed)()
     pixels = [next(batches)["pixels"].to(device) for _ in range(4)]
     every_step = replace(config, track_every=1)
+    dtype = devices.dtype(config.train.precision)
+    precision = functools.partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
 
     def step_of(tracked: bool) -> Callable[[int], None]:
         twin = copy.deepcopy(vae).train().requires_grad_(True)
@@ -80,7 +83,7 @@ def tracking_seconds(vae: nn.Module, images: Images, config: StudyConfig, rounds
 
         def step(number: int) -> None:
             torch.manual_seed(number)
-            with watcher.around(number + 1) if tracked else nullcontext():
+            with watcher.around(number + 1) if tracked else nullcontext(), precision():
                 objective({"pixels": pixels[number % len(pixels)]})["loss"].backward()
             optimizer.step()
             optimizer.zero_grad()

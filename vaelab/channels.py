@@ -282,14 +282,15 @@ def scale_relation(table: pd.DataFrame, threshold: float) -> dict[str, float]:
     Returns:
         ``spearman.gamma`` and ``spearman.beta``, rank correlations of m_c with |gamma| and |beta|;
         ``predicted.r2``, the share of m_c's variance that E|gamma z + beta| with a standard normal
-        z accounts for; and the counts ``low.activity``, ``low.gamma`` and ``low.both``.
+        z accounts for; and the counts ``low.activity``, ``low.gamma`` and ``low.both``. A correlation
+        that is not defined, as that with the shifts of an untrained model, all 0, is left out.
     """
     gamma, beta = table["gamma"].abs(), table["beta"]
     predicted = folded_normal_mean(beta.to_numpy(), gamma.to_numpy())
     residual = ((table["mean_abs"] - predicted) ** 2).sum()
     total = ((table["mean_abs"] - table["mean_abs"].mean()) ** 2).sum()
     low, low_gamma = table["mean_abs"] < threshold, gamma < threshold
-    return {
+    relation = {
         "spearman.gamma": _spearman(table["mean_abs"], gamma),
         "spearman.beta": _spearman(table["mean_abs"], beta.abs()),
         "predicted.r2": float(1 - residual / total) if total > 0 else float("nan"),
@@ -297,6 +298,7 @@ def scale_relation(table: pd.DataFrame, threshold: float) -> dict[str, float]:
         "low.gamma": int(low_gamma.sum()),
         "low.both": int((low & low_gamma).sum()),
     }
+    return {name: value for name, value in relation.items() if np.isfinite(value)}
 
 
 def _spearman(first: pd.Series, second: pd.Series) -> float:

@@ -63,6 +63,19 @@ class Images:
         label = {"label": row[self._label]} if self._label else {}
         return {"pixels": pixels, "index": int(index), **label}
 
+    def picture(self, index: int) -> Tensor:
+        """One picture (3, R, R), for a figure.
+
+        Raises:
+            ValueError: there is no such picture, or it cannot be read.
+        """
+        if not 0 <= index < len(self):
+            raise ValueError(f"picture: {self.name} has pictures 0 to {len(self) - 1}, got {index}")
+        item = self[index]
+        if item is None:
+            raise ValueError(f"picture: {index} of {self.name} cannot be read ({self.skipped[index]})")
+        return item["pixels"]
+
     def batches(self, batch_size: int) -> Iterator[dict[str, Tensor]]:
         """All readable pictures once, in order, in batches of tensors."""
         at_least("batch_size", batch_size, 1)

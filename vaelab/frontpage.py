@@ -37,8 +37,8 @@ def write(outputs: Path) -> Path:
             rows = {name: _row(folder, name) for name in sorted(names)}
             shown = "\n".join(row for name, row in rows.items() if name != SMOKE)
             hidden = f"<details><summary>its smoke run</summary>{rows[SMOKE]}</details>" if SMOKE in rows else ""
-            heading = f"<h2>{escape(folder.name)}</h2><p class=meta>{escape(_question(notebooks / f'{folder.name}.ipynb'))}</p>"
-            sections.append(f"{heading}\n{shown}\n{hidden}")
+            asked = escape(_question(notebooks / f"{folder.name}.ipynb"))
+            sections.append(f"<h2>{escape(folder.name)}</h2><p class=meta>{asked}</p>\n{shown}\n{hidden}")
     body = "\n".join(sections) or "<p>Nothing has been run yet: try <code>make demo</code>.</p>"
     page = outputs / "index.html"
     with atomic(page) as draft:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vaelab.checks import one_of, unknown
+from vaelab.checks import nearest, one_of, unknown
 
 SIDES = ("input", "output")
 
@@ -52,9 +52,17 @@ def find_layers(model: nn.Module, layers: str | Iterable[str]) -> dict[str, nn.M
     for pattern in patterns:
         found = [pattern] if pattern in modules else fnmatch.filter(modules, pattern)
         if not found:
-            raise unknown("layers", pattern, modules)
+            raise unknown("layers", pattern, _like(pattern, modules) if "*" in pattern else modules)
         matched.update(found)
     return {name: module for name, module in modules.items() if name in matched}
+
+
+def _like(pattern: str, names: Iterable[str]) -> list[str]:
+    """The names that a mistyped glob may have meant: those it matches with its last part mended."""
+    names = list(names)
+    head, _, tail = pattern.rpartition(".")
+    mended = nearest(tail, {name.rpartition(".")[2] for name in names}, 1)[0]
+    return fnmatch.filter(names, f"{head}.{mended}") or names
 
 
 class Captured(Mapping[str, list[Any]]):

@@ -87,7 +87,22 @@ def reconstruct(vae: nn.Module, pixels: Tensor) -> Tensor:
         latent = encoded.latent_dist.mode()
     else:
         latent = encoded.latents if hasattr(encoded, "latents") else encoded.latent
-    return vae.decode(latent).sample
+    return decode(vae, latent, pixels.shape)
+
+
+def decode(vae: nn.Module, latent: Tensor, shape: torch.Size) -> Tensor:
+    """Pictures from latents, refused where their shape is not that of what was encoded.
+
+    Raises:
+        ValueError: pictures whose side is no multiple of the model's downsampling.
+    """
+    decoded = vae.decode(latent).sample
+    if decoded.shape != shape:
+        raise ValueError(
+            f"resolution: pictures of {shape[-2]} x {shape[-1]} come back as {decoded.shape[-2]} x "
+            f"{decoded.shape[-1]}; take a multiple of {max(1, decoded.shape[-1] // latent.shape[-1])}"
+        )
+    return decoded
 
 
 def require_groupnorm(model: nn.Module, name: str) -> None:

@@ -41,7 +41,7 @@ class VAEObjective(nn.Module):
         """Losses of a batch with ``pixels`` (B, 3, R, R) in [-1, 1]."""
         pixels = batch["pixels"]
         posterior = models.posterior(self.vae, pixels)
-        decoded = self.vae.decode(posterior.sample()).sample
+        decoded = models.decode(self.vae, posterior.sample(), pixels.shape)
         reconstruction = nn.functional.mse_loss(decoded.float(), pixels)
         kl = posterior.kl().mean()
         return {"loss": reconstruction + self.kl_weight * kl, "reconstruction": reconstruction, "kl": kl}
@@ -68,7 +68,7 @@ def evaluate(vae: nn.Module, batches: Iterable[dict[str, Tensor]]) -> Reconstruc
     for batch in batches:
         pixels = batch["pixels"].to(parameter.device)
         posterior = models.posterior(vae, pixels.to(parameter.dtype))
-        decoded = vae.decode(posterior.mode()).sample.float()
+        decoded = models.decode(vae, posterior.mode(), pixels.shape).float()
         for metric in (mse, psnr, ssim):
             metric.update(decoded.contiguous(), pixels)
         kl += posterior.kl().sum().item()
