@@ -464,7 +464,7 @@ def test_a_picture_for_a_figure_and_what_is_said_where_there_is_none(tmp_path):
     (tmp_path / "b.png").write_bytes(b"no picture")
     images = data.load_images(str(tmp_path), resolution=16)
     assert images.picture(0).shape == (3, 16, 16)
-    with pytest.raises(ValueError, match="picture: .* has pictures 0 to 1, got 2"):
+    with pytest.raises(ValueError, match=r"picture: .* has pictures 0 to 1, got 2"):
         images.picture(2)
-    with pytest.raises(ValueError, match="picture: 1 of .* cannot be read"):
+    with pytest.raises(ValueError, match=r"picture: 1 of .* cannot be read"):
         images.picture(1)

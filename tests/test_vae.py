@@ -132,4 +132,4 @@ def test_model_without_a_posterior_is_refused(pictures):
 
 def test_a_side_that_the_model_cannot_halve_is_refused(tiny_vae):
     with pytest.raises(ValueError, match="resolution: pictures of 17 x 17 come back as 16 x 16; take a multiple of 2"):
-        vae.evaluate(tiny_vae, [{"pixels": torch.zeros(1, 3, 17, 17)}])
+        evaluate(tiny_vae, [{"pixels": torch.zeros(1, 3, 17, 17)}])
