@@ -85,7 +85,7 @@ class Lens(NamedTuple):
     decoder: MiniDecoder
     score: LensScore
     shuffled: LensScore
-    """Of the same decoder trained on activations paired with the wrong pictures."""
+    """Of the same decoder trained and scored on activations paired with the wrong pictures."""
     channels: list[int] | None
     """What the decoders read, one each; None is the full map."""
 
@@ -153,9 +153,11 @@ def fit(
     taken = list(channels) if channels is not None else None
     (maps, pictures), (held_maps, held_pictures) = (_taking(pair, taken) for pair in (learning, held_out))
     upsampling = pictures.shape[-1] // maps.shape[-1]
-    order = np.random.default_rng(config.seed).permutation(len(maps))
+    rng = np.random.default_rng(config.seed)
+    order, held_order = rng.permutation(len(maps)), rng.permutation(len(held_maps))
     lenses = []
-    for name, paired in (("lens", pictures), ("shuffled", pictures[order])):
+    pairings = {"lens": (pictures, held_pictures), "shuffled": (pictures[order], held_pictures[held_order])}
+    for name, (paired, held_paired) in pairings.items():
         torch.manual_seed(config.seed)
         groups = len(taken) if taken else 1
         decoder = MiniDecoder(maps.shape[1] // groups, upsampling, width=width, groups=groups)
@@ -164,7 +166,7 @@ def fit(
         place = Path(folder, name) if folder else None
         train(_LensObjective(decoder), batches, config, folder=place, title=f"lens ({name})")
         decoder.eval()
-        lenses.append((decoder, _score(decoder, held_maps, held_pictures, pictures.mean(dim=0))))
+        lenses.append((decoder, _score(decoder, held_maps, held_paired, pictures.mean(dim=0))))
     (decoder, score), (_, shuffled) = lenses
     return Lens(decoder, score, shuffled, taken)
 
