@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 SILENT = "#c8102e"
+SMALL_PERCENT = 0.1
 PALETTE = {"baseline": "#555555", "nudge": "#3b76af", "control": "#e08e2b", "start": "#b8b8b8"}
 
 sns.set_theme(style="whitegrid", context="notebook", rc={"axes.spines.top": False, "axes.spines.right": False})
@@ -189,7 +190,8 @@ def scale_scatter(table: pd.DataFrame, threshold: float, title: str = "") -> Fig
 
 
 def forest(table: pd.DataFrame, title: str = "") -> Figure:
-    """Paired differences with their intervals, a panel a measure.
+    """Paired differences with their intervals, a panel a measure, on an axis that is linear up to
+    ``SMALL_PERCENT`` and logarithmic beyond.
 
     Args:
         table: columns ``dataset``, ``measure``, ``condition``, ``percent``, ``percent_low``,
@@ -213,7 +215,12 @@ def forest(table: pd.DataFrame, title: str = "") -> Figure:
                 part["percent"], heights, xerr=ends, fmt="o", color=PALETTE[condition], capsize=3, label=condition
             )
         axis.axvline(0, color="#444444", linewidth=1)
-        axis.set(xlabel="difference to baseline (%)", ylim=(len(datasets) - 0.5, -0.5))
+        axis.set_xscale("symlog", linthresh=SMALL_PERCENT)
+        reach = 1.5 * max(1, np.abs(axis.get_xlim()).max())
+        axis.set(xlabel="difference to baseline (%)", xlim=(-reach, reach), ylim=(len(datasets) - 0.5, -0.5))
+        axis.set_xticks([tick for tick in (-100, -1, 0, 1, 100) if abs(tick) <= reach])
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.minorticks_off()
         axis.set_yticks(range(len(datasets)), datasets)
         axis.set_title(measure, fontsize=10)
     axes[0][-1].legend(fontsize=8)
