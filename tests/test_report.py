@@ -30,7 +30,8 @@ def test_results_have_what_the_front_page_reads(tmp_path):
     run.metric("mse", np.float32(0.25))
     run.record({"suppressed": 3})
     run.table("rows", pd.DataFrame({"layer": ["a", "b"], "value": [1.5, math.nan], "count": [1, 2]}))
-    results = json.loads(run.save().read_text())
+    assert run.save() == "results.json"
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert {"notebook", "params", "metrics", "tables", "seconds", "environment"} <= results.keys()
     assert results["notebook"] == NAME
     assert results["metrics"] == {"mse": 0.25, "suppressed": 3}
@@ -47,7 +48,8 @@ def test_results_have_what_the_front_page_reads(tmp_path):
 def test_results_name_no_folder_of_this_machine(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     places = {"dataset": f"photos+{tmp_path.parent}/pictures", "output_dir": str(tmp_path / "outputs" / "a")}
-    results = report.start(NAME, namespace("", **places)).save().read_text()
+    assert report.start(NAME, namespace("", **places)).save() == "outputs/a/results.json"
+    results = (tmp_path / "outputs" / "a" / "results.json").read_text()
     assert str(tmp_path.parent) not in results
     assert json.loads(results)["params"]["dataset"] == "photos+pictures"
     assert json.loads(results)["params"]["output_dir"] == "outputs/a"

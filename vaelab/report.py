@@ -77,8 +77,9 @@ class Run:
         (self.folder / name).mkdir(exist_ok=True)
         return self.folder / name
 
-    def save(self) -> Path:
-        """Write ``results.json``, which says that the run has finished."""
+    def save(self) -> str:
+        """Write ``results.json``, which says that the run has finished; gives its place back,
+        without this machine's folders."""
         results = {
             "notebook": self.notebook,
             "params": {name: _portable(value) for name, value in self.params.items()},
@@ -89,7 +90,7 @@ class Run:
             "files": self._files,
         }
         write_json(self.folder / "results.json", results)
-        return self.folder / "results.json"
+        return _portable(str(self.folder / "results.json"))
 
     def _made(self, name: str) -> None:
         if name not in self._files:

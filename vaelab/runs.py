@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
@@ -114,9 +115,10 @@ def run(params_file: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     output, page = (folder / f"{params_file.stem}{ending}" for ending in (".ipynb", ".html"))
     page.unlink(missing_ok=True)
-    papermill.execute_notebook(
-        notebook_of(params_file), output, params, cwd=project_root(), progress_bar=False, log_output=True
-    )
+    # relative, since papermill writes both paths into the executed notebook
+    source, target = (path.relative_to(project_root()) for path in (notebook_of(params_file), output))
+    with chdir(project_root()):
+        papermill.execute_notebook(source, target, params, progress_bar=False, log_output=True)
     to_html(output)
 
 
