@@ -163,7 +163,8 @@ def _adaptive(
     chosen = list(indices)
     mean, std = moments.mean[chosen].double().numpy(), moments.std[chosen].double().numpy()
     measured, active = moments.mean_abs[chosen].double().numpy(), (moments.mean_abs[chosen] >= threshold).numpy()
-    seen = (np.abs(gamma) > 1e-8) & (std > 0)
+    # a constant channel's deviation is float32's rounding of its mean, or 0
+    seen = (np.abs(gamma) > 1e-8) & (std > 1e-6 * np.abs(mean)) & (std > 0)
     safe = np.where(seen, gamma, 1.0)
     z_mean, z_std = np.where(seen, (mean - beta) / safe, 0.0), np.where(seen, std / np.abs(safe), 1.0)
     sign = np.where(gamma < 0, -1.0, 1.0)
