@@ -112,7 +112,7 @@ def capture(
         reduce: called, without gradient and on the tensor's own device, when a layer has run;
             its result is kept in place of the tensor, so that a statistic never stores a map.
         to: a device to copy what is kept to; None leaves it where it is.
-        grad: keep the autograd graph of the captured tensors (None of ``reduce``'s business).
+        grad: keep the autograd graph of the captured tensors; not together with ``reduce``.
 
     Yields:
         A :class:`Captured`: for every layer the list of its calls, in order.

@@ -98,7 +98,8 @@ class Run:
 
 
 def start(notebook: str, namespace: Mapping[str, Any]) -> Run:
-    """Begin a run: check the parameters and make the output folder ready.
+    """Begin a run: check the parameters and make the output folder ready. Tables are shown with four
+    digits from here on, and stored with all.
 
     Args:
         notebook: the notebook's name without its ending.
@@ -122,6 +123,7 @@ def start(notebook: str, namespace: Mapping[str, Any]) -> Run:
         path = folder / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     (folder / EARLIER).unlink(missing_ok=True)
+    pd.set_option("display.float_format", "{:.4g}".format)
     return Run(notebook, params, folder)
 
 
