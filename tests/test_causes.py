@@ -38,7 +38,7 @@ def test_every_variant_changes_one_thing(model, tmp_path):
         "twice the length": {"steps"},
         "glyphs": {"data"},
     }
-    assert settings["half the width"]["changes"] == {"block_out_channels": [4, 8]}
+    assert settings["half the width"]["changes"] == {"block_out_channels": [4, 8], "norm_num_groups": 2}
     assert all("norm" in name for name in settings["scales not decayed"]["undecayed"])
 
 

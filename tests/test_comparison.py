@@ -26,7 +26,7 @@ def test_differences_are_paired_by_seed_whatever_the_order_of_the_runs():
     assert row["difference"] == pytest.approx(np.mean(np.subtract(NUDGED, BASE)))
     assert (row["low"], row["high"]) == pytest.approx(tuple(expected))
     assert row["percent"] == pytest.approx(100 * row["difference"] / 0.2)
-    assert set(rows.index.get_level_values("measure")) == {"mse", "kl", "psnr", "ssim"}
+    assert set(rows.index.get_level_values("measure")) == {"mse", "kl", "psnr", "ssim", "kl_per_entry"}
 
 
 def test_one_seed_has_a_difference_and_no_interval():
@@ -68,9 +68,13 @@ def test_a_stored_study_is_read_back(stored):
     study = comparison.read_comparison(str(stored))
     assert study.dataset == "imagenette"
     assert sorted(study.runs) == sorted(RUNS)
-    assert study.final("nudge", "mse") == NUDGED
     assert study.weights("nudge") == stored / "runs" / "nudge-seed0" / "vae"
     assert comparison.suppressed_metrics([study]) == {"imagenette.suppressed.start": 5, "imagenette.suppressed.end": 7}
+
+
+def test_two_studies_of_one_data_set_are_refused(stored):
+    with pytest.raises(ValueError, match="one run of each data set"):
+        comparison.read_comparisons([str(stored), str(stored)])
 
 
 def test_an_unfinished_study_is_refused(stored):

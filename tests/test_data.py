@@ -322,6 +322,7 @@ def test_damaged_files_never_stop_a_run():
             damaged = bytearray(buffer.getvalue()[: rng.integers(1, buffer.tell())])
             damaged[rng.integers(len(damaged))] ^= 0xFF
             rows.append({"bytes": bytes(damaged), "path": None})
+    rows.append({"bytes": buffer.getvalue(), "path": None})
     features = datasets.Features(image=datasets.Image())
     images = data.Images(datasets.Dataset.from_dict({"image": rows}, features=features).cast_column(
         "image", datasets.Image(decode=False)), "image", None, 16, "damaged")  # fmt: skip
@@ -460,11 +461,33 @@ def test_pair_of_the_same_pictures_is_refused(tmp_path):
 
 
 def test_a_picture_for_a_figure_and_what_is_said_where_there_is_none(tmp_path):
-    PIL.Image.new("RGB", (20, 20), "red").save(tmp_path / "a.png")
-    (tmp_path / "b.png").write_bytes(b"no picture")
+    for name in ("a", "c"):
+        (tmp_path / f"{name}.png").write_bytes(b"no picture")
+    PIL.Image.new("RGB", (20, 20), "red").save(tmp_path / "b.png")
     images = data.load_images(str(tmp_path), resolution=16)
-    assert images.picture(0).shape == (3, 16, 16)
-    with pytest.raises(ValueError, match=r"picture: .* has pictures 0 to 1, got 2"):
+    assert torch.equal(images.picture(0), images.picture(1))
+    with pytest.raises(ValueError, match=r"picture: .* has pictures 0 to 2, got 3"):
+        images.picture(3)
+    with pytest.raises(ValueError, match=r"picture: none of .* from 2 on can be read"):
         images.picture(2)
-    with pytest.raises(ValueError, match=r"picture: 1 of .* cannot be read"):
-        images.picture(1)
+
+
+def test_a_set_of_which_nothing_can_be_read_is_refused(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match="dataset: no picture can be read"):
+        list(data.load_images(str(tmp_path), resolution=16).batches(4))
+
+
+def test_a_plus_in_a_folders_name_is_no_sum(tmp_path):
+    (tmp_path / "a+b").mkdir()
+    PIL.Image.new("RGB", (20, 20), "red").save(tmp_path / "a+b" / "a.png")
+    assert len(data.load_images(str(tmp_path / "a+b"), resolution=16)) == 1
+
+
+def test_a_withheld_label_is_minus_one():
+    features = datasets.Features(image=datasets.Image(decode=False), label=datasets.ClassLabel(names=["x"]))
+    buffer = io.BytesIO()
+    PIL.Image.new("RGB", (20, 20)).save(buffer, "PNG")
+    rows = {"image": [{"bytes": buffer.getvalue(), "path": None}] * 2, "label": [0, None]}
+    images = data.Images(datasets.Dataset.from_dict(rows, features=features), "image", "label", 16, "withheld")
+    assert next(images.batches(2))["label"].tolist() == [0, -1]

@@ -319,6 +319,14 @@ class TestRandomActive:
         drawn = random_active(activity, suppressed, np.random.default_rng(0))
         assert {layer: one.indices for layer, one in drawn.items()} == {"a": (3,)}
 
+    def test_what_a_layer_lacks_is_drawn_from_the_others(self):
+        activity = {"a": activity_of([0.0, 0.0, 0.0, 5.0]), "b": activity_of([5.0] * 3), "c": activity_of([5.0] * 3)}
+        suppressed = target((0, 1, 2), "a")
+        drawn = [random_active(activity, suppressed, np.random.default_rng(seed)) for seed in range(8)]
+        assert all(one["a"].indices == (3,) and one["a"].parameter == "a.weight" for one in drawn)
+        assert all(sum(len(layer.indices) for layer in one.values()) == 3 for one in drawn)
+        assert {layer for one in drawn for layer in one} == {"a", "b", "c"}
+
     def test_nothing_suppressed_nothing_drawn(self):
         assert random_active(self.ACTIVITY, {}, np.random.default_rng(0)) == {}
 

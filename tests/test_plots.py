@@ -47,6 +47,13 @@ def test_a_curve_for_every_condition_and_a_thin_line_for_every_seed():
     assert [line.get_linewidth() for line in axis.lines].count(0.6) == 4
 
 
+def test_losses_has_the_three_panels_of_figure_3():
+    table = STUDY.assign(reconstruction=0.5, mse=0.25, kl=100.0)
+    axes = plots.losses(table, table, 0.01).axes
+    assert [axis.get_ylabel() for axis in axes] == ["training MSE", "held-out MSE", "held-out total loss"]
+    assert [axis.lines[0].get_ydata()[0] for axis in axes] == [0.5, 0.25, 1.25]
+
+
 def test_interventions_are_ticks():
     axis = plots.suppressed_over_steps(STUDY, [5, 15]).axes[0]
     (ticks,) = [line for line in axis.lines if line.get_label() == "intervention"]

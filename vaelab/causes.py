@@ -119,7 +119,11 @@ def _narrowed(model: str, width: float) -> dict[str, Any]:
     if width == 1:
         return {}
     config = models.load_vae(model, device="cpu", changes={}).config
-    return {"block_out_channels": [round(channels * width) for channels in config["block_out_channels"]]}
+    # fewer groups too, so that a group keeps its number of channels
+    return {
+        "block_out_channels": [round(channels * width) for channels in config["block_out_channels"]],
+        "norm_num_groups": max(1, round(config["norm_num_groups"] * width)),
+    }
 
 
 def _channels(model: str, width: float) -> int:

@@ -191,7 +191,8 @@ def classify(
         activity: see :class:`ActivityTracker`.
         threshold: theta_act. A value equal to it is not below it.
         relative: take the threshold times the layer's median instead, since an absolute one means
-            different things in different layers.
+            different things in different layers. Where over half of a layer is silent its median
+            is too, and this finds next to none of them.
         by: ``activity`` (m_c), or ``gamma`` (|gamma| alone), the mechanism the paper names.
 
     Returns:

@@ -44,10 +44,6 @@ class Comparison(NamedTuple):
         """The diffusers folder of the first seed's model under a condition."""
         return self.folder / "runs" / f"{condition}-seed{self.params['seeds'][0]}" / "vae"
 
-    def final(self, condition: str, measure: str) -> list[float]:
-        """A measure on the held-out pictures at the end, a value a seed."""
-        return [run.validation[-1][measure] for run in self.runs if run.condition == condition]
-
 
 def read_comparison(folder: str) -> Comparison:
     """Read what a run of notebook 10 left in its output folder.
@@ -68,6 +64,19 @@ def read_comparison(folder: str) -> Comparison:
     if len(params["seeds"]) < 2:
         raise ValueError(f"runs: {folder!r} has one seed; an interval needs two or more")
     return Comparison(short_name(params["dataset"]), params, place, runs)
+
+
+def read_comparisons(folders: list[str]) -> list[Comparison]:
+    """Read several runs of notebook 10, one a data set.
+
+    Raises:
+        ValueError: see :func:`read_comparison`; or two of one data set.
+    """
+    studies = [read_comparison(folder) for folder in folders]
+    names = [one.dataset for one in studies]
+    if len(set(names)) < len(names) or not names:
+        raise ValueError(f"runs: expected one run of each data set, got {names}")
+    return studies
 
 
 def frame(runs: list[VAERun], part: str) -> pd.DataFrame:
@@ -100,7 +109,7 @@ def paired_differences(runs: list[VAERun], dataset: str) -> pd.DataFrame:
     seeds = sorted({run.seed for run in runs})
     rows = []
     for condition in dict.fromkeys(run.condition for run in runs if run.condition != "baseline"):
-        for measure in MEASURES:
+        for measure in (*MEASURES, "kl_per_entry"):
             first, second = ([values[one, seed][measure] for seed in seeds] for one in ("baseline", condition))
             interval = paired_interval(first, second) if len(seeds) > 1 else _unsure(first, second)
             base = float(np.mean(first))
@@ -157,7 +166,7 @@ def beside_paper(table: pd.DataFrame) -> pd.DataFrame:
     """The nudge's difference here, in percent of the baseline, beside the paper's for its own data
     (or, for an embedded set, for the data of the paper that it stands for)."""
     rows = []
-    for row in table[table["condition"] == "nudge"].to_dict("records"):
+    for row in table[(table["condition"] == "nudge") & table["measure"].isin(MEASURES)].to_dict("records"):
         kin = PAPER_KIN.get(row["dataset"])
         paper = None
         if kin:

@@ -60,29 +60,38 @@ class Images:
         except BROKEN as error:
             self.skipped[int(index)] = str(error)
             return None
-        label = {"label": row[self._label]} if self._label else {}
+        # a test split's labels may be withheld
+        label = {"label": -1 if row[self._label] is None else row[self._label]} if self._label else {}
         return {"pixels": pixels, "index": int(index), **label}
 
     def picture(self, index: int) -> Tensor:
-        """One picture (3, R, R), for a figure.
+        """One picture (3, R, R), for a figure: number ``index``, or the next that can be read.
 
         Raises:
-            ValueError: there is no such picture, or it cannot be read.
+            ValueError: there is no such picture, or none from there on can be read.
         """
         if not 0 <= index < len(self):
             raise ValueError(f"picture: {self.name} has pictures 0 to {len(self) - 1}, got {index}")
-        item = self[index]
+        item = next((item for item in map(self.__getitem__, range(index, len(self))) if item is not None), None)
         if item is None:
-            raise ValueError(f"picture: {index} of {self.name} cannot be read ({self.skipped[index]})")
+            raise ValueError(f"picture: none of {self.name} from {index} on can be read ({self.skipped[index]})")
         return item["pixels"]
 
     def batches(self, batch_size: int) -> Iterator[dict[str, Tensor]]:
-        """All readable pictures once, in order, in batches of tensors."""
+        """All readable pictures once, in order, in batches of tensors.
+
+        Raises:
+            ValueError: no picture can be read.
+        """
         at_least("batch_size", batch_size, 1)
+        found = False
         for start in range(0, len(self), batch_size):
             batch = collate([self[i] for i in range(start, min(start + batch_size, len(self)))])
             if batch is not None:
+                found = True
                 yield batch
+        if not found:
+            raise ValueError(f"dataset: no picture can be read: {self.report()}")
 
     def stack(self, count: int | None = None) -> Tensor:
         """The first ``count`` readable pictures (all if None) as one tensor (N, 3, R, R)."""
@@ -100,9 +109,11 @@ class Images:
 
         def batches(start: int = 0, rank: int = 0, world: int = 1) -> Iterator[dict[str, Tensor]]:
             per_epoch = max(1, len(self) // (batch_size * world))
+            order, ordered = None, -1
             while True:
                 epoch, place = divmod(start, per_epoch)
-                order = np.random.default_rng([seed, epoch]).permutation(len(self))
+                if epoch != ordered:
+                    order, ordered = np.random.default_rng([seed, epoch]).permutation(len(self)), epoch
                 begin = (place * world + rank) * batch_size
                 batch = collate([self[i] for i in np.take(order, range(begin, begin + batch_size), mode="wrap")])
                 if batch is None:
@@ -147,7 +158,8 @@ def load_images(
     """
     at_least("resolution", resolution, 8)
     at_least("max_images", max_images or 0, 0)
-    rows, image, label = _joined([_columns(_rows(part, split, revision), part) for part in dataset.split("+")])
+    parts = [dataset] if local(dataset or "+") else dataset.split("+")
+    rows, image, label = _joined([_columns(_rows(part, split, revision), part) for part in parts])
     if len(rows) == 0:
         raise ValueError(f"dataset: {dataset!r} has no picture in its split {split!r}")
     name = f"{dataset}[{split}]" + (f"@{revision}" if revision else "")
@@ -165,6 +177,7 @@ def load_pair(
     Raises:
         ValueError: both splits are the same pictures, besides what :func:`load_images` raises.
     """
+    at_least("eval_images", eval_images or 0, 0)
     if same_pictures(dataset, split, eval_split):
         raise ValueError(
             f"eval_split: {eval_split!r} and split {split!r} are the same pictures of {dataset!r}; "

@@ -128,8 +128,9 @@ def _refuse_overflow(config: dict[str, Any], precision: str, name: str) -> None:
     is_sdxl = abs((config.get("scaling_factor") or 0) - SDXL_SCALING_FACTOR) < 1e-6
     if devices.dtype(precision) == torch.float16 and config.get("force_upcast", is_sdxl):
         raise ValueError(
-            f"precision: float16 is refused for {name!r}: the SDXL-VAE's activations pass float16's "
-            "largest number (65,504) and its pictures turn to NaN; use bfloat16 or float32"
+            f"precision: float16 is refused for {name!r}: it is the SDXL-VAE, or its configuration says "
+            "force_upcast like that one's, whose activations pass float16's largest number (65,504) so that "
+            "its pictures turn to NaN; use bfloat16 or float32"
         )
 
 

@@ -102,9 +102,9 @@ def nudge(
             raise ValueError(f"targets: the model has no parameter {target.parameter!r}")
         scale = parameters[target.parameter]
         where = torch.tensor(target.indices, device=scale.device)
-        before = scale[where].double().cpu()
+        before = scale[where].cpu().double()
         if config.strategy == "adaptive":
-            beta = parameters[f"{layer}.bias"][where].double().cpu().numpy()
+            beta = parameters[f"{layer}.bias"][where].cpu().double().numpy()
             after = _adaptive(before, beta, activity[layer], target.indices, threshold, config)
         else:
             after = _nudged(before, config)
@@ -119,18 +119,31 @@ def nudge(
 def random_active(
     activity: Activity, suppressed: dict[str, Suppressed], rng: np.random.Generator
 ) -> dict[str, Suppressed]:
-    """The control's targets: in each layer as many channels that are *not* suppressed, at random.
+    """The control's targets: as many channels that are *not* suppressed, at random, in each layer.
 
-    Where a layer has fewer active channels than suppressed ones, all its active ones are taken.
+    Where a layer has fewer active channels than suppressed ones, what is missing is drawn from the
+    active channels of all other layers (or of as many as there are).
     """
-    drawn = {}
-    for layer, target in suppressed.items():
-        values = activity[layer].mean_abs
-        active = np.setdiff1d(np.arange(len(values)), target.indices)
-        chosen = np.sort(rng.permutation(active)[: len(target.indices)]).tolist()
-        if chosen:
-            drawn[layer] = Suppressed(layer, target.parameter, tuple(chosen), tuple(values[chosen].tolist()))
-    return drawn
+    active = {
+        layer: np.setdiff1d(np.arange(len(moments.mean_abs)), suppressed[layer].indices if layer in suppressed else ())
+        for layer, moments in activity.items()
+    }
+    chosen = {layer: rng.permutation(active[layer])[: len(target.indices)] for layer, target in suppressed.items()}
+    missing = sum(len(target.indices) for target in suppressed.values()) - sum(map(len, chosen.values()))
+    left = [(layer, c) for layer in active for c in np.setdiff1d(active[layer], chosen.get(layer, ()))]
+    for place in rng.permutation(len(left))[:missing]:
+        layer, channel = left[place]
+        chosen[layer] = np.append(chosen.get(layer, np.array([], dtype=int)), channel)
+    return {
+        layer: Suppressed(
+            layer,
+            f"{layer}.weight",
+            tuple(sorted(map(int, indices))),
+            tuple(activity[layer].mean_abs[sorted(indices)].tolist()),
+        )
+        for layer, indices in chosen.items()
+        if len(indices)
+    }
 
 
 def _nudged(scale: Tensor, config: NudgeConfig) -> Tensor:

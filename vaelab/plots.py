@@ -93,13 +93,33 @@ def curves(table: pd.DataFrame, y: str, ylabel: str, *, log: bool = False, title
         title: the figure's.
     """
     figure, axis = plt.subplots(figsize=(7, 3.6), layout="constrained")
-    sns.lineplot(
-        table, x="step", y=y, hue="condition", palette=_palette(table["condition"]), ax=axis, errorbar=None, linewidth=2
-    )
-    for (condition, _), part in table.groupby(["condition", "seed"], sort=False):
-        axis.plot(part["step"], part[y], color=PALETTE.get(condition, "#888888"), linewidth=0.6, alpha=0.5)
+    _lines(axis, table, y)
     axis.set(xlabel="step", ylabel=ylabel, yscale="log" if log else "linear")
     axis.set_title(title, fontsize=11)
+    return figure
+
+
+def losses(history: pd.DataFrame, validation: pd.DataFrame, kl_weight: float, title: str = "") -> Figure:
+    """Training reconstruction, held-out reconstruction and held-out total loss (paper, Figure 3).
+
+    Args:
+        history: columns ``step``, ``condition``, ``seed``, ``reconstruction``.
+        validation: columns ``step``, ``condition``, ``seed``, ``mse``, ``kl``.
+        kl_weight: of the total, mse + kl_weight kl.
+        title: the figure's.
+    """
+    total = validation["mse"] + kl_weight * validation["kl"]
+    panels = {
+        "training MSE": (history, history["reconstruction"]),
+        "held-out MSE": (validation, validation["mse"]),
+        "held-out total loss": (validation, total),
+    }
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.4), layout="constrained")
+    for axis, (label, (table, values)) in zip(axes, panels.items(), strict=True):
+        _lines(axis, table.assign(value=values), "value")
+        axis.set(xlabel="step", ylabel=label, yscale="log")
+        axis.legend(fontsize=8)
+    figure.suptitle(title, fontsize=11)
     return figure
 
 
@@ -198,6 +218,7 @@ def forest(table: pd.DataFrame, title: str = "") -> Figure:
             ``percent_high``: the difference to the baseline in percent of it.
         title: the figure's.
     """
+    table = table[table["measure"] != "kl_per_entry"]  # in percent it is the KL's
     measures = list(dict.fromkeys(table["measure"]))
     datasets = list(dict.fromkeys(table["dataset"]))
     figure, axes = plt.subplots(
@@ -266,6 +287,13 @@ def distributions(table: pd.DataFrame, x: str, y: str, title: str = "") -> Figur
     axis.set_xlabel("")
     axis.set_title(title, fontsize=11)
     return figure
+
+
+def _lines(axis: plt.Axes, table: pd.DataFrame, y: str) -> None:
+    palette = _palette(table["condition"])
+    sns.lineplot(table, x="step", y=y, hue="condition", palette=palette, ax=axis, errorbar=None, linewidth=2)
+    for (condition, _), part in table.groupby(["condition", "seed"], sort=False):
+        axis.plot(part["step"], part[y], color=palette[condition], linewidth=0.6, alpha=0.5)
 
 
 def _displayable(pictures: Tensor) -> np.ndarray:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from vaelab.checks import at_least, nearest, project_root, unknown
+from vaelab.files import read_json
 from vaelab.report import check_value
 
 ALONE = ("90_benchmarks",)
@@ -92,8 +93,12 @@ def needs(params: dict[str, Any]) -> list[Path]:
 
 
 def finished(params_file: Path) -> bool:
-    """Whether the run of a params file has written its results."""
-    return (project_root() / "outputs" / params_file.parent.name / params_file.stem / "results.json").exists()
+    """Whether the run of a params file has written its results, with the parameters it has now."""
+    results = project_root() / "outputs" / params_file.parent.name / params_file.stem / "results.json"
+    if not results.exists():
+        return False
+    stored = read_json(results).get("params", {})
+    return all(name in stored and stored[name] == value for name, value in load_params(params_file).items())
 
 
 def run(params_file: Path) -> None:
@@ -109,7 +114,9 @@ def run(params_file: Path) -> None:
     params = load_params(params_file)
     for needed in needs(params):
         if not finished(needed):
-            print(f"{label(params_file)} reads {label(needed)}, which has not been run: running it first")
+            print(
+                f"{label(params_file)} reads {label(needed)}, which has not been run as it now stands: running it first"
+            )
             run(needed)
     folder = project_root() / "outputs" / params_file.parent.name
     folder.mkdir(parents=True, exist_ok=True)

@@ -24,6 +24,7 @@ from vaelab import checkpoints, devices
 from vaelab.checkpoints import Progress
 from vaelab.checks import at_least, one_of
 
+TRACKERS = ("tensorboard", "wandb")
 SCHEDULES = ("constant", "linear", "cosine")
 MIXED = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 NOT_SIGNED = ("device", "checkpoint_every", "trackers")
@@ -73,6 +74,8 @@ class TrainConfig:
             at_least(name, getattr(self, name), 0)
         at_least("learning_rate", self.learning_rate, 0, exclusive=True)
         one_of("schedule", self.schedule, SCHEDULES)
+        for tracker in self.trackers:
+            one_of("trackers", tracker, TRACKERS)
         one_of("precision", self.precision, MIXED)
 
     def rate(self, step: int) -> float:
@@ -261,6 +264,10 @@ def _accelerator(config: TrainConfig, folder: str | Path | None) -> Any:
         log_with=list(config.trackers) or None,
         project_dir=str(folder) if folder else None,
     )
+    if len(accelerator.log_with) < len(config.trackers):
+        raise ValueError(
+            f"trackers: {', '.join(config.trackers)} asked for, not all installed (pip install vaelab[trackers])"
+        )
     if accelerator.device.type != device.type:
         raise ValueError(f"device: accelerate chose {accelerator.device}, not {device}")
     return accelerator

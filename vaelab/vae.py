@@ -88,7 +88,7 @@ def latent_scale(vae: nn.Module, batches: Iterable[dict[str, Tensor]]) -> float:
     parameter = next(vae.parameters())
     posteriors = [models.posterior(vae, batch["pixels"].to(parameter.device, parameter.dtype)) for batch in batches]
     means, variances = (
-        torch.cat([getattr(one, moment).double().flatten().cpu() for one in posteriors]) for moment in ("mean", "var")
+        torch.cat([getattr(one, moment).cpu().double().flatten() for one in posteriors]) for moment in ("mean", "var")
     )
     # Var z = Var E[z|x] + E Var[z|x]: no sample, so no seed
     return float((means.var() + variances.mean()) ** -0.5)
