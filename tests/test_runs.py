@@ -98,6 +98,17 @@ def test_all_runs_go_on_past_a_failure_but_not_what_reads_it(project):
     assert not (project / "outputs" / "20_two" / "demo" / "results.json").exists()
 
 
+def test_a_run_whose_params_file_changed_is_no_longer_finished(project):
+    params = write_params(project, "10_one", "demo", "")
+    assert not runs.finished(params)
+    folder = project / "outputs" / "10_one" / "demo"
+    folder.mkdir(parents=True)
+    stored = {"params": {"output_dir": "outputs/10_one/demo", "fail": False, "runs": []}}
+    (folder / "results.json").write_text(json.dumps(stored))
+    assert runs.finished(params)
+    assert not runs.finished(write_params(project, "10_one", "demo", "fail: true"))
+
+
 def test_matching_takes_a_name_and_its_variants_only(project):
     write_params(project, "10_one", "demo-x", "")
     write_params(project, "10_one", "demolition", "")
