@@ -101,4 +101,5 @@ def test_the_verdict_names_what_differs_and_says_where_nothing_does():
         a_run("nudge", i, 2.0 + i / 1e3 + i**2 / 1e4) for i in range(3)
     ]
     assert "mse +1e+02 %" in comparison.verdict(comparison.paired_differences(clear, "d")).data
+    assert "Of 4 intervals" in comparison.verdict(comparison.paired_differences(RUNS, "d")).data
     assert "no measure differs" in comparison.verdict(comparison.paired_differences(RUNS, "d")).data

@@ -183,6 +183,7 @@ def verdict(table: pd.DataFrame) -> Any:
     """What the intervals say, in plain words, as Markdown."""
     from IPython.display import Markdown
 
+    table = table[table["measure"].isin(MEASURES)]
     lines = []
     for dataset, part in table.groupby("dataset", sort=False):
         for condition, own in part.groupby("condition", sort=False):
