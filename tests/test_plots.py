@@ -35,10 +35,22 @@ def test_pictures_are_shown_as_they_are():
 def test_suppressed_tiles_are_framed_and_no_others():
     maps = {"model": torch.randn(6, 4, 4), "other": torch.zeros(6, 4, 4)}
     figure = plots.activation_grids(maps, {"model": [1, 4], "other": []}, torch.zeros(3, 8, 8), columns=3)
-    tiles = [axis for axis in figure.axes if axis.images and axis.images[0].get_array().shape == (4, 4)]
-    framed = [axis.spines["left"].get_visible() for axis in tiles]
-    assert framed == [False, True, False, False, True, False] + [False] * 6
-    assert figure.subfigs[1]._suptitle.get_text() == "model: 2 of 6 suppressed"
+    _, model, other = figure.axes
+    step = 4 + plots.GAP
+    assert [patch.get_xy() for patch in model.patches] == [(step - 0.5, -0.5), (step - 0.5, step - 0.5)]
+    assert not other.patches
+    assert model.get_title() == "model: 2 of 6 suppressed"
+
+
+def test_each_tile_is_scaled_to_its_own_range_and_a_flat_one_is_grey():
+    activation = torch.stack([torch.arange(4.0).view(2, 2), 1e-6 * torch.arange(4.0).view(2, 2), torch.ones(2, 2)])
+    figure = plots.activation_grids({"m": activation}, {"m": []}, torch.zeros(3, 8, 8), columns=2)
+    shown = figure.axes[1].images[0].get_array()
+    step = 2 + plots.GAP
+    ramp = [[0, 1 / 3], [2 / 3, 1]]
+    assert np.allclose(shown[:2, :2], ramp) and np.allclose(shown[:2, step : step + 2], ramp)
+    assert np.allclose(shown[step : step + 2, :2], 0.5)
+    assert np.allclose(shown[2:step], 1)
 
 
 def test_a_curve_for_every_condition_and_a_thin_line_for_every_seed():

@@ -7,10 +7,12 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from torch import Tensor
 
 SILENT = "#c8102e"
 SMALL_PERCENT = 0.1
+GAP = 3
 PALETTE = {"baseline": "#555555", "nudge": "#3b76af", "control": "#e08e2b", "start": "#b8b8b8"}
 
 sns.set_theme(style="whitegrid", context="notebook", rc={"axes.spines.top": False, "axes.spines.right": False})
@@ -52,34 +54,35 @@ def activation_grids(
         columns: tiles in a row.
         title: the figure's.
     """
-    channels = len(next(iter(maps.values())))
+    channels, height, width = next(iter(maps.values())).shape
     lines = -(-channels // columns)
-    figure = plt.figure(figsize=(1.6 + len(maps) * (0.42 * columns + 0.4), 0.42 * lines + 0.9), layout="constrained")
-    panels = figure.subfigures(1, len(maps) + 1, width_ratios=[1.4, *[0.42 * columns] * len(maps)])
-    axis = panels[0].subplots()
-    axis.imshow(_displayable(picture[None])[0])
-    axis.axis("off")
-    axis.set_title("the picture", fontsize=9)
-    for panel, (model, activation) in zip(panels[1:], maps.items(), strict=True):
-        panel.suptitle(f"{model}: {len(silent[model])} of {channels} suppressed", fontsize=9)
-        axes = panel.subplots(lines, columns, squeeze=False, gridspec_kw={"wspace": 0.06, "hspace": 0.06})
-        for tile in axes.flat:
-            tile.set(xticks=[], yticks=[])
-            for spine in tile.spines.values():
-                spine.set_visible(False)
-        for channel, tile in zip(range(channels), axes.flat, strict=False):
-            _tile(tile, activation[channel].float().numpy(), channel in silent[model])
+    size = (1.6 + len(maps) * (0.42 * columns + 0.4), 0.42 * lines * height / width + 0.9)
+    figure, axes = plt.subplots(
+        1, len(maps) + 1, figsize=size, width_ratios=[1.4, *[0.42 * columns] * len(maps)], layout="constrained"
+    )
+    axes[0].imshow(_displayable(picture[None])[0])
+    axes[0].set_title("the picture", fontsize=9)
+    for axis, (model, activation) in zip(axes[1:], maps.items(), strict=True):
+        axis.set_title(f"{model}: {len(silent[model])} of {channels} suppressed", fontsize=9)
+        axis.imshow(_mosaic(activation.float().numpy(), columns), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        for channel in silent[model]:
+            corner = (channel % columns * (width + GAP) - 0.5, channel // columns * (height + GAP) - 0.5)
+            axis.add_patch(Rectangle(corner, width, height, fill=False, edgecolor=SILENT, linewidth=2, clip_on=False))
+    for axis in axes:
+        axis.axis("off")
     figure.suptitle(title, fontsize=11)
     return figure
 
 
-def _tile(axis: plt.Axes, values: np.ndarray, suppressed: bool) -> None:
-    span = values.max() - values.min()
-    flat = np.full_like(values, 0.5)
-    axis.imshow((values - values.min()) / span if span > 0 else flat, cmap="gray", vmin=0, vmax=1)
-    if suppressed:
-        for spine in axis.spines.values():
-            spine.set(visible=True, color=SILENT, linewidth=2)
+def _mosaic(maps: np.ndarray, columns: int) -> np.ndarray:
+    """Maps (C, H, W) as tiles of one picture, each scaled to [0, 1]; a flat one is grey, gaps are white."""
+    channels, height, width = maps.shape
+    canvas = np.ones((-(-channels // columns) * (height + GAP) - GAP, columns * (width + GAP) - GAP))
+    for channel, values in enumerate(maps):
+        span = values.max() - values.min()
+        top, left = channel // columns * (height + GAP), channel % columns * (width + GAP)
+        canvas[top : top + height, left : left + width] = (values - values.min()) / span if span > 0 else 0.5
+    return canvas
 
 
 def curves(table: pd.DataFrame, y: str, ylabel: str, *, log: bool = False, title: str = "") -> Figure:
