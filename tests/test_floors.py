@@ -10,7 +10,7 @@ import vaelab
 PACKAGE = Path(vaelab.__file__).parent
 FLOORS = [
     ["checks", "devices", "files"],
-    ["hooks", "models", "plots", "embedded_data", "checkpoints"],
+    ["hooks", "models", "plots", "embedded_data", "preprocessing", "checkpoints"],
     ["training", "data", "channels", "report", "vae"],
     ["nudge", "lens"],
     ["study", "frontpage"],

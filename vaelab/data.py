@@ -1,11 +1,10 @@
 """Pictures by one name: an embedded set, a hub id, a local image folder or a parquet file.
 
 Everything goes through the ``datasets`` library. Columns are found by their feature type, so no
-column needs a name. Preprocessing is that of Shi, Wang and Roshka (channel suppression), section 3.
+column needs a name.
 """
 
 import glob
-import io
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import PIL.Image
-import PIL.ImageOps
 import torch
 from torch import Tensor
 
 from vaelab import embedded_data
 from vaelab.checks import at_least, local, nearest, unknown
+from vaelab.preprocessing import BROKEN, collate, decode, preprocess
 
 if TYPE_CHECKING:
     import datasets
@@ -29,7 +28,6 @@ MOVED = {
     "cifar10": "uoft-cs/cifar10",
     "rcugarte/genfonts_data": "any folder of glyph pictures, or the embedded glyphs",
 }
-BROKEN = (OSError, RuntimeError, SyntaxError, ValueError, PIL.Image.DecompressionBombError)
 
 
 class Images:
@@ -56,7 +54,7 @@ class Images:
     def __getitem__(self, index: int) -> dict[str, Any] | None:
         row = self._rows[int(index)]
         try:
-            pixels = preprocess(_decode(row[self._image]), self.resolution)
+            pixels = preprocess(decode(row[self._image]), self.resolution)
         except BROKEN as error:
             self.skipped[int(index)] = str(error)
             return None
@@ -192,56 +190,6 @@ def load_pair(
 def short_name(dataset: str) -> str:
     """A data set's name for a label: a hub id without owner and subset, a path's last part."""
     return "+".join(Path(part.split(":")[0]).stem for part in dataset.split("+"))
-
-
-def preprocess(image: PIL.Image.Image, resolution: int) -> Tensor:
-    """A picture as the paper's section 3 prepares it: RGB; the shorter side resized to
-    ``resolution`` (bilinear); the centre cropped; (x - 0.5) / 0.5.
-
-    Returns:
-        (3, resolution, resolution) float32 in [-1, 1].
-    """
-    image = _as_rgb(image)
-    short = min(image.size)
-    width, height = (resolution if side == short else int(resolution * side / short) for side in image.size)
-    image = image.resize((width, height), PIL.Image.Resampling.BILINEAR)
-    left, top = round((width - resolution) / 2), round((height - resolution) / 2)
-    image = image.crop((left, top, left + resolution, top + resolution))
-    pixels = torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1) / 255
-    return ((pixels - 0.5) / 0.5).contiguous()
-
-
-def collate(items: list[dict[str, Any] | None]) -> dict[str, Tensor] | None:
-    """Stack what could be read; a picture that could not goes with its label. None if none could."""
-    items = [item for item in items if item is not None]
-    if not items:
-        return None
-    batch = {"pixels": torch.stack([item["pixels"] for item in items])}
-    for key in items[0].keys() - {"pixels"}:
-        batch[key] = torch.tensor([item[key] for item in items])
-    return batch
-
-
-def _as_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    image = PIL.ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16-bit greyscale: PIL would clip it to white
-        image = PIL.Image.fromarray((np.asarray(image, dtype=np.uint32) >> 8).astype(np.uint8))
-    return image.convert("RGB")
-
-
-def _decode(value: Any) -> PIL.Image.Image:
-    """A picture from what ``datasets`` stores of it; raises one of BROKEN where it is damaged."""
-    if isinstance(value, dict):
-        if value.get("bytes") is None and value.get("path") is None:
-            raise ValueError("the row holds no picture")
-        stored = value["bytes"] if value.get("bytes") is not None else Path(value["path"]).read_bytes()
-        image = PIL.Image.open(io.BytesIO(stored))
-    elif isinstance(value, PIL.Image.Image):
-        image = value
-    else:
-        raise ValueError(f"the row holds {type(value).__name__}, not a picture")
-    image.load()
-    return image
 
 
 def _rows(dataset: str, split: str, revision: str | None) -> "datasets.Dataset":
