@@ -66,7 +66,7 @@ def restore(path: Path, objective: nn.Module, optimizer: torch.optim.Optimizer, 
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     if not {"progress", "signature"} <= told.keys():
         raise ValueError(f"{path} is no checkpoint of this lab")
-    _refuse_other_settings(path, json.loads(told["signature"]), signature)
+    refuse_other_settings(path, json.loads(told["signature"]), signature)
     objective.load_state_dict({n.removeprefix("model/"): t for n, t in tensors.items() if n.startswith("model/")})
     device = next(objective.parameters()).device
     fused = optimizer.param_groups[0]["fused"]
@@ -79,7 +79,8 @@ def restore(path: Path, objective: nn.Module, optimizer: torch.optim.Optimizer, 
     return Progress(**progress, sums=sums)
 
 
-def _refuse_other_settings(path: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
+def refuse_other_settings(path: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
+    """Raise ValueError, naming what differs, where ``path`` was made with other settings than ``here``."""
     differing = [key for key in here if there.get(key) != here[key]]
     if differing:
         what = ", ".join(f"{key} {there.get(key)!r} there, {here[key]!r} here" for key in differing)

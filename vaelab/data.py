@@ -156,8 +156,7 @@ def load_images(
     """
     at_least("resolution", resolution, 8)
     at_least("max_images", max_images or 0, 0)
-    parts = [dataset] if local(dataset or "+") else dataset.split("+")
-    rows, image, label = _joined([_columns(_rows(part, split, revision), part) for part in parts])
+    rows, image, label = _joined([_columns(_rows(part, split, revision), part) for part in _parts(dataset)])
     if len(rows) == 0:
         raise ValueError(f"dataset: {dataset!r} has no picture in its split {split!r}")
     name = f"{dataset}[{split}]" + (f"@{revision}" if revision else "")
@@ -189,7 +188,12 @@ def load_pair(
 
 def short_name(dataset: str) -> str:
     """A data set's name for a label: a hub id without owner and subset, a path's last part."""
-    return "+".join(Path(part.split(":")[0]).stem for part in dataset.split("+"))
+    return "+".join(Path(part.split(":")[0]).stem for part in _parts(dataset))
+
+
+def _parts(dataset: str) -> list[str]:
+    """The data sets that ``a+b`` joins; a path that exists may have a plus in it."""
+    return [dataset] if local(dataset or "+") else dataset.split("+")
 
 
 def _rows(dataset: str, split: str, revision: str | None) -> "datasets.Dataset":
@@ -257,7 +261,7 @@ def same_pictures(dataset: str, split: str, other_split: str) -> bool:
     return (
         any(
             (path := local(part)) is not None and path.is_file() and _base(split) != _base(other_split)
-            for part in dataset.split("+")
+            for part in _parts(dataset)
         )
         or split == other_split
     )

@@ -8,7 +8,6 @@ activations that belong to other pictures. Where it can, :func:`through_model` n
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -136,7 +135,6 @@ def fit(
     channels: Sequence[int] | None = None,
     width: int = 32,
     batch_size: int = 32,
-    folder: str | Path | None = None,
 ) -> Lens:
     """Train a lens for one layer, and its shuffled control.
 
@@ -148,7 +146,6 @@ def fit(
         channels: read each of these channels by a decoder of its own; None reads the full map.
         width: hidden channels of a decoder.
         batch_size: pictures to a batch.
-        folder: where checkpoints go, if anywhere.
     """
     taken = list(channels) if channels is not None else None
     (maps, pictures), (held_maps, held_pictures) = (_taking(pair, taken) for pair in (learning, held_out))
@@ -163,8 +160,7 @@ def fit(
         decoder = MiniDecoder(maps.shape[1] // groups, upsampling, width=width, groups=groups)
         decoder.standardise(maps)
         batches = _batches(maps, paired, batch_size, config.seed)
-        place = Path(folder, name) if folder else None
-        train(_LensObjective(decoder), batches, config, folder=place, title=f"lens ({name})")
+        train(_LensObjective(decoder), batches, config, title=f"lens ({name})")
         decoder.eval()
         lenses.append((decoder, _score(decoder, held_maps, held_paired, pictures.mean(dim=0))))
     (decoder, score), (_, shuffled) = lenses

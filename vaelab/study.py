@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from vaelab import channels, models
+from vaelab.checkpoints import refuse_other_settings
 from vaelab.checks import at_least, one_of
 from vaelab.data import Images
 from vaelab.files import read_json, write_json
@@ -293,11 +294,5 @@ def _settings(
 
 def _reload(path: Path, settings: dict[str, Any]) -> VAERun:
     stored = read_json(path)
-    there = stored.pop("settings")
-    differing = [key for key in settings if there.get(key) != settings[key]]
-    if differing:
-        raise ValueError(
-            f"{path} holds a run with other settings ({', '.join(differing)}); "
-            "delete its folder, or use another output_dir"
-        )
+    refuse_other_settings(path, stored.pop("settings"), settings)
     return VAERun(**stored)
