@@ -13,9 +13,10 @@ Both are context managers; whatever happens inside, their hooks are gone afterwa
 """
 
 import fnmatch
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from copy import copy
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 from vaelab.checks import nearest, one_of, unknown
 
-SIDES = ("input", "output")
+SIDES = ("input", "output", "update")
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -101,54 +102,79 @@ def capture(
     reduce: Callable[[Tensor], Any] | None = None,
     to: str | torch.device | None = None,
     grad: bool = False,
+    calls: Collection[int] | None = None,
+    entry: int = 0,
+    stop: bool = False,
 ) -> Iterator[Captured]:
     """Record what the named layers take in or give out while the ``with`` block runs.
 
     Args:
         model: the module to watch; it may be wrapped by accelerate, compiled layers excepted.
         layers: module paths or globs, see :func:`find_layers`.
-        side: ``"output"`` or ``"input"``. Of a tuple, a list or a diffusers output the first
-            tensor is meant.
+        side: ``"output"``, ``"input"``, or ``"update"``: what the layer adds to its input, output
+            minus input, for layers that keep the shape. Of a tuple, a list or a diffusers output
+            the first tensor is meant.
         reduce: called, without gradient and on the tensor's own device, when a layer has run;
             its result is kept in place of the tensor, so that a statistic never stores a map.
         to: a device to copy what is kept to; None leaves it where it is.
         grad: keep the autograd graph of the captured tensors; not together with ``reduce``.
+        calls: which calls of each layer to keep, counted from 0; None keeps them all.
+        entry: which tensor of an output with several is meant, counted from 0.
+        stop: leave the ``with`` block as soon as every layer has run (has had the last of its
+            ``calls``), in the middle of the model's forward pass; the model's call must be the
+            block's last statement.
 
     Yields:
         A :class:`Captured`: for every layer the list of its calls, in order.
 
     Raises:
         ValueError: an unknown layer or side.
-        RuntimeError: on leaving, a layer that was asked for never ran; or a layer gave no tensor.
+        RuntimeError: on leaving, a layer that was asked for never ran, or not as often as
+            ``calls`` asks; or a layer gave no tensor.
     """
     one_of("side", side, SIDES)
+    if calls is not None and (not calls or min(calls) < 0):
+        raise ValueError(f"calls: expected one or more numbers from 0 on, got {list(calls)}")
     if grad and reduce is not None:
         raise ValueError("grad: a reduced capture keeps no graph; ask for one of grad and reduce")
     found = find_layers(model, layers)
     captured = Captured(found)
-    ran = dict.fromkeys(found, False)
+    ran = dict.fromkeys(found, 0)
+    needed = max(calls) + 1 if calls is not None else 1
 
-    def keep(layer: str, value: Any) -> None:
-        tensor = _first_tensor(layer, value)
-        ran[layer] = True
-        if not grad:
-            tensor = tensor.detach()
-        if reduce is not None:
-            with torch.no_grad():
-                tensor = reduce(tensor)
-        if to is not None and isinstance(tensor, Tensor):
-            tensor = tensor.to(to)
-        captured[layer].append(tensor)
+    def keep(layer: str, tensor: Tensor) -> None:
+        ran[layer] += 1
+        if calls is None or ran[layer] - 1 in calls:
+            captured[layer].append(_kept(tensor, reduce, to, grad))
+        if stop and min(ran.values()) >= needed:
+            raise _EverythingSeen
 
     with ExitStack() as hooks:
         for name, module in found.items():
-            hooks.enter_context(_watching(name, module, side, keep))
-        yield captured
-    silent = [name for name, it_ran in ran.items() if not it_ran]
+            hooks.enter_context(_hooked(name, module, side, entry, keep))
+        try:
+            yield captured
+        except _EverythingSeen:
+            pass
+    silent = [name for name, times in ran.items() if times < needed]
     if silent:
+        rarely = f" {needed} times" if needed > 1 else ""
         raise RuntimeError(
-            f"layers: {', '.join(silent)} never ran inside `capture`; was the right part of the model called?"
+            f"layers: {', '.join(silent)} never ran{rarely} inside `capture`; was the right part of the model called?"
         )
+
+
+class _EverythingSeen(Exception):
+    """Ends a forward pass of which nothing more is needed."""
+
+
+def _kept(tensor: Tensor, reduce: Callable[[Tensor], Any] | None, to: Any, grad: bool) -> Any:
+    if not grad:
+        tensor = tensor.detach()
+    if reduce is not None:
+        with torch.no_grad():
+            tensor = reduce(tensor)
+    return tensor.to(to) if to is not None and isinstance(tensor, Tensor) else tensor
 
 
 @contextmanager
@@ -157,6 +183,7 @@ def edit(
     edits: Mapping[str, Callable[[Tensor], Tensor]],
     *,
     side: str = "output",
+    entry: int = 0,
 ) -> Iterator[None]:
     """Change what the named layers give out (or take in) while the ``with`` block runs.
 
@@ -165,7 +192,10 @@ def edit(
         edits: for each module path or glob a function from the layer's tensor to its
             replacement. A tuple or diffusers output keeps its other entries. Where two keys
             match one layer, both are applied, in the order given.
-        side: ``"output"`` or ``"input"``.
+        side: ``"output"``, ``"input"``, or ``"update"``, what the layer adds to its input: where
+            the function leaves an entry as it is, the output is left as it is, bit for bit; where
+            it gives 0, the output is the input.
+        entry: which tensor of an output with several is meant, counted from 0.
 
     Raises:
         ValueError: an unknown layer or side.
@@ -176,17 +206,18 @@ def edit(
     found = [(find_layers(model, key), function) for key, function in edits.items()]
     ran = {name: False for layers, _ in found for name in layers}
 
-    def replaced(layer: str, value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    def replaced(layer: str, tensor: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
         ran[layer] = True
-        new = function(_first_tensor(layer, value))
+        new = function(tensor)
         if not isinstance(new, Tensor):
             raise TypeError(f"edits: the function for {layer} returned {type(new).__name__}, not a tensor")
-        return _with_first_tensor(value, new)
+        return new
 
     with ExitStack() as hooks:
         for layers, function in found:
             for name, module in layers.items():
-                hooks.enter_context(_replacing(name, module, side, replaced, function))
+                change = partial(replaced, function=function)
+                hooks.enter_context(_hooked(name, module, side, entry, change))
         yield
     silent = [name for name, it_ran in ran.items() if not it_ran]
     if silent:
@@ -194,58 +225,70 @@ def edit(
 
 
 @contextmanager
-def _watching(name: str, module: nn.Module, side: str, keep: Callable[[str, Any], None]) -> Iterator[None]:
-    if side == "output":
-        handle = module.register_forward_hook(lambda _, args, out: keep(name, out))
+def _hooked(
+    name: str, module: nn.Module, side: str, entry: int, act: Callable[[str, Tensor], Tensor | None]
+) -> Iterator[None]:
+    """``act`` is called with the layer's name and tensor; a tensor that it returns takes its place."""
+
+    def on_input(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        positional = any(isinstance(argument, Tensor) for argument in args)
+        given = args if positional else kwargs
+        new = act(name, _tensor(name, given))
+        if new is None:
+            return None
+        given = _with_tensor(given, new)
+        return (given, kwargs) if positional else (args, given)
+
+    def on_output(_: nn.Module, args: tuple, kwargs: dict, out: Any) -> Any:
+        new = act(name, _tensor(name, out, entry))
+        return None if new is None else _with_tensor(out, new, entry)
+
+    def on_update(_: nn.Module, args: tuple, kwargs: dict, out: Any) -> Any:
+        before = _tensor(name, args if any(isinstance(argument, Tensor) for argument in args) else kwargs)
+        after = _tensor(name, out, entry)
+        if before.shape != after.shape:
+            raise RuntimeError(
+                f"layers: {name} takes {tuple(before.shape)} in and gives {tuple(after.shape)} out, "
+                "so it is no update of its input; take side output"
+            )
+        update = after - before
+        new = act(name, update)
+        return None if new is None else _with_tensor(out, torch.where(new == update, after, before + new), entry)
+
+    if side == "input":
+        handle = module.register_forward_pre_hook(on_input, with_kwargs=True)
     else:
-        handle = module.register_forward_pre_hook(
-            lambda _, args, kwargs: keep(name, _inputs(args, kwargs)), with_kwargs=True
-        )
+        hook = on_output if side == "output" else on_update
+        handle = module.register_forward_hook(hook, with_kwargs=True)
     try:
         yield
     finally:
         handle.remove()
 
 
-@contextmanager
-def _replacing(name: str, module: nn.Module, side: str, replaced: Callable, function: Callable) -> Iterator[None]:
-    def before(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        if any(isinstance(argument, Tensor) for argument in args):
-            return replaced(name, args, function), kwargs
-        return args, replaced(name, kwargs, function)
-
-    if side == "output":
-        handle = module.register_forward_hook(lambda _, args, out: replaced(name, out, function))
-    else:
-        handle = module.register_forward_pre_hook(before, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def _inputs(args: tuple, kwargs: dict) -> Any:
-    return args if any(isinstance(argument, Tensor) for argument in args) else kwargs
-
-
-def _first_tensor(layer: str, value: Any) -> Tensor:
+def _entries(value: Any) -> dict[Any, Tensor]:
+    """The tensors of a tensor, a tuple, a list, a dict or a diffusers output, by their place in it."""
     if isinstance(value, Tensor):
-        return value
-    entries = value.values() if isinstance(value, Mapping) else value if isinstance(value, tuple | list) else ()
-    for entry in entries:
-        if isinstance(entry, Tensor):
-            return entry
-    raise RuntimeError(f"layers: {layer} gave a {type(value).__name__} with no tensor in it")
+        return {None: value}
+    places = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, tuple | list) else ()
+    return {place: entry for place, entry in places if isinstance(entry, Tensor)}
 
 
-def _with_first_tensor(value: Any, new: Tensor) -> Any:
+def _tensor(layer: str, value: Any, entry: int = 0) -> Tensor:
+    tensors = list(_entries(value).values())
+    if entry >= len(tensors):
+        wanted = "no tensor" if not tensors else f"{len(tensors)} tensors, no number {entry}"
+        raise RuntimeError(f"layers: {layer} gave a {type(value).__name__} with {wanted} in it")
+    return tensors[entry]
+
+
+def _with_tensor(value: Any, new: Tensor, entry: int = 0) -> Any:
     if isinstance(value, Tensor):
         return new
+    place = list(_entries(value))[entry]
     if isinstance(value, Mapping):
-        key = next(key for key, entry in value.items() if isinstance(entry, Tensor))
         edited = copy(value)
-        edited[key] = new
+        edited[place] = new
         return edited
-    place = next(i for i, entry in enumerate(value) if isinstance(entry, Tensor))
     entries = [*value[:place], new, *value[place + 1 :]]
     return type(value)(*entries) if hasattr(value, "_fields") else type(value)(entries)

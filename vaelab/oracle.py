@@ -1,0 +1,168 @@
+"""Reading a scene's factors back from a picture, by nothing but the world's own rules.
+
+The oracle is the maximum-likelihood reader under the renderer and white noise: of all grounds the
+one nearest to the picture, then at each of the nine positions the thing (or nothing) whose drawing
+there leaves the smallest squared error. It has no trained part, so it cannot have learned the
+habits of the model that it judges.
+"""
+
+import functools
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from vaelab.world import (
+    CENTRES, COLOURS, FACTORS, JITTER, POSITIONS, SCENE_FACTORS, SHAPES, SIDE, SIZES, THING_FACTORS, Scene, Thing,
+    background,
+)  # fmt: skip
+
+REACH = JITTER + 1
+WINDOW = max(SIZES.values()) + 2 * REACH
+CHUNK = 64
+GROUND_SHARE = 0.65
+
+
+class _Templates(NamedTuple):
+    coverage: Tensor
+    """(K, W * W): what each thing covers of a position's window."""
+    things: list[tuple[str, str, tuple[int, int]]]
+    """K shapes, sizes and offsets."""
+    colours: Tensor
+    """(C, 3)."""
+
+
+def read(pictures: Tensor) -> list[Scene]:
+    """The scenes that pictures show.
+
+    Args:
+        pictures: (N, 3, 64, 64) in [-1, 1].
+
+    Returns:
+        A scene a picture, its things in the order of the positions; it may have none.
+
+    Raises:
+        ValueError: pictures of another shape, or that are not finite.
+    """
+    if pictures.ndim != 4 or tuple(pictures.shape[1:]) != (3, SIDE, SIDE):
+        raise ValueError(f"pictures: expected (N, 3, {SIDE}, {SIDE}), got {tuple(pictures.shape)}")
+    if not torch.isfinite(pictures).all():
+        raise ValueError("pictures: not all values are finite")
+    pictures = ((pictures.detach().float().cpu() + 1) / 2).clamp(0, 1)
+    return [scene for chunk in pictures.split(CHUNK) for scene in _read(chunk)]
+
+
+def _read(pictures: Tensor) -> list[Scene]:
+    names, grounds = _grounds()
+    # things cover less than a third of a picture, so the nearest two thirds of the pixels are ground
+    kept = int(GROUND_SHARE * SIDE**2)
+    apart = [
+        ((pictures - ground) ** 2).sum(1).flatten(1).topk(kept, largest=False, sorted=False).values.sum(1)
+        for ground in grounds
+    ]
+    nearest = torch.stack(apart).argmin(0)
+    found = [list() for _ in pictures]
+    for position in POSITIONS:
+        best = _best_at(position, pictures, nearest)
+        for scene, thing in zip(found, best, strict=True):
+            scene += [thing] if thing else []
+    return [Scene(tuple(things), *names[ground]) for things, ground in zip(found, nearest.tolist(), strict=True)]
+
+
+def _best_at(position: str, pictures: Tensor, ground: Tensor) -> list[Thing | None]:
+    """What explains each picture's window best: of ||P - B - a (C - B)||^2 the part that varies."""
+    templates, (rows, columns) = _templates(), _window(position)
+    coverage, colours = templates.coverage, templates.colours
+    behind = _grounds()[1][ground][:, :, rows, columns].flatten(2)  # (N, 3, W * W)
+    rest = pictures[:, :, rows, columns].flatten(2) - behind
+    inner = torch.einsum("kw,ncw->nkc", coverage, rest) @ colours.T  # <P - B, a C>: (N, K, colours)
+    inner -= torch.einsum("kw,nw->nk", coverage, (rest * behind).sum(1))[..., None]
+    squared = coverage**2
+    norm = squared.sum(1)[:, None] * (colours**2).sum(1) - 2 * torch.einsum("kw,ncw->nkc", squared, behind) @ colours.T
+    norm = norm + torch.einsum("kw,nw->nk", squared, (behind**2).sum(1))[..., None]
+    error = (norm - 2 * inner).flatten(1)  # against 0 for nothing
+    least, index = error.min(1)
+    return [
+        _thing(position, *divmod(i, len(colours))) if value < 0 else None
+        for value, i in zip(least.tolist(), index.tolist(), strict=True)
+    ]
+
+
+def _thing(position: str, template: int, colour: int) -> Thing:
+    shape, size, offset = _templates().things[template]
+    return Thing(shape, tuple(COLOURS)[colour], size, position, offset)
+
+
+def _window(position: str) -> tuple[slice, slice]:
+    column, row = POSITIONS[position]
+    starts = (int(np.clip(CENTRES[cell] - WINDOW // 2, 0, SIDE - WINDOW)) for cell in (row, column))
+    return tuple(slice(start, start + WINDOW) for start in starts)
+
+
+@functools.cache
+def _grounds() -> tuple[list[tuple[str, str]], Tensor]:
+    names = list(itertools.product(*(FACTORS[factor] for factor in SCENE_FACTORS)))
+    pictures = np.stack([background(*name) for name in names])
+    return names, torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous()
+
+
+@functools.cache
+def _templates() -> _Templates:
+    things, coverage = [], []
+    rows, columns = _window("centre")
+    shifts = range(-REACH, REACH + 1)
+    for shape, size, offset in itertools.product(SHAPES, SIZES, itertools.product(shifts, shifts)):
+        things.append((shape, size, offset))
+        coverage.append(Thing(shape, "red", size, "centre", offset).coverage()[rows, columns].ravel())
+    colours = torch.tensor(list(COLOURS.values()), dtype=torch.float32) / 255
+    return _Templates(torch.from_numpy(np.stack(coverage)), things, colours)
+
+
+def judge(asked: Sequence[Scene], pictures: Tensor) -> pd.DataFrame:
+    """Whether pictures show what their prompts name.
+
+    What the oracle reads is assigned to what was asked for so that as many named factors agree as
+    can; a thing that is not there has no factor right.
+
+    Args:
+        asked: N scenes; only what their prompts name is judged.
+        pictures: (N, 3, 64, 64) in [-1, 1].
+
+    Returns:
+        A row for every named factor: ``picture``, ``thing`` (-1 for the ground), ``factor``,
+        ``asked``, ``read`` (None for no such thing) and ``right``; and for every picture one
+        whose factor is ``count``, the number of things.
+    """
+    rows = []
+    for picture, (scene, seen) in enumerate(zip(asked, read(pictures), strict=True)):
+        pairs = [(i, thing, match) for i, (thing, match) in enumerate(_assigned(scene.things, seen.things))]
+        for i, thing, match in [*pairs, (-1, scene, seen)]:
+            for factor in thing.named:
+                shown = getattr(match, factor) if match else None
+                rows.append((picture, i, factor, getattr(thing, factor), shown, getattr(thing, factor) == shown))
+        counts = len(scene.things), len(seen.things)
+        rows.append((picture, -1, "count", *counts, counts[0] == counts[1]))
+    return pd.DataFrame(rows, columns=["picture", "thing", "factor", "asked", "read", "right"])
+
+
+def _assigned(asked: Sequence[Thing], seen: Sequence[Thing]) -> list[tuple[Thing, Thing | None]]:
+    agree = np.array([[sum(getattr(a, f) == getattr(s, f) for f in a.named) for s in seen] for a in asked])
+    if not len(seen):
+        return [(thing, None) for thing in asked]
+    matched = dict(zip(*linear_sum_assignment(-agree), strict=True))
+    return [(thing, seen[matched[i]] if i in matched else None) for i, thing in enumerate(asked)]
+
+
+def accuracy(judged: pd.DataFrame) -> pd.DataFrame:
+    """By factor: ``pictures`` that name it, the share ``accuracy`` of them in which every naming
+    came out right, and the share ``named`` of single namings that did."""
+    whole = judged.groupby(["factor", "picture"])["right"].all().groupby("factor").agg(["size", "mean"])
+    single = judged.groupby("factor")["right"].mean()
+    order = [factor for factor in (*FACTORS, "count") if factor in single.index]
+    table = pd.DataFrame({"pictures": whole["size"], "accuracy": whole["mean"], "named": single})
+    return table.loc[order].reset_index()

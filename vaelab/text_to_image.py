@@ -1,0 +1,214 @@
+"""Training the embedded text-to-image model from scratch on the world.
+
+A latent diffusion model (Rombach et al. 2022) with the cross-attention block structure of SDXL's
+U-Net (Podell et al. 2023), made so that few steps suffice: v-prediction (Salimans and Ho 2022) on a
+schedule whose last timestep is pure noise (Lin et al. 2023), guided without a classifier (Ho and
+Salimans 2022). Half of the training timesteps are those that a four-step sampler visits.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from vaelab import models, vae
+from vaelab.checks import at_least
+from vaelab.training import TrainConfig, Trained, train
+from vaelab.world import SIDE, render, sample
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
+
+MAX_TOKENS = 40
+PROMPTS_FOR_THE_TOKENIZER = 5000
+SCENES_FOR_THE_SCALE = 256
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The sizes of the three networks."""
+
+    vae_channels: tuple[int, ...] = (32, 64)
+    """Of the autoencoder's blocks; the latent's side is the picture's over 2 ** (blocks - 1)."""
+    latent_channels: int = 4
+    unet_channels: tuple[int, int, int] = (32, 64, 128)
+    """Of the U-Net's three stages; like SDXL's, the first has no attention."""
+    head_width: int = 16
+    """Channels to an attention head."""
+    text_width: int = 128
+    """Of the text model's states, which the U-Net attends to."""
+    text_layers: int = 3
+
+    def __post_init__(self) -> None:
+        at_least("text_layers", self.text_layers, 1)
+        for name in ("vae_channels", "unet_channels"):
+            if any(width % 16 for width in getattr(self, name)):
+                raise ValueError(f"{name}: expected multiples of 16, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """What the training of the denoiser draws."""
+
+    prompt_dropout: float = 0.1
+    """Share of the prompts replaced by the empty one, for classifier-free guidance."""
+    sampler_steps: int = 4
+    """The sampler whose timesteps are drawn more often."""
+    sampler_share: float = 0.5
+    """Share of the timesteps drawn from that sampler's; the rest are uniform."""
+
+    def __post_init__(self) -> None:
+        at_least("sampler_steps", self.sampler_steps, 1)
+        for name in ("prompt_dropout", "sampler_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: must be between 0 and 1, got {getattr(self, name)!r}")
+
+
+def new_vae(config: ModelConfig, seed: int = 0) -> nn.Module:
+    """An untrained autoencoder."""
+    from diffusers import AutoencoderKL
+
+    depth = len(config.vae_channels)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoencoderKL(
+            block_out_channels=config.vae_channels,
+            down_block_types=["DownEncoderBlock2D"] * depth,
+            up_block_types=["UpDecoderBlock2D"] * depth,
+            latent_channels=config.latent_channels,
+            layers_per_block=1,
+            norm_num_groups=8,
+            sample_size=SIDE,
+            mid_block_add_attention=False,
+        )
+
+
+def new_tokenizer() -> "CLIPTokenizer":
+    """CLIP's byte-pair tokenizer, with a token for every word of the world's prompts."""
+    from transformers import CLIPTokenizer
+
+    prompts = (sample(seed).prompt for seed in range(PROMPTS_FOR_THE_TOKENIZER))
+    return CLIPTokenizer(model_max_length=MAX_TOKENS).train_new_from_iterator(prompts, 1000, show_progress=False)
+
+
+def new_pipeline(trained_vae: nn.Module, config: ModelConfig, seed: int = 0) -> Any:
+    """A ``StableDiffusionPipeline`` of a trained autoencoder with an untrained text model and U-Net."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    tokenizer = new_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        text_model = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=config.text_width,
+                intermediate_size=4 * config.text_width,
+                projection_dim=config.text_width,
+                num_hidden_layers=config.text_layers,
+                num_attention_heads=4,
+                max_position_embeddings=MAX_TOKENS,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        )
+        unet = UNet2DConditionModel(
+            sample_size=SIDE // 2 ** (len(config.vae_channels) - 1),
+            in_channels=config.latent_channels,
+            out_channels=config.latent_channels,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            block_out_channels=config.unet_channels,
+            layers_per_block=2,
+            cross_attention_dim=config.text_width,
+            # by diffusers' misnomer, the number of heads
+            attention_head_dim=tuple(width // config.head_width for width in config.unet_channels),
+            use_linear_projection=True,
+            norm_num_groups=16,
+        )
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        clip_sample=False,
+        set_alpha_to_one=True,
+        steps_offset=1,
+    )
+    return StableDiffusionPipeline(
+        trained_vae, text_model, tokenizer, unet, scheduler, None, None, requires_safety_checker=False
+    )
+
+
+class DenoisingObjective(nn.Module):
+    """L = E ||v - v_theta(z_t, t, prompt)||^2, for the U-Net and the text model together."""
+
+    def __init__(self, pipeline: Any, config: ScheduleConfig):
+        super().__init__()
+        self.unet, self.text_encoder = pipeline.unet, pipeline.text_encoder
+        self._config, self._vae, self._scheduler = config, [pipeline.vae], pipeline.scheduler  # a list: not trained
+        self._empty = tokenize(pipeline.tokenizer, [""])[0]
+        pipeline.scheduler.set_timesteps(config.sampler_steps)
+        self._visited = pipeline.scheduler.timesteps.clone()
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The loss of ``pixels`` (B, 3, R, R) in [-1, 1] and their ``tokens`` (B, L)."""
+        pixels, tokens, device = batch["pixels"], batch["tokens"], batch["pixels"].device
+        with torch.no_grad():
+            latents = models.posterior(self._vae[0], pixels).mode() * self._vae[0].config.scaling_factor
+        noise = torch.randn_like(latents)
+        timesteps = self._timesteps(len(latents)).to(device)
+        dropped = torch.rand(len(tokens), 1, device=device) < self._config.prompt_dropout
+        states = self.text_encoder(torch.where(dropped, self._empty.to(device), tokens))[0]
+        noisy = self._scheduler.add_noise(latents, noise, timesteps)
+        target = self._scheduler.get_velocity(latents, noise, timesteps)
+        predicted = self.unet(noisy, timesteps, states).sample
+        return {"loss": nn.functional.mse_loss(predicted.float(), target.float())}
+
+    def _timesteps(self, count: int) -> Tensor:
+        uniform = torch.randint(0, self._scheduler.config.num_train_timesteps, (count,))
+        visited = self._visited[torch.randint(0, len(self._visited), (count,))]
+        return torch.where(torch.rand(count) < self._config.sampler_share, visited, uniform)
+
+
+@torch.no_grad()
+def latent_scale(vae: nn.Module) -> float:
+    """diffusers' ``scaling_factor``: one over the standard deviation of the posteriors' means.
+
+    The U-Net is trained on the means: the posterior's noise is what the decoder forgives, not what
+    a denoiser should have to make.
+    """
+    pictures = render(sample(seed) for seed in range(SCENES_FOR_THE_SCALE))
+    parameter = next(vae.parameters())
+    means = [
+        models.posterior(vae, part.to(parameter.device, parameter.dtype)).mode().cpu().double()
+        for part in pictures.split(32)
+    ]
+    return float(1 / torch.cat(means).std())
+
+
+def tokenize(tokenizer: "CLIPTokenizer", prompts: list[str]) -> Tensor:
+    """Token numbers (B, L), padded as the pipelines of diffusers do."""
+    return tokenizer(
+        prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+    ).input_ids
+
+
+def scenes(batch_size: int, tokenizer: "CLIPTokenizer | None" = None) -> Callable[..., Iterator[dict[str, Tensor]]]:
+    """Endless batches of training scenes for :func:`vaelab.training.train`, none of them twice."""
+    at_least("batch_size", batch_size, 1)
+
+    def batches(start: int = 0, rank: int = 0, world: int = 1) -> Iterator[dict[str, Tensor]]:
+        for number in itertools.count(start):
+            first = (number * world + rank) * batch_size
+            drawn = [sample(seed) for seed in range(first, first + batch_size)]
+            tokens = {"tokens": tokenize(tokenizer, [scene.prompt for scene in drawn])} if tokenizer else {}
+            yield {"pixels": render(drawn), **tokens}
+
+    return batches
