@@ -1,3 +1,5 @@
+import functools
+
 import pytest
 import torch
 
@@ -18,3 +20,19 @@ def tiny_vae():
             sample_size=16,
         )
     return vae.eval()
+
+
+@pytest.fixture(scope="session")
+def pipeline_folder(tmp_path_factory):
+    """Folder of a small pipeline, by its name in :mod:`small_pipelines`; saved once."""
+    from small_pipelines import save
+
+    return functools.cache(functools.partial(save, folder=tmp_path_factory.mktemp("pipelines")))
+
+
+@pytest.fixture(scope="session")
+def small_pipeline(pipeline_folder):
+    """A small pipeline by its name, loaded once: who changes one loads another from its folder."""
+    from vaelab.models import load_pipeline
+
+    return functools.cache(lambda name: load_pipeline(str(pipeline_folder(name)), device="cpu"))

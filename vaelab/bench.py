@@ -6,19 +6,23 @@ reference is run twice a round, so that its difference to itself says what a dif
 
 import copy
 import functools
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import nn
 
-from vaelab import devices
+from vaelab import denoise, devices
 from vaelab.checks import at_least
+from vaelab.collect import CollectConfig, collect, probe
 from vaelab.data import Images
+from vaelab.prompts import load_prompts
 from vaelab.study import ChannelWatcher, StudyConfig
 from vaelab.vae import VAEObjective
 
@@ -94,6 +98,33 @@ def tracking_seconds(vae: nn.Module, images: Images, config: StudyConfig, rounds
 
     actions = {"untracked": step_of(False), "twin": step_of(False), "tracked": step_of(True)}
     return interleaved(actions, rounds, device=device, seed=config.train.seed)
+
+
+def collect_seconds(pipeline: Any, prompts: int, config: CollectConfig, rounds: int) -> pd.DataFrame:
+    """Seconds of drawing the same prompts of the world: ``plain``, its ``twin``, and ``collecting``.
+
+    The plain pipeline ends with the pictures; a collection captures, stops after the last block that
+    it wants, and ends when the activations are on the disk.
+
+    Args:
+        pipeline: on the device to measure on.
+        prompts: how many; each round draws them with other seeds.
+        config: what is collected, and with which sampling and batch size.
+        rounds: how often each is timed.
+    """
+    texts = load_prompts("world", count=prompts).texts
+    layout, per_prompt, _ = probe(pipeline, texts, config)
+
+    def plain(number: int) -> None:
+        denoise.generate_all(pipeline, texts, config.sampling, batch_size=config.batch_size, seed=number)
+
+    def collecting(number: int) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            now = replace(config, seed=number)
+            collect(pipeline, texts, now, folder, layout=layout, items_per_prompt=per_prompt, progress=False)
+
+    actions = {"plain": plain, "twin": plain, "collecting": collecting}
+    return interleaved(actions, rounds, device=pipeline.device, warmup=1, seed=config.seed)
 
 
 def paired_percent(seconds: pd.DataFrame, name: str, reference: str) -> tuple[float, float, float]:

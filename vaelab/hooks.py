@@ -14,7 +14,7 @@ Both are context managers; whatever happens inside, their hooks are gone afterwa
 
 import fnmatch
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from copy import copy
 from functools import partial
 from typing import Any
@@ -119,7 +119,7 @@ def capture(
         to: a device to copy what is kept to; None leaves it where it is.
         grad: keep the autograd graph of the captured tensors; not together with ``reduce``.
         calls: which calls of each layer to keep, counted from 0; None keeps them all.
-        entry: which tensor of an output with several is meant, counted from 0.
+        entry: which tensor of an output with several is meant, counted from 0, or from -1 for the last.
         stop: leave the ``with`` block as soon as every layer has run (has had the last of its
             ``calls``), in the middle of the model's forward pass; the model's call must be the
             block's last statement.
@@ -152,10 +152,8 @@ def capture(
     with ExitStack() as hooks:
         for name, module in found.items():
             hooks.enter_context(_hooked(name, module, side, entry, keep))
-        try:
+        with suppress(_EverythingSeen):
             yield captured
-        except _EverythingSeen:
-            pass
     silent = [name for name, times in ran.items() if times < needed]
     if silent:
         rarely = f" {needed} times" if needed > 1 else ""
@@ -195,7 +193,7 @@ def edit(
         side: ``"output"``, ``"input"``, or ``"update"``, what the layer adds to its input: where
             the function leaves an entry as it is, the output is left as it is, bit for bit; where
             it gives 0, the output is the input.
-        entry: which tensor of an output with several is meant, counted from 0.
+        entry: which tensor of an output with several is meant, counted from 0, or from -1 for the last.
 
     Raises:
         ValueError: an unknown layer or side.
@@ -270,13 +268,15 @@ def _entries(value: Any) -> dict[Any, Tensor]:
     """The tensors of a tensor, a tuple, a list, a dict or a diffusers output, by their place in it."""
     if isinstance(value, Tensor):
         return {None: value}
-    places = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, tuple | list) else ()
+    if not isinstance(value, Mapping | tuple | list):
+        return {}
+    places = value.items() if isinstance(value, Mapping) else enumerate(value)
     return {place: entry for place, entry in places if isinstance(entry, Tensor)}
 
 
 def _tensor(layer: str, value: Any, entry: int = 0) -> Tensor:
     tensors = list(_entries(value).values())
-    if entry >= len(tensors):
+    if not -len(tensors) <= entry < len(tensors):
         wanted = "no tensor" if not tensors else f"{len(tensors)} tensors, no number {entry}"
         raise RuntimeError(f"layers: {layer} gave a {type(value).__name__} with {wanted} in it")
     return tensors[entry]

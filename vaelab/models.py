@@ -1,6 +1,14 @@
-"""Any diffusers autoencoder by one name: ``embedded``, a hub id, or a local diffusers folder."""
+"""Any diffusers autoencoder or text-to-image pipeline by one name: ``embedded``, a hub id, or a local
+diffusers folder; and the short names of a denoiser's blocks.
+
+Two models are embedded: the pipeline that was trained on the world, with its own autoencoder, and
+beside it the autoencoder that the study of silent channels is about, which is what :func:`load_vae`
+means by ``embedded``.
+"""
 
 import json
+import logging
+from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,9 +16,20 @@ import torch
 from torch import Tensor, nn
 
 from vaelab import devices
+from vaelab.blocks import DENOISERS, EXAMPLES, Block, blocks, denoiser
 from vaelab.checks import local, nearest, unknown
 
+__all__ = [
+    "Block", "blocks", "check_precision", "decode", "denoiser", "embedded_path", "embedded_vae_path", "latent",
+    "load_pipeline", "load_vae", "posterior", "reconstruct", "require_groupnorm",
+]  # fmt: skip
+
 EMBEDDED = ("embedded",)
+LEFT_OUT = {
+    "safety_checker": None, "requires_safety_checker": False, "watermarker": None, "add_watermarker": False,
+    "feature_extractor": None, "image_encoder": None,
+}  # fmt: skip
+"""Arguments of pipelines for parts that neither make the picture nor are looked at here."""
 MOVED = {
     "stabilityai/sdxl-va": "stabilityai/sdxl-vae",
     "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
@@ -20,8 +39,103 @@ SDXL_SCALING_FACTOR = 0.13025
 
 
 def embedded_path() -> Path:
-    """The folder of the embedded models, in diffusers' layout: the VAE is its ``vae``."""
-    return Path(__file__).parent / "embedded"
+    """The folder of the embedded text-to-image model, a diffusers ``StableDiffusionPipeline``."""
+    return Path(__file__).parent / "embedded" / "pipeline"
+
+
+def embedded_vae_path() -> Path:
+    """The folder of the embedded autoencoder with silent channels."""
+    return Path(__file__).parent / "embedded" / "vae"
+
+
+def load_pipeline(
+    name: str = "embedded",
+    *,
+    device: str = "auto",
+    precision: str = "float32",
+    revision: str | None = None,
+    variant: str | None = None,
+) -> Any:
+    """Load a text-to-image (or class-conditional) pipeline by diffusers' own auto class.
+
+    Safety checkers, watermarkers and image encoders are left out: they are not looked at.
+
+    Args:
+        name: ``embedded``, a hub id, or a local diffusers folder with a ``model_index.json``.
+        device: ``auto``, ``cpu``, ``cuda``, ``mps``.
+        precision: ``float32``, ``bfloat16`` or ``float16``, of all weights.
+        revision: a branch, tag or commit on the hub.
+        variant: of the weight files, such as ``fp16``.
+
+    Returns:
+        The diffusers pipeline, its progress bar off.
+
+    Raises:
+        ValueError: no such pipeline, or one whose denoiser the lab does not know.
+    """
+    from diffusers import DiffusionPipeline
+
+    path, dtype, device = _pipeline_folder(name), devices.dtype(precision), devices.pick(device)
+    try:
+        kind = _pipeline_class(DiffusionPipeline.load_config(path, revision=revision), name)
+        left_out = {part: nothing for part, nothing in LEFT_OUT.items() if part in signature(kind).parameters}
+        pipeline = kind.from_pretrained(path, dtype=dtype, revision=revision, variant=variant, **left_out)
+    except OSError as error:
+        raise ValueError(f"model: {name!r} could not be read as a pipeline.{_moved(name)} ({error})") from error
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device)
+
+
+def _pipeline_class(index: dict[str, Any], name: str) -> type:
+    """The class that a ``model_index.json`` names, refused before anything large is read."""
+    import diffusers
+
+    kind = _quietly_imported(index.get("_class_name"))
+    if not (isinstance(kind, type) and issubclass(kind, diffusers.DiffusionPipeline)):
+        raise ValueError(f"model: {name!r} is a {index.get('_class_name')}; expected a diffusers pipeline")
+    denoisers = [index[part][1] for part in DENOISERS if part in index]
+    if not set(denoisers) & set(EXAMPLES):
+        what = " and ".join(map(str, denoisers)) or "no denoiser"
+        raise ValueError(f"model: {name!r} has {what}; known are {', '.join(EXAMPLES)}")
+    return kind
+
+
+def _quietly_imported(name: Any) -> Any:
+    """A class of diffusers; on the way to a pipeline transformers warns about image processors, unused here."""
+    import diffusers
+
+    logger = logging.getLogger("transformers.utils.import_utils")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        return getattr(diffusers, str(name), None)
+    finally:
+        logger.setLevel(level)
+
+
+def _pipeline_folder(name: str) -> str:
+    if name in EMBEDDED:
+        return str(embedded_path())
+    folder = local(name)
+    if folder is None:
+        _refuse_no_hub_id(name)
+        return name
+    if not (folder / "model_index.json").is_file():
+        raise ValueError(f"model: no model_index.json in {name!r}; expected the folder of a diffusers pipeline")
+    return str(folder)
+
+
+def _refuse_no_hub_id(name: str) -> None:
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise ValueError(
+            f"model: {name!r} is neither an embedded model ({', '.join(EMBEDDED)}), a local folder, "
+            f"nor a hub id (owner/name); did you mean {nearest(name, [*EMBEDDED, *MOVED.values()], 1)[0]!r}?"
+        )
+
+
+def _moved(name: str) -> str:
+    known = f" It is now {MOVED[name]!r}." if name in MOVED else ""
+    return f"{known} For a model behind a licence, set HF_TOKEN."
 
 
 def load_vae(
@@ -82,12 +196,15 @@ def posterior(vae: nn.Module, pixels: Tensor) -> Any:
 @torch.no_grad()
 def reconstruct(vae: nn.Module, pixels: Tensor) -> Tensor:
     """Pictures (B, 3, R, R) through encoder and decoder; of a posterior, its mean. Keeps no graph."""
+    return decode(vae, latent(vae, pixels), pixels.shape)
+
+
+def latent(vae: nn.Module, pixels: Tensor) -> Tensor:
+    """The latents (B, c, h, w) of pictures (B, 3, R, R), not yet scaled; of a posterior, its mean."""
     encoded = vae.encode(pixels)
     if hasattr(encoded, "latent_dist"):
-        latent = encoded.latent_dist.mode()
-    else:
-        latent = encoded.latents if hasattr(encoded, "latents") else encoded.latent
-    return decode(vae, latent, pixels.shape)
+        return encoded.latent_dist.mode()
+    return encoded.latents if hasattr(encoded, "latents") else encoded.latent
 
 
 def decode(vae: nn.Module, latent: Tensor, shape: torch.Size) -> Tensor:
@@ -145,17 +262,13 @@ class _Place(NamedTuple):
 
 def _locate(name: str, revision: str | None) -> _Place:
     if name in EMBEDDED:
-        return _place_in(embedded_path(), name)
+        return _place_in(embedded_vae_path(), name)
     folder = local(name)
     if folder is not None:
         if not folder.is_dir():
             raise ValueError(f"model: {name!r} is a file; expected a diffusers folder")
         return _place_in(folder, name)
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise ValueError(
-            f"model: {name!r} is neither an embedded model ({', '.join(EMBEDDED)}), a local folder, "
-            f"nor a hub id (owner/name); did you mean {nearest(name, [*EMBEDDED, *MOVED.values()], 1)[0]!r}?"
-        )
+    _refuse_no_hub_id(name)
     return _place_on_hub(name, revision)
 
 
@@ -178,11 +291,7 @@ def _place_on_hub(name: str, revision: str | None) -> _Place:
             errors.append(error)
         else:
             return _Place(name, subfolder, _own_entries(config))
-    moved = f" It is now {MOVED[name]!r}." if name in MOVED else ""
-    raise ValueError(
-        f"model: {name!r} could not be read from the hub.{moved} For a model behind a licence, set HF_TOKEN. "
-        f"({errors[0]})"
-    ) from errors[0]
+    raise ValueError(f"model: {name!r} could not be read from the hub.{_moved(name)} ({errors[0]})") from errors[0]
 
 
 def _own_entries(config: dict[str, Any]) -> dict[str, Any]:

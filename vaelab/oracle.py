@@ -18,9 +18,19 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from vaelab.world import (
-    CENTRES, COLOURS, FACTORS, JITTER, POSITIONS, SCENE_FACTORS, SHAPES, SIDE, SIZES, THING_FACTORS, Scene, Thing,
+    CENTRES,
+    COLOURS,
+    FACTORS,
+    JITTER,
+    POSITIONS,
+    SCENE_FACTORS,
+    SHAPES,
+    SIDE,
+    SIZES,
+    Scene,
+    Thing,
     background,
-)  # fmt: skip
+)
 
 REACH = JITTER + 1
 WINDOW = max(SIZES.values()) + 2 * REACH
@@ -66,7 +76,7 @@ def _read(pictures: Tensor) -> list[Scene]:
         for ground in grounds
     ]
     nearest = torch.stack(apart).argmin(0)
-    found = [list() for _ in pictures]
+    found = [[] for _ in pictures]
     for position in POSITIONS:
         best = _best_at(position, pictures, nearest)
         for scene, thing in zip(found, best, strict=True):
@@ -95,6 +105,11 @@ def _best_at(position: str, pictures: Tensor, ground: Tensor) -> list[Thing | No
 
 def _thing(position: str, template: int, colour: int) -> Thing:
     shape, size, offset = _templates().things[template]
+    rows, columns = _window(position)
+    offset = tuple(
+        shift + window.start + WINDOW // 2 - CENTRES[cell]  # at the border a window stands further in
+        for shift, window, cell in zip(offset, (columns, rows), POSITIONS[position], strict=True)
+    )
     return Thing(shape, tuple(COLOURS)[colour], size, position, offset)
 
 

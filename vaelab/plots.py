@@ -32,7 +32,7 @@ def picture_grid(rows: Mapping[str, Tensor], title: str = "") -> Figure:
     for line, (label, pictures) in zip(axes, rows.items(), strict=True):
         for axis in line:
             axis.axis("off")
-        for axis, picture in zip(line, _displayable(pictures), strict=False):
+        for axis, picture in zip(line, displayable(pictures), strict=False):
             axis.imshow(picture, interpolation="nearest")
         line[0].text(-0.12, 0.5, label, transform=line[0].transAxes, ha="right", va="center", fontsize=9)
     figure.suptitle(title, fontsize=11)
@@ -60,7 +60,7 @@ def activation_grids(
     figure, axes = plt.subplots(
         1, len(maps) + 1, figsize=size, width_ratios=[1.4, *[0.42 * columns] * len(maps)], layout="constrained"
     )
-    axes[0].imshow(_displayable(picture[None])[0])
+    axes[0].imshow(displayable(picture[None])[0])
     axes[0].set_title("the picture", fontsize=9)
     for axis, (model, activation) in zip(axes[1:], maps.items(), strict=True):
         axis.set_title(f"{model}: {len(silent[model])} of {channels} suppressed", fontsize=9)
@@ -299,7 +299,8 @@ def _lines(axis: plt.Axes, table: pd.DataFrame, y: str) -> None:
         axis.plot(part["step"], part[y], color=palette[condition], linewidth=0.6, alpha=0.5)
 
 
-def _displayable(pictures: Tensor) -> np.ndarray:
+def displayable(pictures: Tensor) -> np.ndarray:
+    """Pictures (N, 3, H, W) in [-1, 1] as (N, H, W, 3) in [0, 1]."""
     return ((pictures.detach().float().cpu().clamp(-1, 1) + 1) / 2).permute(0, 2, 3, 1).numpy()
 
 

@@ -8,16 +8,19 @@ Salimans 2022). Half of the training timesteps are those that a four-step sample
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vaelab import models, vae
+from vaelab import models
 from vaelab.checks import at_least
 from vaelab.training import TrainConfig, Trained, train
-from vaelab.world import SIDE, render, sample
+from vaelab.vae import VAEObjective
+from vaelab.world import SIDE, Scene, render, sample
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -36,7 +39,7 @@ class ModelConfig:
     latent_channels: int = 4
     unet_channels: tuple[int, int, int] = (32, 64, 128)
     """Of the U-Net's three stages; like SDXL's, the first has no attention."""
-    head_width: int = 16
+    head_width: int = 32
     """Channels to an attention head."""
     text_width: int = 128
     """Of the text model's states, which the U-Net attends to."""
@@ -59,12 +62,71 @@ class ScheduleConfig:
     """The sampler whose timesteps are drawn more often."""
     sampler_share: float = 0.5
     """Share of the timesteps drawn from that sampler's; the rest are uniform."""
+    curriculum: int = 2000
+    """Steps over which the scenes go from one thing with every factor named to any scene, and a
+    thing's pixels from ``thing_weight`` to the weight of all others."""
+    thing_weight: float = 10.0
+    """How much more a thing's pixels count at the start; most of a picture is ground."""
 
     def __post_init__(self) -> None:
         at_least("sampler_steps", self.sampler_steps, 1)
+        at_least("curriculum", self.curriculum, 0)
+        at_least("thing_weight", self.thing_weight, 1)
         for name in ("prompt_dropout", "sampler_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: must be between 0 and 1, got {getattr(self, name)!r}")
+
+
+class TrainedPipeline(NamedTuple):
+    """What :func:`train_pipeline` gives back."""
+
+    pipeline: Any
+    """A ``StableDiffusionPipeline``, in evaluation mode."""
+    vae: Trained
+    """How the autoencoder's training went."""
+    denoiser: Trained
+    """How that of U-Net and text model went."""
+
+
+def train_pipeline(
+    folder: str | Path,
+    vae_training: TrainConfig,
+    training: TrainConfig,
+    *,
+    model: ModelConfig | None = None,
+    schedule: ScheduleConfig | None = None,
+    kl_weight: float = 1e-6,
+    vae_batch_size: int = 16,
+    batch_size: int = 32,
+) -> TrainedPipeline:
+    """Train the autoencoder, then U-Net and text model together on its latents, from scratch on
+    the world, going on from what an interrupted call left in ``folder``.
+
+    Args:
+        folder: where the checkpoints go.
+        vae_training: how the autoencoder is trained; its seed fixes its first weights.
+        training: how U-Net and text model are trained; its seed fixes their first weights.
+        model: the networks' sizes.
+        schedule: what the denoiser's training draws.
+        kl_weight: beta_KL of the autoencoder.
+        vae_batch_size: pictures of a step of the autoencoder.
+        batch_size: pictures of a step of the denoiser.
+    """
+    model, schedule = model or ModelConfig(), schedule or ScheduleConfig()
+    vae = new_vae(model, vae_training.seed)
+    settings = {"model": asdict(model), "batch_size": vae_batch_size, "kl_weight": kl_weight}
+    vae_trained = train(
+        VAEObjective(vae, kl_weight), pictures(vae_batch_size), vae_training,
+        folder=Path(folder, "vae"), settings=settings, title="autoencoder",
+    )  # fmt: skip
+    vae.requires_grad_(False).register_to_config(scaling_factor=latent_scale(vae))
+    pipeline = new_pipeline(vae, model, training.seed)
+    settings = {"model": asdict(model), "schedule": asdict(schedule), "batch_size": batch_size}
+    trained = train(
+        DenoisingObjective(pipeline, schedule), prompted(batch_size, pipeline.tokenizer, schedule), training,
+        folder=Path(folder, "denoiser"), settings=settings, title="denoiser",
+    )  # fmt: skip
+    return TrainedPipeline(pipeline, vae_trained, trained)
 
 
 def new_vae(config: ModelConfig, seed: int = 0) -> nn.Module:
@@ -158,7 +220,8 @@ class DenoisingObjective(nn.Module):
         self._visited = pipeline.scheduler.timesteps.clone()
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The loss of ``pixels`` (B, 3, R, R) in [-1, 1] and their ``tokens`` (B, L)."""
+        """The loss of ``pixels`` (B, 3, R, R) in [-1, 1], their ``tokens`` (B, L) and the ``weight``
+        (B, 1, R, R) of each pixel."""
         pixels, tokens, device = batch["pixels"], batch["tokens"], batch["pixels"].device
         with torch.no_grad():
             latents = models.posterior(self._vae[0], pixels).mode() * self._vae[0].config.scaling_factor
@@ -169,7 +232,9 @@ class DenoisingObjective(nn.Module):
         noisy = self._scheduler.add_noise(latents, noise, timesteps)
         target = self._scheduler.get_velocity(latents, noise, timesteps)
         predicted = self.unet(noisy, timesteps, states).sample
-        return {"loss": nn.functional.mse_loss(predicted.float(), target.float())}
+        error = (predicted.float() - target.float()).square().mean(1, keepdim=True)
+        weight = nn.functional.adaptive_avg_pool2d(batch["weight"], error.shape[-2:])
+        return {"loss": (weight * error).sum() / weight.sum(), "error": error.mean()}
 
     def _timesteps(self, count: int) -> Tensor:
         uniform = torch.randint(0, self._scheduler.config.num_train_timesteps, (count,))
@@ -200,15 +265,41 @@ def tokenize(tokenizer: "CLIPTokenizer", prompts: list[str]) -> Tensor:
     ).input_ids
 
 
-def scenes(batch_size: int, tokenizer: "CLIPTokenizer | None" = None) -> Callable[..., Iterator[dict[str, Tensor]]]:
-    """Endless batches of training scenes for :func:`vaelab.training.train`, none of them twice."""
+def pictures(batch_size: int) -> Callable[..., Iterator[dict[str, Tensor]]]:
+    """Endless batches of pictures of training scenes, none of them twice, for the autoencoder."""
+    return _stream(batch_size, lambda drawn, _: {"pixels": render(drawn)})
+
+
+def prompted(
+    batch_size: int, tokenizer: "CLIPTokenizer", config: ScheduleConfig
+) -> Callable[..., Iterator[dict[str, Tensor]]]:
+    """Endless batches of training scenes with their prompts' tokens and their pixels' weights."""
+
+    def batch(drawn: list[Scene], number: int) -> dict[str, Tensor]:
+        left = max(0.0, 1 - number / config.curriculum) if config.curriculum else 0.0
+        easy = round(left * len(drawn))
+        drawn = [*map(_easy, drawn[:easy]), *drawn[easy:]]
+        things = torch.from_numpy(np.stack([~scene.masks()[-1:] for scene in drawn]))
+        return {
+            "pixels": render(drawn),
+            "tokens": tokenize(tokenizer, [scene.prompt for scene in drawn]),
+            "weight": 1 + left * (config.thing_weight - 1) * things,
+        }
+
+    return _stream(batch_size, batch)
+
+
+def _stream(batch_size: int, batch: Callable[[list[Scene], int], dict]) -> Callable[..., Iterator[dict[str, Tensor]]]:
     at_least("batch_size", batch_size, 1)
 
     def batches(start: int = 0, rank: int = 0, world: int = 1) -> Iterator[dict[str, Tensor]]:
         for number in itertools.count(start):
             first = (number * world + rank) * batch_size
-            drawn = [sample(seed) for seed in range(first, first + batch_size)]
-            tokens = {"tokens": tokenize(tokenizer, [scene.prompt for scene in drawn])} if tokenizer else {}
-            yield {"pixels": render(drawn), **tokens}
+            yield batch([sample(seed) for seed in range(first, first + batch_size)], number)
 
     return batches
+
+
+def _easy(scene: Scene) -> Scene:
+    """The scene's first thing alone, with everything named."""
+    return replace(scene, things=scene.things[:1]).spelled_out()

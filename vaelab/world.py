@@ -9,7 +9,7 @@ fixed by a split and a seed. The splits are disjoint in the combinations of fact
 import functools
 import itertools
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -122,6 +122,11 @@ class Scene:
         words = [getattr(self, factor) for factor in SCENE_FACTORS if factor in self.named]
         return listed + (f", on a {' '.join(words)} background" if words else "")
 
+    def spelled_out(self) -> "Scene":
+        """The same scene with every factor named."""
+        things = tuple(replace(thing, named=THING_FACTORS) for thing in self.things)
+        return replace(self, things=things, named=SCENE_FACTORS)
+
     def picture(self) -> np.ndarray:
         """(64, 64, 3) float32 in [0, 1]."""
         canvas = background(self.texture, self.ground).copy()
@@ -134,9 +139,11 @@ class Scene:
         """Where each thing is, and last the ground: (things + 1, 64, 64) bool, every pixel once.
 
         A thing's mask is that of its shape, colour, size and position; the ground's is that of
-        its texture and colour.
+        its texture and colour. Where two things overlap, the later one is drawn over the other.
         """
         covered = np.stack([thing.coverage() for thing in self.things]) >= 0.5
+        for i, mask in enumerate(covered):
+            mask &= ~covered[i + 1 :].any(0)
         return np.concatenate([covered, ~covered.any(0, keepdims=True)])
 
 
@@ -282,5 +289,8 @@ def dataset(split: str, count: int, first_seed: int = 0) -> "datasets.Dataset":
         **{factor: kinds[factor] for factor in SCENE_FACTORS},
     )
     table = rows(split, range(first_seed, first_seed + count))
-    columns = {name: list(values) for name, *values in zip(features, *([row[n] for n in features] for row in table))}
+    columns = {
+        name: list(values)
+        for name, *values in zip(features, *([row[n] for n in features] for row in table), strict=True)
+    }
     return datasets.Dataset.from_dict(columns, features=features)

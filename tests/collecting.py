@@ -1,0 +1,76 @@
+"""Small stores to be written, in the test's process or in one that is killed.
+
+Apart from the tests because such a process imports it: it is there at once without pytest.
+"""
+
+import os
+
+import torch
+
+from vaelab import store, writing
+from vaelab.store import BlockShape
+
+LAYOUT = {"down.2.1": BlockShape((2, 3), 4), "mid/attn": BlockShape((), 5), "up.0": BlockShape((3,), 2)}
+SETTINGS = {"model": "embedded", "steps": (1, 4)}
+PER_SHARD = 3
+COUNT = 11
+"""Three shards of 3 items and one of 2."""
+
+
+def truth(layout=LAYOUT, count=COUNT, dtype=torch.float16):
+    """What a store should give back: every block's maps, as stored."""
+    generator = torch.Generator().manual_seed(0)
+    return {
+        block: torch.randn(count, *shape.positions, shape.width, generator=generator).to(dtype)
+        for block, shape in layout.items()
+    }
+
+
+def captures(count=COUNT):
+    return [{"prompt": f"picture “{i}”", "seed": i * 7, "timestep": [999, 499][i % 2]} for i in range(count)]
+
+
+def begin(folder, layout=LAYOUT, **options):
+    options = {"precision": "float16", "items_per_shard": PER_SHARD, "settings": SETTINGS} | options
+    return store.create(folder, layout, **options)
+
+
+def fill(folder, maps=None, *, step=2, stop=None, **options):
+    """Write a store in steps of ``step`` items from where it is."""
+    maps = maps or truth()
+    items = captures(len(next(iter(maps.values()))))
+    with begin(folder, **options) as writer:
+        for start in range(writer.items_done, stop or len(items), step):
+            part = slice(start, min(start + step, len(items)))
+            writer.add({block: value[part] for block, value in maps.items()}, items[part])
+    return folder
+
+
+KILLED = {"a.0": BlockShape((2,), 8), "b": BlockShape((), 3)}
+"""What the killed collections take."""
+
+
+def collect(folder, count):
+    """A collection for a process of its own."""
+    torch.set_num_threads(1)
+    fill(folder, truth(KILLED, count), layout=KILLED)
+
+
+def die_at(folder, count, step, layout=KILLED):
+    """Be gone, without a word, before the ``step``-th thing done to the disk."""
+    torch.set_num_threads(1)
+    done = 0
+
+    def counted(function):
+        def call(*args, **kwargs):
+            nonlocal done
+            done += 1
+            if done == step:
+                os._exit(9)
+            return function(*args, **kwargs)
+
+        return call
+
+    for module, name in ((os, "fsync"), (os, "replace"), (os, "unlink"), (writing, "_told"), (writing, "_sync")):
+        setattr(module, name, counted(getattr(module, name)))
+    fill(folder, truth(layout, count), layout=layout)

@@ -1,0 +1,201 @@
+"""The store beside what others keep activations in: the same maps written, their vectors read shuffled.
+
+- ``webdataset``: a tar of pickled tensors, as sdxl-unbox collects them, read through a buffer of
+  samples that is filled up by a fifth and shuffled anew each time, as its iterator does. (That one
+  drops what is in the buffer at the end; here every vector is read.)
+- ``arrow``: rows of float16 in Arrow, as the ``datasets`` library writes and reads them.
+
+All are given the maps as a model makes them, with the channels first. A write ends when the data
+are on the disk. A read gives every vector once, shuffled, in float32 batches; the files are then in
+the page cache, so that it is the software that is timed and not the disk.
+"""
+
+import io
+import itertools
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from vaelab import store
+from vaelab.checks import at_least, one_of
+from vaelab.store import BlockShape
+
+BLOCK = "down.2.1"
+SIDE = 16
+"""Of the maps, in positions."""
+TOGETHER = 10
+"""Maps that are given to a system at a time; a sample of the tar holds them."""
+SAMPLES_IN_BUFFER = 25
+"""Of the tar's reader: 64,000 vectors are shuffled together. The store's reader has as many."""
+
+
+def store_seconds(
+    folder: str | Path | None = None,
+    *,
+    systems: Sequence[str] = ("store", "webdataset", "arrow"),
+    vectors: int = 200_000,
+    width: int = 1280,
+    batch_size: int = 4096,
+    rounds: int = 5,
+    warmup: int = 1,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """How long the systems take to write and to read the same vectors, in turns.
+
+    Args:
+        folder: where to write; None is the folder of temporary files.
+        systems: which to time.
+        vectors: how many, rounded up to whole maps of 16x16.
+        width: numbers of a vector.
+        batch_size: vectors of a batch.
+        rounds: how often each system is timed.
+        warmup: rounds that do not count.
+        seed: fixes the vectors, their order in reading, and that of the systems in a round.
+
+    Returns:
+        A row a round and system: ``round``, ``system``, ``write`` and ``read`` in seconds, and
+        ``vectors``.
+
+    Raises:
+        ImportError: ``webdataset`` is asked for, and the package of that name is not installed.
+        ValueError: an unknown system, a number below 1.
+        RuntimeError: a system has lost vectors, or repeated them.
+    """
+    for name, value in (("vectors", vectors), ("width", width), ("batch_size", batch_size), ("rounds", rounds)):
+        at_least(name, value, 1)
+    for system in systems:
+        one_of("systems", system, SYSTEMS)
+    items = -(-vectors // SIDE**2)
+    maps = torch.randn(items, width, SIDE, SIDE, generator=torch.Generator().manual_seed(seed)).half()
+    rng = np.random.default_rng(seed)
+    rows = []
+    for number in range(warmup + rounds):
+        for system in map(str, rng.permutation(list(systems))):
+            write, read = SYSTEMS[system]
+            with tempfile.TemporaryDirectory(dir=folder) as place:
+                os.sync()  # what others have left to be written is not this system's
+                began = time.perf_counter()
+                write(Path(place), maps)
+                written = time.perf_counter()
+                count = sum(map(len, read(Path(place), batch_size, number)))
+                finished = time.perf_counter()
+            if count != items * SIDE**2:
+                raise RuntimeError(f"{system} gave back {count} of {items * SIDE**2} vectors")
+            rows.append((number - warmup, system, written - began, finished - written, count))
+    table = pd.DataFrame(rows, columns=["round", "system", "write", "read", "vectors"])
+    return table[table["round"] >= 0].reset_index(drop=True)
+
+
+def write_store(folder: Path, maps: Tensor) -> None:
+    """The maps (items, width, side, side) as a store."""
+    layout = {BLOCK: BlockShape((SIDE, SIDE), maps.shape[1])}
+    with store.create(folder, layout, items_per_shard=10 * TOGETHER) as writer:
+        for part in maps.split(TOGETHER):
+            told = range(writer.items_done, writer.items_done + len(part))
+            writer.add({BLOCK: part.permute(0, 2, 3, 1)}, [_item(number) for number in told])
+
+
+def read_store(folder: Path, batch_size: int, seed: int) -> Iterator[Tensor]:
+    """Shuffled batches (batch_size, width) float32 of :func:`write_store`'s."""
+    return store.open(folder).batches(BLOCK, batch_size, seed, buffer_rows=SAMPLES_IN_BUFFER * TOGETHER * SIDE**2)
+
+
+def write_webdataset(folder: Path, maps: Tensor) -> None:
+    """The maps as pickled samples (maps, steps, width, side, side) in a tar."""
+    import webdataset
+
+    with open(folder / "block.tar", "wb") as file:
+        with webdataset.TarWriter(file) as tar:
+            for number, part in enumerate(maps.split(TOGETHER)):
+                pickled = io.BytesIO()
+                torch.save(part[:, None].clone(), pickled)  # a slice would be pickled with all the rest
+                told = json.dumps([_item(number * TOGETHER + place) for place in range(len(part))])
+                tar.write(
+                    {"__key__": f"sample_{number}", "gen_args.json": told.encode(), "output.pth": pickled.getvalue()}
+                )
+        _sync(folder / "block.tar")
+
+
+def read_webdataset(folder: Path, batch_size: int, seed: int) -> Iterator[Tensor]:
+    """Shuffled batches of :func:`write_webdataset`'s."""
+    import webdataset
+
+    samples = iter(webdataset.WebDataset(str(folder / "block.tar"), shardshuffle=False).decode("torch"))
+    generator = torch.Generator().manual_seed(seed)
+    buffer, wanted, low = torch.empty(0), SAMPLES_IN_BUFFER, 1
+    while True:
+        if len(buffer) < low:
+            fresh = [sample["output.pth"] for sample in itertools.islice(samples, wanted)]
+            rows = [maps.permute(0, 1, 3, 4, 2).reshape(-1, maps.shape[2]) for maps in fresh]
+            if rows:
+                buffer = torch.cat([*([buffer.clone()] if len(buffer) else []), *rows])
+                buffer = buffer[torch.randperm(len(buffer), generator=generator)]
+            low = SAMPLES_IN_BUFFER * TOGETHER * SIDE**2 * 4 // 5 if len(fresh) == wanted else 0
+            wanted = SAMPLES_IN_BUFFER // 5
+        if not len(buffer):
+            return
+        yield buffer[:batch_size].float()
+        buffer = buffer[batch_size:]
+
+
+def write_arrow(folder: Path, maps: Tensor) -> None:
+    """The vectors as rows of an Arrow file."""
+    import datasets
+    import pyarrow as pa
+    from datasets.arrow_writer import ArrowWriter
+
+    width = maps.shape[1]
+    schema = pa.schema([("vector", pa.list_(pa.float16(), width))])
+    path = folder / "block.arrow"
+    with ArrowWriter(path=str(path), features=datasets.Features.from_arrow_schema(schema)) as writer:
+        for part in maps.split(TOGETHER):
+            numbers = pa.array(part.permute(0, 2, 3, 1).reshape(-1).numpy())
+            rows = pa.FixedSizeListArray.from_arrays(numbers, width)
+            writer.write_table(pa.Table.from_arrays([rows], schema=schema))
+        writer.finalize()
+    _sync(path)
+
+
+def read_arrow(folder: Path, batch_size: int, seed: int) -> Iterator[Tensor]:
+    """Shuffled batches of :func:`write_arrow`'s."""
+    import datasets
+
+    rows = datasets.Dataset.from_file(str(folder / "block.arrow")).with_format("torch")
+    order = np.random.default_rng(seed).permutation(len(rows))
+    for begin in range(0, len(order), batch_size):
+        yield rows[order[begin : begin + batch_size]]["vector"].float()
+
+
+SYSTEMS = {
+    "store": (write_store, read_store),
+    "webdataset": (write_webdataset, read_webdataset),
+    "arrow": (write_arrow, read_arrow),
+}
+
+
+def _item(number: int) -> dict[str, object]:
+    return {"prompt": f"picture {number}", "seed": number, "timestep": 999}
+
+
+def _sync(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def ratios(table: pd.DataFrame) -> dict[str, float]:
+    """From the medians over rounds: the store's shuffled vectors a second, and how many times as fast
+    as each other system it reads (``store.read_vs_<system>``) and writes (``store.write_vs_<system>``)."""
+    medians = table.groupby("system")[["write", "read"]].median()
+    found = {"store.shuffled_vectors_per_second": table["vectors"].iloc[0] / medians.loc["store", "read"]}
+    for system in medians.index.drop("store"):
+        for kind in ("read", "write"):
+            found[f"store.{kind}_vs_{system}"] = medians.loc[system, kind] / medians.loc["store", kind]
+    return {name: float(value) for name, value in found.items()}

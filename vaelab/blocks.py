@@ -1,0 +1,221 @@
+"""The blocks of a denoiser by the papers' short names, and what each kind of denoiser is called with.
+
+``down.2.1``, ``mid.0``, ``up.0.1`` are the cross-attention transformer blocks of a U-Net (Surkov et
+al., "Unpacking SDXL Turbo", Figure 2); ``bottleneck`` and ``up_ft0`` to ``up_ft3`` its middle and the
+stages of its upward half, ``block14`` a transformer's block (Kim et al., "Revelio").
+"""
+
+import math
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vaelab.checks import unknown
+from vaelab.hooks import capture
+
+PROMPT_TOKENS = 77
+FLUX_TOKENS = (64, 64)
+"""Of FLUX's own picture: its pipeline makes latents of 128 x 128, of which it takes 2 x 2 as a token."""
+DENOISERS = ("unet", "transformer")
+"""What a pipeline calls its denoiser."""
+PICTURE = -1
+"""Of a block's output tensors the picture's; blocks with a text stream give that one first."""
+LARGEST_ROUNDING = 1.15
+"""How far a grid of tokens may be from the picture's aspect."""
+
+
+class Block(NamedTuple):
+    """A block that can be captured or edited."""
+
+    path: str
+    """Of the module inside the denoiser."""
+    shape: tuple[int, int, int]
+    """(height, width, channels) of what it gives out for a picture of the model's own size."""
+
+
+def denoiser(pipeline: Any) -> nn.Module:
+    """A pipeline's U-Net or transformer; a denoiser is itself.
+
+    Raises:
+        ValueError: it has none, or one of a kind that the lab does not know.
+    """
+    parts = [pipeline] if isinstance(pipeline, nn.Module) else [getattr(pipeline, name, None) for name in DENOISERS]
+    found = next((part for part in parts if part is not None), None)
+    if type(found).__name__ not in EXAMPLES:
+        what = "no denoiser" if found is None else f"{type(found).__name__} for its denoiser"
+        raise ValueError(f"model: {type(pipeline).__name__} has {what}; known are {', '.join(EXAMPLES)}")
+    return found
+
+
+def paths(pipeline: Any) -> dict[str, str]:
+    """Short names and module paths, in the order in which the blocks run."""
+    model = denoiser(pipeline)
+    if hasattr(model, "mid_block"):
+        return _unet_paths(model)
+    return {
+        f"{short}{i}": f"{stack}.{i}"
+        for stack, short in (("transformer_blocks", "block"), ("single_transformer_blocks", "single"))
+        for i in range(len(getattr(model, stack, ())))
+    }
+
+
+def _unet_paths(unet: nn.Module) -> dict[str, str]:
+    from diffusers.models import Transformer2DModel
+
+    def transformers(short: str, path: str) -> dict[str, str]:
+        attentions = getattr(unet.get_submodule(path), "attentions", None) or []
+        return {
+            f"{short}.{i}": f"{path}.attentions.{i}"
+            for i, module in enumerate(attentions)
+            if isinstance(module, Transformer2DModel)
+        }
+
+    found = {}
+    for i in range(len(unet.down_blocks)):
+        found |= transformers(f"down.{i}", f"down_blocks.{i}")
+    found |= {**transformers("mid", "mid_block"), "bottleneck": "mid_block"}
+    for i in range(len(unet.up_blocks)):
+        found |= {**transformers(f"up.{i}", f"up_blocks.{i}"), f"up_ft{i}": f"up_blocks.{i}"}
+    return found
+
+
+def blocks(pipeline: Any) -> dict[str, Block]:
+    """Every named block with its shape, in the order in which they run.
+
+    The shapes come from a pass on the meta device, which neither computes nor holds anything.
+
+    Args:
+        pipeline: a diffusers pipeline, or its U-Net or transformer.
+
+    Raises:
+        ValueError: a denoiser of a kind that the lab does not know.
+    """
+    model, found = denoiser(pipeline), paths(pipeline)
+    with torch.device("meta"), torch.no_grad():
+        twin = type(model).from_config(dict(model.config)).to("meta").eval()
+        inputs = EXAMPLES[type(model).__name__](twin.config)
+        with capture(twin, list(found.values()), entry=PICTURE) as seen:
+            twin(**inputs)
+        aspect = own_aspect(model)
+        return {name: Block(path, tuple(maps(seen[path][0], aspect).shape[1:])) for name, path in found.items()}
+
+
+def own_aspect(model: nn.Module) -> float:
+    """Height over width of the pictures that a denoiser makes unless it is told otherwise."""
+    height, width = _sides(model.config.get("sample_size") or 1)
+    return height / width
+
+
+def resolve(pipeline: Any, names: str | Iterable[str]) -> dict[str, str]:
+    """Module paths of blocks, by short name or by module path, in the order asked.
+
+    Raises:
+        ValueError: an unknown name, with the nearest; or none at all.
+    """
+    names = [names] if isinstance(names, str) else list(names)
+    if not names:
+        raise ValueError("blocks: none were asked for")
+    model, known = denoiser(pipeline), paths(pipeline)
+    modules = {path for path, _ in model.named_modules() if path}
+    for name in names:
+        if name not in known and name not in modules:
+            raise unknown("blocks", name, [*known, *modules] if "_" in name or name.count(".") > 2 else known)
+    return {name: known.get(name, name) for name in names}
+
+
+def maps(tensor: Tensor, aspect: float = 1.0) -> Tensor:
+    """What a block gave, (B, d, h, w) or tokens (B, h w, d), as maps (B, h, w, d).
+
+    Args:
+        tensor: what was captured.
+        aspect: the picture's height over its width, which tells the grid of tokens.
+
+    Raises:
+        ValueError: neither a map nor tokens, or tokens that fill no grid of that aspect.
+    """
+    if tensor.ndim == 4:
+        return tensor.permute(0, 2, 3, 1).contiguous()
+    if tensor.ndim != 3:
+        raise ValueError(f"blocks: one gave {tuple(tensor.shape)}; expected a map (B, d, h, w) or tokens (B, n, d)")
+    return tensor.unflatten(1, _grid(tensor.shape[1], aspect))
+
+
+def _grid(tokens: int, aspect: float) -> tuple[int, int]:
+    """The sides whose aspect is nearest to the picture's; a model's stages round theirs."""
+
+    def distance(height: int) -> float:
+        return abs(math.log(height * height / tokens / aspect))
+
+    height = min((side for side in range(1, tokens + 1) if tokens % side == 0), key=distance)
+    if distance(height) > math.log(LARGEST_ROUNDING):
+        raise ValueError(f"blocks: {tokens} tokens are no grid of the picture's aspect, {aspect:.3g}")
+    return height, tokens // height
+
+
+def _sides(size: int | Iterable[int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def _one(*shape: int) -> Tensor:
+    return torch.zeros(1, *shape)
+
+
+def _unet_example(config: Any) -> dict[str, Any]:
+    inputs = {"sample": _one(config.in_channels, *_sides(config.sample_size)), "timestep": torch.zeros(1)}
+    width = config.encoder_hid_dim or config.cross_attention_dim
+    inputs["encoder_hidden_states"] = _one(PROMPT_TOKENS, width if isinstance(width, int) else width[0])
+    if config.addition_embed_type == "text_time":
+        text = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        inputs["added_cond_kwargs"] = {"text_embeds": _one(text), "time_ids": _one(6)}
+    return inputs
+
+
+def _patched(config: Any) -> dict[str, Any]:
+    return {
+        "hidden_states": _one(config.in_channels, *_sides(config.sample_size)),
+        "timestep": torch.zeros(1, dtype=torch.long),
+    }
+
+
+def _dit_example(config: Any) -> dict[str, Any]:
+    return {**_patched(config), "class_labels": torch.zeros(1, dtype=torch.long)}
+
+
+def _pixart_example(config: Any) -> dict[str, Any]:
+    return {
+        **_patched(config),
+        "encoder_hidden_states": _one(PROMPT_TOKENS, config.caption_channels),
+        "added_cond_kwargs": {"resolution": _one(2), "aspect_ratio": _one(1)},
+    }
+
+
+def _sd3_example(config: Any) -> dict[str, Any]:
+    return {
+        **_patched(config),
+        "encoder_hidden_states": _one(PROMPT_TOKENS, config.joint_attention_dim),
+        "pooled_projections": _one(config.pooled_projection_dim),
+    }
+
+
+def _flux_example(config: Any) -> dict[str, Any]:
+    tokens = math.prod(FLUX_TOKENS)
+    return {
+        "hidden_states": _one(tokens, config.in_channels),
+        "encoder_hidden_states": _one(PROMPT_TOKENS, config.joint_attention_dim),
+        "pooled_projections": _one(config.pooled_projection_dim),
+        "timestep": torch.zeros(1),
+        "img_ids": torch.zeros(tokens, 3),
+        "txt_ids": torch.zeros(PROMPT_TOKENS, 3),
+        "guidance": torch.zeros(1) if config.guidance_embeds else None,
+    }
+
+
+EXAMPLES = {
+    "UNet2DConditionModel": _unet_example,
+    "DiTTransformer2DModel": _dit_example,
+    "PixArtTransformer2DModel": _pixart_example,
+    "SD3Transformer2DModel": _sd3_example,
+    "FluxTransformer2DModel": _flux_example,
+}

@@ -1,0 +1,213 @@
+"""What a denoiser takes in: noisy latents, a timestep, and what it is told of the picture.
+
+Every kind of pipeline has its own way to say it; here a picture and a prompt are enough for any of
+them.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vaelab import models
+from vaelab.blocks import denoiser
+
+DIT, FLUX = "DiTTransformer2DModel", "FluxTransformer2DModel"
+FLUX_PATCH = 2
+"""Sides of the square of latent pixels that FLUX's pipeline, not its transformer, makes a token of."""
+PIXART_TOLD_THE_SIZE = 128
+"""The ``sample_size`` of the PixArt that is told its picture's size and aspect."""
+
+
+def by_class(pipeline: Any) -> bool:
+    """Whether the pipeline's prompts are class numbers."""
+    return type(denoiser(pipeline)).__name__ == DIT
+
+
+def is_flow(pipeline: Any) -> bool:
+    """Whether the pipeline's schedule is a rectified flow."""
+    return "Flow" in type(pipeline.scheduler).__name__
+
+
+def last_timestep(pipeline: Any) -> int:
+    """The timestep of the most noise."""
+    return pipeline.scheduler.config.num_train_timesteps - (0 if is_flow(pipeline) else 1)
+
+
+def encode(pipeline: Any, pixels: Tensor) -> Tensor:
+    """Latents (B, c, h, w) as the denoiser takes them, of pictures (B, 3, H, W) in [-1, 1].
+
+    They are the posterior's means, shifted and scaled; for a model of pixels the pictures, resized
+    to its own size.
+
+    Raises:
+        ValueError: sides that autoencoder and denoiser cannot divide evenly.
+    """
+    model, vae = denoiser(pipeline), getattr(pipeline, "vae", None)
+    pixels = pixels.to(model.device, model.dtype)
+    if vae is None:
+        return nn.functional.interpolate(pixels, size=model.config.sample_size, mode="bilinear", antialias=True)
+    with _wide_enough(vae):
+        latents = models.latent(vae, pixels.to(vae.dtype))
+    patch = FLUX_PATCH if type(model).__name__ == FLUX else model.config.get("patch_size", 1)
+    multiple = pixels.shape[-1] // latents.shape[-1] * patch
+    if any(side % multiple for side in pixels.shape[-2:]):
+        height, width = pixels.shape[-2:]
+        raise ValueError(f"resolution: pictures of {height} x {width}; this model takes multiples of {multiple}")
+    shift = vae.config.get("shift_factor") or 0.0
+    return ((latents - shift) * vae.config.scaling_factor).to(model.dtype)
+
+
+@contextlib.contextmanager
+def _wide_enough(vae: nn.Module) -> Iterator[None]:
+    """The SDXL-VAE overflows in float16: it is float32 meanwhile."""
+    dtype = vae.dtype
+    overflows = dtype == torch.float16 and vae.config.get("force_upcast")
+    nn.Module.to(vae, torch.float32 if overflows else dtype)
+    try:
+        yield
+    finally:
+        nn.Module.to(vae, dtype)
+
+
+def add_noise(pipeline: Any, latents: Tensor, noise: Tensor, timestep: int) -> Tensor:
+    """x_t of the pipeline's own schedule: sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, or for a
+    rectified flow (1 - t / T) x_0 + (t / T) eps.
+
+    Args:
+        pipeline: a diffusers pipeline.
+        latents: x_0, (B, c, h, w).
+        noise: eps, of the same shape.
+        timestep: t, from 0 to :func:`last_timestep`.
+
+    Raises:
+        ValueError: a scheduler of neither kind.
+    """
+    scheduler = pipeline.scheduler
+    if is_flow(pipeline):
+        share = timestep / scheduler.config.num_train_timesteps
+        return (1 - share) * latents + share * noise
+    if not hasattr(scheduler, "alphas_cumprod"):
+        raise ValueError(f"model: {type(scheduler).__name__} has neither alphas_cumprod nor is it a rectified flow")
+    kept = scheduler.alphas_cumprod[timestep].item()
+    return kept**0.5 * latents + (1 - kept) ** 0.5 * noise
+
+
+def condition(pipeline: Any, prompts: Sequence[str | int] | None, count: int, size: Sequence[int]) -> dict[str, Any]:
+    """What the denoiser is called with beside latents and timestep.
+
+    Args:
+        pipeline: a diffusers pipeline.
+        prompts: one a picture; class numbers for a class-conditional model. None for what guidance
+            without a classifier takes as no prompt: the empty one, for SDXL zeros, for a
+            class-conditional model the class after the last.
+        count: how many pictures.
+        size: (height, width) of the pictures in pixels, of which some models are told.
+
+    Raises:
+        ValueError: a class that the model does not have.
+    """
+    model = denoiser(pipeline)
+    if by_class(pipeline):
+        none = [model.config.num_embeds_ada_norm] * count
+        numbers = none if prompts is None else classes(pipeline, prompts)
+        return {"class_labels": torch.tensor(numbers, device=model.device)}
+    texts = [""] * count if prompts is None else [str(prompt) for prompt in prompts]
+    told = CONDITIONS[type(model).__name__](pipeline, texts, size)
+    if prompts is None and getattr(pipeline.config, "force_zeros_for_empty_prompt", False):
+        states, added = told["encoder_hidden_states"], told["added_cond_kwargs"]
+        nothing = {**added, "text_embeds": torch.zeros_like(added["text_embeds"])}
+        return {"encoder_hidden_states": torch.zeros_like(states), "added_cond_kwargs": nothing}
+    return told
+
+
+def classes(pipeline: Any, prompts: Sequence[str | int]) -> list[int]:
+    """Prompts of a class-conditional model as numbers.
+
+    Raises:
+        ValueError: a class that the model does not have.
+    """
+    known = denoiser(pipeline).config.num_embeds_ada_norm
+    for prompt in prompts:
+        if not str(prompt).isdecimal() or int(prompt) >= known:
+            raise ValueError(f"prompts: expected class numbers from 0 to {known - 1}, got {prompt!r}")
+    return [int(prompt) for prompt in prompts]
+
+
+def predict(pipeline: Any, noisy: Tensor, timestep: int, conditions: dict[str, Any]) -> Tensor:
+    """One pass of the denoiser over noisy latents (B, c, h, w): its prediction as it gives it.
+
+    It is of the same shape, but for the variance that some models add in further channels; FLUX's
+    is tokens (B, h/2 w/2, 4 c).
+
+    Args:
+        pipeline: a diffusers pipeline.
+        noisy: from :func:`add_noise`.
+        timestep: the one that they were noised to.
+        conditions: from :func:`condition`.
+    """
+    model = denoiser(pipeline)
+    times = torch.full((len(noisy),), timestep, device=noisy.device)
+    if type(model).__name__ != FLUX:
+        return model(noisy, timestep=times, **conditions, return_dict=False)[0]
+    share = times.to(noisy.dtype) / pipeline.scheduler.config.num_train_timesteps
+    tokens, places = _flux_tokens(noisy)
+    return model(tokens, timestep=share, img_ids=places, **conditions, return_dict=False)[0]
+
+
+def _flux_tokens(latents: Tensor) -> tuple[Tensor, Tensor]:
+    """Squares of latent pixels as tokens (B, n, 4 c), and their places (n, 3): 0, row, column."""
+    height, width = (side // FLUX_PATCH for side in latents.shape[-2:])
+    squares = latents.unflatten(3, (width, FLUX_PATCH)).unflatten(2, (height, FLUX_PATCH))  # (B, c, h, 2, w, 2)
+    tokens = squares.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    return tokens, torch.stack([torch.zeros_like(rows), rows, columns], -1).flatten(0, 1).to(latents)
+
+
+def _unet_condition(pipeline: Any, texts: list[str], size: Sequence[int]) -> dict[str, Any]:
+    device = pipeline.unet.device
+    states, *others = pipeline.encode_prompt(
+        texts, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
+    )
+    if pipeline.unet.config.addition_embed_type != "text_time":
+        return {"encoder_hidden_states": states}
+    original, corner, target = [*size], [0, 0], [*size]
+    told = torch.tensor([original + corner + target] * len(texts), device=device, dtype=states.dtype)
+    return {"encoder_hidden_states": states, "added_cond_kwargs": {"text_embeds": others[1], "time_ids": told}}
+
+
+def _pixart_condition(pipeline: Any, texts: list[str], size: Sequence[int]) -> dict[str, Any]:
+    device = pipeline.transformer.device
+    states, mask, *_ = pipeline.encode_prompt(texts, device=device, do_classifier_free_guidance=False)
+    told = {"resolution": None, "aspect_ratio": None}
+    if pipeline.transformer.config.sample_size == PIXART_TOLD_THE_SIZE:
+        values = {"resolution": [*size], "aspect_ratio": [size[0] / size[1]]}
+        told = {
+            name: torch.tensor([value] * len(texts), device=device, dtype=states.dtype)
+            for name, value in values.items()
+        }
+    return {"encoder_hidden_states": states, "encoder_attention_mask": mask, "added_cond_kwargs": told}
+
+
+def _sd3_condition(pipeline: Any, texts: list[str], size: Sequence[int]) -> dict[str, Any]:
+    states, _, pooled, _ = pipeline.encode_prompt(
+        texts, None, None, device=pipeline.transformer.device, do_classifier_free_guidance=False
+    )
+    return {"encoder_hidden_states": states, "pooled_projections": pooled}
+
+
+def _flux_condition(pipeline: Any, texts: list[str], size: Sequence[int]) -> dict[str, Any]:
+    model = pipeline.transformer
+    states, pooled, places = pipeline.encode_prompt(texts, None, device=model.device)
+    unguided = torch.ones(len(texts), device=model.device) if model.config.guidance_embeds else None
+    return {"encoder_hidden_states": states, "pooled_projections": pooled, "txt_ids": places, "guidance": unguided}
+
+
+CONDITIONS: dict[str, Callable[[Any, list[str], Sequence[int]], dict[str, Any]]] = {
+    "UNet2DConditionModel": _unet_condition,
+    "PixArtTransformer2DModel": _pixart_condition,
+    "SD3Transformer2DModel": _sd3_condition,
+    "FluxTransformer2DModel": _flux_condition,
+}

@@ -1,0 +1,258 @@
+"""Prompts or pictures in, a denoiser's features out: the one way in which any pipeline is read.
+
+From prompts, the pipeline runs as it always does and blocks are captured at chosen steps (Surkov et
+al., "Unpacking SDXL Turbo": the update D_out - D_in of equation 6). From pictures, each is encoded,
+noised to a timestep and passed once through the denoiser (Kim et al., "Revelio", section 3).
+"""
+
+import contextlib
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from inspect import signature
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vaelab import blocks as block_names
+from vaelab.blocks import PICTURE, denoiser
+from vaelab.checks import at_least
+from vaelab.conditioning import add_noise, by_class, classes, condition, encode, last_timestep, predict
+from vaelab.hooks import capture
+
+__all__ = [
+    "Features", "Sampling", "add_noise", "condition", "encode", "from_pictures", "from_prompts", "generate",
+    "generate_all", "last_timestep", "passes", "predict",
+]  # fmt: skip
+
+OWN_ARGUMENTS = (
+    "prompt", "class_labels", "generator", "num_inference_steps", "guidance_scale", "height", "width", "output_type",
+    "num_images_per_prompt", "return_dict",
+)  # fmt: skip
+"""Of a pipeline's call, what is never among the other options."""
+OTHER_PASSES = ("timesteps", "sigmas", "denoising_end", "true_cfg_scale", "skip_guidance_layers")
+"""Options with which a step is no longer one pass of the denoiser, so that steps cannot be told apart."""
+
+
+class Features(NamedTuple):
+    """What blocks gave for a batch of B prompts or pictures."""
+
+    maps: dict[str, list[Tensor]]
+    """For each block a tensor (B, h, w, d) for each step (timestep) asked for, in its order."""
+    unguided: dict[str, list[Tensor]]
+    """The same for the half without the prompt, where there is classifier-free guidance; else empty."""
+    pictures: Tensor | None
+    """(B, 3, H, W) in [-1, 1]; None where no picture was asked for."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How pictures are made from prompts."""
+
+    steps: int = 4
+    """Denoising steps."""
+    guidance_scale: float = 2.0
+    """Of classifier-free guidance; up to 1 there is none (SDXL Turbo: 0)."""
+    height: int | None = None
+    """Of the pictures, in pixels, together with the width; None takes the model's own."""
+    width: int | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    """More arguments of the pipeline's own call."""
+
+    def __post_init__(self) -> None:
+        at_least("steps", self.steps, 1)
+        at_least("guidance_scale", self.guidance_scale, 0)
+        if (self.height is None) != (self.width is None):
+            raise ValueError(f"height and width: expected both or neither, got {self.height} and {self.width}")
+        for name in ("height", "width"):
+            if getattr(self, name) is not None:
+                at_least(name, getattr(self, name), 8)
+        for name in self.options:
+            if name in OWN_ARGUMENTS:
+                raise ValueError(f"options: {name} is set by the lab; expected other arguments of the pipeline's call")
+
+
+@torch.no_grad()
+def generate(pipeline: Any, prompts: Sequence[str | int], seeds: Sequence[int], sampling: Sampling) -> Tensor:
+    """Pictures (B, 3, H, W) in [-1, 1], each from its prompt and its own seed.
+
+    Args:
+        pipeline: a diffusers pipeline.
+        prompts: B prompts; class numbers for a class-conditional model.
+        seeds: one a prompt: a picture does not depend on the batch that it is made in.
+        sampling: steps, guidance and size.
+
+    Raises:
+        ValueError: not a seed for each prompt, an unknown class, or a size where the model has one alone.
+    """
+    with _quiet(pipeline):
+        pictures = pipeline(**_call(pipeline, prompts, seeds, sampling), output_type="np").images
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous() * 2 - 1
+
+
+def generate_all(
+    pipeline: Any, prompts: Sequence[str | int], sampling: Sampling, *, batch_size: int = 16, seed: int = 0
+) -> Tensor:
+    """Pictures (N, 3, H, W) of any number of prompts, on the CPU; number i is drawn with ``seed + i``."""
+    at_least("batch_size", batch_size, 1)
+    parts = range(0, len(prompts), batch_size)
+    made = [
+        generate(pipeline, part, range(seed + first, seed + first + len(part)), sampling)
+        for first in parts
+        if (part := prompts[first : first + batch_size])
+    ]
+    return torch.cat(made).cpu()
+
+
+@torch.no_grad()
+def from_prompts(
+    pipeline: Any,
+    prompts: Sequence[str | int],
+    seeds: Sequence[int],
+    blocks: str | Iterable[str],
+    sampling: Sampling,
+    *,
+    side: str = "update",
+    steps: Collection[int] | None = None,
+    pictures: bool = False,
+) -> Features:
+    """Capture blocks while pictures are made.
+
+    Args:
+        pipeline: a diffusers pipeline.
+        prompts: B prompts; class numbers for a class-conditional model.
+        seeds: one a prompt: its features do not depend on the batch that it is in.
+        blocks: short names (see :func:`vaelab.blocks.blocks`) or module paths.
+        sampling: steps, guidance and size.
+        side: ``update``, ``output`` or ``input`` of the block.
+        steps: at which steps, counted from 0, kept in rising order; None for all (see :func:`passes`).
+        pictures: whether pictures are wanted too; if not, the pass ends after the last capture.
+
+    Raises:
+        ValueError: an unknown block, a step that is not made, or what :func:`generate` refuses.
+    """
+    found = block_names.resolve(pipeline, blocks)
+    made = passes(pipeline, sampling)
+    wanted = sorted(set(range(made) if steps is None else steps))
+    if not wanted or not 0 <= wanted[0] <= wanted[-1] < made:
+        raise ValueError(f"capture_steps: expected numbers from 0 to {made - 1}, got {wanted}")
+    images = None
+    model, paths = denoiser(pipeline), list(dict.fromkeys(found.values()))
+    with capture(model, paths, side=side, entry=PICTURE, calls=wanted, stop=not pictures) as seen:
+        images = generate(pipeline, prompts, seeds, sampling)
+    aspect = sampling.height / sampling.width if sampling.height else block_names.own_aspect(model)
+    whole = {name: [block_names.maps(one, aspect) for one in seen[path]] for name, path in found.items()}
+    guided, unguided = _halves(pipeline, whole, len(prompts))
+    return Features(guided, unguided, images)
+
+
+@torch.no_grad()
+def from_pictures(
+    pipeline: Any,
+    pixels: Tensor,
+    seeds: Sequence[int],
+    timesteps: Sequence[int],
+    blocks: str | Iterable[str],
+    *,
+    prompts: Sequence[str | int] | None = None,
+    side: str = "output",
+) -> Features:
+    """Capture blocks in one pass of the denoiser over noised pictures, for each timestep.
+
+    Args:
+        pipeline: a diffusers pipeline.
+        pixels: (B, 3, H, W) in [-1, 1].
+        seeds: one a picture; they fix its noise, which is the same at every timestep.
+        timesteps: from 0 (the picture) to the scheduler's last (noise).
+        blocks: short names (see :func:`vaelab.blocks.blocks`) or module paths.
+        prompts: one a picture; class numbers for a class-conditional model; None for none, see
+            :func:`vaelab.conditioning.condition`.
+        side: ``output``, ``input`` or ``update`` of the block.
+
+    Raises:
+        ValueError: an unknown block or class, a timestep that the scheduler does not have, a size
+            that the model cannot take, or not a seed (a prompt) for each picture.
+    """
+    found, timesteps, last = block_names.resolve(pipeline, blocks), list(timesteps), last_timestep(pipeline)
+    if not timesteps or min(timesteps) < 0 or max(timesteps) > last:
+        raise ValueError(f"timesteps: expected numbers from 0 to {last}, got {timesteps}")
+    _same_number("seeds", seeds, len(pixels))
+    _same_number("prompts", pixels if prompts is None else prompts, len(pixels))
+    model, paths = denoiser(pipeline), list(dict.fromkeys(found.values()))
+    latents = encode(pipeline, pixels)
+    noise = torch.stack([torch.randn(latents.shape[1:], generator=one) for one in _generators(seeds)]).to(latents)
+    conditions = condition(pipeline, prompts, len(pixels), pixels.shape[-2:])
+    captured: dict[str, list[Tensor]] = {name: [] for name in found}
+    for timestep in timesteps:
+        noisy = add_noise(pipeline, latents, noise, timestep)
+        with capture(model, paths, side=side, entry=PICTURE, stop=True) as seen:
+            predict(pipeline, noisy, timestep, conditions)
+        for name, path in found.items():
+            captured[name].append(block_names.maps(seen[path][0], latents.shape[-2] / latents.shape[-1]))
+    return Features(captured, {}, None)
+
+
+def passes(pipeline: Any, sampling: Sampling) -> int:
+    """How often the denoiser runs: once a step, but once more with PNDM, and with a scheduler of the
+    second order once less than twice.
+
+    Raises:
+        ValueError: an option with which steps are no longer counted so.
+    """
+    for name in sampling.options:
+        if name in OTHER_PASSES:
+            raise ValueError(f"options: with {name} a step is no longer one pass, so none can be captured")
+    scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
+    shift = {"mu": 1.0} if scheduler.config.get("use_dynamic_shifting") else {}
+    scheduler.set_timesteps(sampling.steps, **shift)
+    return len(scheduler.timesteps)
+
+
+def _halves(pipeline: Any, maps: dict[str, list[Tensor]], count: int) -> tuple[dict, dict]:
+    """The maps with the prompts, and those without where the batch was doubled for guidance."""
+    if all(len(one) == count for ones in maps.values() for one in ones):
+        return maps, {}
+    first, second = ({name: [one.chunk(2)[half] for one in ones] for name, ones in maps.items()} for half in (0, 1))
+    return (first, second) if by_class(pipeline) else (second, first)  # the order of DiT's pipeline is its own
+
+
+def _same_number(parameter: str, given: Sequence, count: int) -> None:
+    if isinstance(given, str) or len(given) != count:
+        raise ValueError(f"{parameter}: expected one for each of {count}, got {given!r}")
+
+
+def _call(pipeline: Any, prompts: Sequence[str | int], seeds: Sequence[int], sampling: Sampling) -> dict[str, Any]:
+    at_least("prompts", len(prompts), 1)
+    for name, given in (("prompts", prompts), ("seeds", seeds)):
+        _same_number(name, given, len(prompts))
+    if by_class(pipeline):
+        if sampling.height is not None:
+            raise ValueError("height and width: a class-conditional model makes pictures of its own size alone")
+        asked = {"class_labels": classes(pipeline, prompts)}
+    else:
+        asked = {"prompt": [str(prompt) for prompt in prompts]}
+    if sampling.height is not None:
+        asked |= {"height": sampling.height, "width": sampling.width}
+    if "clean_caption" in signature(pipeline.__call__).parameters:  # else a prompt depends on what is installed
+        asked["clean_caption"] = False
+    return {
+        **asked,
+        "generator": _generators(seeds),
+        "num_inference_steps": sampling.steps,
+        "guidance_scale": sampling.guidance_scale,
+        **sampling.options,
+    }
+
+
+def _generators(seeds: Sequence[int]) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+
+
+@contextlib.contextmanager
+def _quiet(pipeline: Any) -> Iterator[None]:
+    before = getattr(pipeline, "_progress_bar_config", {})
+    pipeline.set_progress_bar_config(disable=True)
+    try:
+        yield
+    finally:
+        pipeline._progress_bar_config = before

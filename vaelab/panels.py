@@ -1,0 +1,106 @@
+"""Figures of pictures with what belongs to them: captions, masks, maps; and of matrices."""
+
+import textwrap
+from collections.abc import Mapping, Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from vaelab.plots import displayable
+
+
+def captioned(pictures: Tensor, captions: Sequence[str], columns: int = 6, title: str = "") -> Figure:
+    """Pictures with a text under each.
+
+    Args:
+        pictures: (N, 3, H, W) in [-1, 1].
+        captions: one a picture.
+        columns: pictures in a row.
+        title: the figure's.
+    """
+    lines = -(-len(pictures) // columns)
+    figure, axes = plt.subplots(
+        lines, columns, figsize=(2.1 * columns, 2.9 * lines), squeeze=False, layout="constrained"
+    )
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, picture, caption in zip(axes.flat, displayable(pictures), captions, strict=False):
+        axis.imshow(picture, interpolation="nearest")
+        axis.text(
+            0.5,
+            -0.04,
+            "\n".join(textwrap.wrap(caption, 28)),
+            transform=axis.transAxes,
+            ha="center",
+            va="top",
+            fontsize=7,
+        )
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def masked(picture: Tensor, masks: np.ndarray, labels: Sequence[str], title: str = "") -> Figure:
+    """One picture, and beside it each of its masks with its label.
+
+    Args:
+        picture: (3, H, W) in [-1, 1].
+        masks: (N, H, W) bool.
+        labels: one a mask.
+        title: the figure's.
+    """
+    shown = displayable(picture[None])[0]
+    figure, axes = plt.subplots(1, len(masks) + 1, figsize=(2.3 * (len(masks) + 1), 2.8), layout="constrained")
+    axes[0].imshow(shown, interpolation="nearest")
+    for axis, mask, label in zip(axes[1:], masks, labels, strict=True):
+        axis.imshow(np.where(mask[..., None], shown, 0.25 * shown + 0.7), interpolation="nearest")
+        axis.set_title("\n".join(textwrap.wrap(label, 24)), fontsize=8)
+    for axis in axes:
+        axis.axis("off")
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def strength(pictures: Tensor, maps: Mapping[str, Tensor], title: str = "") -> Figure:
+    """The length of each position's vector beside the pictures, each map scaled to its own range.
+
+    Args:
+        pictures: (N, 3, H, W) in [-1, 1].
+        maps: for each block (N, h, w, d).
+        title: the figure's.
+    """
+    figure, axes = plt.subplots(
+        len(maps) + 1, len(pictures), figsize=(1.3 * len(pictures) + 1.2, 1.3 * len(maps) + 1.8), squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    for axis, picture in zip(axes[0], displayable(pictures), strict=True):
+        axis.imshow(picture, interpolation="nearest")
+    for line, (name, activations) in zip(axes[1:], maps.items(), strict=True):
+        for axis, lengths in zip(line, activations.float().norm(dim=-1).cpu().numpy(), strict=True):
+            axis.imshow(lengths, cmap="magma", interpolation="nearest")
+        line[0].text(-0.1, 0.5, name, transform=line[0].transAxes, ha="right", va="center", fontsize=9)
+    for axis in axes.flat:
+        axis.axis("off")
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def matrix(table: pd.DataFrame, label: str, title: str = "", *, diverging: bool = False) -> Figure:
+    """A heat map with its numbers written in.
+
+    Args:
+        table: the numbers, with the names of rows and columns.
+        label: what the numbers are.
+        title: the figure's.
+        diverging: whether 0 is the middle of the colours.
+    """
+    size = (0.85 * len(table.columns) + 2.6, 0.42 * len(table) + 1.3)
+    figure, axis = plt.subplots(figsize=size, layout="constrained")
+    reach = {"center": 0, "cmap": "vlag"} if diverging else {"cmap": "viridis"}
+    sns.heatmap(table, annot=True, fmt=".2f", annot_kws={"fontsize": 8}, cbar_kws={"label": label}, ax=axis, **reach)
+    axis.set(xlabel="", ylabel="")
+    axis.set_title(title, fontsize=11)
+    return figure

@@ -1,0 +1,325 @@
+"""Writing activations to disk so that a kill at any moment repeats and drops no row."""
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import torch
+import xxhash
+from torch import Tensor
+
+from vaelab.checks import resolve
+from vaelab.files import write_json
+from vaelab.shards import (
+    INDEX,
+    Folder,
+    Layout,
+    Spec,
+    data_file,
+    items_file,
+    manifest_file,
+    plain,
+    read_index,
+    read_shards,
+    signed,
+)
+
+LOCK = ".lock"
+REQUIRED = (("prompt", "image"), ("seed",), ("timestep",))
+"""What every item must have, one of each."""
+RESERVED = ("block", "position")
+"""What an item must not have: reading adds them."""
+
+
+def create(
+    folder: str | Path,
+    layout: Layout,
+    *,
+    precision: str = "float16",
+    items_per_shard: int = 256,
+    settings: dict[str, Any] | None = None,
+) -> "Writer":
+    """Begin a store in a local folder, or go on with the one that is there.
+
+    What a killed collection had not finished is thrown away: ``writer.items_done`` says with which
+    item to go on.
+
+    Args:
+        folder: of the store.
+        layout: the blocks and the shape of their maps.
+        precision: of the stored numbers: ``float16``, ``bfloat16`` or ``float32``.
+        items_per_shard: captures that a kill can lose at most, and that are read as one piece;
+            256 of 16x16x1280 in float16 are 168 MB. A multiple of what is computed together, so
+            that a run which is gone on from computes the same batches.
+        settings: what the items are made from, plain JSON: model, prompts, steps, ...
+
+    Raises:
+        ValueError: what is there was made with other settings, is damaged, or is being written by
+            another process.
+    """
+    if "://" in str(folder) or "::" in str(folder):
+        raise ValueError(f"folder: {folder!r} is not local; write the store locally, then copy its folder")
+    return Writer(resolve(folder), Spec(dict(layout), precision, items_per_shard, settings or {}))
+
+
+class Writer:
+    """A store being written; a context manager, made by :func:`create`.
+
+    Left without an exception, it writes the last shard and marks the store complete. Left with
+    one, it leaves the store as a kill would: whole shards, to be gone on from.
+    """
+
+    items_done: int
+    """Items that the store has taken: those found in it and those added since. The next item to
+    add has this number."""
+    complete: bool
+    """Whether the store is finished, so that nothing can be added."""
+
+    def __init__(self, folder: Path, spec: Spec):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.spec = folder, spec
+        self._lock = _locked(folder)
+        try:
+            self.items_done, self.complete = self._take_up()
+        except BaseException:
+            self._lock.close()
+            raise
+        self._shard = self.items_done // spec.items_per_shard
+        self._items: list[str] = []
+        self._files: dict[str, BinaryIO] = {}
+        self._sealer = ThreadPoolExecutor(1)
+        self._sealing: Future | None = None
+        self._open = True
+
+    def _take_up(self) -> tuple[int, bool]:
+        for draft in self.folder.glob(".*.draft"):
+            draft.unlink()
+        there = Folder(str(self.folder))
+        if not (self.folder / INDEX).exists():
+            if any(self.folder.glob("shard-*")):
+                raise ValueError(f"{there.name(INDEX)} is missing, though there are shards beside it")
+            self._write_index(None)
+            return 0, False
+        spec, items = read_index(there)
+        _refuse_other(there.url, spec, self.spec)
+        shards = read_shards(there, spec, items)
+        if items is not None:
+            return items, True
+        if shards and shards[-1].items < spec.items_per_shard:
+            # closing was cut off before the index was written; a shard in the middle must be whole
+            (self.folder / manifest_file(len(shards) - 1)).unlink()
+            _sync(self.folder)
+            shards.pop()
+        kept = {manifest_file(number) for number in range(len(shards))}.union(*(shard.files for shard in shards))
+        for left in self.folder.glob("shard-*"):
+            if left.name not in kept:
+                left.unlink()
+        return len(shards) * spec.items_per_shard, False
+
+    def add(self, maps: Mapping[str, Tensor], items: Sequence[dict[str, Any]]) -> None:
+        """Take the next captures.
+
+        Args:
+            maps: every block's (n, positions..., width), of floating point, on any device.
+            items: the n captures' ``prompt`` or ``image``, ``seed`` and ``timestep``, and what
+                else is to be known of them: plain JSON.
+
+        Raises:
+            ValueError: a block too many or too few, a wrong shape, an item that lacks something,
+                a number that is not finite or that the precision cannot hold. Nothing is stored then.
+        """
+        if self.complete or not self._open:
+            raise ValueError(f"{self.folder} is {'complete' if self.complete else 'closed'}: nothing can be added")
+        if set(maps) != set(self.spec.layout):
+            raise ValueError(f"maps: blocks {sorted(maps)} given, the layout has {sorted(self.spec.layout)}")
+        texts = [self._checked(number, item) for number, item in enumerate(items, self.items_done)]
+        rows = {block: self._rows(block, maps[block], len(items)) for block in self.spec.layout}
+        begin = 0
+        try:
+            while begin < len(texts):
+                begin += self._write(rows, texts, begin)
+        except BaseException as error:
+            self._abandon(error)
+            raise
+        self.items_done += len(texts)
+
+    def close(self) -> None:
+        """Write the last shard and mark the store complete."""
+        if not self._open:
+            return
+        try:
+            if self._items:
+                self._seal()
+            self._wait()
+            if not self.complete:
+                self._write_index(self.items_done)
+                self.complete = True
+        finally:
+            self._abandon(None)
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.close()
+        else:
+            self._abandon(error)
+
+    @staticmethod
+    def _checked(number: int, item: dict[str, Any]) -> str:
+        for names in REQUIRED:
+            if not any(name in item for name in names):
+                raise ValueError(f"items: item {number} has no {' or '.join(map(repr, names))}: {item!r}")
+        for name in RESERVED:
+            if name in item:
+                raise ValueError(f"items: item {number} has {name!r}, which is what reading adds")
+        return plain(f"items: item {number}", item)
+
+    def _rows(self, block: str, value: Tensor, items: int) -> Tensor:
+        """The rows as they are stored, (items * positions, width) on the CPU."""
+        shape = self.spec.layout[block]
+        expected = (items, *shape.positions, shape.width)
+        if tuple(value.shape) != expected or not value.is_floating_point():
+            raise ValueError(f"maps: {block!r} is {tuple(value.shape)} {value.dtype}, expected {expected} of floats")
+        stored = value.detach().to(self.spec.dtype).reshape(-1, shape.width).contiguous()
+        # much quicker than isfinite, once the numbers lie in a row: a NaN comes out as both
+        if items and not torch.stack(stored.aminmax()).isfinite().all():
+            self._refuse(block, value.detach(), stored.reshape(items, -1))
+        return stored.cpu()
+
+    def _refuse(self, block: str, value: Tensor, stored: Tensor) -> None:
+        bad = int((~stored.isfinite()).any(1).nonzero()[0])
+        where = f"maps: {block!r} of item {self.items_done + bad}"
+        if value[bad].isfinite().all():
+            largest, most = float(value[bad].abs().max()), torch.finfo(self.spec.dtype).max
+            raise ValueError(f"{where} has {largest:.6g}, beyond the {most:.6g} of {self.spec.precision}: "
+                             "take bfloat16 or float32")  # fmt: skip
+        raise ValueError(f"{where} has NaN or infinite numbers")
+
+    def _write(self, rows: dict[str, Tensor], texts: list[str], begin: int) -> int:
+        """Write from item ``begin`` on, to the end of the shard at most; gives how many."""
+        full = self.spec.items_per_shard
+        taken = texts[begin : begin + full - len(self._items)]
+        for block, value in rows.items():
+            if not self._items:
+                self._files[block] = open(self.folder / data_file(self._shard, block), "w+b")  # noqa: SIM115
+                self._files[block].write(self.spec.header(self._shard, block, full))
+            places = self.spec.layout[block].count
+            part = value[begin * places : (begin + len(taken)) * places]
+            self._files[block].write(part.view(torch.uint8).numpy())
+        self._items += taken
+        if len(self._items) == full:
+            self._seal()
+        return len(taken)
+
+    def _seal(self) -> None:
+        """Have the shard synced and its manifest written, in the background, after the one before."""
+        self._wait()
+        self._sealing = self._sealer.submit(_seal, self.folder, self.spec, self._shard, self._files, self._items)
+        self._shard, self._items, self._files = self._shard + 1, [], {}
+
+    def _wait(self) -> None:
+        if self._sealing is not None:
+            self._sealing.result()
+
+    def _abandon(self, error: BaseException | None) -> None:
+        if not self._open:
+            return
+        self._open = False
+        self._sealer.shutdown()
+        sealing = self._sealing.exception() if self._sealing else None
+        if error is not None and sealing not in (None, error):
+            error.add_note(f"besides, the shard before could not be written: {sealing}")
+        for file in self._files.values():
+            file.close()
+        self._lock.close()
+
+    def _write_index(self, items: int | None) -> None:
+        write_json(self.folder / INDEX, signed({**self.spec.record(), "items": items}))
+        _sync(self.folder)
+
+
+def _seal(folder: Path, spec: Spec, shard: int, data: dict[str, BinaryIO], items: list[str]) -> None:
+    """Make a shard's files lasting, then let the shard exist."""
+    files = {data_file(shard, block): file for block, file in data.items()}
+    with ExitStack() as stack:
+        for file in files.values():
+            stack.enter_context(file)
+        listed = stack.enter_context(open(folder / items_file(shard), "w+b"))
+        listed.write(b"[\n" + ",\n".join(items).encode() + b"\n]\n")
+        files[items_file(shard)] = listed
+        if len(items) < spec.items_per_shard:
+            for block, file in data.items():
+                file.seek(0)
+                file.write(spec.header(shard, block, len(items)))
+        # the disk and the checksums take their time together
+        disk = stack.enter_context(ThreadPoolExecutor(1))
+        for file in files.values():
+            file.flush()
+        synced = [disk.submit(os.fsync, file.fileno()) for file in files.values()]
+        told = {name: _told(file) for name, file in files.items()}
+        for each in synced:
+            each.result()
+    _sync(folder)
+    manifest = {"store": spec.identity, "shard": shard, "items": len(items), "files": told}
+    write_json(folder / manifest_file(shard), signed(manifest))
+    _sync(folder)
+
+
+def _told(file: BinaryIO) -> dict[str, Any]:
+    file.seek(0)
+    return {"xxh128": hashlib.file_digest(file, xxhash.xxh3_128).hexdigest(), "bytes": file.tell()}
+
+
+def _sync(folder: Path) -> None:
+    """Make the names in a folder lasting."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _locked(folder: Path) -> BinaryIO:
+    """A file that one writer holds at a time; a killed one holds it no more."""
+    import fcntl  # not on Windows, where stores can be read
+
+    lock = open(folder / LOCK, "wb")  # noqa: SIM115
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        lock.close()
+        raise ValueError(f"{folder} is being written by another process") from error
+    except OSError:
+        pass  # a file system without locks
+    return lock
+
+
+def _refuse_other(url: str, there: Spec, here: Spec) -> None:
+    def flat(spec: Spec) -> dict[str, Any]:
+        record = spec.record()
+        layout, settings = record.pop("layout"), record.pop("settings")
+        return {
+            **record,
+            **{f"layout of {block}": shape for block, shape in layout.items()},
+            **{f"settings {name}": value for name, value in settings.items()},
+        }
+
+    then, now = flat(there), flat(here)
+    differing = [
+        f"{name} {then.get(name, 'missing')!r} there, {now.get(name, 'missing')!r} here"
+        for name in {**then, **now}
+        if (name in then, then.get(name)) != (name in now, now.get(name))
+    ]
+    if differing:
+        raise ValueError(
+            f"{url} was made with other settings ({', '.join(differing)}); delete it, or take another folder"
+        )
