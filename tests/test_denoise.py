@@ -16,6 +16,7 @@ from vaelab.denoise import (
     from_pictures,
     from_prompts,
     generate,
+    generate_all,
     last_timestep,
     passes,
     predict,
@@ -94,6 +95,17 @@ def test_pictures_are_those_of_the_plain_pipeline(small_pipeline, name):
     assert torch.equal(seen.pictures, expected)
     assert -1 <= expected.min() < expected.max() <= 1
     assert not torch.equal(expected[0], expected[1])
+
+
+def test_pictures_of_any_number_of_prompts_are_seeded_by_their_number(small_pipeline):
+    pipeline, prompts = small_pipeline("sdxl"), [*TEXTS, "a large blue square", "a green triangle"]
+    made = generate_all(pipeline, prompts, Sampling(2), batch_size=2, seed=10)
+    whole = generate(pipeline, prompts, range(10, 15), Sampling(2))
+    torch.testing.assert_close(made, whole, atol=1e-4, rtol=1e-4)
+    assert torch.equal(made[2:4], generate(pipeline, prompts[2:4], [12, 13], Sampling(2)))
+    for asked, message in (((prompts, 0), "batch_size: must be at least 1"), (([], 2), "prompts: must be at least 1")):
+        with pytest.raises(ValueError, match=f"^{message}"):
+            generate_all(pipeline, asked[0], Sampling(2), batch_size=asked[1])
 
 
 @pytest.mark.parametrize("name", PIPELINES)
@@ -210,6 +222,17 @@ def test_a_pass_of_its_own_gives_what_the_pipeline_gives(small_pipeline, name, g
     assert len(predicted) == 3
 
 
+def test_sdxl_is_told_its_size(small_pipeline):
+    pipeline, path = small_pipeline("sdxl"), "up_blocks.1.attentions.2"
+    sampling = Sampling(2, 1.0, 32, 64)
+    seen = from_prompts(pipeline, TEXTS, SEEDS, path, sampling, side="output", steps=[0]).maps[path][0]
+    noisy, timestep = first_noise(pipeline, "sdxl", sampling)
+    for size, right in (((32, 64), True), ((64, 32), False)):
+        with torch.no_grad(), capture(denoiser(pipeline), path) as own:
+            predict(pipeline, noisy, timestep, condition(pipeline, TEXTS, 3, size))
+        assert torch.allclose(maps(own[path][0]), seen, atol=1e-4) == right
+
+
 def test_the_pixart_that_is_told_its_size(tmp_path):
     pixart(sample_size=128).save_pretrained(tmp_path)
     pipeline = load_pipeline(str(tmp_path), device="cpu")
@@ -238,8 +261,8 @@ def test_pictures_that_are_not_square(small_pipeline, name):
 
 def test_tokens_inside_a_block_become_maps_too(small_pipeline):
     inner = "mid_block.attentions.0.transformer_blocks.0"
-    seen = from_prompts(small_pipeline("sd"), TEXTS, SEEDS, ["mid.0", inner], Sampling(1, height=36, width=48))
-    assert seen.maps[inner][0].shape == seen.maps["mid.0"][0].shape == (3, 9, 12, 32)
+    seen = from_prompts(small_pipeline("sd"), TEXTS, SEEDS, ["mid.0", inner], Sampling(1, height=40, width=56))
+    assert seen.maps[inner][0].shape == seen.maps["mid.0"][0].shape == (3, 10, 14, 32)
 
 
 def test_tokens_and_places_are_those_of_fluxs_pipeline(small_pipeline):

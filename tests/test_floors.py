@@ -59,7 +59,7 @@ def test_every_form_of_import_is_seen(source, expected):
 @pytest.mark.parametrize("module", MODULES)
 def test_a_module_imports_only_from_lower_floors(module):
     assert module in FLOOR_OF, f"vaelab/{module}.py stands on no floor: give it one in tests/test_floors.py"
-    sources = imported((PACKAGE / f"{module}.py").read_text(), MODULES) 
+    sources = imported((PACKAGE / f"{module}.py").read_text(), MODULES)
     homeless = sources - FLOOR_OF.keys()
     assert not homeless, f"{module} imports {sorted(homeless)}, which stand on no floor"
     wrong = {f"{source} (floor {FLOOR_OF[source]})" for source in sources if FLOOR_OF[source] >= FLOOR_OF[module]}

@@ -30,14 +30,8 @@ SHIFTS = {0: range(-1, 4), 1: range(-2, 3), 2: range(-3, 2)}
 """By column or row: five offsets within the picture."""
 
 
-def full(scene):
-    """A scene whose prompt names everything."""
-    things = tuple(replace(thing, named=THING_FACTORS) for thing in scene.things)
-    return replace(scene, things=things, named=SCENE_FACTORS)
-
-
 def scenes(split="test", count=20):
-    return [full(sample(seed, split)) for seed in range(count)]
+    return [sample(seed, split).spelled_out() for seed in range(count)]
 
 
 def noise(*shape, std=1.0):
@@ -96,7 +90,7 @@ class TestRead:
     def test_what_is_no_scene_is_read_as_one_all_the_same(self, picture):
         (seen,) = read(picture[None])
         assert seen.picture().shape == (64, 64, 3)
-        assert (judge([full(sample(0))], picture[None])["factor"] == "count").sum() == 1
+        assert (judge([sample(0).spelled_out()], picture[None])["factor"] == "count").sum() == 1
 
     def test_what_is_too_bright_or_dark_is_cut(self):
         pictures = noise(5, 3, 64, 64, std=2)

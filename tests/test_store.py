@@ -16,6 +16,7 @@ from collecting import COUNT, KILLED, LAYOUT, SETTINGS, begin, captures, collect
 from safetensors.torch import load_file
 
 from vaelab import planning, shards, store, writing
+from vaelab.shuffling import Order
 from vaelab.store import BlockShape
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -198,6 +199,15 @@ def test_rows_of_a_group_are_really_mixed(tmp_path):
     assert all(len(pair) == 2 for pair in pairs)
     assert len(set(pairs)) == 8 and set(pairs) != {(k, k + 1) for k in range(0, 16, 2)}
     assert abs(np.mean([correlation(numbers) for numbers in batches])) < 0.05
+
+
+def test_every_group_of_every_pass_has_an_order_of_its_own():
+    order = Order([50] * 6, buffer_rows=100, seed=0)
+    groups = [(number, group) for number in range(3) for group in range(3)]
+    assert len({tuple(order.permutation(group).tolist()) for group in groups}) == 9
+    for number in range(3):
+        assert sorted(shard for group in range(3) for shard in order.shards((number, group))) == list(range(6))
+    assert len({tuple(order.shards(group)) for group in groups}) == 9
 
 
 def rows_of(stream, count):
@@ -591,6 +601,15 @@ def test_a_file_that_goes_while_the_store_is_open_is_named(url, change, told):
             read()
 
 
+@pytest.mark.parametrize("text", [b"[]", b"[{}]]]", b""])
+def test_items_that_change_while_the_store_is_open_are_named(url, text):
+    opened = store.open(url)
+    damage(url, "shard-00001.items.json", lambda data: text)
+    assert opened.items[2] == captures()[2]
+    with pytest.raises(ValueError, match=r"shard-00001.items.json was changed since it was written"):
+        opened.describe("up.0", 10)
+
+
 def test_a_shard_too_many_is_no_part_of_the_store(written):
     for number in (1, 2):
         for path in written.glob(f"shard-0000{number}.*"):
@@ -821,11 +840,14 @@ def test_a_stream_holds_its_buffer_and_one_chunk():
 
     def watched():
         nonlocal taken
-        for chunk in numbered([20] * 30):
-            assert not any(other() is not None for other in chunks), "a chunk was kept"
+        for _ in range(30):
+            assert all(chunk() is None for chunk in chunks), "a chunk was kept"
             assert taken - given <= 100 + 8, "more rows are held than buffer and batch"
-            taken += len(chunk)
-            chunks.append(weakref.ref(chunk))
+            memory = np.zeros((20, 3))
+            chunks.append(weakref.ref(memory))
+            taken += 20
+            chunk = torch.from_numpy(memory)
+            del memory
             yield chunk
             del chunk
 

@@ -145,6 +145,10 @@ class TestPrompt:
             "an orange ring, a small thing at the bottom and a large red star on the left, on a pink background"
         )
 
+    def test_spelled_out_nothing_is_left_out_and_the_picture_is_the_same(self):
+        scene = Scene((replace(STAR, offset=(1, 0), named=("size",)),), "plain", "grey", ())
+        assert scene.spelled_out() == Scene((replace(STAR, offset=(1, 0)),), "plain", "grey")
+
     @pytest.mark.parametrize("position", POSITIONS)
     def test_the_phrase_of_a_position_has_its_words(self, position):
         assert PHRASES[position].split()[2:] == position.split()

@@ -141,7 +141,7 @@ def load_images(
     """Load a picture data set.
 
     Args:
-        dataset: an embedded name (``photos``, ``digits``, ``glyphs``), a hub id (``owner/name`` or
+        dataset: an embedded name (``photos``, ``digits``, ``glyphs``, ``world``), a hub id (``owner/name`` or
             ``owner/name:subset``), a local folder (of pictures, or of parquet files), or a local
             parquet file. ``a+b`` joins several.
         split: a split's name; slices such as ``train[:90%]`` work too. A single parquet file is

@@ -95,12 +95,9 @@ def generate_all(
 ) -> Tensor:
     """Pictures (N, 3, H, W) of any number of prompts, on the CPU; number i is drawn with ``seed + i``."""
     at_least("batch_size", batch_size, 1)
-    parts = range(0, len(prompts), batch_size)
-    made = [
-        generate(pipeline, part, range(seed + first, seed + first + len(part)), sampling)
-        for first in parts
-        if (part := prompts[first : first + batch_size])
-    ]
+    at_least("prompts", len(prompts), 1)
+    parts = [range(len(prompts))[first : first + batch_size] for first in range(0, len(prompts), batch_size)]
+    made = [generate(pipeline, [prompts[i] for i in part], [seed + i for i in part], sampling) for part in parts]
     return torch.cat(made).cpu()
 
 

@@ -1,9 +1,10 @@
-"""The picture sets that come with the libraries: ``photos``, ``digits`` and ``glyphs``.
+"""The embedded picture sets: ``photos``, ``digits``, ``glyphs``, and the ``world``'s scenes.
 
-They stand for the channel-suppression paper's three kinds of data: natural pictures, upscaled
-low-resolution pictures, and low-entropy glyphs. Each is made in seconds, the same on every
-machine, as an ordinary ``datasets.Dataset`` with the columns ``image`` and ``label`` and the
-splits ``train`` and ``test``.
+The first three come with the libraries and stand for the channel-suppression paper's three kinds of
+data: natural pictures, upscaled low-resolution pictures, and low-entropy glyphs. Each set is made in
+seconds, the same on every machine, as an ordinary ``datasets.Dataset`` with the columns ``image`` and
+``label`` and the splits ``train`` and ``test``; of the world the label is the ground's texture, and
+:func:`vaelab.world.dataset` has all the others.
 """
 
 import functools
@@ -18,6 +19,7 @@ import PIL.Image
 import PIL.ImageDraw
 import PIL.ImageFont
 
+from vaelab import world
 from vaelab.checks import one_of
 
 if TYPE_CHECKING:
@@ -36,6 +38,7 @@ PHOTOGRAPHS = {
 CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789!?&@#%$+=<>"
 FONTS = ("DejaVuSans", "DejaVuSerif", "DejaVuSansMono", "STIXGeneral", "cmr10", "cmss10", "cmtt10", "cmb10")
 EVERY_NTH_GLYPH_IS_TEST = 6
+WORLD_SCENES = {"train": 3000, "test": 600}
 
 
 def load(name: str, split: str) -> "datasets.Dataset":
@@ -132,4 +135,10 @@ def _glyph(font: str, character: str, size: int) -> PIL.Image.Image:
     return picture
 
 
-NAMES = {"photos": _photos, "digits": _digits, "glyphs": _glyphs}
+def _world(split: str) -> Iterator[tuple[PIL.Image.Image, str]]:
+    for seed in range(WORLD_SCENES[split]):
+        scene = world.sample(seed, split)
+        yield PIL.Image.fromarray((scene.picture() * 255).round().astype(np.uint8)), scene.texture
+
+
+NAMES = {"photos": _photos, "digits": _digits, "glyphs": _glyphs, "world": _world}

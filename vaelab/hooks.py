@@ -14,7 +14,7 @@ Both are context managers; whatever happens inside, their hooks are gone afterwa
 
 import fnmatch
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from copy import copy
 from functools import partial
 from typing import Any
@@ -141,19 +141,23 @@ def capture(
     captured = Captured(found)
     ran = dict.fromkeys(found, 0)
     needed = max(calls) + 1 if calls is not None else 1
+    everything_seen = _EverythingSeen()
 
     def keep(layer: str, tensor: Tensor) -> None:
         ran[layer] += 1
         if calls is None or ran[layer] - 1 in calls:
             captured[layer].append(_kept(tensor, reduce, to, grad))
         if stop and min(ran.values()) >= needed:
-            raise _EverythingSeen
+            raise everything_seen
 
     with ExitStack() as hooks:
         for name, module in found.items():
             hooks.enter_context(_hooked(name, module, side, entry, keep))
-        with suppress(_EverythingSeen):
+        try:
             yield captured
+        except _EverythingSeen as signal:
+            if signal is not everything_seen:  # that of a capture around this one
+                raise
     silent = [name for name, times in ran.items() if times < needed]
     if silent:
         rarely = f" {needed} times" if needed > 1 else ""
@@ -162,7 +166,7 @@ def capture(
         )
 
 
-class _EverythingSeen(Exception):
+class _EverythingSeen(BaseException):
     """Ends a forward pass of which nothing more is needed."""
 
 
@@ -251,7 +255,13 @@ def _hooked(
             )
         update = after - before
         new = act(name, update)
-        return None if new is None else _with_tensor(out, torch.where(new == update, after, before + new), entry)
+        if new is None:
+            return None
+        if new.shape != update.shape:
+            raise RuntimeError(f"layers: the update of {name} has shape {tuple(update.shape)}, not {tuple(new.shape)}")
+        # where nothing changes the output stays as it was, bit for bit, and gradients flow
+        edited = torch.where(new == update, after - (update - new), before + new)
+        return _with_tensor(out, edited.to(after.dtype), entry)
 
     if side == "input":
         handle = module.register_forward_pre_hook(on_input, with_kwargs=True)

@@ -113,6 +113,18 @@ def _quietly_imported(name: Any) -> Any:
         logger.setLevel(level)
 
 
+def ship(model: Any, folder: Path) -> None:
+    """Save a module or pipeline in float16 as a diffusers folder; its own weights are float16 afterwards.
+
+    A text model stays in float32: transformers loads it in the precision it has on disk, the rest of
+    a pipeline comes in float32, and the two would not fit together.
+    """
+    model.to(dtype=torch.float16)
+    if hasattr(model, "text_encoder"):
+        model.text_encoder.to(torch.float32)
+    model.save_pretrained(folder)
+
+
 def _pipeline_folder(name: str) -> str:
     if name in EMBEDDED:
         return str(embedded_path())

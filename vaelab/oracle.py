@@ -167,7 +167,7 @@ def judge(asked: Sequence[Scene], pictures: Tensor) -> pd.DataFrame:
 
 def _assigned(asked: Sequence[Thing], seen: Sequence[Thing]) -> list[tuple[Thing, Thing | None]]:
     agree = np.array([[sum(getattr(a, f) == getattr(s, f) for f in a.named) for s in seen] for a in asked])
-    if not len(seen):
+    if not asked or not seen:
         return [(thing, None) for thing in asked]
     matched = dict(zip(*linear_sum_assignment(-agree), strict=True))
     return [(thing, seen[matched[i]] if i in matched else None) for i, thing in enumerate(asked)]

@@ -7,6 +7,10 @@ Salimans 2022). Half of the training timesteps are those that a four-step sample
 """
 
 import itertools
+import json
+import string
+import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -26,8 +30,12 @@ if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
 MAX_TOKENS = 40
+SPECIAL = ("<|startoftext|>", "<|endoftext|>")
 PROMPTS_FOR_THE_TOKENIZER = 5000
 SCENES_FOR_THE_SCALE = 256
+VAE_BATCH = 16
+BATCH = 32
+KL_WEIGHT = 1e-6
 
 
 @dataclass(frozen=True)
@@ -62,7 +70,7 @@ class ScheduleConfig:
     """The sampler whose timesteps are drawn more often."""
     sampler_share: float = 0.5
     """Share of the timesteps drawn from that sampler's; the rest are uniform."""
-    curriculum: int = 2000
+    curriculum: int = 800
     """Steps over which the scenes go from one thing with every factor named to any scene, and a
     thing's pixels from ``thing_weight`` to the weight of all others."""
     thing_weight: float = 10.0
@@ -90,43 +98,50 @@ class TrainedPipeline(NamedTuple):
 
 def train_pipeline(
     folder: str | Path,
-    vae_training: TrainConfig,
-    training: TrainConfig,
     *,
+    vae_steps: int = 2500,
+    denoiser_steps: int = 1600,
+    device: str = "auto",
+    seed: int = 0,
     model: ModelConfig | None = None,
     schedule: ScheduleConfig | None = None,
-    kl_weight: float = 1e-6,
-    vae_batch_size: int = 16,
-    batch_size: int = 32,
 ) -> TrainedPipeline:
     """Train the autoencoder, then U-Net and text model together on its latents, from scratch on
     the world, going on from what an interrupted call left in ``folder``.
 
     Args:
         folder: where the checkpoints go.
-        vae_training: how the autoencoder is trained; its seed fixes its first weights.
-        training: how U-Net and text model are trained; its seed fixes their first weights.
+        vae_steps: of the autoencoder, 16 pictures each.
+        denoiser_steps: of U-Net and text model, 32 pictures each.
+        device: where to train.
+        seed: fixes the first weights and every step.
         model: the networks' sizes.
         schedule: what the denoiser's training draws.
-        kl_weight: beta_KL of the autoencoder.
-        vae_batch_size: pictures of a step of the autoencoder.
-        batch_size: pictures of a step of the denoiser.
     """
     model, schedule = model or ModelConfig(), schedule or ScheduleConfig()
-    vae = new_vae(model, vae_training.seed)
-    settings = {"model": asdict(model), "batch_size": vae_batch_size, "kl_weight": kl_weight}
+    vae = new_vae(model, seed)
+    settings = {"model": asdict(model), "batch_size": VAE_BATCH, "kl_weight": KL_WEIGHT}
     vae_trained = train(
-        VAEObjective(vae, kl_weight), pictures(vae_batch_size), vae_training,
+        VAEObjective(vae, KL_WEIGHT), pictures(VAE_BATCH), _training(vae_steps, 100, device, seed),
         folder=Path(folder, "vae"), settings=settings, title="autoencoder",
     )  # fmt: skip
     vae.requires_grad_(False).register_to_config(scaling_factor=latent_scale(vae))
-    pipeline = new_pipeline(vae, model, training.seed)
-    settings = {"model": asdict(model), "schedule": asdict(schedule), "batch_size": batch_size}
+    pipeline = new_pipeline(vae, model, seed)
+    settings = {"model": asdict(model), "schedule": asdict(schedule), "batch_size": BATCH}
     trained = train(
-        DenoisingObjective(pipeline, schedule), prompted(batch_size, pipeline.tokenizer, schedule), training,
-        folder=Path(folder, "denoiser"), settings=settings, title="denoiser",
+        DenoisingObjective(pipeline, schedule), prompted(BATCH, pipeline.tokenizer, schedule),
+        _training(denoiser_steps, 200, device, seed), folder=Path(folder, "denoiser"), settings=settings,
+        title="denoiser",
     )  # fmt: skip
+    pipeline.set_progress_bar_config(disable=True)
     return TrainedPipeline(pipeline, vae_trained, trained)
+
+
+def _training(steps: int, warmup: int, device: str, seed: int) -> TrainConfig:
+    return TrainConfig(
+        steps=steps, learning_rate=1e-3, weight_decay=0.01, warmup=warmup, schedule="cosine", log_every=50,
+        precision="bfloat16", device=device, seed=seed, checkpoint_every=100,
+    )  # fmt: skip
 
 
 def new_vae(config: ModelConfig, seed: int = 0) -> nn.Module:
@@ -149,11 +164,35 @@ def new_vae(config: ModelConfig, seed: int = 0) -> nn.Module:
 
 
 def new_tokenizer() -> "CLIPTokenizer":
-    """CLIP's byte-pair tokenizer, with a token for every word of the world's prompts."""
+    """CLIP's byte-pair tokenizer, with a token for every word of the world's prompts.
+
+    The merges are found here, ties broken by name: the tokenizers library's trainer breaks them
+    otherwise in every process, and a training that is gone on from needs the same numbers.
+    """
     from transformers import CLIPTokenizer
 
     prompts = (sample(seed).prompt for seed in range(PROMPTS_FOR_THE_TOKENIZER))
-    return CLIPTokenizer(model_max_length=MAX_TOKENS).train_new_from_iterator(prompts, 1000, show_progress=False)
+    merges = _merges(sorted({word for prompt in prompts for word in prompt.replace(",", " ,").split()}))
+    characters = string.ascii_lowercase + string.digits + ".,!?'-"
+    tokens = [*SPECIAL, *characters, *(f"{one}</w>" for one in characters), *map("".join, merges)]
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+        Path(folder, "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, merges)]))
+        return CLIPTokenizer.from_pretrained(folder, model_max_length=MAX_TOKENS)
+
+
+def _merges(words: list[str]) -> list[tuple[str, str]]:
+    """Byte-pair encoding (Sennrich et al. 2016) of words that count once each, until each is one token."""
+    pieces = [[*word[:-1], f"{word[-1]}</w>"] for word in words]
+    merges: list[tuple[str, str]] = []
+    while counts := Counter(pair for word in pieces for pair in itertools.pairwise(word)):
+        best = max(counts, key=lambda pair: (counts[pair], pair))
+        merges.append(best)
+        for word in pieces:
+            for place in reversed(range(len(word) - 1)):
+                if tuple(word[place : place + 2]) == best:
+                    word[place : place + 2] = ["".join(best)]
+    return merges
 
 
 def new_pipeline(trained_vae: nn.Module, config: ModelConfig, seed: int = 0) -> Any:
@@ -193,9 +232,11 @@ def new_pipeline(trained_vae: nn.Module, config: ModelConfig, seed: int = 0) -> 
             norm_num_groups=16,
         )
     scheduler = DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
+        # more noise than Stable Diffusion's: a thing is seen through that one's at three quarters of the
+        # way, so that nothing but the first step would learn to read the prompt
+        beta_start=0.0001,
+        beta_end=0.02,
+        beta_schedule="linear",
         prediction_type="v_prediction",
         rescale_betas_zero_snr=True,
         timestep_spacing="trailing",

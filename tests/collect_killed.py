@@ -1,0 +1,54 @@
+"""Collect in child processes that are killed at random moments, ten at least; then once undisturbed.
+
+Forked, so that the model is loaded once: python collect_killed.py PIPELINE FOLDER
+"""
+
+import os
+import random
+import signal
+import sys
+import time
+
+import torch
+
+from vaelab import collect, denoise, models
+
+KILLS = 10
+
+
+def main(model, folder):
+    torch.set_num_threads(1)
+    pipeline = models.load_pipeline(model, device="cpu")
+    config = collect.CollectConfig(
+        ("down.1.0", "mid.0"), denoise.Sampling(steps=2, guidance_scale=2.0), batch_size=2, items_per_shard=8, seed=7
+    )
+    prompts = [f"a red thing number {i}" for i in range(42)]
+
+    def in_a_child(place):
+        child = os.fork()
+        if child == 0:
+            layout, per_prompt, _ = collect.probe(pipeline, prompts, config)
+            collect.collect(
+                pipeline, prompts, config, place, layout=layout, items_per_prompt=per_prompt, progress=False
+            )
+            os._exit(0)
+        return child
+
+    began = time.perf_counter()
+    assert os.waitpid(in_a_child(f"{folder}/undisturbed"), 0)[1] == 0
+    seconds = time.perf_counter() - began
+    rng, kills = random.Random(0), 0
+    while kills < KILLS:
+        child = in_a_child(f"{folder}/killed")
+        time.sleep(rng.uniform(0.15, 0.35) * seconds)
+        if os.waitpid(child, os.WNOHANG)[0]:
+            break
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        kills += 1
+    assert os.waitpid(in_a_child(f"{folder}/killed"), 0)[1] == 0
+    print(kills)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

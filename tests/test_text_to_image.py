@@ -1,0 +1,173 @@
+"""The training of the text-to-image model: its data, its loss, and that it learns and resumes."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from vaelab import denoise, models, text_to_image, world
+from vaelab.text_to_image import DenoisingObjective, ModelConfig, ScheduleConfig
+from vaelab.training import TrainConfig, train
+
+SIZES = ModelConfig(vae_channels=(16, 32), unet_channels=(16, 32, 32), head_width=16, text_width=32, text_layers=1)
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    vae = text_to_image.new_vae(SIZES)
+    vae.requires_grad_(False).register_to_config(scaling_factor=text_to_image.latent_scale(vae))
+    return text_to_image.new_pipeline(vae, SIZES)
+
+
+def test_the_tokenizer_has_a_token_for_every_word(pipeline):
+    for seed in range(200):
+        prompt = world.sample(seed).prompt
+        tokens = text_to_image.tokenize(pipeline.tokenizer, [prompt])[0]
+        words = prompt.replace(",", " ,").split()
+        assert (
+            tokens[0] == pipeline.tokenizer.bos_token_id and tokens[len(words) + 1] == pipeline.tokenizer.eos_token_id
+        )
+        assert pipeline.tokenizer.convert_ids_to_tokens(tokens[1 : len(words) + 1]) == [f"{w}</w>" for w in words]
+        assert len(tokens) == text_to_image.MAX_TOKENS
+
+
+def test_the_block_structure_is_sdxls(pipeline):
+    names = [name for name in models.blocks(pipeline) if name[0] != "b" and "ft" not in name]
+    assert names == [
+        "down.1.0", "down.1.1", "down.2.0", "down.2.1", "mid.0", "up.0.0", "up.0.1", "up.0.2",
+        "up.1.0", "up.1.1", "up.1.2",
+    ]  # fmt: skip
+    assert models.blocks(pipeline)["down.2.1"].shape[:2] == (8, 8)
+
+
+def test_the_last_timestep_is_pure_noise(pipeline):
+    assert float(pipeline.scheduler.alphas_cumprod[-1]) == 0
+
+
+def test_the_loss_is_the_weighted_velocity_error(pipeline):
+    """v = sqrt(abar) eps - sqrt(1 - abar) z (Salimans and Ho 2022), in float64."""
+    config = ScheduleConfig(prompt_dropout=0.0)
+    objective = DenoisingObjective(pipeline, config).eval()
+    batch = next(text_to_image.prompted(3, pipeline.tokenizer, ScheduleConfig(curriculum=10))(start=5))
+    torch.manual_seed(0)
+    losses = objective(batch)
+    torch.manual_seed(0)
+    latents = models.posterior(pipeline.vae, batch["pixels"]).mode() * pipeline.vae.config.scaling_factor
+    noise = torch.randn_like(latents)
+    timesteps = objective._timesteps(3)
+    kept = pipeline.scheduler.alphas_cumprod[timesteps].double().reshape(-1, 1, 1, 1)
+    noisy = kept.sqrt() * latents + (1 - kept).sqrt() * noise
+    velocity = kept.sqrt() * noise - (1 - kept).sqrt() * latents
+    with torch.no_grad():
+        states = pipeline.text_encoder(batch["tokens"])[0]
+        predicted = pipeline.unet(noisy.float(), timesteps, states).sample
+    error = ((predicted - velocity) ** 2).mean(1, keepdim=True)
+    weight = torch.nn.functional.avg_pool2d(batch["weight"], 2).double()
+    assert losses["loss"].item() == pytest.approx(((weight * error).sum() / weight.sum()).item(), rel=1e-4)
+    assert losses["error"].item() == pytest.approx(error.mean().item(), rel=1e-4)
+
+
+def test_dropped_prompts_are_the_empty_one(pipeline, monkeypatch):
+    objective = DenoisingObjective(pipeline, ScheduleConfig(prompt_dropout=1.0))
+    seen = []
+    forward = pipeline.text_encoder.forward
+    monkeypatch.setattr(pipeline.text_encoder, "forward", lambda tokens: seen.append(tokens) or forward(tokens))
+    objective(next(text_to_image.prompted(2, pipeline.tokenizer, ScheduleConfig())()))
+    empty = text_to_image.tokenize(pipeline.tokenizer, [""])[0]
+    assert torch.equal(seen[0], empty.expand(2, -1))
+
+
+def test_half_of_the_timesteps_are_the_samplers(pipeline):
+    objective = DenoisingObjective(pipeline, ScheduleConfig(sampler_steps=4, sampler_share=0.5))
+    torch.manual_seed(0)
+    drawn = objective._timesteps(4000)
+    share = np.isin(drawn.numpy(), [999, 749, 499, 249]).mean()
+    assert 0.46 < share < 0.55
+    assert drawn.min() < 20 and drawn.max() == 999
+
+
+def test_the_curriculum_goes_from_one_named_thing_to_any_scene(pipeline):
+    stream = text_to_image.prompted(32, pipeline.tokenizer, ScheduleConfig(curriculum=100, thing_weight=10))
+    first, late = next(stream(start=0)), next(stream(start=100))
+    scene = world.sample(0)
+    assert first["weight"].unique().tolist() == [1, 10]
+    assert late["weight"].unique().tolist() == [1]
+    easy = text_to_image._easy(scene)
+    assert len(easy.things) == 1 and easy.things[0].named == world.THING_FACTORS
+    torch.testing.assert_close(first["pixels"][0], world.render([easy])[0])
+    torch.testing.assert_close(late["pixels"][5], world.render([world.sample(100 * 32 + 5)])[0])
+    words = [len(pipeline.tokenizer(world.sample(100 * 32 + i).prompt).input_ids) for i in range(32)]
+    assert (late["tokens"] != pipeline.tokenizer.pad_token_id).sum(1).tolist() == [count - 1 for count in words]
+
+
+def test_ranks_and_later_starts_share_one_stream(pipeline):
+    alone = text_to_image.pictures(2)()
+    four = [next(alone)["pixels"] for _ in range(4)]
+    second = text_to_image.pictures(2)(start=1, rank=1, world=2)
+    assert torch.equal(next(second)["pixels"], four[3])
+
+
+def test_it_learns_a_little_and_goes_on_to_the_same_weights(tmp_path):
+    def trained(folder, steps_until=None):
+        vae = text_to_image.new_vae(SIZES)
+        vae.requires_grad_(False).register_to_config(scaling_factor=1.0)
+        pipeline = text_to_image.new_pipeline(vae, SIZES)
+        schedule = ScheduleConfig(curriculum=4)
+        stream = text_to_image.prompted(4, pipeline.tokenizer, schedule)
+        config = TrainConfig(steps=12, learning_rate=2e-3, device="cpu", log_every=1, checkpoint_every=4)
+
+        def stops(**where):
+            for number, batch in enumerate(stream(**where)):
+                if steps_until is not None and number == steps_until:
+                    raise KeyboardInterrupt
+                yield batch
+
+        objective = DenoisingObjective(pipeline, schedule)
+        return pipeline, train(objective, stops, config, folder=folder)
+
+    whole, run = trained(tmp_path / "whole")
+    assert np.mean([row["error"] for row in run.history[-3:]]) < run.history[0]["error"]
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path / "cut", steps_until=6)
+    cut, again = trained(tmp_path / "cut")
+    assert again.resumed_at == 4
+    for one, other in zip(whole.unet.parameters(), cut.unet.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_saved_folder_loads_as_a_plain_pipeline(pipeline, tmp_path):
+    from diffusers import StableDiffusionPipeline
+
+    models.ship(pipeline, tmp_path)
+    loaded = StableDiffusionPipeline.from_pretrained(tmp_path)
+    pipeline.to(torch.float32)
+    loaded.set_progress_bar_config(disable=True)
+    picture = loaded("a red star", num_inference_steps=2, output_type="np").images
+    assert picture.shape == (1, 64, 64, 3)
+    assert denoise.generate(loaded, ["a red star"], [0], denoise.Sampling(1)).shape == (1, 3, 64, 64)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [
+        (ModelConfig, {"text_layers": 0}, "text_layers"),
+        (ModelConfig, {"unet_channels": (32, 60, 128)}, "unet_channels"),
+        (ScheduleConfig, {"prompt_dropout": 1.5}, "prompt_dropout"),
+        (ScheduleConfig, {"sampler_share": -0.1}, "sampler_share"),
+        (ScheduleConfig, {"thing_weight": 0.5}, "thing_weight"),
+        (ScheduleConfig, {"curriculum": -1}, "curriculum"),
+    ],
+)
+def test_what_is_refused(kind, change, message):
+    with pytest.raises(ValueError, match=message):
+        kind(**change)
+
+
+def test_the_tokenizer_is_the_same_in_every_process(pipeline):
+    script = "from vaelab import text_to_image; print(sorted(text_to_image.new_tokenizer().get_vocab().items()))"
+    environment = {**os.environ, "PYTHONHASHSEED": "7"}
+    result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert result.stdout.strip().splitlines()[-1] == str(sorted(pipeline.tokenizer.get_vocab().items()))
