@@ -1,4 +1,5 @@
 import functools
+import logging
 
 import pytest
 import torch
@@ -36,3 +37,22 @@ def small_pipeline(pipeline_folder):
     from vaelab.models import load_pipeline
 
     return functools.cache(lambda name: load_pipeline(str(pipeline_folder(name)), device="cpu"))
+
+
+@pytest.fixture
+def complaints(recwarn):
+    """What the libraries of models warn of: a function that gives the messages so far."""
+    records = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = records.append
+    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
+    for logger in loggers:
+        logger.addHandler(handler)
+
+    def messages():
+        shown = [warning.message for warning in recwarn.list if warning.category is not DeprecationWarning]
+        return [*(record.getMessage() for record in records), *map(str, shown)]
+
+    yield messages
+    for logger in loggers:
+        logger.removeHandler(handler)

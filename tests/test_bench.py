@@ -5,6 +5,8 @@ import pytest
 import torch
 
 from vaelab import bench, data
+from vaelab.collect import CollectConfig
+from vaelab.denoise import Sampling
 from vaelab.study import StudyConfig
 from vaelab.training import TrainConfig
 
@@ -33,3 +35,10 @@ def test_tracking_is_timed_on_copies_that_leave_the_model_alone(tiny_vae):
     assert list(seconds.columns) == ["untracked", "twin", "tracked"]
     assert (seconds > 0).all().all()
     assert all(torch.equal(value, before[name]) for name, value in tiny_vae.state_dict().items())
+
+
+def test_collecting_is_timed_beside_drawing(small_pipeline):
+    config = CollectConfig(("mid.0",), Sampling(steps=1, guidance_scale=0.0), batch_size=2)
+    seconds = bench.collect_seconds(small_pipeline("sdxl"), 3, config, rounds=2)
+    assert list(seconds.columns) == ["plain", "twin", "collecting"] and len(seconds) == 2
+    assert (seconds > 0).all().all()

@@ -1,3 +1,4 @@
+import pandas as pd
 import pytest
 import torch
 
@@ -44,3 +45,14 @@ def test_a_system_that_loses_vectors_is_found_out(tmp_path, monkeypatch):
 def test_what_cannot_be_timed_is_refused(options):
     with pytest.raises(ValueError, match=f"^{next(iter(options))}:"):
         bench_store.store_seconds(**options)
+
+
+def test_ratios_of_a_planted_table():
+    table = pd.DataFrame(
+        [("store", 1.0, 2.0), ("store", 1.2, 2.0), ("arrow", 2.2, 8.0), ("arrow", 2.2, 8.0)],
+        columns=["system", "write", "read"],
+    ).assign(vectors=1000)
+    found = bench_store.ratios(table)
+    assert found == pytest.approx(
+        {"store.shuffled_vectors_per_second": 500, "store.read_vs_arrow": 4, "store.write_vs_arrow": 2}
+    )

@@ -521,15 +521,18 @@ def test_passes_of_the_denoiser(pipeline_folder, kind, expected):
     assert_equal({"all": [one[1:] for one in map(maps, seen["mid_block"])]}, {"all": taken})
 
 
-def test_nothing_is_said_and_the_progress_bar_is_left_as_it_was(small_pipeline, capfd):
-    for name in PIPELINES:
-        pipeline, sampling = small_pipeline(name), sampling_for(name)
+def test_nothing_is_warned_of_and_the_progress_bar_is_left_as_it_was(small_pipeline, complaints, capsys):
+    pipelines = {name: small_pipeline(name) for name in PIPELINES}
+    capsys.readouterr()
+    for name, pipeline in pipelines.items():
+        sampling = sampling_for(name)
         pipeline.set_progress_bar_config(desc="mine")
         from_prompts(pipeline, prompts_for(name), SEEDS, last_block(pipeline), sampling, pictures=True)
         from_pictures(pipeline, pictures_for(name), SEEDS, [3], last_block(pipeline))
         assert pipeline._progress_bar_config == {"desc": "mine"}
         pipeline.set_progress_bar_config(disable=True)
-    assert capfd.readouterr().err.strip() == ""
+    assert complaints() == []
+    assert capsys.readouterr().err.strip() == ""
 
 
 ASKED = {"prompts": TEXTS, "seeds": SEEDS, "blocks": "mid.0", "sampling": Sampling(2)}
