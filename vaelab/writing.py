@@ -111,12 +111,12 @@ class Writer:
         if items is not None:
             return items, True
         if shards and shards[-1].items < spec.items_per_shard:
-            # closing was cut off before the index was written; a shard in the middle must be whole
+            # closing was cut off before the index was written; the manifest must be the first to go
             (self.folder / manifest_file(len(shards) - 1)).unlink()
             _sync(self.folder)
             shards.pop()
         kept = {manifest_file(number) for number in range(len(shards))}.union(*(shard.files for shard in shards))
-        for left in self.folder.glob("shard-*"):
+        for left in sorted(self.folder.glob("shard-*")):
             if left.name not in kept:
                 left.unlink()
         return len(shards) * spec.items_per_shard, False
