@@ -1,6 +1,7 @@
 """What several test modules need: pictures, and a small VAE with silent channels, on disk."""
 
 import io
+import multiprocessing
 import os
 from pathlib import Path
 
@@ -9,6 +10,12 @@ import PIL.Image
 import torch
 
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+# one server for the whole test run, whose children have these imports; it keeps the environment it began with
+CHILDREN = multiprocessing.get_context("forkserver")
+CHILDREN.set_forkserver_preload(
+    ["accelerate", "datasets", "diffusers.models.autoencoders.autoencoder_kl", "torchmetrics.image",
+     "sklearn.datasets", "vaelab.store"]
+)  # fmt: skip
 SILENT = {"decoder.conv_norm_out": (1, 3), "encoder.mid_block.resnets.0.norm1": (0, 2, 5)}
 
 

@@ -123,4 +123,5 @@ def test_killed_ten_times_it_has_every_row_once(pipeline_folder, tmp_path):
     assert killed.items[:] == undisturbed.items[:]
     for block in BLOCKS:
         every = range(len(undisturbed.items))
-        assert torch.equal(killed.maps(block, every), undisturbed.maps(block, every))
+        # not bit by bit: what a matrix product's last bit is depends on where its operands lie in memory
+        torch.testing.assert_close(killed.maps(block, every), undisturbed.maps(block, every), rtol=1e-4, atol=1e-5)

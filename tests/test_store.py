@@ -1,5 +1,4 @@
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -13,14 +12,12 @@ import numpy as np
 import pytest
 import torch
 from collecting import COUNT, KILLED, LAYOUT, SETTINGS, begin, captures, collect, die_at, fill, truth
+from helpers import CHILDREN
 from safetensors.torch import load_file
 
 from vaelab import planning, shards, store, writing
 from vaelab.shuffling import Order
 from vaelab.store import BlockShape
-
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["vaelab.store"])
 
 
 @pytest.fixture(scope="module")
@@ -444,7 +441,7 @@ def test_clearing_away_may_be_cut_off_too(written):
     whole = contents(written)
     for step in range(1, 100):
         (written / "index.json").write_text(json.dumps(shards.signed({**index, "items": None})))
-        process = CONTEXT.Process(target=die_at, args=(written, COUNT, step, LAYOUT))
+        process = CHILDREN.Process(target=die_at, args=(written, COUNT, step, LAYOUT))
         process.start()
         process.join()
         found = store.open(written)
@@ -462,7 +459,7 @@ def test_a_collection_killed_ten_times_ends_as_one_left_alone(tmp_path):
     fill(tmp_path / "alone", truth(KILLED, count), layout=KILLED)
     for _ in range(10):
         until = manifests(folder) + rng.randrange(6)
-        process = CONTEXT.Process(target=collect, args=(folder, count))
+        process = CHILDREN.Process(target=collect, args=(folder, count))
         process.start()
         while process.is_alive() and (manifests(folder) < until or not folder.exists()):
             time.sleep(1e-4)
@@ -482,7 +479,7 @@ def test_a_collection_killed_ten_times_ends_as_one_left_alone(tmp_path):
 def test_a_collection_that_dies_at_any_step_ends_as_one_left_alone(tmp_path):
     fill(tmp_path / "alone", truth(KILLED, 5), layout=KILLED)
     for step in range(1, 100):
-        process = CONTEXT.Process(target=die_at, args=(tmp_path / f"{step}", 5, step))
+        process = CHILDREN.Process(target=die_at, args=(tmp_path / f"{step}", 5, step))
         process.start()
         process.join()
         if process.exitcode == 0:

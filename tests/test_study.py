@@ -1,5 +1,4 @@
 import json
-import multiprocessing
 import random
 import signal
 import subprocess
@@ -10,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import train_small_vae
-from helpers import ONE_THREAD, SILENT, save_silenced, without_groupnorm
+from helpers import CHILDREN, ONE_THREAD, SILENT, save_silenced, without_groupnorm
 from safetensors.torch import load_file
 
 from vaelab import channels, models, study
@@ -57,24 +56,14 @@ def bytes_of(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-@pytest.fixture
-def start(monkeypatch):
-    """Start ``train_small_vae.main`` in a process of its own; a server has the imports ready."""
-    for name, value in ONE_THREAD.items():
-        monkeypatch.setenv(name, value)
-    context = multiprocessing.get_context("forkserver")
-    kept_ready = ("accelerate", "datasets", "diffusers.models.autoencoders.autoencoder_kl", "torchmetrics.image")
-    context.set_forkserver_preload([*kept_ready, "sklearn.datasets"])
-
-    def started(*arguments):
-        process = context.Process(target=train_small_vae.main, args=arguments)
-        process.start()
-        return process
-
-    return started
+def start(*arguments):
+    """``train_small_vae.main`` in a process of its own."""
+    process = CHILDREN.Process(target=train_small_vae.main, args=arguments)
+    process.start()
+    return process
 
 
-def test_killed_at_any_moment_it_ends_in_the_same_bits(model, tmp_path, start):
+def test_killed_at_any_moment_it_ends_in_the_same_bits(model, tmp_path):
     folder, checkpoint = tmp_path / "killed", tmp_path / "killed" / "checkpoint.safetensors"
     rng = random.Random(0)
 

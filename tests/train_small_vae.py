@@ -6,6 +6,7 @@ import sys
 import threading
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
@@ -16,6 +17,7 @@ from vaelab.training import TrainConfig
 
 
 def main(model: str, folder: str, steps: int) -> None:
+    torch.set_num_threads(1)  # with another number of threads, sums end in other bits
     tqdm.set_lock(threading.RLock())  # its own is shared by processes, and a kill would leave it behind
     pictures = (
         data.load_images("digits", resolution=16, max_images=24),

@@ -15,6 +15,8 @@ item ``r // P``, where P is the number of positions an item has there.
 import hashlib
 import json
 import math
+import mmap
+import os
 import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -43,6 +45,8 @@ CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 """What safetensors calls the precisions."""
 CONNECTIONS = 4
 """Files read at a time from a remote store."""
+READ_AHEAD = 2**17
+"""Bytes that Linux reads ahead at one request at least."""
 
 
 @dataclass(frozen=True)
@@ -261,7 +265,7 @@ class Folder:
         file = data_file(shard, block)
         view = out.view(torch.uint8).numpy().reshape(-1)
         begin = HEADER + start * out.shape[1] * out.itemsize
-        header = expected = spec.header(shard, block, items)
+        header = spec.header(shard, block, items)
         with self._named(file):
             if self.local:
                 with open(f"{self.path}/{file}", "rb") as source:
@@ -275,10 +279,30 @@ class Folder:
                     header, data = bytes(data[:HEADER]), data[HEADER:]
                 got = len(data)
                 view[:got] = data
-        if header != expected:
+        self._refuse(file, block, shard, header, spec, items, spec.size(block, items) - len(view) + got)
+
+    def mapped(self, spec: Spec, block: str, shard: int, items: int) -> Tensor:
+        """All rows of a shard of a local store, (n, width) in memory that is the file's: what of it
+        is not in the page cache yet is asked of the disk, and is waited for where it is used.
+
+        Raises:
+            ValueError: as :meth:`rows`.
+        """
+        file, size = data_file(shard, block), spec.size(block, items)
+        with self._named(file), open(f"{self.path}/{file}", "rb") as source:
+            self._refuse(file, block, shard, source.read(HEADER), spec, items, os.fstat(source.fileno()).st_size)
+            if hasattr(os, "posix_fadvise"):
+                for begin in range(0, size, READ_AHEAD):
+                    os.posix_fadvise(source.fileno(), begin, READ_AHEAD, os.POSIX_FADV_WILLNEED)
+            # a private copy of what is written to, which nothing does, is what torch calls writable
+            memory = mmap.mmap(source.fileno(), size, access=mmap.ACCESS_COPY)
+        return torch.frombuffer(memory, dtype=spec.dtype, offset=HEADER).reshape(-1, spec.layout[block].width)
+
+    def _refuse(self, file: str, block: str, shard: int, header: bytes, spec: Spec, items: int, size: int) -> None:
+        if header != spec.header(shard, block, items):
             raise ValueError(f"{self.name(file)} is foreign: it is not {block!r} of shard {shard} of this store")
-        if got != len(view):
-            raise ValueError(f"{self.name(file)} is truncated: {len(view) - got} bytes of its rows are not there")
+        if missing := max(0, spec.size(block, items) - size):
+            raise ValueError(f"{self.name(file)} is truncated: {missing} bytes of its rows are not there")
 
     @contextmanager
     def _named(self, file: str) -> Iterator[None]:

@@ -38,7 +38,7 @@ from vaelab.writing import Writer, create
 __all__ = ["BlockShape", "Layout", "Plan", "Store", "Writer", "create", "open", "plan", "shuffle_stream"]
 
 BUFFER_ROWS = 2**18
-"""Rows that are mixed with each other; two such buffers are in memory while a pass is read."""
+"""Rows that are mixed with each other; two such buffers are in use while a pass is read."""
 
 
 class Store:
@@ -134,8 +134,9 @@ class Store:
         """One pass: every row exactly once, shuffled.
 
         Shards are taken in a random order, as many at a time as have ``buffer_rows`` rows together
-        (one at least); these are read into memory, while those before are given out in a random
-        order. The order is fixed by the store, ``buffer_rows``, ``seed`` and ``epoch``.
+        (one at least); these are read ahead, while those before are given out in random batches.
+        What is in a batch is random and fixed by the store, ``buffer_rows``, ``seed`` and
+        ``epoch``; inside a batch rows lie as they do in the store, which is the quickest.
 
         Args:
             block: whose rows.
@@ -143,7 +144,8 @@ class Store:
             seed: fixes the order.
             epoch: another number, another order.
             dtype: of the batches.
-            buffer_rows: rows that are mixed with each other; memory is twice these.
+            buffer_rows: rows that are mixed with each other; memory is twice these, for a local
+                store the page cache's, which the system takes back where it is needed.
             with_rows: whether to tell which rows they are.
 
         Yields:
@@ -223,15 +225,15 @@ class Store:
 
             coming = read_next()
             for group, pieces in groupby(order.pieces(spans()), itemgetter(0)):
-                rows, permutation = coming.result()
+                parts, permutation = coming.result()
                 coming = read_next()
                 shards = order.shards(group)
                 numbers = None
                 if with_rows:
                     numbers = torch.cat([torch.arange(starts[shard], starts[shard + 1]) for shard in shards])
                 for _, begin, end, whole in pieces:
-                    chosen = permutation[begin:end]
-                    held.append(rows.index_select(0, chosen).to(dtype))
+                    rows, chosen = _gathered(parts, permutation[begin:end], dtype)
+                    held.append(rows)
                     if with_rows:
                         names.append(numbers[chosen])
                     if whole:
@@ -239,19 +241,33 @@ class Store:
                         yield (batch, torch.cat(names)) if with_rows else batch
                         held, names = [], []
 
-    def _group(self, block: str, order: Order, group: Group) -> tuple[Tensor, Tensor]:
-        """The rows of a group of shards, and the order in which they are given out."""
+    def _group(self, block: str, order: Order, group: Group) -> tuple[Sequence[Tensor], Tensor]:
+        """The rows of a group of shards, shard by shard, and the order in which they are given out."""
         shards = order.shards(group)
+        if self._folder.local:
+            held = [self._shards[shard].items for shard in shards]
+            parts = [self._folder.mapped(self._spec, block, *each) for each in zip(shards, held, strict=True)]
+            return parts, order.permutation(group)
         sizes = [order.rows[shard] for shard in shards]
-        # numpy asks for huge pages, which spares most of the cost of fresh memory
-        room = np.empty((sum(sizes), self.layout[block].width * self._spec.dtype.itemsize), dtype=np.uint8)
-        rows = torch.from_numpy(room).view(self._spec.dtype)
-        with ThreadPoolExecutor(1 if self._folder.local else CONNECTIONS) as readers:
-            list(readers.map(lambda shard, part: self._read(block, shard, part), shards, rows.split(sizes)))
-        return rows, order.permutation(group)
+        parts = torch.empty(sum(sizes), self.layout[block].width, dtype=self._spec.dtype).split(sizes)
+        with ThreadPoolExecutor(CONNECTIONS) as readers:
+            list(readers.map(lambda shard, part: self._read(block, shard, part), shards, parts))
+        return parts, order.permutation(group)
 
     def _read(self, block: str, shard: int, out: Tensor, start: int = 0) -> None:
         self._folder.rows(self._spec, block, shard, self._shards[shard].items, out, start)
+
+
+def _gathered(parts: Sequence[Tensor], chosen: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Some rows of the parts taken together, in the order in which they lie there, and which they are."""
+    chosen = chosen.sort().values
+    ends = torch.tensor([len(part) for part in parts]).cumsum(0)
+    out = torch.empty(len(chosen), parts[0].shape[1], dtype=dtype)
+    first, begin = 0, 0
+    for part, end in zip(parts, torch.searchsorted(chosen, ends).tolist(), strict=True):
+        out[begin:end] = part.index_select(0, chosen[begin:end] - first)
+        first, begin = first + len(part), end
+    return out, chosen
 
 
 class Items(Sequence):

@@ -7,10 +7,6 @@ Salimans 2022). Half of the training timesteps are those that a four-step sample
 """
 
 import itertools
-import json
-import string
-import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,18 +18,17 @@ from torch import Tensor, nn
 
 from vaelab import models
 from vaelab.checks import at_least
+from vaelab.text_model import ReadingObjective, new_text_model, new_tokenizer, readings, tokenize
 from vaelab.training import TrainConfig, Trained, train
 from vaelab.vae import VAEObjective
 from vaelab.world import SIDE, Scene, render, sample
 
 if TYPE_CHECKING:
-    from transformers import CLIPTokenizer
+    from transformers import CLIPTextModel, CLIPTokenizer
 
-MAX_TOKENS = 40
-SPECIAL = ("<|startoftext|>", "<|endoftext|>")
-PROMPTS_FOR_THE_TOKENIZER = 5000
 SCENES_FOR_THE_SCALE = 256
 VAE_BATCH = 16
+TEXT_BATCH = 64
 BATCH = 32
 KL_WEIGHT = 1e-6
 
@@ -42,11 +37,13 @@ KL_WEIGHT = 1e-6
 class ModelConfig:
     """The sizes of the three networks."""
 
-    vae_channels: tuple[int, ...] = (32, 64)
+    vae_channels: tuple[int, ...] = (32, 64, 64)
     """Of the autoencoder's blocks; the latent's side is the picture's over 2 ** (blocks - 1)."""
     latent_channels: int = 4
-    unet_channels: tuple[int, int, int] = (32, 64, 128)
-    """Of the U-Net's three stages; like SDXL's, the first has no attention."""
+    unet_channels: tuple[int, ...] = (64, 128)
+    """Of the U-Net's stages, from the latent's side to half of it and so on."""
+    unet_layers: int = 2
+    """Of a stage on its way down, each a residual block and a transformer."""
     head_width: int = 32
     """Channels to an attention head."""
     text_width: int = 128
@@ -54,7 +51,8 @@ class ModelConfig:
     text_layers: int = 3
 
     def __post_init__(self) -> None:
-        at_least("text_layers", self.text_layers, 1)
+        for name in ("unet_layers", "text_layers"):
+            at_least(name, getattr(self, name), 1)
         for name in ("vae_channels", "unet_channels"):
             if any(width % 16 for width in getattr(self, name)):
                 raise ValueError(f"{name}: expected multiples of 16, got {getattr(self, name)}")
@@ -69,8 +67,9 @@ class ScheduleConfig:
     sampler_steps: int = 4
     """The sampler whose timesteps are drawn more often."""
     sampler_share: float = 0.5
-    """Share of the timesteps drawn from that sampler's; the rest are uniform."""
-    curriculum: int = 800
+    """Share of the timesteps drawn from that sampler's, the noisier the more often, since the less
+    is seen of a picture the more is learned from its prompt; the rest are uniform."""
+    curriculum: int = 1200
     """Steps over which the scenes go from one thing with every factor named to any scene, and a
     thing's pixels from ``thing_weight`` to the weight of all others."""
     thing_weight: float = 10.0
@@ -92,6 +91,8 @@ class TrainedPipeline(NamedTuple):
     """A ``StableDiffusionPipeline``, in evaluation mode."""
     vae: Trained
     """How the autoencoder's training went."""
+    text: Trained
+    """How the text model learned to read."""
     denoiser: Trained
     """How that of U-Net and text model went."""
 
@@ -100,18 +101,20 @@ def train_pipeline(
     folder: str | Path,
     *,
     vae_steps: int = 2500,
-    denoiser_steps: int = 1600,
+    text_steps: int = 800,
+    denoiser_steps: int = 5000,
     device: str = "auto",
     seed: int = 0,
     model: ModelConfig | None = None,
     schedule: ScheduleConfig | None = None,
 ) -> TrainedPipeline:
-    """Train the autoencoder, then U-Net and text model together on its latents, from scratch on
-    the world, going on from what an interrupted call left in ``folder``.
+    """Train the autoencoder, teach the text model to read, then train U-Net and text model together
+    on the latents, all from scratch on the world, going on from what an interrupted call left.
 
     Args:
         folder: where the checkpoints go.
         vae_steps: of the autoencoder, 16 pictures each.
+        text_steps: of the text model, 64 prompts each.
         denoiser_steps: of U-Net and text model, 32 pictures each.
         device: where to train.
         seed: fixes the first weights and every step.
@@ -120,21 +123,28 @@ def train_pipeline(
     """
     model, schedule = model or ModelConfig(), schedule or ScheduleConfig()
     vae = new_vae(model, seed)
-    settings = {"model": asdict(model), "batch_size": VAE_BATCH, "kl_weight": KL_WEIGHT}
+    settings = {"channels": [*model.vae_channels, model.latent_channels], "batch_size": VAE_BATCH, "kl": KL_WEIGHT}
     vae_trained = train(
         VAEObjective(vae, KL_WEIGHT), pictures(VAE_BATCH), _training(vae_steps, 100, device, seed),
         folder=Path(folder, "vae"), settings=settings, title="autoencoder",
     )  # fmt: skip
     vae.requires_grad_(False).register_to_config(scaling_factor=latent_scale(vae))
-    pipeline = new_pipeline(vae, model, seed)
+    tokenizer = new_tokenizer()
+    text_encoder = new_text_model(tokenizer, model.text_width, model.text_layers, seed)
+    settings = {"width": model.text_width, "layers": model.text_layers, "batch_size": TEXT_BATCH}
+    text_trained = train(
+        ReadingObjective(text_encoder, seed), readings(TEXT_BATCH, tokenizer), _training(text_steps, 100, device, seed),
+        folder=Path(folder, "text"), settings=settings, title="text model",
+    )  # fmt: skip
+    pipeline = new_pipeline(vae, text_encoder, tokenizer, model, seed)
     settings = {"model": asdict(model), "schedule": asdict(schedule), "batch_size": BATCH}
     trained = train(
-        DenoisingObjective(pipeline, schedule), prompted(BATCH, pipeline.tokenizer, schedule),
+        DenoisingObjective(pipeline, schedule), prompted(BATCH, tokenizer, schedule),
         _training(denoiser_steps, 200, device, seed), folder=Path(folder, "denoiser"), settings=settings,
         title="denoiser",
     )  # fmt: skip
     pipeline.set_progress_bar_config(disable=True)
-    return TrainedPipeline(pipeline, vae_trained, trained)
+    return TrainedPipeline(pipeline, vae_trained, text_trained, trained)
 
 
 def _training(steps: int, warmup: int, device: str, seed: int) -> TrainConfig:
@@ -163,68 +173,23 @@ def new_vae(config: ModelConfig, seed: int = 0) -> nn.Module:
         )
 
 
-def new_tokenizer() -> "CLIPTokenizer":
-    """CLIP's byte-pair tokenizer, with a token for every word of the world's prompts.
-
-    The merges are found here, ties broken by name: the tokenizers library's trainer breaks them
-    otherwise in every process, and a training that is gone on from needs the same numbers.
-    """
-    from transformers import CLIPTokenizer
-
-    prompts = (sample(seed).prompt for seed in range(PROMPTS_FOR_THE_TOKENIZER))
-    merges = _merges(sorted({word for prompt in prompts for word in prompt.replace(",", " ,").split()}))
-    characters = string.ascii_lowercase + string.digits + ".,!?'-"
-    tokens = [*SPECIAL, *characters, *(f"{one}</w>" for one in characters), *map("".join, merges)]
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
-        Path(folder, "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, merges)]))
-        return CLIPTokenizer.from_pretrained(folder, model_max_length=MAX_TOKENS)
-
-
-def _merges(words: list[str]) -> list[tuple[str, str]]:
-    """Byte-pair encoding (Sennrich et al. 2016) of words that count once each, until each is one token."""
-    pieces = [[*word[:-1], f"{word[-1]}</w>"] for word in words]
-    merges: list[tuple[str, str]] = []
-    while counts := Counter(pair for word in pieces for pair in itertools.pairwise(word)):
-        best = max(counts, key=lambda pair: (counts[pair], pair))
-        merges.append(best)
-        for word in pieces:
-            for place in reversed(range(len(word) - 1)):
-                if tuple(word[place : place + 2]) == best:
-                    word[place : place + 2] = ["".join(best)]
-    return merges
-
-
-def new_pipeline(trained_vae: nn.Module, config: ModelConfig, seed: int = 0) -> Any:
-    """A ``StableDiffusionPipeline`` of a trained autoencoder with an untrained text model and U-Net."""
+def new_pipeline(
+    vae: nn.Module, text_encoder: "CLIPTextModel", tokenizer: "CLIPTokenizer", config: ModelConfig, seed: int = 0
+) -> Any:
+    """A ``StableDiffusionPipeline`` of a trained autoencoder and text model with an untrained U-Net."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
 
-    tokenizer = new_tokenizer()
+    stages = len(config.unet_channels)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        text_model = CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=config.text_width,
-                intermediate_size=4 * config.text_width,
-                projection_dim=config.text_width,
-                num_hidden_layers=config.text_layers,
-                num_attention_heads=4,
-                max_position_embeddings=MAX_TOKENS,
-                bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-        )
         unet = UNet2DConditionModel(
             sample_size=SIDE // 2 ** (len(config.vae_channels) - 1),
             in_channels=config.latent_channels,
             out_channels=config.latent_channels,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            down_block_types=["CrossAttnDownBlock2D"] * stages,
+            up_block_types=["CrossAttnUpBlock2D"] * stages,
             block_out_channels=config.unet_channels,
-            layers_per_block=2,
+            layers_per_block=config.unet_layers,
             cross_attention_dim=config.text_width,
             # by diffusers' misnomer, the number of heads
             attention_head_dim=tuple(width // config.head_width for width in config.unet_channels),
@@ -245,7 +210,7 @@ def new_pipeline(trained_vae: nn.Module, config: ModelConfig, seed: int = 0) -> 
         steps_offset=1,
     )
     return StableDiffusionPipeline(
-        trained_vae, text_model, tokenizer, unet, scheduler, None, None, requires_safety_checker=False
+        vae, text_encoder, tokenizer, unet, scheduler, None, None, requires_safety_checker=False
     )
 
 
@@ -279,7 +244,8 @@ class DenoisingObjective(nn.Module):
 
     def _timesteps(self, count: int) -> Tensor:
         uniform = torch.randint(0, self._scheduler.config.num_train_timesteps, (count,))
-        visited = self._visited[torch.randint(0, len(self._visited), (count,))]
+        shares = torch.arange(len(self._visited), 0, -1.0)
+        visited = self._visited[torch.multinomial(shares, count, replacement=True)]
         return torch.where(torch.rand(count) < self._config.sampler_share, visited, uniform)
 
 
@@ -297,13 +263,6 @@ def latent_scale(vae: nn.Module) -> float:
         for part in pictures.split(32)
     ]
     return float(1 / torch.cat(means).std())
-
-
-def tokenize(tokenizer: "CLIPTokenizer", prompts: list[str]) -> Tensor:
-    """Token numbers (B, L), padded as the pipelines of diffusers do."""
-    return tokenizer(
-        prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
-    ).input_ids
 
 
 def pictures(batch_size: int) -> Callable[..., Iterator[dict[str, Tensor]]]:

@@ -91,7 +91,7 @@ class Writer:
             raise
         self._shard = self.items_done // spec.items_per_shard
         self._items: list[str] = []
-        self._files: dict[str, BinaryIO] = {}
+        self._files: dict[str, _DataFile] = {}
         self._sealer = ThreadPoolExecutor(1)
         self._sealing: Future | None = None
         self._open = True
@@ -210,11 +210,11 @@ class Writer:
         taken = texts[begin : begin + full - len(self._items)]
         for block, value in rows.items():
             if not self._items:
-                self._files[block] = open(self.folder / data_file(self._shard, block), "w+b")  # noqa: SIM115
+                self._files[block] = _DataFile(self.folder / data_file(self._shard, block))
                 self._files[block].write(self.spec.header(self._shard, block, full))
             places = self.spec.layout[block].count
             part = value[begin * places : (begin + len(taken)) * places]
-            self._files[block].write(part.view(torch.uint8).numpy())
+            self._files[block].write(memoryview(part.view(torch.uint8).numpy()).cast("B"))
         self._items += taken
         if len(self._items) == full:
             self._seal()
@@ -247,36 +247,53 @@ class Writer:
         _sync(self.folder)
 
 
-def _seal(folder: Path, spec: Spec, shard: int, data: dict[str, BinaryIO], items: list[str]) -> None:
+class _DataFile:
+    """A file being written, its checksum taken as its bytes go by."""
+
+    def __init__(self, path: Path):
+        self.name, self._file, self._digest, self._bytes = path.name, open(path, "w+b"), xxhash.xxh3_128(), 0  # noqa: SIM115
+
+    def write(self, data: Any) -> None:
+        """Append bytes."""
+        self._file.write(data)
+        self._digest.update(data)
+        self._bytes += len(data)
+
+    def rewrite(self, head: bytes) -> None:
+        """Put other bytes where the file begins."""
+        self._file.seek(0)
+        self._file.write(head)
+        self._file.seek(0)
+        self._digest = hashlib.file_digest(self._file, xxhash.xxh3_128)
+
+    def finish(self) -> dict[str, Any]:
+        """Make the bytes lasting; what a manifest says of them."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return {"xxh128": self._digest.hexdigest(), "bytes": self._bytes}
+
+    def close(self) -> None:
+        """Leave the file as it is."""
+        self._file.close()
+
+
+def _seal(folder: Path, spec: Spec, shard: int, data: dict[str, _DataFile], items: list[str]) -> None:
     """Make a shard's files lasting, then let the shard exist."""
-    files = {data_file(shard, block): file for block, file in data.items()}
     with ExitStack() as stack:
-        for file in files.values():
-            stack.enter_context(file)
-        listed = stack.enter_context(open(folder / items_file(shard), "w+b"))
+        listed = _DataFile(folder / items_file(shard))
+        files = [*data.values(), listed]
+        for file in files:
+            stack.callback(file.close)
         listed.write(b"[\n" + ",\n".join(items).encode() + b"\n]\n")
-        files[items_file(shard)] = listed
         if len(items) < spec.items_per_shard:
             for block, file in data.items():
-                file.seek(0)
-                file.write(spec.header(shard, block, len(items)))
-        # the disk and the checksums take their time together
-        disk = stack.enter_context(ThreadPoolExecutor(1))
-        for file in files.values():
-            file.flush()
-        synced = [disk.submit(os.fsync, file.fileno()) for file in files.values()]
-        told = {name: _told(file) for name, file in files.items()}
-        for each in synced:
-            each.result()
+                file.rewrite(spec.header(shard, block, len(items)))
+        told = {file.name: file.finish() for file in files}
     _sync(folder)
     manifest = {"store": spec.identity, "shard": shard, "items": len(items), "files": told}
     write_json(folder / manifest_file(shard), signed(manifest))
     _sync(folder)
-
-
-def _told(file: BinaryIO) -> dict[str, Any]:
-    file.seek(0)
-    return {"xxh128": hashlib.file_digest(file, xxhash.xxh3_128).hexdigest(), "bytes": file.tell()}
 
 
 def _sync(folder: Path) -> None:
