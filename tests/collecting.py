@@ -71,6 +71,6 @@ def die_at(folder, count, step, layout=KILLED):
 
         return call
 
-    for module, name in ((os, "fsync"), (os, "replace"), (os, "unlink"), (writing, "_told"), (writing, "_sync")):
+    for module, name in ((os, "fsync"), (os, "replace"), (os, "unlink"), (writing, "_seal"), (writing, "_sync")):
         setattr(module, name, counted(getattr(module, name)))
     fill(folder, truth(layout, count), layout=layout)

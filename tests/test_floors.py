@@ -11,7 +11,7 @@ PACKAGE = Path(vaelab.__file__).parent
 FLOORS = [
     ["checks", "files", "plots", "preprocessing"],
     ["devices", "checkpoints", "frontpage", "hooks", "panels", "shuffling", "world"],
-    ["blocks", "channels", "embedded_data", "oracle", "prompts", "report", "shards", "training"],
+    ["blocks", "channels", "embedded_data", "oracle", "prompts", "report", "shards", "text_model", "training"],
     ["models", "data", "nudge", "planning", "runs", "writing"],
     ["conditioning", "lens", "store", "vae"],
     ["denoise", "study", "text_to_image"],

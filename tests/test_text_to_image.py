@@ -1,46 +1,34 @@
 """The training of the text-to-image model: its data, its loss, and that it learns and resumes."""
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
 
-from vaelab import denoise, models, text_to_image, world
+from vaelab import denoise, models, text_model, text_to_image, world
 from vaelab.text_to_image import DenoisingObjective, ModelConfig, ScheduleConfig
 from vaelab.training import TrainConfig, train
 
-SIZES = ModelConfig(vae_channels=(16, 32), unet_channels=(16, 32, 32), head_width=16, text_width=32, text_layers=1)
+SIZES = ModelConfig(
+    vae_channels=(16, 16, 16), unet_channels=(16, 32), unet_layers=1, head_width=16, text_width=32, text_layers=1
+)
+
+
+def untrained():
+    vae = text_to_image.new_vae(SIZES)
+    vae.requires_grad_(False).register_to_config(scaling_factor=text_to_image.latent_scale(vae))
+    tokenizer = text_model.new_tokenizer()
+    return text_to_image.new_pipeline(vae, text_model.new_text_model(tokenizer, 32, 1), tokenizer, SIZES)
 
 
 @pytest.fixture(scope="module")
 def pipeline():
-    vae = text_to_image.new_vae(SIZES)
-    vae.requires_grad_(False).register_to_config(scaling_factor=text_to_image.latent_scale(vae))
-    return text_to_image.new_pipeline(vae, SIZES)
+    return untrained()
 
 
-def test_the_tokenizer_has_a_token_for_every_word(pipeline):
-    for seed in range(200):
-        prompt = world.sample(seed).prompt
-        tokens = text_to_image.tokenize(pipeline.tokenizer, [prompt])[0]
-        words = prompt.replace(",", " ,").split()
-        assert (
-            tokens[0] == pipeline.tokenizer.bos_token_id and tokens[len(words) + 1] == pipeline.tokenizer.eos_token_id
-        )
-        assert pipeline.tokenizer.convert_ids_to_tokens(tokens[1 : len(words) + 1]) == [f"{w}</w>" for w in words]
-        assert len(tokens) == text_to_image.MAX_TOKENS
-
-
-def test_the_block_structure_is_sdxls(pipeline):
+def test_every_stage_has_transformers(pipeline):
     names = [name for name in models.blocks(pipeline) if name[0] != "b" and "ft" not in name]
-    assert names == [
-        "down.1.0", "down.1.1", "down.2.0", "down.2.1", "mid.0", "up.0.0", "up.0.1", "up.0.2",
-        "up.1.0", "up.1.1", "up.1.2",
-    ]  # fmt: skip
-    assert models.blocks(pipeline)["down.2.1"].shape[:2] == (8, 8)
+    assert names == ["down.0.0", "down.1.0", "mid.0", "up.0.0", "up.0.1", "up.1.0", "up.1.1"]
+    assert models.blocks(pipeline)["down.1.0"].shape == (8, 8, 32)
 
 
 def test_the_last_timestep_is_pure_noise(pipeline):
@@ -65,7 +53,7 @@ def test_the_loss_is_the_weighted_velocity_error(pipeline):
         states = pipeline.text_encoder(batch["tokens"])[0]
         predicted = pipeline.unet(noisy.float(), timesteps, states).sample
     error = ((predicted - velocity) ** 2).mean(1, keepdim=True)
-    weight = torch.nn.functional.avg_pool2d(batch["weight"], 2).double()
+    weight = torch.nn.functional.avg_pool2d(batch["weight"], 4).double()
     assert losses["loss"].item() == pytest.approx(((weight * error).sum() / weight.sum()).item(), rel=1e-4)
     assert losses["error"].item() == pytest.approx(error.mean().item(), rel=1e-4)
 
@@ -84,8 +72,8 @@ def test_half_of_the_timesteps_are_the_samplers(pipeline):
     objective = DenoisingObjective(pipeline, ScheduleConfig(sampler_steps=4, sampler_share=0.5))
     torch.manual_seed(0)
     drawn = objective._timesteps(4000)
-    share = np.isin(drawn.numpy(), [999, 749, 499, 249]).mean()
-    assert 0.46 < share < 0.55
+    shares = [(drawn == timestep).float().mean() for timestep in (999, 749, 499, 249)]
+    assert shares == pytest.approx([0.2, 0.15, 0.1, 0.05], abs=0.02)
     assert drawn.min() < 20 and drawn.max() == 999
 
 
@@ -112,9 +100,7 @@ def test_ranks_and_later_starts_share_one_stream(pipeline):
 
 def test_it_learns_a_little_and_goes_on_to_the_same_weights(tmp_path):
     def trained(folder, steps_until=None):
-        vae = text_to_image.new_vae(SIZES)
-        vae.requires_grad_(False).register_to_config(scaling_factor=1.0)
-        pipeline = text_to_image.new_pipeline(vae, SIZES)
+        pipeline = untrained()
         schedule = ScheduleConfig(curriculum=4)
         stream = text_to_image.prompted(4, pipeline.tokenizer, schedule)
         config = TrainConfig(steps=12, learning_rate=2e-3, device="cpu", log_every=1, checkpoint_every=4)
@@ -154,7 +140,8 @@ def test_a_saved_folder_loads_as_a_plain_pipeline(pipeline, tmp_path):
     ("kind", "change", "message"),
     [
         (ModelConfig, {"text_layers": 0}, "text_layers"),
-        (ModelConfig, {"unet_channels": (32, 60, 128)}, "unet_channels"),
+        (ModelConfig, {"unet_layers": 0}, "unet_layers"),
+        (ModelConfig, {"unet_channels": (60, 128)}, "unet_channels"),
         (ScheduleConfig, {"prompt_dropout": 1.5}, "prompt_dropout"),
         (ScheduleConfig, {"sampler_share": -0.1}, "sampler_share"),
         (ScheduleConfig, {"thing_weight": 0.5}, "thing_weight"),
@@ -164,10 +151,3 @@ def test_a_saved_folder_loads_as_a_plain_pipeline(pipeline, tmp_path):
 def test_what_is_refused(kind, change, message):
     with pytest.raises(ValueError, match=message):
         kind(**change)
-
-
-def test_the_tokenizer_is_the_same_in_every_process(pipeline):
-    script = "from vaelab import text_to_image; print(sorted(text_to_image.new_tokenizer().get_vocab().items()))"
-    environment = {**os.environ, "PYTHONHASHSEED": "7"}
-    result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
-    assert result.stdout.strip().splitlines()[-1] == str(sorted(pipeline.tokenizer.get_vocab().items()))
