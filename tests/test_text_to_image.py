@@ -37,7 +37,7 @@ def test_the_last_timestep_is_pure_noise(pipeline):
 
 def test_the_loss_is_the_weighted_velocity_error(pipeline):
     """v = sqrt(abar) eps - sqrt(1 - abar) z (Salimans and Ho 2022), in float64."""
-    config = ScheduleConfig(prompt_dropout=0.0)
+    config = ScheduleConfig(prompt_dropout=0.0, place_weight=0.0)
     objective = DenoisingObjective(pipeline, config).eval()
     batch = next(text_to_image.prompted(3, pipeline.tokenizer, ScheduleConfig(curriculum=10))(start=5))
     torch.manual_seed(0)
@@ -56,6 +56,26 @@ def test_the_loss_is_the_weighted_velocity_error(pipeline):
     weight = torch.nn.functional.avg_pool2d(batch["weight"], 4).double()
     assert losses["loss"].item() == pytest.approx(((weight * error).sum() / weight.sum()).item(), rel=1e-4)
     assert losses["error"].item() == pytest.approx(error.mean().item(), rel=1e-4)
+
+
+def test_what_blocks_know_of_places_is_the_cross_entropy_of_rows_and_columns(pipeline):
+    objective = DenoisingObjective(pipeline, ScheduleConfig())
+    assert list(objective._knowing.values()) == [(8, 8, 32)] * 4 + [(16, 16, 16)] * 2
+    maps = [torch.randn(2, shape[2], *shape[:2]) for shape in objective._knowing.values()]
+    terms = []
+    for head, each in zip(objective.places, maps, strict=True):
+        side = each.shape[-1]
+        for y in range(side):
+            for x in range(side):
+                scores = head(each[:, :, y, x]).double()
+                terms.append(-scores[:, :side].log_softmax(1)[:, y].mean().item() / side**2)
+                terms.append(-scores[:, side:].log_softmax(1)[:, x].mean().item() / side**2)
+    assert objective._place(maps).item() == pytest.approx(sum(terms) / (2 * len(maps)), rel=1e-5)
+    batch = next(text_to_image.prompted(2, pipeline.tokenizer, ScheduleConfig())())
+    losses = objective(batch)
+    losses["place"].backward()
+    assert pipeline.unet.conv_in.weight.grad.abs().max() > 0
+    pipeline.unet.zero_grad()
 
 
 def test_dropped_prompts_are_the_empty_one(pipeline, monkeypatch):
@@ -146,6 +166,7 @@ def test_a_saved_folder_loads_as_a_plain_pipeline(pipeline, tmp_path):
         (ScheduleConfig, {"sampler_share": -0.1}, "sampler_share"),
         (ScheduleConfig, {"thing_weight": 0.5}, "thing_weight"),
         (ScheduleConfig, {"curriculum": -1}, "curriculum"),
+        (ScheduleConfig, {"place_weight": -1}, "place_weight"),
     ],
 )
 def test_what_is_refused(kind, change, message):

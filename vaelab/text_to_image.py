@@ -7,6 +7,7 @@ Salimans 2022). Half of the training timesteps are those that a four-step sample
 """
 
 import itertools
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vaelab import models
+from vaelab import hooks, models
 from vaelab.checks import at_least
 from vaelab.text_model import ReadingObjective, new_text_model, new_tokenizer, readings, tokenize
 from vaelab.training import TrainConfig, Trained, train
@@ -72,12 +73,15 @@ class ScheduleConfig:
     curriculum: int = 1200
     """Steps over which the scenes go from one thing with every factor named to any scene, and a
     thing's pixels from ``thing_weight`` to the weight of all others."""
+    place_weight: float = 0.1
+    """Of knowing where one is."""
     thing_weight: float = 10.0
     """How much more a thing's pixels count at the start; most of a picture is ground."""
 
     def __post_init__(self) -> None:
         at_least("sampler_steps", self.sampler_steps, 1)
         at_least("curriculum", self.curriculum, 0)
+        at_least("place_weight", self.place_weight, 0)
         at_least("thing_weight", self.thing_weight, 1)
         for name in ("prompt_dropout", "sampler_share"):
             if not 0 <= getattr(self, name) <= 1:
@@ -96,13 +100,19 @@ class TrainedPipeline(NamedTuple):
     denoiser: Trained
     """How that of U-Net and text model went."""
 
+    @property
+    def seconds(self) -> dict[str, float]:
+        """What each took in this process, as numbers of a run."""
+        named = {"world_vae": self.vae, "text_model": self.text, "denoiser": self.denoiser}
+        return {f"{name}.seconds": trained.seconds for name, trained in named.items()}
+
 
 def train_pipeline(
     folder: str | Path,
     *,
     vae_steps: int = 2500,
     text_steps: int = 800,
-    denoiser_steps: int = 5000,
+    denoiser_steps: int = 4500,
     device: str = "auto",
     seed: int = 0,
     model: ModelConfig | None = None,
@@ -215,7 +225,13 @@ def new_pipeline(
 
 
 class DenoisingObjective(nn.Module):
-    """L = E ||v - v_theta(z_t, t, prompt)||^2, for the U-Net and the text model together."""
+    """L = E ||v - v_theta(z_t, t, prompt)||^2, for the U-Net and the text model together.
+
+    Beside it, what a transformer block takes in must tell each position's row and column to one
+    linear map. A convolution learns of places only at the picture's edge, from the padding (Islam
+    et al. 2020); in pure noise there is nothing else to see, and as long as no layer knows where it
+    is, nothing is gained by reading in a prompt where a thing should be.
+    """
 
     def __init__(self, pipeline: Any, config: ScheduleConfig):
         super().__init__()
@@ -224,6 +240,15 @@ class DenoisingObjective(nn.Module):
         self._empty = tokenize(pipeline.tokenizer, [""])[0]
         pipeline.scheduler.set_timesteps(config.sampler_steps)
         self._visited = pipeline.scheduler.timesteps.clone()
+        found = models.blocks(pipeline).items()
+        # the first stage has seen too few convolutions for the edge to be felt in the middle
+        self._knowing = {
+            block.path: block.shape for name, block in found if re.fullmatch(r"(down\.[1-9]|mid|up)[.\d]+", name)
+        }
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            heads = [nn.Linear(width, height + wide) for height, wide, width in self._knowing.values()]
+        self.places = nn.ModuleList(heads)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The loss of ``pixels`` (B, 3, R, R) in [-1, 1], their ``tokens`` (B, L) and the ``weight``
@@ -237,10 +262,25 @@ class DenoisingObjective(nn.Module):
         states = self.text_encoder(torch.where(dropped, self._empty.to(device), tokens))[0]
         noisy = self._scheduler.add_noise(latents, noise, timesteps)
         target = self._scheduler.get_velocity(latents, noise, timesteps)
-        predicted = self.unet(noisy, timesteps, states).sample
+        with hooks.capture(self.unet, self._knowing, side="input", grad=True) as seen:
+            predicted = self.unet(noisy, timesteps, states).sample
+        place = self._place([seen[path][0] for path in self._knowing])
         error = (predicted.float() - target.float()).square().mean(1, keepdim=True)
         weight = nn.functional.adaptive_avg_pool2d(batch["weight"], error.shape[-2:])
-        return {"loss": (weight * error).sum() / weight.sum(), "error": error.mean()}
+        loss = (weight * error).sum() / weight.sum() + self._config.place_weight * place
+        return {"loss": loss, "error": error.mean(), "place": place}
+
+    def _place(self, maps: list[Tensor]) -> Tensor:
+        """Cross-entropy of every position's row and column, mean over blocks; ``maps`` are (B, C, H, W)."""
+        losses = []
+        for head, each in zip(self.places, maps, strict=True):
+            height, wide = each.shape[-2:]
+            rows, columns = head(each.movedim(1, -1)).float().split((height, wide), -1)
+            row = torch.arange(height, device=each.device)[:, None].expand(rows.shape[:-1])
+            column = torch.arange(wide, device=each.device).expand(columns.shape[:-1])
+            for answer, truth in ((rows, row), (columns, column)):
+                losses.append(nn.functional.cross_entropy(answer.flatten(0, -2), truth.flatten()))
+        return torch.stack(losses).mean()
 
     def _timesteps(self, count: int) -> Tensor:
         uniform = torch.randint(0, self._scheduler.config.num_train_timesteps, (count,))
