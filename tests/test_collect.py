@@ -43,6 +43,12 @@ def test_every_row_is_what_the_denoiser_gave(pipeline, tmp_path):
                 torch.testing.assert_close(stored, alone.maps[block][step], rtol=1e-4, atol=1e-5)
 
 
+def test_every_pass_of_a_sampler_that_takes_more_than_its_steps_is_an_item(small_pipeline, tmp_path):
+    kept = collected(small_pipeline("sd"), tmp_path / "store", replace(CONFIG, blocks=("mid.0",)), PROMPTS[:2])
+    assert [item["step"] for item in kept.items] == [0, 1, 2] * 2
+    assert len({item["timestep"] for item in kept.items}) == 2  # PNDM passes twice at its first timestep but one
+
+
 def test_both_halves_are_items_of_their_own(pipeline, tmp_path):
     kept = collected(pipeline, tmp_path / "store", replace(CONFIG, halves="both", steps=(1,)))
     assert [item["guided"] for item in kept.items[:4]] == [True, False, True, False]

@@ -60,10 +60,9 @@ class CollectConfig:
         if len(set(self.steps)) < len(self.steps):
             raise ValueError(f"capture_steps: each once, got {list(self.steps)}")
 
-    @property
-    def captured(self) -> list[int]:
-        """The steps that are captured, in order."""
-        return sorted(self.steps) or list(range(self.sampling.steps))
+    def captured(self, pipeline: Any) -> list[int]:
+        """The steps that are captured, in order; there may be more of them than were asked of the sampler."""
+        return sorted(self.steps) or list(range(denoise.passes(pipeline, self.sampling)))
 
 
 class Captures(NamedTuple):
@@ -87,11 +86,12 @@ def captures(
         rows: of each prompt its number in its data set, for the items.
         start: prompts to pass over.
     """
+    captured = config.captured(pipeline)
     for first in range(start, len(prompts), config.batch_size):
         numbers = range(first, min(first + config.batch_size, len(prompts)))
         features = denoise.from_prompts(
             pipeline, [prompts[i] for i in numbers], [config.seed + i for i in numbers], config.blocks,
-            config.sampling, side=config.side, steps=config.captured,
+            config.sampling, side=config.side, steps=captured,
         )  # fmt: skip
         halves = [features.maps, *([features.unguided] if config.halves == "both" and features.unguided else [])]
         # (B, steps, halves, h, w, d), so that a prompt's items follow each other
@@ -105,7 +105,7 @@ def captures(
                 "prompt": prompts[i], "row": rows[i] if rows else i, "seed": config.seed + i, "step": step,
                 "timestep": times[step], "guided": half == 0,
             }
-            for i in numbers for step in config.captured for half in range(len(halves))
+            for i in numbers for step in captured for half in range(len(halves))
         ]  # fmt: skip
         yield Captures(items, maps)
 
