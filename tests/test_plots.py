@@ -32,6 +32,14 @@ def test_pictures_are_shown_as_they_are():
     assert figure.axes[0].texts[0].get_text() == "a row"
 
 
+def test_a_grids_captions_stand_under_their_columns():
+    pictures = torch.zeros(3, 3, 4, 4)
+    captions = ["a large red circle on the left", "a star"]
+    figure = plots.picture_grid({"one": pictures, "other": pictures}, captions=captions)
+    texts = [[text.get_text() for text in axis.texts] for axis in figure.axes]
+    assert texts == [["one"], [], [], ["other", "a large red circle\non the left"], ["a star"], []]
+
+
 def test_suppressed_tiles_are_framed_and_no_others():
     maps = {"model": torch.randn(6, 4, 4), "other": torch.zeros(6, 4, 4)}
     figure = plots.activation_grids(maps, {"model": [1, 4], "other": []}, torch.zeros(3, 8, 8), columns=3)

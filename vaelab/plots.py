@@ -1,5 +1,6 @@
 """Figures from tensors and tables; nothing here knows a model. Every function returns a Figure."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
@@ -18,12 +19,13 @@ PALETTE = {"baseline": "#555555", "nudge": "#3b76af", "control": "#e08e2b", "sta
 sns.set_theme(style="whitegrid", context="notebook", rc={"axes.spines.top": False, "axes.spines.right": False})
 
 
-def picture_grid(rows: Mapping[str, Tensor], title: str = "") -> Figure:
+def picture_grid(rows: Mapping[str, Tensor], title: str = "", captions: Sequence[str] = ()) -> Figure:
     """Pictures in labelled rows.
 
     Args:
         rows: for each label pictures (N, 3, H, W) in [-1, 1].
         title: the figure's.
+        captions: a text under each column.
     """
     columns = max(len(pictures) for pictures in rows.values())
     figure, axes = plt.subplots(
@@ -35,6 +37,9 @@ def picture_grid(rows: Mapping[str, Tensor], title: str = "") -> Figure:
         for axis, picture in zip(line, displayable(pictures), strict=False):
             axis.imshow(picture, interpolation="nearest")
         line[0].text(-0.12, 0.5, label, transform=line[0].transAxes, ha="right", va="center", fontsize=9)
+    for axis, caption in zip(axes[-1], captions, strict=False):
+        text = "\n".join(textwrap.wrap(caption, 20))
+        axis.text(0.5, -0.06, text, transform=axis.transAxes, ha="center", va="top", fontsize=5.5)
     figure.suptitle(title, fontsize=11)
     return figure
 
