@@ -22,8 +22,9 @@ NAMES = {
     "pixart": ["block0", "block1"],
     "sd3": ["block0", "block1"],
     "flux": ["block0", "block1", "single0", "single1"],
-    "world": [*SDXL_BLOCKS[:5], "bottleneck", *SDXL_BLOCKS[5:8], "up_ft0", *SDXL_BLOCKS[8:], "up_ft1", "up_ft2"],
-}
+    "world": ["down.0.0", "down.0.1", "down.1.0", "down.1.1", "mid.0", "bottleneck",
+              "up.0.0", "up.0.1", "up.0.2", "up_ft0", "up.1.0", "up.1.1", "up.1.2", "up_ft1"],
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", PIPELINES)
@@ -178,6 +179,7 @@ def test_names_and_paths_resolve_in_the_order_asked(small_pipeline):
         ("up.0.1", "up_blocks.0.attentions.1"), (inner, inner), ("down.2.1", "down_blocks.2.attentions.1"),
     ]  # fmt: skip
     assert resolve(pipeline, "bottleneck") == {"bottleneck": "mid_block"}
+    assert list(resolve(pipeline, ["mid.0", "down.?.0", "mid.*"])) == ["mid.0", "down.1.0", "down.2.0"]
     assert resolve(pipeline.unet, ["mid.0"]) == {"mid.0": "mid_block.attentions.0"}
 
 
@@ -186,6 +188,7 @@ def test_names_and_paths_resolve_in_the_order_asked(small_pipeline):
     [
         ("sdxl", "down.2.2", "down.2."),
         ("sdxl", "up_ft4", "up_ft2"),
+        ("sdxl", r"down\.9\.\*", "down."),
         ("sdxl", "down_blocks.2.attentions.7", "down_blocks.2.attentions.1"),
         ("dit", "block2", "block1"),
         ("flux", "single9", "single1"),
@@ -194,7 +197,8 @@ def test_names_and_paths_resolve_in_the_order_asked(small_pipeline):
 )
 def test_unknown_block_lists_the_nearest(small_pipeline, name, unknown, nearest):
     with pytest.raises(ValueError, match=f"^blocks: unknown name '{unknown}'; the nearest of .*{nearest}"):
-        resolve(small_pipeline(name), ["block0" if name in ("dit", "flux") else "bottleneck", unknown])
+        asked = unknown.replace("\\", "")
+        resolve(small_pipeline(name), ["block0" if name in ("dit", "flux") else "bottleneck", asked])
 
 
 def test_no_block_is_refused(small_pipeline):

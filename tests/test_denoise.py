@@ -474,7 +474,7 @@ RESIDUAL_BRANCHES = {
     "sd": ["up_blocks.1.attentions.1.proj_out"],
     "sd2": ["up_blocks.1.attentions.1.proj_out"],
     "sdxl": ["down_blocks.2.attentions.1.proj_out"],
-    "world": ["down_blocks.2.attentions.1.proj_out"],
+    "world": ["down_blocks.1.attentions.1.proj_out"],
     "dit": ["transformer_blocks.1.attn1.to_out.0", "transformer_blocks.1.ff.net.2"],
     "pixart": [f"transformer_blocks.0.{last}" for last in ("attn1.to_out.0", "attn2.to_out.0", "ff.net.2")],
     "sd3": ["transformer_blocks.0.attn.to_out.0", "transformer_blocks.0.ff.net.2"],

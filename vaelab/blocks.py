@@ -5,6 +5,7 @@ al., "Unpacking SDXL Turbo", Figure 2); ``bottleneck`` and ``up_ft0`` to ``up_ft
 stages of its upward half, ``block14`` a transformer's block (Kim et al., "Revelio").
 """
 
+import fnmatch
 import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -109,20 +110,23 @@ def own_aspect(model: nn.Module) -> float:
 
 
 def resolve(pipeline: Any, names: str | Iterable[str]) -> dict[str, str]:
-    """Module paths of blocks, by short name or by module path, in the order asked.
+    """Module paths of blocks, by short name, glob of these (``up.*``) or module path, in the order asked.
 
     Raises:
-        ValueError: an unknown name, with the nearest; or none at all.
+        ValueError: an unknown name, with the nearest; a glob that matches nothing; or none at all.
     """
     names = [names] if isinstance(names, str) else list(names)
     if not names:
         raise ValueError("blocks: none were asked for")
     model, known = denoiser(pipeline), paths(pipeline)
     modules = {path for path, _ in model.named_modules() if path}
+    found: dict[str, str] = {}
     for name in names:
-        if name not in known and name not in modules:
+        matched = [name] if name in known or name in modules else fnmatch.filter(known, name)
+        if not matched:
             raise unknown("blocks", name, [*known, *modules] if "_" in name or name.count(".") > 2 else known)
-    return {name: known.get(name, name) for name in names}
+        found |= {one: known.get(one, one) for one in matched}
+    return found
 
 
 def maps(tensor: Tensor, aspect: float = 1.0) -> Tensor:
