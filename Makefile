@@ -21,8 +21,9 @@ demo: $(READY) ## every notebook on the embedded models, then outputs/index.html
 	$(PYTHON) -m vaelab.runs all demo --jobs $(JOBS)
 
 test: export HF_HUB_OFFLINE := 1
+test: export OMP_NUM_THREADS := 1
 test: $(READY) ## the tests, every notebook's smoke run among them
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n $(JOBS)
 
 lint: $(READY) ## style
 	$(PYTHON) -m ruff check .
