@@ -45,7 +45,7 @@ def test_the_loss_is_the_weighted_velocity_error(pipeline):
     torch.manual_seed(0)
     latents = models.posterior(pipeline.vae, batch["pixels"]).mode() * pipeline.vae.config.scaling_factor
     noise = torch.randn_like(latents)
-    timesteps = objective._timesteps(3)
+    timesteps = torch.where(batch["easy"], 999, objective._timesteps(3))
     kept = pipeline.scheduler.alphas_cumprod[timesteps].double().reshape(-1, 1, 1, 1)
     noisy = kept.sqrt() * latents + (1 - kept).sqrt() * noise
     velocity = kept.sqrt() * noise - (1 - kept).sqrt() * latents
@@ -84,11 +84,11 @@ def test_dropped_prompts_are_the_empty_one(pipeline, monkeypatch):
     forward = pipeline.text_encoder.forward
     monkeypatch.setattr(pipeline.text_encoder, "forward", lambda tokens: seen.append(tokens) or forward(tokens))
     objective(next(text_to_image.prompted(2, pipeline.tokenizer, ScheduleConfig())()))
-    empty = text_to_image.tokenize(pipeline.tokenizer, [""])[0]
+    empty = text_model.tokenize(pipeline.tokenizer, [""])[0]
     assert torch.equal(seen[0], empty.expand(2, -1))
 
 
-def test_half_of_the_timesteps_are_the_samplers(pipeline):
+def test_most_of_the_timesteps_are_the_samplers(pipeline):
     objective = DenoisingObjective(pipeline, ScheduleConfig(sampler_steps=4, sampler_share=0.5))
     torch.manual_seed(0)
     drawn = objective._timesteps(4000)
@@ -98,17 +98,28 @@ def test_half_of_the_timesteps_are_the_samplers(pipeline):
 
 
 def test_the_curriculum_goes_from_one_named_thing_to_any_scene(pipeline):
-    stream = text_to_image.prompted(32, pipeline.tokenizer, ScheduleConfig(curriculum=100, thing_weight=10))
-    first, late = next(stream(start=0)), next(stream(start=100))
+    config = ScheduleConfig(curriculum=100, thing_weight=(10, 2))
+    stream = text_to_image.prompted(32, pipeline.tokenizer, config)
+    first, half, late = (next(stream(start=step)) for step in (0, 50, 100))
     scene = world.sample(0)
-    assert first["weight"].unique().tolist() == [1, 10]
-    assert late["weight"].unique().tolist() == [1]
+    assert [batch["weight"].unique().tolist() for batch in (first, half, late)] == [[1, 10], [1, 6], [1, 2]]
+    assert [int(batch["easy"].sum()) for batch in (first, half, late)] == [32, 16, 0]
     easy = text_to_image._easy(scene)
     assert len(easy.things) == 1 and easy.things[0].named == world.THING_FACTORS
     torch.testing.assert_close(first["pixels"][0], world.render([easy])[0])
     torch.testing.assert_close(late["pixels"][5], world.render([world.sample(100 * 32 + 5)])[0])
     words = [len(pipeline.tokenizer(world.sample(100 * 32 + i).prompt).input_ids) for i in range(32)]
     assert (late["tokens"] != pipeline.tokenizer.pad_token_id).sum(1).tolist() == [count - 1 for count in words]
+
+
+def test_easy_examples_are_made_of_pure_noise(pipeline, monkeypatch):
+    objective, seen = DenoisingObjective(pipeline, ScheduleConfig(sampler_share=0.0)), []
+    add_noise = pipeline.scheduler.add_noise
+    monkeypatch.setattr(pipeline.scheduler, "add_noise", lambda *args: seen.append(args[2]) or add_noise(*args))
+    batch = next(text_to_image.prompted(8, pipeline.tokenizer, ScheduleConfig(curriculum=2))(start=1))
+    torch.manual_seed(0)
+    objective(batch)
+    assert (seen[0][:4] == 999).all() and (seen[0][4:] < 999).all()
 
 
 def test_ranks_and_later_starts_share_one_stream(pipeline):
@@ -164,7 +175,7 @@ def test_a_saved_folder_loads_as_a_plain_pipeline(pipeline, tmp_path):
         (ModelConfig, {"unet_channels": (60, 128)}, "unet_channels"),
         (ScheduleConfig, {"prompt_dropout": 1.5}, "prompt_dropout"),
         (ScheduleConfig, {"sampler_share": -0.1}, "sampler_share"),
-        (ScheduleConfig, {"thing_weight": 0.5}, "thing_weight"),
+        (ScheduleConfig, {"thing_weight": (10, 0.5)}, "thing_weight"),
         (ScheduleConfig, {"curriculum": -1}, "curriculum"),
         (ScheduleConfig, {"place_weight": -1}, "place_weight"),
     ],

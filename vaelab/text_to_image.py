@@ -67,22 +67,23 @@ class ScheduleConfig:
     """Share of the prompts replaced by the empty one, for classifier-free guidance."""
     sampler_steps: int = 4
     """The sampler whose timesteps are drawn more often."""
-    sampler_share: float = 0.5
+    sampler_share: float = 0.7
     """Share of the timesteps drawn from that sampler's, the noisier the more often, since the less
     is seen of a picture the more is learned from its prompt; the rest are uniform."""
-    curriculum: int = 1200
-    """Steps over which the scenes go from one thing with every factor named to any scene, and a
-    thing's pixels from ``thing_weight`` to the weight of all others."""
+    curriculum: int = 1000
+    """Steps over which the easy examples become fewer: one thing with every factor named, to be
+    drawn out of pure noise. There is nothing to be seen there, so that the prompt must be read."""
     place_weight: float = 0.1
     """Of knowing where one is."""
-    thing_weight: float = 10.0
-    """How much more a thing's pixels count at the start; most of a picture is ground."""
+    thing_weight: tuple[float, float] = (10.0, 3.0)
+    """How much a thing's pixels count beside the ground's, where examples are all easy and where
+    none is; most of a picture is ground."""
 
     def __post_init__(self) -> None:
         at_least("sampler_steps", self.sampler_steps, 1)
         at_least("curriculum", self.curriculum, 0)
         at_least("place_weight", self.place_weight, 0)
-        at_least("thing_weight", self.thing_weight, 1)
+        at_least("thing_weight", min(self.thing_weight), 1)
         for name in ("prompt_dropout", "sampler_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: must be between 0 and 1, got {getattr(self, name)!r}")
@@ -112,7 +113,7 @@ def train_pipeline(
     *,
     vae_steps: int = 2500,
     text_steps: int = 800,
-    denoiser_steps: int = 4500,
+    denoiser_steps: int = 3400,
     device: str = "auto",
     seed: int = 0,
     model: ModelConfig | None = None,
@@ -251,13 +252,13 @@ class DenoisingObjective(nn.Module):
         self.places = nn.ModuleList(heads)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The loss of ``pixels`` (B, 3, R, R) in [-1, 1], their ``tokens`` (B, L) and the ``weight``
-        (B, 1, R, R) of each pixel."""
+        """The loss of ``pixels`` (B, 3, R, R) in [-1, 1], their ``tokens`` (B, L), the ``weight``
+        (B, 1, R, R) of each pixel, and which are ``easy`` (B,), to be made of pure noise."""
         pixels, tokens, device = batch["pixels"], batch["tokens"], batch["pixels"].device
         with torch.no_grad():
             latents = models.posterior(self._vae[0], pixels).mode() * self._vae[0].config.scaling_factor
         noise = torch.randn_like(latents)
-        timesteps = self._timesteps(len(latents)).to(device)
+        timesteps = torch.where(batch["easy"], self._visited[0], self._timesteps(len(latents)).to(device))
         dropped = torch.rand(len(tokens), 1, device=device) < self._config.prompt_dropout
         states = self.text_encoder(torch.where(dropped, self._empty.to(device), tokens))[0]
         noisy = self._scheduler.add_noise(latents, noise, timesteps)
@@ -320,10 +321,12 @@ def prompted(
         easy = round(left * len(drawn))
         drawn = [*map(_easy, drawn[:easy]), *drawn[easy:]]
         things = torch.from_numpy(np.stack([~scene.masks()[-1:] for scene in drawn]))
+        first, last = config.thing_weight
         return {
             "pixels": render(drawn),
             "tokens": tokenize(tokenizer, [scene.prompt for scene in drawn]),
-            "weight": 1 + left * (config.thing_weight - 1) * things,
+            "weight": 1 + (last - 1 + left * (first - last)) * things,
+            "easy": torch.arange(len(drawn)) < easy,
         }
 
     return _stream(batch_size, batch)
