@@ -9,14 +9,16 @@ import vaelab
 
 PACKAGE = Path(vaelab.__file__).parent
 FLOORS = [
-    ["checks", "files", "plots", "preprocessing"],
-    ["devices", "checkpoints", "frontpage", "hooks", "panels", "shuffling", "world"],
-    ["blocks", "channels", "embedded_data", "oracle", "prompts", "report", "shards", "text_model", "training"],
+    ["checks", "files", "plots", "preprocessing", "sae_kernels"],
+    ["devices", "checkpoints", "folders", "frontpage", "hooks", "panels", "planted", "sae_choice", "sae_plots",
+     "shuffling", "world"],  # fmt: skip
+    ["blocks", "channels", "embedded_data", "oracle", "perceptual", "prompts", "report", "sae", "shards", "text_model",
+     "training"],  # fmt: skip
     ["models", "data", "nudge", "planning", "runs", "writing"],
     ["conditioning", "lens", "store", "vae"],
     ["denoise", "study", "text_to_image"],
     ["ablate", "causes", "collect", "comparison", "judging"],
-    ["bench", "bench_store"],
+    ["bench", "bench_store", "sae_training", "substitute"],
 ]
 FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")

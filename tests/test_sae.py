@@ -1,0 +1,251 @@
+import json
+
+import dense_sae
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from vaelab import sae_choice
+from vaelab.sae import SAE, VARIANTS, Codes, SAEConfig
+
+D, FEATURES, K = 24, 256, 3
+
+
+def config(**changes):
+    return SAEConfig(**{"d": D, "n_features": FEATURES, "k": K, "k_aux": 5, "dead_after": 100, **changes})
+
+
+def shaken(seed=0, **changes):
+    """An autoencoder with no symmetry left, and thresholds that most values do not pass."""
+    sae, generator = SAE(config(**changes), seed), torch.Generator().manual_seed(seed + 100)
+    with torch.no_grad():
+        for weight in sae.parameters():
+            weight.add_(0.05 * torch.randn(weight.shape, generator=generator))
+        if hasattr(sae, "threshold"):
+            sae.threshold.add_(1.5)
+    return sae
+
+
+def vectors(count=40, seed=0):
+    return torch.randn(count, D, generator=torch.Generator().manual_seed(seed)) + 0.3
+
+
+def relative(found, expected):
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("dead", [0, 12, 150], ids=["none dead", "a block of dead", "many dead"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_losses_and_all_gradients_are_those_of_the_dense_formula(variant, dead, monkeypatch):
+    monkeypatch.setattr(sae_choice, "TILE", 64 * 7)  # several tiles, of which the last is smaller
+    monkeypatch.setattr(sae_choice, "WIDEST", 64)
+    sae, x = shaken(variant=variant), vectors()
+    sae.silent[torch.randperm(FEATURES, generator=torch.Generator().manual_seed(1))[:dead]] = 100
+    expected, auxiliary, s, weights = dense_sae.losses(sae, x)
+    expected.backward()
+    found = sae.losses(x)
+    found.loss.backward()
+    assert found.loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert found.auxiliary.item() == pytest.approx(auxiliary.item(), rel=1e-4)
+    assert found.l0.item() == pytest.approx((s != 0).sum(1).double().mean().item())
+    assert found.dead_fraction.item() == pytest.approx(dead / FEATURES)
+    for name, weight in sae.named_parameters():
+        assert weight.grad.norm() > 0
+        assert relative(weight.grad, weights[name].grad) < 2e-5, name
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_unexplained_is_what_the_whole_dictionary_leaves(variant):
+    sae, x = shaken(variant=variant), vectors()
+    _, _, s, weights = dense_sae.losses(sae, x)
+    left = x.double() - s @ weights["decoder"] - weights["pre_bias"]
+    expected = left.square().sum() / (x.double() - x.double().mean(0)).square().sum()
+    assert sae.losses(x).unexplained.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_the_auxiliary_loss_alone_reaches_encoder_and_decoder_of_dead_features_only():
+    sae, x = shaken(), vectors()
+    dead = torch.arange(0, FEATURES, 20)
+    sae.losses(x).loss.backward()
+    without = {name: weight.grad.clone() for name, weight in sae.named_parameters()}
+    sae.zero_grad()
+    sae.silent[dead] = 100
+    sae.losses(x).loss.backward()
+    for name in ("encoder", "decoder", "latent_bias"):
+        moved = (getattr(sae, name).grad - without[name]).reshape(FEATURES, -1).abs().sum(1) > 0
+        assert set(moved.nonzero().flatten().tolist()) <= set(dead.tolist())
+        assert moved.sum() > len(dead) / 2
+
+
+@pytest.mark.parametrize("dead", [0, 12])
+def test_with_the_bfloat16_screen_gradients_are_those_of_float32(dead):
+    sae, x = shaken(), vectors(200)
+    sae.silent[:dead] = 100
+    plain = SAE(sae.config)
+    plain.load_state_dict(sae.state_dict())
+    exact, screened = plain.losses(x), sae.losses(x, screen=True)
+    exact.loss.backward(), screened.loss.backward()
+    assert screened.loss.item() == pytest.approx(exact.loss.item(), rel=1e-6 if not dead else 1e-3)
+    for name, weight in sae.named_parameters():
+        assert relative(weight.grad, dict(plain.named_parameters())[name].grad.double()) < (5e-3 if dead else 1e-6)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_encode_then_decode_is_the_formula(variant):
+    sae, x = shaken(variant=variant), vectors().reshape(4, 10, D)
+    codes = sae.encode(x)
+    dense = codes.dense(FEATURES)
+    pre = (x - sae.pre_bias) @ sae.encoder.T + sae.latent_bias
+    if variant == "batchtopk":
+        expected = pre * (pre > sae.threshold)
+    else:
+        expected = dense_sae.losses(sae, x.reshape(-1, D))[2].float().view(4, 10, -1)
+    torch.testing.assert_close(dense, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(codes.l0(), (expected != 0).sum(-1))
+    torch.testing.assert_close(sae.decode(codes), expected @ sae.decoder + sae.pre_bias, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(sae(x), sae.decode(codes))
+    assert not codes.values.requires_grad
+
+
+def test_topk_keeps_k_and_drops_what_is_negative_but_the_k_sae_keeps_it():
+    few, x = {"n_features": K + 1}, vectors()
+    assert (shaken(**few).encode(x).l0() < K).any()
+    codes = shaken(variant="k_sae", **few).encode(x)
+    assert (codes.l0() == K).all() and (codes.values < 0).any()
+
+
+def test_a_feature_is_dead_when_it_was_silent_for_so_many_vectors():
+    sae, x = shaken(dead_after=100), vectors()
+    active = set(sae.encode(x).indices.flatten().tolist())
+    fractions = [sae.losses(x).dead_fraction.item() for _ in range(4)]
+    assert fractions == pytest.approx([0, 0, 0, 1 - len(active) / FEATURES])
+    assert {int(f) for f in (sae.silent == 0).nonzero()} == active
+
+
+def test_rescaled_it_does_the_same_to_longer_vectors():
+    for variant in VARIANTS:
+        sae, x = shaken(variant=variant), vectors()
+        before, codes = sae(x), sae.encode(x).dense(FEATURES)
+        sae.rescale(7.0)
+        torch.testing.assert_close(sae(7 * x), 7 * before, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(sae.encode(7 * x).dense(FEATURES), 7 * codes, rtol=1e-4, atol=1e-4)
+
+
+def test_untrained_it_is_tied_and_fixed_by_its_seed():
+    first, again, other = SAE(config(), 3), SAE(config(), 3), SAE(config(), 4)
+    assert torch.equal(first.encoder, first.decoder) and torch.equal(first.encoder, again.encoder)
+    assert not torch.equal(first.encoder, other.encoder)
+    torch.testing.assert_close(first.features().norm(dim=1), torch.ones(FEATURES))
+    shaken_one = shaken()
+    shaken_one.normalise()
+    torch.testing.assert_close(shaken_one.features(), shaken_one.decoder.detach())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_saved_and_loaded_it_is_the_same(tmp_path, variant):
+    sae, x = shaken(variant=variant, nested=(0.5, 1.0)), vectors()
+    sae.save_pretrained(tmp_path / "one")
+    again = SAE.from_pretrained(tmp_path / "one")
+    assert sorted(path.name for path in (tmp_path / "one").iterdir()) == ["config.json", "sae.safetensors"]
+    assert again.config == sae.config and not again.training
+    assert torch.equal(again(x), sae(x))
+
+
+def test_from_the_hub_as_a_folder_of_a_repository(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    shaken().save_pretrained(tmp_path / "up.0.1")
+    asked = []
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda name, **more: asked.append((name, more)) or str(tmp_path)
+    )
+    SAE.from_pretrained("somebody/saes", subfolder="up.0.1", revision="v2")
+    assert asked == [("somebody/saes", {"revision": "v2", "allow_patterns": "up.0.1/*"})]
+
+
+def rewritten(folder, **changes):
+    shaken().save_pretrained(folder)
+    told = {**json.loads((folder / "config.json").read_text()), **changes}
+    (folder / "config.json").write_text(json.dumps(told))
+    return folder
+
+
+def test_what_is_not_of_this_lab_is_refused_by_name(tmp_path):
+    with pytest.raises(ValueError, match=r"newer.*newer version"):
+        SAE.from_pretrained(rewritten(tmp_path / "newer", version=99))
+    with pytest.raises(ValueError, match=r"foreign.*sae_formats\.load"):
+        SAE.from_pretrained(rewritten(tmp_path / "foreign", format="other"))
+    with pytest.raises(ValueError, match="'wings'"):
+        SAE.from_pretrained(rewritten(tmp_path / "more", wings=2))
+    with pytest.raises(ValueError, match=r"sae\.safetensors does not hold"):
+        SAE.from_pretrained(rewritten(tmp_path / "other", variant="jumprelu"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"empty.*no config\.json"):
+        SAE.from_pretrained(tmp_path / "empty")
+    folder = rewritten(tmp_path / "half")
+    tensors = load_file(folder / "sae.safetensors")
+    save_file({name: value for name, value in tensors.items() if name != "decoder"}, folder / "sae.safetensors")
+    with pytest.raises(ValueError, match=r"half.*sae\.safetensors"):
+        SAE.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("variant", ["topk", "jumprelu"])
+def test_a_vector_that_is_not_finite_is_named(variant, bad):
+    sae, x = shaken(variant=variant), vectors()
+    x[17, 5] = bad
+    for use in (sae.encode, sae.losses, sae):
+        with pytest.raises(ValueError, match="row 17 of 40 is not finite"):
+            use(x)
+
+
+def test_another_width_is_refused():
+    for use in (shaken().encode, shaken().losses):
+        with pytest.raises(ValueError, match="vectors of 23 numbers; this autoencoder is for 24"):
+            use(vectors()[:, :23])
+
+
+def test_no_vectors_have_no_code():
+    for variant in VARIANTS:
+        sae = shaken(variant=variant)
+        assert sae.encode(vectors()[:0]).values.shape[0] == 0
+        assert sae(vectors()[:0]).shape == (0, D)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"k": FEATURES + 1}, "k: 257 active features of 256"),
+        ({"k": 0}, "k: must be at least 1"),
+        ({"variant": "topp"}, "variant: unknown name 'topp'.*topk"),
+        ({"d": 0}, "d: "),
+        ({"dead_after": 0}, "dead_after: "),
+        ({"aux_weight": -1.0}, "aux_weight: "),
+        ({"bandwidth": 0.0}, "bandwidth: "),
+        ({"nested": (0.5, 0.25, 1.0)}, "nested: "),
+        ({"nested": (0.5,)}, "nested: "),
+        ({"nested": (0.0, 1.0)}, "nested: "),
+    ],
+)
+def test_a_bad_config_is_refused_by_name(changes, named):
+    with pytest.raises(ValueError, match=named):
+        config(**changes)
+
+
+@pytest.mark.parametrize("variant", ["batchtopk", "jumprelu", "relu_l1"])
+def test_where_no_feature_is_active_the_bias_before_the_encoder_is_left(variant):
+    sae, x = shaken(variant=variant), vectors()
+    with torch.no_grad():
+        sae.latent_bias.fill_(-100)
+    assert sae.encode(x).values.shape == (40, 0)
+    assert torch.equal(sae(x), sae.pre_bias.expand(40, -1))
+    losses = sae.losses(x)
+    losses.loss.backward()
+    assert losses.l0 == 0 and losses.loss.isfinite()
+    assert not sae.encoder.grad.any() and sae.pre_bias.grad.any()
+
+
+def test_codes_of_one_feature_twice_add_up():
+    codes = Codes(torch.tensor([[1.0, 2.0, 0.0]]), torch.tensor([[4, 4, 0]]))
+    assert codes.dense(6).tolist() == [[0, 0, 0, 0, 3, 0]]
+    assert codes.l0().tolist() == [2]

@@ -1,0 +1,229 @@
+from itertools import islice
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from vaelab import store
+from vaelab.planted import Planted, recovery
+from vaelab.sae import VARIANTS, SAEConfig
+from vaelab.sae_training import SAEObjective, Wanted, from_store, geometric_median, make_tangent, train_saes
+from vaelab.training import TrainConfig, Watcher
+
+PLANTED = Planted(d=32, n_features=48, active=2, length=30.0)
+
+
+def config(**changes):
+    return TrainConfig(
+        **{"steps": 60, "learning_rate": 0.01, "clip_norm": 0.0, "log_every": 20, "device": "cpu", **changes}
+    )
+
+
+def wanted(*variants, block="planted", **changes):
+    settings = {"d": 32, "n_features": 64, "k": 2, "dead_after": 2048, **changes}
+    return {variant: Wanted(block, SAEConfig(variant=variant, **settings)) for variant in variants}
+
+
+def test_a_planted_dictionary_is_found_in_the_units_of_the_data():
+    setting = config(steps=300, schedule="cosine")
+    trained = train_saes(wanted("topk", n_features=48), PLANTED.batches(512), setting)
+    sae, x = trained.saes["topk"], PLANTED.vectors(2000, number=10**6)
+    assert recovery(PLANTED.features(), sae.features()) > 0.95
+    explained = 1 - (x - sae(x)).square().sum() / (x - x.mean(0)).square().sum()
+    last = trained.history.iloc[-1]
+    assert explained > 0.9
+    assert last["explained_variance"] == pytest.approx(explained.item(), abs=0.02)
+    assert last["l0"] == 2 and last["dead_fraction"] < 0.03 and last["step"] == 300
+    torch.testing.assert_close(sae.decoder.norm(dim=1), torch.ones(48))
+    assert trained.seconds > 0 and trained.resumed_at == 0
+
+
+def test_every_variant_learns_and_together_they_learn_as_if_alone():
+    together = train_saes(wanted(*VARIANTS), PLANTED.batches(256), config())
+    assert list(together.saes) == list(VARIANTS)
+    assert list(together.history.columns) == ["step", "sae", "loss", "explained_variance", "l0", "dead_fraction"]
+    curves = together.history.pivot(index="step", columns="sae", values="explained_variance")
+    assert (curves.iloc[-1] > curves.iloc[0]).all() and (curves.iloc[-1] > 0.5).all()
+    alone = train_saes(wanted("matryoshka"), PLANTED.batches(256), config())
+    for name, weight in alone.saes["matryoshka"].state_dict().items():
+        assert torch.equal(weight, together.saes["matryoshka"].state_dict()[name]), name
+
+
+def test_dead_features_are_revived_by_the_auxiliary_loss_alone():
+    left = {}
+    for weight in (0.0, 1 / 32):
+        objective = SAEObjective(wanted("topk", n_features=48, aux_weight=weight, dead_after=512))
+        objective.begin({"planted": PLANTED.vectors(4096, 10**6)})
+        (sae,) = objective.saes
+        with torch.no_grad():
+            sae.encoder[:40] *= 0.02  # these are never among the largest
+        optimizer = torch.optim.Adam(objective.parameters(), lr=0.01)
+        for number in range(200):
+            objective({"planted": PLANTED.vectors(256, number)})["loss"].backward()
+            optimizer.step(), optimizer.zero_grad(), sae.normalise()
+        left[weight] = int((sae.silent >= 512).sum())
+    assert left[0.0] >= 30
+    assert left[1 / 32] <= 6
+
+
+class StopsAt(Watcher):
+    def __init__(self, step):
+        self.step = step
+
+    def after(self, step, optimizer):
+        if step == self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, monkeypatch, precision):
+    from vaelab import sae_training
+
+    saes, setting = wanted("topk", "batchtopk", "jumprelu", k=4), config(checkpoint_every=13, precision=precision)
+    expected = train_saes(saes, PLANTED.batches(128), setting, folder=tmp_path / "a")
+    own = sae_training.train
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            sae_training, "train",
+            lambda *given, watchers, **more: own(*given, watchers=[*watchers[:0], Both(watchers[0], 30)], **more),
+        )  # fmt: skip
+        with pytest.raises(KeyboardInterrupt):
+            train_saes(saes, PLANTED.batches(128), setting, folder=tmp_path / "b")
+    resumed = train_saes(saes, PLANTED.batches(128), setting, folder=tmp_path / "b")
+    assert resumed.resumed_at == 26
+    assert resumed.history.equals(expected.history)
+    for name, sae in expected.saes.items():
+        for key, value in sae.state_dict().items():
+            assert torch.equal(value, resumed.saes[name].state_dict()[key]), (name, key)
+    first, second = (load_file(tmp_path / side / "checkpoint.safetensors") for side in "ab")
+    assert first.keys() == second.keys() and all(torch.equal(value, second[key]) for key, value in first.items())
+
+
+class Both(Watcher):
+    """What the training watches with, and then a stop."""
+
+    def __init__(self, watcher, step):
+        self.watcher, self.step = watcher, step
+
+    def after(self, step, optimizer):
+        self.watcher.after(step, optimizer)
+        if step == self.step:
+            raise KeyboardInterrupt
+
+
+def test_a_checkpoint_of_other_autoencoders_is_refused(tmp_path):
+    train_saes(wanted("topk"), PLANTED.batches(64), config(steps=2), folder=tmp_path)
+    with pytest.raises(ValueError, match="other settings"):
+        train_saes(wanted("topk", k=3), PLANTED.batches(64), config(steps=2), folder=tmp_path)
+
+
+def test_bfloat16_chooses_quicker_and_learns_the_same():
+    plain, screened = (
+        train_saes(wanted("topk"), PLANTED.batches(256), config(precision=precision))
+        for precision in ("float32", "bfloat16")
+    )
+    assert screened.saes["topk"].encoder.dtype == torch.float32
+    last = [trained.history["explained_variance"].iloc[-1] for trained in (plain, screened)]
+    assert last[0] == pytest.approx(last[1], abs=1e-3)
+
+
+def test_the_gradient_of_a_feature_has_nothing_along_it():
+    generator = torch.Generator().manual_seed(0)
+    decoder = torch.nn.Parameter(torch.nn.functional.normalize(torch.randn(7, 5, generator=generator)))
+    decoder.grad = torch.randn(7, 5, generator=generator)
+    along = (decoder.grad * decoder).sum(1, keepdim=True)
+    expected = (decoder.grad - along * decoder).detach()
+    make_tangent(decoder)
+    torch.testing.assert_close(decoder.grad, expected)
+    objective = SAEObjective(wanted("topk"))
+    objective.begin({"planted": PLANTED.vectors(512)})
+    objective({"planted": PLANTED.vectors(64)})["loss"].backward()
+    (sae,) = objective.saes
+    assert sae.decoder.grad.norm() > 0
+    assert (sae.decoder.grad * sae.decoder).sum(1).abs().max() < 1e-6 * sae.decoder.grad.norm()
+
+
+def test_it_begins_with_the_datas_median_its_spread_and_k_features_a_vector():
+    objective, x = SAEObjective(wanted(*VARIANTS)), PLANTED.vectors(3000)
+    objective.begin({"planted": x})
+    scale = objective.scales.item()
+    median = geometric_median(x)
+    assert scale == pytest.approx((x - median).square().mean().sqrt().item(), rel=1e-5)
+    for sae in objective.saes:
+        torch.testing.assert_close(sae.pre_bias * scale, median)
+        if hasattr(sae, "threshold"):
+            assert sae.encode(x / scale).l0().float().mean() == pytest.approx(2, abs=0.01)
+
+
+def test_the_geometric_median_is_where_the_sum_of_distances_is_least():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(500, 3, generator=generator, dtype=torch.float64)
+    x[:100] += 50  # which moves the mean by 10
+    median = geometric_median(x)
+    at = torch.linalg.vector_norm(x - median, dim=1).sum()
+    for step in torch.randn(30, 3, generator=generator, dtype=torch.float64):
+        assert torch.linalg.vector_norm(x - median - 0.02 * step, dim=1).sum() > at - 1e-6 * at
+    assert median.norm() < 0.6 < x.mean(0).norm()
+    with pytest.raises(ValueError, match="no vector"):
+        geometric_median(x[:0])
+
+
+def written(folder, items=60):
+    layout = {name: store.BlockShape((4, 4), 32) for name in ("mid.0", "up.0.1")}
+    with store.create(folder, layout, items_per_shard=20) as writer:
+        for number in range(items):
+            maps = {
+                name: PLANTED.vectors(16, number + at).view(1, 4, 4, 32) for at, name in ((0, "mid.0"), (999, "up.0.1"))
+            }
+            writer.add(maps, [{"prompt": str(number), "seed": number, "timestep": 1}])
+    return store.open(folder)
+
+
+def test_several_blocks_of_a_store_in_one_pass(tmp_path):
+    kept = written(tmp_path)
+    saes = {f"{block}-k{k}": Wanted(block, SAEConfig(32, 64, k)) for block in kept.layout for k in (2, 4)}
+    trained = train_saes(saes, from_store(kept, ["mid.0", "up.0.1"], 96, seed=0), config(steps=20))
+    last = trained.history[trained.history["step"] == 20].set_index("sae")
+    assert list(last.index) == list(saes)
+    assert (last["l0"] == [2, 4, 2, 4]).all() and (last["explained_variance"] > 0.3).all()
+    first = next(from_store(kept, ["mid.0"], 96, seed=0)(start=3))
+    again = next(islice(from_store(kept, ["mid.0"], 96, seed=0)(), 3, None))
+    assert list(first) == ["mid.0"] and torch.equal(first["mid.0"], again["mid.0"])
+
+
+def test_an_empty_store_and_an_unknown_block_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"holds no row of 'mid\.0'"):
+        from_store(written(tmp_path / "empty", items=0), ["mid.0"], 8, seed=0)
+    kept = written(tmp_path / "few", items=4)
+    with pytest.raises(ValueError, match=r"block: unknown name 'mid\.1'.*mid\.0"):
+        from_store(kept, ["mid.1"], 8, seed=0)
+    with pytest.raises(ValueError, match=r"block: unknown name 'planted'.*mid\.0"):
+        train_saes(wanted("topk"), from_store(kept, ["mid.0"], 8, seed=0), config())
+
+
+def broken(value, at):
+    def batches(start=0, rank=0, world=1):
+        for number in range(start, 10**6):
+            x = PLANTED.vectors(64, number)
+            if number >= at:
+                x[7, 3] = value
+            yield {"planted": x}
+
+    return batches
+
+
+@pytest.mark.parametrize("at", [0, 400])
+def test_a_vector_that_is_not_finite_is_named(at):
+    with pytest.raises(ValueError, match=r"row 7 of \d+ is not finite"):
+        train_saes(wanted("topk"), broken(float("nan"), at), config(steps=410))
+
+
+def test_what_cannot_be_trained_is_refused():
+    with pytest.raises(ValueError, match="wanted: no autoencoder"):
+        train_saes({}, PLANTED.batches(8), config())
+    with pytest.raises(ValueError, match=r"clip_norm: must be 0 .*got 1\.0"):
+        train_saes(wanted("topk"), PLANTED.batches(8), config(clip_norm=1.0))
+    with pytest.raises(ValueError, match="planted: all vectors are the same"):
+        train_saes(wanted("topk"), lambda **_: iter([{"planted": torch.ones(9, 32)}]), config())
+    with pytest.raises(ValueError, match="vectors of 32 numbers; this autoencoder is for 16"):
+        train_saes(wanted("topk", d=16), PLANTED.batches(8), config())

@@ -1,0 +1,240 @@
+"""Both passes of a sparse autoencoder over its active features alone.
+
+Of the (N, n) matrix of N examples' activations of n features only chosen entries are there. What is
+computed with them is a sum over these, and nothing of that matrix's size is written:
+
+- decoding is an ``embedding_bag`` of the decoder's rows;
+- the gradient of a value is a dot product of two rows, the kernel of ``embedding_bag``'s own backward;
+- a weight's gradient is an ``embedding_bag`` with the roles exchanged: the features are the bags, the
+  batch is the table. The entries are sorted by feature for it, once for both weights;
+- the gradient of the bias before the encoder is one matrix-vector product.
+"""
+
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+DENSE_FROM = 8
+"""One entry in so many is chosen: from there on dense products are quicker than sums over entries."""
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (N, d) times weight (n, d) transposed, plus bias (n,), by the quickest kernel at hand: on a CPU in
+    float32 oneDNN's, which torch itself takes for narrower formats only."""
+    if x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
+
+
+class Entries:
+    """Which entries of an (N, n) matrix are there, in the order of their rows."""
+
+    def __init__(self, indices: Tensor, counts: Tensor | int, examples: int, features: int):
+        """Args: the columns (E,) int64 of the entries, how many each row has, N, and n."""
+        self.indices, self.counts, self.examples, self.features = indices, counts, examples, features
+
+    @property
+    def dense(self) -> bool:
+        """Whether so many entries are there that dense products are quicker."""
+        return len(self.indices) * DENSE_FROM > self.examples * self.features
+
+    @cached_property
+    def offsets(self) -> Tensor:
+        """Where each row begins: (N,)."""
+        if isinstance(self.counts, int):
+            return torch.arange(0, self.examples * self.counts, self.counts, device=self.indices.device)
+        return self.counts.cumsum(0) - self.counts
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """The row of each entry: (E,)."""
+        numbers = torch.arange(self.examples, device=self.indices.device)
+        if isinstance(self.counts, int):
+            return numbers.repeat_interleave(self.counts)
+        return numbers.repeat_interleave(self.counts, output_size=len(self.indices))
+
+    @cached_property
+    def by_feature(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The entries in the order of their columns (E,), their rows (E,), where each column begins (n,)."""
+        order = self.indices.sort().indices
+        counts = torch.bincount(self.indices, minlength=self.features)
+        return order, self.rows[order], counts.cumsum(0) - counts
+
+    def matrix(self, values: Tensor) -> Tensor:
+        """The values (E,) in their places, added up where a place is there twice, zeros elsewhere: (N, n)."""
+        out = values.new_zeros(self.examples * self.features)
+        return out.index_add_(0, self.rows * self.features + self.indices, values).view(self.examples, -1)
+
+    def times(self, values: Tensor, table: Tensor) -> Tensor:
+        """The matrix of the values (E,), times a table (n, d): (N, d)."""
+        if self.dense:
+            return linear(self.matrix(values), table.T)
+        return F.embedding_bag(self.indices, table, self.offsets, mode="sum", per_sample_weights=values)
+
+    def transposed_times(self, values: Tensor, table: Tensor) -> Tensor:
+        """The transposed matrix of the values (E,), times a table (N, d): (n, d)."""
+        if self.dense:
+            return linear(self.matrix(values).T, table.T)
+        order, rows, starts = self.by_feature
+        return F.embedding_bag(rows, table, starts, mode="sum", per_sample_weights=values[order])
+
+    def products(self, left: Tensor, right: Tensor) -> Tensor:
+        """Of left (N, d) times right (n, d) transposed, the entries that are there: (E,)."""
+        if self.dense:
+            return linear(left, right)[self.rows, self.indices]
+        return torch.ops.aten._embedding_bag_per_sample_weights_backward(
+            left, right, self.indices, self.offsets, self.rows, 0, -1
+        )
+
+    def by_column(self, values: Tensor) -> Tensor:
+        """The sum of the values (E,) in each column: (n,)."""
+        return values.new_zeros(self.features).index_add_(0, self.indices, values)
+
+
+class Block:
+    """All entries of an (N, m) matrix are there, as of a few features together: the same sums as products."""
+
+    def __init__(self, dtype: torch.dtype | None = None):
+        """Args: what the factors are rounded to; None leaves them as they are."""
+        self.dtype = dtype
+
+    def times(self, values: Tensor, table: Tensor) -> Tensor:
+        """The values (N, m), times a table (m, d): (N, d)."""
+        return self._linear(values, table.T)
+
+    def transposed_times(self, values: Tensor, table: Tensor) -> Tensor:
+        """The values (N, m) transposed, times a table (N, d): (m, d)."""
+        return self._linear(values.T, table.T)
+
+    def products(self, left: Tensor, right: Tensor) -> Tensor:
+        """left (N, d) times right (m, d) transposed: (N, m)."""
+        return self._linear(left, right)
+
+    def by_column(self, values: Tensor) -> Tensor:
+        """The sum of the values (N, m) in each column: (m,)."""
+        return values.sum(0)
+
+    def _linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        if self.dtype is None:
+            return linear(x, weight)
+        return F.linear(x.to(self.dtype), weight.to(self.dtype)).to(x.dtype)
+
+
+class Encode(torch.autograd.Function):
+    """Pre-activations that were found already, with the gradients of what they were found with.
+
+    They are entries of W (x - pre_bias) + bias. Gradients of weight W (n, d), bias (n,) and pre_bias
+    (d,); none of the examples.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        pre_bias: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        centred: Tensor,
+        values: Tensor,
+        where: Entries | Block,
+    ) -> Tensor:
+        """The values, as they are."""
+        ctx.where = where
+        ctx.save_for_backward(weight, centred)
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, of_values: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients of ``pre_bias``, ``weight`` and ``bias``."""
+        weight, centred = ctx.saved_tensors
+        of_bias = ctx.where.by_column(of_values)
+        of_weight = ctx.where.transposed_times(of_values, centred)
+        return -(of_bias @ weight), of_weight, of_bias, None, None, None
+
+
+class Decode(torch.autograd.Function):
+    """What is wrong with a reconstruction: S W - target, (N, d), with S the values in their places.
+
+    Gradients of the values, of weight W (n, d), and of a bias in the reconstruction, which ``target``
+    has already been rid of: the first argument, or None where there is none.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, bias: Tensor | None, values: Tensor, weight: Tensor, target: Tensor, where: Entries | Block
+    ) -> Tensor:
+        """The error (N, d)."""
+        ctx.where = where
+        ctx.save_for_backward(values, weight)
+        return where.times(values, weight).sub_(target)
+
+    @staticmethod
+    def backward(ctx: Any, of_error: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients of ``bias``, ``values`` and ``weight``."""
+        values, weight = ctx.saved_tensors
+        of_bias = of_error.sum(0) if ctx.needs_input_grad[0] else None
+        of_values = ctx.where.products(of_error, weight) if ctx.needs_input_grad[1] else None
+        return of_bias, of_values, ctx.where.transposed_times(values, of_error), None, None
+
+
+class SquaredNorm(torch.autograd.Function):
+    """The sum of the squares of a tensor's entries, in one pass each way."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        """The sum."""
+        ctx.save_for_backward(x)
+        return torch.dot(x.flatten(), x.flatten())
+
+    @staticmethod
+    def backward(ctx: Any, of_sum: Tensor) -> Tensor:
+        """The gradient of ``x``."""
+        (x,) = ctx.saved_tensors
+        return x * (2 * of_sum)
+
+
+def variance_of(x: Tensor) -> Tensor:
+    """The sum of squared distances of rows (N, d) from their mean."""
+    return (SquaredNorm.apply(x) - len(x) * x.mean(0).square().sum()).clamp_min(0)
+
+
+class JumpReLU(torch.autograd.Function):
+    """Values (E,) above their thresholds (E,), zeros elsewhere (Rajamanoharan et al., 2024, equations 3 and 11).
+
+    A threshold's gradient is estimated from the values in a window of width ``bandwidth`` around it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+        """The values (E,) that pass, 0 for the others."""
+        ctx.bandwidth = bandwidth
+        ctx.save_for_backward(values, threshold)
+        return values * (values > threshold)
+
+    @staticmethod
+    def backward(ctx: Any, of_out: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients of ``values`` and ``threshold``."""
+        values, threshold = ctx.saved_tensors
+        window = (values - threshold).abs() < ctx.bandwidth / 2
+        return of_out * (values > threshold), of_out * window * (-threshold / ctx.bandwidth), None
+
+
+class Step(torch.autograd.Function):
+    """1 where a value (E,) is above its threshold (E,), with the gradient of :class:`JumpReLU`'s window
+    (Rajamanoharan et al., 2024, equation 12)."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+        """0 or 1 for each value: (E,)."""
+        ctx.bandwidth = bandwidth
+        ctx.save_for_backward(values, threshold)
+        return (values > threshold).to(values.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, of_out: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradient of ``threshold``."""
+        values, threshold = ctx.saved_tensors
+        window = (values - threshold).abs() < ctx.bandwidth / 2
+        return None, -of_out * window / ctx.bandwidth, None
