@@ -11,15 +11,15 @@ PACKAGE = Path(vaelab.__file__).parent
 FLOORS = [
     ["checks", "files", "plots", "preprocessing", "sae_kernels"],
     ["devices", "checkpoints", "folders", "frontpage", "hooks", "panels", "planted", "sae_choice", "sae_plots",
-     "shuffling", "world"],  # fmt: skip
+     "shuffling", "world"],
     ["blocks", "channels", "embedded_data", "oracle", "perceptual", "prompts", "report", "sae", "shards", "text_model",
-     "training"],  # fmt: skip
+     "training"],
     ["models", "data", "nudge", "planning", "runs", "writing"],
     ["conditioning", "lens", "store", "vae"],
     ["denoise", "study", "text_to_image"],
     ["ablate", "causes", "collect", "comparison", "judging"],
     ["bench", "bench_store", "sae_training", "substitute"],
-]
+]  # fmt: skip
 FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 HEAVY = {"torch", "numpy", "pandas", "matplotlib", "scipy", "diffusers", "transformers", "accelerate", "datasets"}
