@@ -14,11 +14,13 @@ FLOORS = [
      "shuffling", "world"],
     ["blocks", "channels", "embedded_data", "oracle", "perceptual", "prompts", "report", "sae", "shards", "text_model",
      "training"],
-    ["models", "data", "nudge", "planning", "runs", "writing"],
-    ["conditioning", "lens", "store", "vae"],
+    ["models", "baselines", "data", "nudge", "planning", "runs", "writing"],
+    ["conditioning", "fidelity", "lens", "store", "vae"],
     ["denoise", "study", "text_to_image"],
     ["ablate", "causes", "collect", "comparison", "judging"],
     ["bench", "bench_store", "sae_training", "substitute"],
+    ["sae_grid"],
+    ["sae_runs"],
 ]  # fmt: skip
 FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")

@@ -1,0 +1,105 @@
+"""Autoencoders that a run left, read again beside their baselines."""
+
+import re
+
+import pytest
+import torch
+
+from vaelab import baselines, prompts, sae_grid, sae_runs, store
+from vaelab.files import write_json
+from vaelab.sae import SAE
+from vaelab.store import BlockShape
+
+SETTINGS = {"model": "sd2", "side": "update", "dataset": "world", "split": "train", "prompts": 2}
+BLOCK, OTHER, WIDTH = "up.1.1", "up.1.2", 16
+ITEM = {"prompt": "a star", "seed": 0, "timestep": 9}
+SIZES = [(2, 8), (2, 24), (4, 8), (4, 24)]
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """The folder of a run with two blocks and two seeds, as notebook 31 leaves it."""
+    layout = {block: BlockShape((4,), WIDTH) for block in (BLOCK, OTHER)}
+    for place in ("activations", "held_out"):
+        with store.create(tmp_path / place, layout, settings=SETTINGS) as writer:
+            writer.add({block: torch.randn(60, 4, WIDTH) for block in layout}, [ITEM] * 60)
+    kept = store.open(tmp_path / "activations")
+    wanted = sae_grid.grid(layout, [BLOCK, OTHER], [2, 4], [8, 24], [5, 6])
+    saes = {name: SAE(one.config, one.seed) for name, one in wanted.items()}
+    sae_runs.keep(saes, wanted, kept, tmp_path / "saes")
+    rows = [{"block": one.block, "k": one.config.k, "n_features": one.config.n_features, "seed": one.seed, "name": name}
+            for name, one in wanted.items()]  # fmt: skip
+    write_json(tmp_path / "results.json", {"tables": {"saes": rows}})
+    return tmp_path
+
+
+@pytest.fixture
+def found(finished, small_pipeline):
+    return sae_runs.read(str(finished), "sd2", small_pipeline("sd2"))
+
+
+def test_what_was_kept_is_read(found, finished):
+    assert found.blocks == [BLOCK, OTHER] and found.sizes() == SIZES and found.source == SETTINGS
+    assert found.widths == {BLOCK: WIDTH, OTHER: WIDTH} and found.held_out.rows(BLOCK) == 240
+    chosen = found.dictionaries([OTHER], (4, 24), others=True, seed=1)
+    assert list(chosen) == [(OTHER, "sae", *size) for size in [SIZES[3], *SIZES[:3]]] + [
+        (OTHER, who, 4, 24) for who in ("zero", "mean", "random", "pca")
+    ]
+    first_seed = SAE(chosen[OTHER, "sae", 2, 8].config, seed=5)
+    assert torch.equal(chosen[OTHER, "sae", 2, 8].features(), first_seed.features())
+    kept = store.open(finished / "activations")
+    measured = baselines.moments(sae_grid.vectors(kept, OTHER))
+    pca, again = chosen[OTHER, "pca", 4, 24], baselines.PrincipalComponents(measured, 4)
+    assert torch.equal(pca.features(), again.features()) and torch.equal(pca.mean, again.mean)
+    assert len(found.dictionaries([BLOCK, OTHER], (4, 24), others=False, seed=1)) == 10
+
+
+def test_one_size_and_some_names_are_selected(found):
+    chosen = found.dictionaries([BLOCK], (2, 8), others=True, seed=1)
+    assert list(sae_runs.select(chosen, ["sae", "pca"], (2, 8))) == [(BLOCK, "sae", 2, 8), (BLOCK, "pca", 2, 8)]
+    with pytest.raises(ValueError, match=r"by_step: unknown name 'zeros'.*zero"):
+        sae_runs.select(chosen, ["zeros"], (2, 8))
+
+
+def test_each_is_measured_on_its_blocks_held_out_vectors(found):
+    chosen = found.dictionaries([BLOCK, OTHER], (2, 8), others=False, seed=1)
+    table = sae_runs.measure_each(chosen, found.held_out)
+    assert table[sae_runs.NAMES].to_numpy().tolist() == [list(key) for key in chosen]
+    metrics = sae_runs.metrics(table.assign(lpips="not measured"), (2, 8))
+    assert {f"{BLOCK}.explained_variance", f"{OTHER}.pca.l0", f"{BLOCK}.zero.dead_fraction"} <= metrics.keys()
+    assert metrics[f"{OTHER}.pca.l0"] == 2 and metrics[f"{OTHER}.mean.l0"] == 0
+    assert abs(metrics[f"{BLOCK}.mean.explained_variance"]) < 0.1
+    assert not any("lpips" in name for name in metrics)
+    assert sae_runs.metrics(table, (4, 24)) == {}
+
+
+def test_what_does_not_fit_is_refused(found, finished, small_pipeline, tmp_path):
+    pipeline = small_pipeline("sd2")
+    with pytest.raises(ValueError, match="holds no finished run of 31_train_sae; run it first"):
+        sae_runs.read("outputs/31_train_sae/never", "sd2", pipeline)
+    with pytest.raises(ValueError, match="saes: of the model 'sd2'; expected 'embedded'"):
+        sae_runs.read(str(finished), "embedded", pipeline)
+    with pytest.raises(ValueError, match=re.escape("the run has none of 7 and 8; it has 2 and 8, 2 and 24")):
+        found.dictionaries([BLOCK], (7, 8), others=False, seed=0)
+    with pytest.raises(ValueError, match=r"blocks \(of the autoencoders\): unknown name 'up.1.0'.*up.1.1"):
+        found.dictionaries(["up.1.0"], (2, 8), others=False, seed=0)
+    with pytest.raises(ValueError, match=r"up.1.1 of this model has vectors of 32, the autoencoders' are of 16"):
+        sae_runs.read(str(finished), "sd2", small_pipeline("sdxl"))
+    write_json(finished / "saes" / "source.json", {**SETTINGS, "side": "output"})
+    with pytest.raises(ValueError, match="trained on the output of blocks; only an update"):
+        sae_runs.read(str(finished), "sd2", pipeline)
+
+
+def test_a_reconstruction_goes_into_the_model(found, small_pipeline):
+    from vaelab import denoise, substitute
+
+    asked = prompts.load_prompts("world", count=2).texts
+    chosen, sampling = found.dictionaries([BLOCK], (2, 8), others=False, seed=1), denoise.Sampling(2, 2.0)
+    pipeline = small_pipeline("sd2")
+    made = {
+        who: substitute.drawn(pipeline, asked, block, baselines.reconstruction(one), sampling)
+        for (block, who, *_), one in chosen.items()
+    }
+    whole = denoise.generate_all(pipeline, asked, sampling)
+    assert all(torch.isfinite(one).all() and not torch.equal(one, whole) for one in made.values())
+    assert not torch.equal(made["zero"], made["mean"])

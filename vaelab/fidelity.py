@@ -1,0 +1,124 @@
+"""How well codes stand for vectors: explained variance, L0, dead and dense features, in one pass.
+
+From Surkov et al. ("Unpacking SDXL Turbo", appendix D, Table 2). Whatever has ``encode``, ``decode``
+and ``features`` is measured alike, always after its own top-k.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from vaelab.baselines import Dictionary
+from vaelab.checks import at_least
+
+DENSE = 0.1
+"""A feature that is active in more than this share of the vectors is dense."""
+
+
+class Fidelity(NamedTuple):
+    """Of one dictionary over N vectors."""
+
+    explained_variance: float
+    """1 - fvu, the paper's "ratio of variance explained to the total variance"; 1 is perfect, 0 the
+    mean of these very vectors, and there is no lower bound."""
+    fvu: float
+    """Fraction of variance unexplained: the sum of ||x - x'||^2 over that of ||x - mean(x)||^2."""
+    by_channel: float
+    """1 - Var(x_j - x'_j) / Var(x_j), the mean over channels j that vary: what the paper's code prints.
+    A constant error is not counted, and a faint channel counts as much as a strong one."""
+    l0: float
+    """Features that are not 0, mean over vectors."""
+    dead_fraction: float
+    """Share of the features that are 0 for every vector; 0 where there are no features."""
+    dense_fraction: float
+    """Share of the features that are active in more than a tenth of the vectors."""
+
+
+class _Sums:
+    """Of one dictionary: first and second moments of its residuals and how often each feature is active."""
+
+    def __init__(self, dictionary: Dictionary):
+        self.dictionary = dictionary
+        self.active = torch.zeros(len(dictionary.features()), dtype=torch.long)
+        self.first = self.second = 0.0
+
+    def add(self, x: Tensor) -> None:
+        codes = self.dictionary.encode(x)
+        residual = (x - self.dictionary.decode(codes)).double()
+        self.first, self.second = self.first + residual.sum(0), self.second + residual.square().sum(0)
+        fired = codes.indices[codes.values != 0].cpu()
+        self.active += torch.bincount(fired, minlength=len(self.active))
+
+
+@torch.no_grad()
+def measure(
+    dictionaries: Mapping[str, Dictionary], batches: Iterable[Tensor], *, dense: float = DENSE
+) -> dict[str, Fidelity]:
+    """Measure several dictionaries on the same vectors, read once and summed in float64.
+
+    Args:
+        dictionaries: by any names.
+        batches: vectors (n, d), best ones that nothing was trained on.
+        dense: the share of the vectors above which a feature is dense.
+
+    Raises:
+        ValueError: no vector, vectors that are all the same, or one that is not finite.
+    """
+    at_least("dense", dense, 0)
+    sums = {name: _Sums(one) for name, one in dictionaries.items()}
+    total, shift, first, second = 0, None, 0.0, 0.0
+    for batch in batches:
+        _finite(batch, total)
+        wide = batch.double()
+        shift = wide.mean(0) if shift is None else shift
+        first, second = first + (wide - shift).sum(0), second + (wide - shift).square().sum(0)
+        total += len(batch)
+        for one in sums.values():
+            one.add(batch)
+    variance = second / total - (first / total) ** 2 if total else torch.zeros(1)
+    if not (variance > 0).any():
+        raise ValueError(f"activations: {total} vectors without any variance, so none of it can be explained")
+    return {name: _fidelity(one, variance, total, dense) for name, one in sums.items()}
+
+
+def _fidelity(sums: _Sums, variance: Tensor, total: int, dense: float) -> Fidelity:
+    error = sums.second / total
+    fvu = (error.sum() / variance.sum()).item()
+    varies = variance > 0
+    left = (error - (sums.first / total) ** 2)[varies] / variance[varies]
+    features = max(1, len(sums.active))
+    return Fidelity(
+        explained_variance=1 - fvu,
+        fvu=fvu,
+        by_channel=1 - left.mean().item(),
+        l0=sums.active.sum().item() / total,
+        dead_fraction=(sums.active == 0).sum().item() / features,
+        dense_fraction=(sums.active > dense * total).sum().item() / features,
+    )
+
+
+def _finite(batch: Tensor, before: int) -> None:
+    bad = ~torch.isfinite(batch).all(1)
+    if bad.any():
+        raise ValueError(f"activations: vector {before + bad.nonzero()[0].item()} of this pass is not finite")
+
+
+def table(measured: Mapping[tuple, Fidelity], names: Iterable[str]) -> pd.DataFrame:
+    """A row a dictionary: ``names``, whose values are the keys, and the fields of :class:`Fidelity`."""
+    names = list(names)
+    return pd.DataFrame([{**dict(zip(names, key, strict=True)), **one._asdict()} for key, one in measured.items()])
+
+
+def wide(table: pd.DataFrame, value: str = "explained_variance") -> pd.DataFrame:
+    """The paper's layout: a row for each k and n_features, a column a block.
+
+    Args:
+        table: columns ``block``, ``k``, ``n_features`` and ``value``.
+        value: what stands in the cells.
+    """
+    blocks = list(dict.fromkeys(table["block"]))
+    whole = table.pivot(index=["k", "n_features"], columns="block", values=value)
+    return whole[blocks].reset_index().rename_axis(columns=None)

@@ -1,0 +1,132 @@
+"""Figures of autoencoders in training and of how they compare, by block, k and n_features."""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import seaborn as sns
+from matplotlib.figure import Figure
+
+from vaelab import plots  # whose theme these have too
+
+MEASURES = {
+    "loss": "loss",
+    "explained_variance": "explained variance",
+    "l0": "active features",
+    "dead_fraction": "dead features",
+}
+
+
+def training(history: pd.DataFrame, title: str = "") -> Figure:
+    """Loss, explained variance, L0 and dead fraction over steps: a row a measure, a column a block.
+
+    Args:
+        history: columns ``step``, ``block``, ``k``, ``n_features`` and those of :data:`MEASURES`;
+            several seeds are drawn as thin lines.
+        title: the figure's.
+    """
+    blocks = list(dict.fromkeys(history["block"]))
+    figure, axes = plt.subplots(
+        len(MEASURES), len(blocks), figsize=(2.9 * len(blocks) + 1.2, 1.75 * len(MEASURES) + 0.5), sharex=True,
+        sharey="row", squeeze=False, layout="constrained",
+    )  # fmt: skip
+    colours = _colours(history["k"])
+    for line, (measure, label) in zip(axes, MEASURES.items(), strict=True):
+        for axis, block in zip(line, blocks, strict=True):
+            sns.lineplot(
+                history[history["block"] == block], x="step", y=measure, hue="k", style="n_features", palette=colours,
+                units="seed", estimator=None, ax=axis, linewidth=1.2, legend=bool(axis is axes[0][-1]),
+            )  # fmt: skip
+            axis.set(ylabel=label if axis is line[0] else "")
+            if measure == "dead_fraction":
+                axis.set_ylim(-0.02, None)
+    for axis, block in zip(axes[0], blocks, strict=True):
+        axis.set(yscale="log")
+        axis.set_title(block, fontsize=10)
+    handles, labels = axes[0][-1].get_legend_handles_labels()
+    axes[0][-1].get_legend().remove()
+    figure.legend(handles, labels, fontsize=8, loc="outside right upper")
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+class Live:
+    """The curves of a training drawn in one place of a notebook while it runs, anew every so many seconds.
+
+    ::
+
+        train_saes(..., live=Live(lambda history: described(history, wanted)))
+    """
+
+    def __init__(self, prepare: Callable[[pd.DataFrame], pd.DataFrame], every: float = 15.0):
+        """Args: what makes of a history what :func:`training` takes, and seconds between drawings."""
+        self._prepare, self._every, self._place = prepare, every, None
+        self._drawn = time.perf_counter()
+
+    def __call__(self, history: pd.DataFrame) -> None:
+        """Draw, if it is time."""
+        if time.perf_counter() - self._drawn < self._every:
+            return
+        from IPython.display import display
+
+        figure = training(self._prepare(history), f"so far: {int(history['step'].max())} steps")
+        if self._place is None:
+            self._place = display(figure, display_id=True)
+        elif self._place:
+            self._place.update(figure)
+        plt.close(figure)
+        self._drawn = time.perf_counter()
+
+
+def by_size(table: pd.DataFrame, title: str = "") -> Figure:
+    """Explained variance and dead features against k: a panel a block, a line for each n_features,
+    of several seeds with their range.
+
+    Args:
+        table: columns ``block``, ``k``, ``n_features``, ``explained_variance`` and ``dead_fraction``.
+        title: the figure's.
+    """
+    values = {name: MEASURES[name] for name in ("explained_variance", "dead_fraction")}
+    blocks = list(dict.fromkeys(table["block"]))
+    figure, axes = plt.subplots(
+        len(values), len(blocks), figsize=(2.6 * len(blocks) + 1.4, 2.4 * len(values) + 0.4), sharex=True, sharey="row",
+        squeeze=False, layout="constrained",
+    )  # fmt: skip
+    colours = _colours(table["n_features"])
+    for line, (value, label) in zip(axes, values.items(), strict=True):
+        for axis, block in zip(line, blocks, strict=True):
+            own = table[table["block"] == block]
+            last = bool(axis is axes[0][-1])
+            sns.lineplot(
+                own, x="k", y=value, hue="n_features", palette=colours, marker="o", errorbar=("pi", 100), ax=axis,
+                legend=last,
+            )  # fmt: skip
+            axis.set(xlabel="k, active features", ylabel=label if axis is line[0] else "")
+            axis.set_xticks(sorted(set(table["k"])))
+    for axis, block in zip(axes[0], blocks, strict=True):
+        axis.set_title(block, fontsize=10)
+    if axes[0][-1].get_legend():
+        axes[0][-1].legend(title="n_features", fontsize=7, title_fontsize=8)
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def _colours(values: pd.Series) -> dict:
+    names = sorted(set(values))
+    return dict(zip(names, sns.color_palette("viridis", len(names)).as_hex(), strict=True))
+
+
+def change_bars(outcomes: Mapping[tuple, Any], hue: str, title: str = "") -> Figure:
+    """Manhattan distance per pixel of every picture, and the means.
+
+    Args:
+        outcomes: with a table ``effects`` that has the column ``manhattan``, under pairs of what stands
+            along the axis and what has a colour.
+        hue: what has a colour.
+        title: the figure's.
+    """
+    parts = [one.effects.assign(group=str(group), **{hue: str(colour)}) for (group, colour), one in outcomes.items()]
+    ylabel = "Manhattan distance per pixel"
+    return plots.bars(pd.concat(parts, ignore_index=True), "group", "manhattan", hue, ylabel, title)

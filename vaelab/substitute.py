@@ -1,0 +1,223 @@
+"""A block's update replaced in real generations by a function of its vectors, and what becomes of the
+picture (Surkov et al., "Unpacking SDXL Turbo", appendix D, Table 2).
+
+The function may be an autoencoder's reconstruction or anything else that maps (N, d) to (N, d).
+"""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from itertools import count
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from vaelab import denoise, oracle
+from vaelab.ablate import change
+from vaelab.blocks import PICTURE, denoiser, resolve
+from vaelab.denoise import Sampling
+from vaelab.hooks import edit
+from vaelab.perceptual import Perceptual
+from vaelab.prompts import Prompts
+from vaelab.world import Scene
+
+Replace = Callable[[Tensor], Tensor]
+"""Vectors (N, d) in float32 to vectors (N, d)."""
+PAPER_TABLE_2 = {
+    ("down.2.1", 5, 640): (83.29, 50.04, 0.3383, 56.0), ("mid.0", 5, 640): (52.64, 26.82, 0.2032, 43.4),
+    ("up.0.0", 5, 640): (55.89, 30.69, 0.2276, 44.8), ("up.0.1", 5, 640): (52.67, 34.53, 0.2073, 50.3),
+    ("down.2.1", 5, 5120): (74.68, 41.49, 0.3036, 67.8), ("mid.0", 5, 5120): (48.82, 24.60, 0.1845, 50.8),
+    ("up.0.0", 5, 5120): (49.19, 25.86, 0.1969, 57.2), ("up.0.1", 5, 5120): (47.50, 31.11, 0.1775, 59.5),
+    ("down.2.1", 10, 640): (73.65, 41.79, 0.2893, 62.8), ("mid.0", 10, 640): (46.80, 23.10, 0.1772, 51.5),
+    ("up.0.0", 10, 640): (48.43, 25.80, 0.1908, 52.5), ("up.0.1", 10, 640): (43.06, 26.85, 0.1638, 58.7),
+    ("down.2.1", 10, 5120): (64.97, 34.77, 0.2582, 73.7), ("mid.0", 10, 5120): (44.02, 21.72, 0.1627, 58.8),
+    ("up.0.0", 10, 5120): (42.08, 21.54, 0.1624, 64.2), ("up.0.1", 10, 5120): (39.77, 24.84, 0.1453, 67.1),
+    ("down.2.1", 20, 640): (59.29, 31.47, 0.2291, 69.9), ("mid.0", 20, 640): (39.95, 19.44, 0.1459, 60.0),
+    ("up.0.0", 20, 640): (40.15, 21.06, 0.1499, 60.9), ("up.0.1", 20, 640): (31.97, 18.15, 0.1196, 66.7),
+    ("down.2.1", 20, 5120): (56.37, 29.04, 0.2190, 78.8), ("mid.0", 20, 5120): (37.28, 17.82, 0.1328, 66.5),
+    ("up.0.0", 20, 5120): (35.73, 18.03, 0.1302, 70.6), ("up.0.1", 20, 5120): (30.31, 17.22, 0.1104, 74.2),
+}  # fmt: skip
+"""Mean and median Manhattan distance, LPIPS and explained variance in percent, by block, k and n_f."""
+PAPER_WIDTH = 1280
+PAPER_KIN = {"down.1.1": "down.2.1"}
+"""The paper's block that a block of the embedded model stands for, where the names differ."""
+
+
+def drawn(
+    pipeline: Any,
+    prompts: Sequence[str | int],
+    block: str,
+    replace: Replace,
+    sampling: Sampling,
+    *,
+    steps: Collection[int] | None = None,
+    batch_size: int = 16,
+    seed: int = 0,
+) -> Tensor:
+    """Pictures (N, 3, H, W) in [-1, 1] made with a block's update replaced; number i is drawn with
+    ``seed + i``. Of classifier-free guidance both halves are replaced alike.
+
+    Args:
+        pipeline: a diffusers pipeline.
+        prompts: N prompts; class numbers for a class-conditional model.
+        block: a short name or a module path.
+        replace: from the update D_out - D_in of every position, (n, d) in float32, to what takes
+            its place; where it gives back what it got, the picture is the same bit for bit.
+        sampling: steps, guidance and size.
+        steps: at which steps, counted from 0; None for all (see :func:`vaelab.denoise.passes`).
+        batch_size: prompts at once.
+        seed: of the first picture.
+
+    Raises:
+        ValueError: an unknown block, a step that is not made, or a replacement of another shape.
+    """
+    path, made = resolve(pipeline, block)[block], denoise.passes(pipeline, sampling)
+    wanted = set(range(made) if steps is None else steps)
+    if not wanted <= set(range(made)):
+        raise ValueError(f"replaced_steps: expected numbers from 0 to {made - 1}, got {sorted(wanted)}")
+    calls = count()
+
+    def at_its_steps(update: Tensor) -> Tensor:
+        return _by_vectors(replace, update) if next(calls) % made in wanted else update
+
+    with edit(denoiser(pipeline), {path: at_its_steps}, side="update", entry=PICTURE):
+        return denoise.generate_all(pipeline, prompts, sampling, batch_size=batch_size, seed=seed)
+
+
+def _by_vectors(replace: Replace, update: Tensor) -> Tensor:
+    """``replace`` applied to a map (B, d, h, w) or to tokens (B, n, d)."""
+    spread = update.movedim(1, -1) if update.ndim == 4 else update
+    vectors = spread.flatten(0, -2)
+    new = replace(vectors.float())
+    if new.shape != vectors.shape:
+        raise ValueError(f"replace: gave {tuple(new.shape)} for vectors {tuple(vectors.shape)}")
+    new = new.to(update.dtype).reshape(spread.shape)
+    # laid out in memory as the update is, since what comes next rounds by that
+    return torch.empty_like(update).copy_(new.movedim(-1, 1) if update.ndim == 4 else new)
+
+
+def median_change(before: Tensor, after: Tensor) -> Tensor:
+    """Manhattan distance of pictures (B, 3, H, W) in [-1, 1], the median over pixels of the sum over
+    the three channels in units of 0 to 255 (Surkov et al., Table 2): (B,)."""
+    distances = (before - after).abs().sum(1).flatten(1).cpu().numpy()
+    return torch.from_numpy(np.median(distances, axis=1)) * 127.5
+
+
+class Outcome(NamedTuple):
+    """What a replacement did."""
+
+    pictures: Tensor
+    """The first few, (n, 3, H, W) in [-1, 1]."""
+    effects: pd.DataFrame
+    """Of every picture, see :meth:`Trial.effects`."""
+
+
+class Trial:
+    """Pictures of some prompts as the model draws them by itself, to compare others with."""
+
+    pictures: Tensor
+    """(N, 3, H, W) in [-1, 1]."""
+    steps: int
+    """Passes of the denoiser, see :func:`vaelab.denoise.passes`."""
+
+    def __init__(
+        self, pipeline: Any, asked: Prompts, sampling: Sampling, perceptual: Perceptual, *, batch_size: int = 16,
+        seed: int = 0, keep: int = 8,
+    ):  # fmt: skip
+        """Draw them.
+
+        Args:
+            pipeline: a diffusers pipeline.
+            asked: N prompts; of the world the oracle reads every picture.
+            sampling: steps, guidance and size.
+            perceptual: LPIPS, or why there is none.
+            batch_size: prompts at once.
+            seed: of the first picture.
+            keep: pictures of a replacement that are kept.
+        """
+        self._drawing = {"sampling": sampling, "batch_size": batch_size, "seed": seed}
+        self._pipeline, self._texts, self._keep, self.perceptual = pipeline, asked.texts, keep, perceptual
+        self.pictures, self.steps = (
+            denoise.generate_all(pipeline, asked.texts, **self._drawing),
+            denoise.passes(pipeline, sampling),
+        )
+        self._scenes = asked.scenes if asked.of_the_world else None
+        self._readings = oracle.read(self.pictures) if self._scenes else None
+
+    def replaced(self, block: str, replace: Replace, steps: Collection[int] | None = None) -> Outcome:
+        """Draw the same prompts with a block's update replaced, see :func:`drawn`."""
+        after = drawn(self._pipeline, self._texts, block, replace, steps=steps, **self._drawing)
+        return Outcome(after[: self._keep].clone(), self.effects(after))
+
+    def effects(self, after: Tensor) -> pd.DataFrame:
+        """How pictures (N, 3, H, W) in [-1, 1] of the same prompts differ.
+
+        Returns:
+            A row a picture: ``manhattan`` and ``median`` (over its pixels, of at most 765), ``lpips`` (not
+            a number without it), and of the world ``read_alike`` (whether the oracle reads the very same
+            scene, offsets apart) and ``right`` (whether every factor that the prompt names is right).
+        """
+        columns: dict[str, Any] = {
+            "manhattan": change(self.pictures, after).tolist(),
+            "median": median_change(self.pictures, after).tolist(),
+            "lpips": self.perceptual.distance(self.pictures, after),
+        }
+        if self._scenes:
+            columns |= {"read_alike": _all_right(self._readings, after), "right": _all_right(self._scenes, after)}
+        return pd.DataFrame(columns)
+
+
+def _all_right(asked: Sequence[Scene], pictures: Tensor) -> list[bool]:
+    return oracle.judge(asked, pictures).groupby("picture")["right"].all().tolist()
+
+
+def means(effects: pd.DataFrame) -> dict[str, float]:
+    """Over pictures: ``manhattan_mean``, ``manhattan_median``, with LPIPS ``lpips``, and of the
+    world ``oracle_agreement`` (the share that is read alike) and ``oracle_right``."""
+    names = {"manhattan": "manhattan_mean", "median": "manhattan_median", "lpips": "lpips",
+             "read_alike": "oracle_agreement", "right": "oracle_right"}  # fmt: skip
+    found = {name: float(effects[column].mean()) for column, name in names.items() if column in effects}
+    return {name: value for name, value in found.items() if not np.isnan(value)}
+
+
+def table(outcomes: Mapping[tuple, Outcome], names: Sequence[str], perceptual: Perceptual) -> pd.DataFrame:
+    """The paper's Table 2, by whatever distinguishes its rows.
+
+    Args:
+        outcomes: under a value for each of ``names``.
+        names: of the first columns, such as ``block`` and ``who``.
+        perceptual: whose reason stands in the column ``lpips`` where there is none.
+
+    Returns:
+        A row an entry: ``names`` and the columns of :func:`means`.
+    """
+    rows = [{**dict(zip(names, key, strict=True)), **means(one.effects)} for key, one in outcomes.items()]
+    whole = pd.DataFrame(rows)
+    return whole if perceptual.why is None else whole.assign(lpips=perceptual.why)
+
+
+def beside_paper(table: pd.DataFrame, widths: Mapping[str, int]) -> pd.DataFrame:
+    """Table 2 here beside the paper's, at the same k and the same share n_features / d.
+
+    Args:
+        table: columns ``block``, ``k``, ``n_features``, ``manhattan_mean``, ``manhattan_median`` and
+            ``explained_variance``.
+        widths: d of each block.
+
+    Returns:
+        A row for each row that the paper has too, the explained variances in percent.
+    """
+    rows = []
+    for row in table.to_dict("records"):
+        kin = PAPER_KIN.get(row["block"], row["block"])
+        size = round(row["n_features"] * PAPER_WIDTH / widths[row["block"]])
+        if (kin, row["k"], size) not in PAPER_TABLE_2:
+            continue
+        mean, median, _, explained = PAPER_TABLE_2[kin, row["k"], size]
+        rows.append({
+            "block": row["block"], "k": row["k"], "n_features": row["n_features"], "paper's block": kin,
+            "paper's n_f": size, "mean": row["manhattan_mean"], "paper's mean": mean, "median": row["manhattan_median"],
+            "paper's median": median, "explained %": 100 * row["explained_variance"], "paper's explained %": explained,
+        })  # fmt: skip
+    return pd.DataFrame(rows)
