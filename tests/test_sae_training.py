@@ -49,6 +49,13 @@ def test_every_variant_learns_and_together_they_learn_as_if_alone():
         assert torch.equal(weight, together.saes["matryoshka"].state_dict()[name]), name
 
 
+def test_the_history_is_shown_as_it_grows():
+    shown = []
+    trained = train_saes(wanted("topk", "k_sae"), PLANTED.batches(64), config(steps=5, log_every=2), live=shown.append)
+    assert [len(history) for history in shown] == [2, 4, 6]
+    assert shown[-1].equals(trained.history) and shown[0].equals(trained.history[:2])
+
+
 def test_dead_features_are_revived_by_the_auxiliary_loss_alone():
     left = {}
     for weight in (0.0, 1 / 32):

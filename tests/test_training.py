@@ -213,6 +213,17 @@ def test_watchers_are_called_in_order():
     assert calls == once + [call.replace("1", "2") for call in once]
 
 
+def test_watchers_are_told_of_every_new_row():
+    class Reader(Watcher):
+        seen = []
+
+        def logged(self, history):
+            self.seen.append([row["step"] for row in history])
+
+    trained = train(Line(), batches, config(steps=5, log_every=2), watchers=[Reader()])
+    assert Reader.seen == [[2], [2, 4], [2, 4, 5]] and [row["step"] for row in trained.history] == [2, 4, 5]
+
+
 @pytest.mark.parametrize("stop_after", [1, 5, 7, 9])
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, stop_after, accumulation):

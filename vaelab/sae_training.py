@@ -7,9 +7,9 @@ Hyperparameters of Surkov et al., appendix A: Adam with a learning rate of 1e-4,
 Kim et al., appendix F: ``k_sae``, k = 32, 64 d features, 4e-4 after a warm-up of 500 steps.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
-from itertools import chain, count, islice
+from itertools import chain, count, islice, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -142,6 +142,17 @@ class UnitLength(Watcher):
             sae.normalise()
 
 
+class Live(Watcher):
+    """Passes the history on as it grows."""
+
+    def __init__(self, names: Iterable[str], show: Callable[[pd.DataFrame], None]):
+        self._names, self._show = list(names), show
+
+    def logged(self, history: list[dict[str, float]]) -> None:
+        """Called by the training."""
+        self._show(_by_name(history, self._names))
+
+
 @torch.no_grad()
 def make_tangent(decoder: Tensor) -> None:
     """Take out of the gradient of a decoder (n, d), whose rows are of unit length, what is parallel to them."""
@@ -159,6 +170,7 @@ def train_saes(
     *,
     folder: str | Path | None = None,
     settings: dict[str, Any] | None = None,
+    live: Callable[[pd.DataFrame], None] | None = None,
     title: str = "autoencoders",
 ) -> TrainedSAEs:
     """Train autoencoders in one pass.
@@ -172,6 +184,7 @@ def train_saes(
             :class:`SAEObjective`.
         folder: where the checkpoint goes, and is gone on from.
         settings: what else, as plain JSON, a checkpoint must agree on.
+        live: called with the history so far whenever it has grown.
         title: the progress bar's.
 
     Raises:
@@ -194,15 +207,21 @@ def train_saes(
         return batches(start=start, rank=rank, world=world)
 
     told = {name: {**one._asdict(), "config": asdict(one.config)} for name, one in wanted.items()}
+    watchers = [UnitLength(objective.saes), *([Live(wanted, live)] if live else [])]
     trained = train(
-        objective, from_the_first, config, folder=folder, watchers=[UnitLength(objective.saes)],
+        objective, from_the_first, config, folder=folder, watchers=watchers,
         settings={**(settings or {}), "saes": told}, title=title,
     )  # fmt: skip
+    return TrainedSAEs(objective.finished(), _by_name(trained.history, wanted), trained.seconds, trained.resumed_at)
+
+
+def _by_name(history: Sequence[Mapping[str, float]], names: Iterable[str]) -> pd.DataFrame:
+    """A row for each step and autoencoder."""
     rows = [
         {"step": row["step"], "sae": name, **{curve: row[f"{name}.{curve}"] for curve in CURVES}}
-        for row in trained.history for name in wanted
-    ]  # fmt: skip
-    return TrainedSAEs(objective.finished(), pd.DataFrame(rows), trained.seconds, trained.resumed_at)
+        for row, name in product(history, names)
+    ]
+    return pd.DataFrame(rows)
 
 
 def _first(stream: Iterator[Mapping[str, Tensor]], blocks: Sequence[str]) -> list[Mapping[str, Tensor]]:

@@ -101,6 +101,9 @@ class Watcher:
     def after(self, step: int, optimizer: torch.optim.Optimizer) -> None:
         """Called when the step has been taken, before the next one."""
 
+    def logged(self, history: list[dict[str, float]]) -> None:
+        """Called when a row has been added to the history."""
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint must hold for this watcher to go on from it."""
         return {}
@@ -193,6 +196,8 @@ def train(
             row = _row(step, config, sums)
             sums = {}
             history.append(row)
+            for watcher in watchers:
+                watcher.logged(history)
             bar.set_postfix({"loss": f"{row['loss']:.4g}"}, refresh=False)
             if config.trackers:
                 accelerator.log({key: value for key, value in row.items() if key != "step"}, step=step)
