@@ -14,7 +14,7 @@ FLOORS = [
      "shuffling", "world"],
     ["blocks", "channels", "embedded_data", "oracle", "perceptual", "prompts", "report", "sae", "shards", "text_model",
      "training"],
-    ["models", "baselines", "data", "nudge", "planning", "runs", "writing"],
+    ["models", "baselines", "data", "nudge", "planning", "runs", "sae_formats", "writing"],
     ["conditioning", "fidelity", "lens", "store", "vae"],
     ["denoise", "study", "text_to_image"],
     ["ablate", "causes", "collect", "comparison", "judging"],
