@@ -49,7 +49,9 @@ class TrainConfig:
     warmup: int = 0
     """Steps over which the learning rate rises linearly from 0."""
     schedule: str = "constant"
-    """After the warm-up: ``constant``, or ``linear`` or ``cosine``, which reach 0 just after the last step."""
+    """After the warm-up: ``constant``, or ``linear`` or ``cosine``, which reach their end just after the last step."""
+    final_rate: float | None = None
+    """The learning rate at that end; None for 0."""
     accumulation: int = 1
     """Batches to a step."""
     clip_norm: float = 1.0
@@ -74,6 +76,8 @@ class TrainConfig:
             at_least(name, getattr(self, name), 0)
         at_least("learning_rate", self.learning_rate, 0, exclusive=True)
         one_of("schedule", self.schedule, SCHEDULES)
+        if not 0 <= (self.final_rate or 0) <= self.learning_rate:
+            raise ValueError(f"final_rate: must lie between 0 and learning_rate, got {self.final_rate!r}")
         for tracker in self.trackers:
             one_of("trackers", tracker, TRACKERS)
         one_of("precision", self.precision, MIXED)
@@ -85,7 +89,9 @@ class TrainConfig:
         if self.schedule == "constant":
             return self.learning_rate
         left = (self.steps - step + 1) / (self.steps - self.warmup)
-        return self.learning_rate * (left if self.schedule == "linear" else (1 - math.cos(math.pi * left)) / 2)
+        final = self.final_rate or 0.0
+        share = left if self.schedule == "linear" else (1 - math.cos(math.pi * left)) / 2
+        return final + (self.learning_rate - final) * share
 
 
 class Watcher:

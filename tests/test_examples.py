@@ -1,0 +1,79 @@
+from itertools import islice
+
+import numpy as np
+import planted_pictures
+import pytest
+import torch
+
+from vaelab import examples, store
+
+TRUTH = planted_pictures.labels(10)
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    return planted_pictures.fill(tmp_path_factory.mktemp("features") / "kept", TRUTH, views=3)
+
+
+def test_pictures_with_their_views_and_a_factors_classes(kept):
+    found = examples.read(kept, "colour")
+    assert len(found) == 10 and found.classes == ["red", "blue"]
+    assert found.labels.tolist() == [one["colour"] for one in TRUTH]
+    assert found.items == [[3 * i, 3 * i + 1, 3 * i + 2] for i in range(10)]
+    assert examples.read(kept).labels.tolist() == [one["shape"] for one in TRUTH]
+    with pytest.raises(ValueError, match=r"^factors: unknown name 'size'"):
+        examples.read(kept, "size")
+
+
+def test_vectors_and_batches_are_those_of_the_pictures_as_they_are(kept):
+    found = examples.read(kept)
+    expected = planted_pictures.planted_maps(TRUTH)
+    vectors, labels = found.vectors("up.t25")
+    np.testing.assert_allclose(vectors, expected.mean((1, 2)).numpy(), atol=1e-6)
+    assert labels.tolist() == found.labels.tolist()
+    batches = list(found.batches("up.t25.maps", 4))
+    assert [len(batch["labels"]) for batch in batches] == [4, 4, 2]
+    torch.testing.assert_close(torch.cat([batch["maps"] for batch in batches]), expected)
+    assert torch.cat([batch["labels"] for batch in batches]).tolist() == labels.tolist()
+
+
+def test_an_epoch_has_every_picture_in_one_of_its_views_and_can_be_taken_up_anywhere(kept):
+    found = examples.read(kept)
+    stream = found.shuffled("up.t25.maps", 4, seed=1)
+    first = list(islice(stream(), 6))
+    rows = kept.maps("up.t25.maps", range(30)).float()
+    where = [[int((rows == one).flatten(1).all(1).nonzero()) for one in batch["maps"]] for batch in first]
+    for epoch in (where[:3], where[3:]):
+        pictures = [row // 3 for batch in epoch for row in batch]
+        assert sorted(pictures[:10]) == list(range(10)) and pictures[10:] == pictures[:2]
+    assert {row % 3 for batch in where for row in batch} == {0, 1, 2}
+    assert where[0] != where[3]
+    for batch, rows_of in zip(first, where, strict=True):
+        assert batch["labels"].tolist() == [TRUTH[row // 3]["shape"] for row in rows_of]
+    for one, other in zip(first[2:], stream(start=2), strict=False):
+        assert torch.equal(one["maps"], other["maps"])
+    ranks = [next(stream(rank=rank, world=2))["labels"] for rank in range(2)]
+    assert torch.equal(torch.cat(ranks), torch.cat([batch["labels"] for batch in first[:2]]))
+
+
+def test_a_split_has_every_picture_on_one_side(kept):
+    found = examples.read(kept)
+    rest, share = found.split(0.3, seed=5)
+    assert (len(rest), len(share)) == (7, 3)
+    assert sorted(rest.items + share.items) == found.items
+    assert [TRUTH[views[0] // 3]["shape"] for views in share.items] == share.labels.tolist()
+    assert found.split(0.3, seed=5)[1].items == share.items != found.split(0.3, seed=6)[1].items
+    for nothing in (0.0, 1.0, 0.01):
+        with pytest.raises(ValueError, match="validation_share"):
+            found.split(nothing, seed=0)
+
+
+def test_labels_that_are_withheld_or_missing_are_refused(tmp_path):
+    withheld = planted_pictures.fill(tmp_path / "withheld", [*TRUTH, {"shape": -1, "colour": 0}])
+    with pytest.raises(ValueError, match=r"^split: 1 of 11 pictures have no label, first 10"):
+        examples.read(withheld, "shape")
+    assert len(examples.read(withheld, "colour")) == 11
+    with store.create(tmp_path / "none", planted_pictures.LAYOUT):
+        pass
+    with pytest.raises(ValueError, match="have no labels"):
+        examples.read(store.open(tmp_path / "none"))

@@ -1,0 +1,60 @@
+import numpy as np
+import pytest
+from scipy.stats import binomtest
+
+from vaelab.probe import linear_probe, score, wilson
+
+
+@pytest.mark.parametrize(("right", "count"), [(0, 10), (10, 10), (3, 7), (480, 500)])
+def test_the_interval_is_wilsons(right, count):
+    expected = binomtest(right, count).proportion_ci(method="wilson")
+    assert wilson(right, count, 1.959963984540054) == pytest.approx((expected.low, expected.high), abs=1e-12)
+
+
+def test_a_score_counts_and_chance_is_the_most_frequent_class_of_the_training_examples():
+    found = score([0, 1, 1, 2], [0, 1, 2, 2], learned=[2, 2, 1])
+    assert (found.accuracy, found.chance, found.count) == (0.75, 0.5, 4)
+    assert found.low < 0.75 < found.high
+    assert score([0, 0], [0, 0], learned=[1, 1, 0]).chance == 0
+    with pytest.raises(ValueError, match=r"^predicted: "):
+        score([0], [0, 0], [0])
+
+
+def clusters(count, seed, separation=3.0, d=5, classes=4):
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(classes, size=count)
+    vectors = rng.normal(size=(count, d))
+    vectors[np.arange(count), labels] += separation
+    return 100 * vectors + 1000, labels
+
+
+def test_a_probe_finds_what_is_linear_in_any_unit_and_nothing_where_there_is_nothing():
+    learn, validate, test = clusters(300, 0), clusters(100, 1), clusters(400, 2)
+    found = linear_probe(learn, validate, test[0])
+    nearest = (test[0][:, :4]).argmax(1)
+    accuracy = (found.predicted == test[1]).mean()
+    assert accuracy > 0.9 and abs(accuracy - (nearest == test[1]).mean()) < 0.03
+    moved = [((x - 1000) / 100, y) for x, y in (learn, validate, test)]
+    assert np.array_equal(linear_probe(*moved[:2], moved[2][0]).predicted, found.predicted)
+    shuffled = (learn[0], np.random.default_rng(0).permutation(learn[1]))
+    nothing = score(linear_probe(shuffled, validate, test[0]).predicted, test[1], learn[1])
+    assert nothing.low < 0.32
+
+
+def test_the_strength_is_the_best_on_the_validation_examples_and_of_equals_the_most_regularised():
+    learn, validate, test = clusters(40, 0, 1.0, d=30), clusters(200, 1, 1.0, d=30), clusters(5, 2, 1.0, d=30)
+    found = linear_probe(learn, validate, test[0], strengths=[10.0, 0.01, 1e-5])
+    alone = {c: linear_probe(learn, validate, test[0], strengths=[c]).validation for c in (10.0, 0.01, 1e-5)}
+    assert found.validation == max(alone.values())
+    assert found.strength == min(c for c, accuracy in alone.items() if accuracy == found.validation)
+    assert len(set(alone.values())) > 1
+
+
+def test_wrong_input_is_refused():
+    learn = clusters(10, 0)
+    with pytest.raises(ValueError, match=r"^strengths: "):
+        linear_probe(learn, learn, learn[0], strengths=[])
+    with pytest.raises(ValueError, match="of one class"):
+        linear_probe((learn[0], np.zeros(10, int)), learn, learn[0])
+    with pytest.raises(ValueError, match=r"^count: "):
+        wilson(0, 0)
