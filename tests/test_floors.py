@@ -9,17 +9,17 @@ import vaelab
 
 PACKAGE = Path(vaelab.__file__).parent
 FLOORS = [
-    ["checks", "files", "plots", "preprocessing", "sae_kernels"],
+    ["checks", "files", "plots", "preprocessing", "sae_kernels", "removal"],
     ["devices", "checkpoints", "folders", "frontpage", "hooks", "panels", "planted", "sae_choice", "sae_plots",
-     "shuffling", "world", "probe"],
+     "shuffling", "world", "noise_loss", "mask_plots", "probe", "purity"],
     ["blocks", "channels", "embedded_data", "oracle", "perceptual", "prompts", "report", "sae", "shards", "text_model",
      "training"],
     ["models", "baselines", "data", "nudge", "planning", "runs", "sae_formats", "writing"],
-    ["conditioning", "fidelity", "lens", "store", "vae"],
-    ["denoise", "study", "text_to_image", "examples"],
-    ["ablate", "causes", "collect", "comparison", "judging", "diffc"],
-    ["bench", "bench_store", "sae_training", "substitute"],
-    ["sae_grid"],
+    ["conditioning", "fidelity", "lens", "store", "vae", "latents", "sampling"],
+    ["denoise", "study", "text_to_image", "masked_measures", "examples", "features", "diffusion_classifier"],
+    ["ablate", "causes", "collect", "comparison", "judging", "pruning", "diffc"],
+    ["bench", "bench_store", "sae_training", "substitute", "collapse"],
+    ["sae_grid", "savings"],
     ["sae_runs"],
 ]  # fmt: skip
 FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}

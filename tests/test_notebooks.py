@@ -70,16 +70,21 @@ def test_every_parameter_is_used(notebook):
     parameters = {s.target.id for s in ast.parse(code(notebook)[0].source).body}
     rest = "\n".join(cell.source for cell in code(notebook)[1:])
     named = {node.id for node in ast.walk(ast.parse(rest)) if isinstance(node, ast.Name)}
-    by_name = re.search(r"StudyConfig\.of\(run\.params\)", rest) is not None
     from dataclasses import fields
 
+    from vaelab.latents import LatentConfig
+    from vaelab.masked_measures import MeasuringConfig
     from vaelab.nudge import NudgeConfig
+    from vaelab.pruning import PruningConfig
     from vaelab.study import StudyConfig
     from vaelab.training import TrainConfig
 
-    configured = (
-        {one.name for kind in (StudyConfig, TrainConfig, NudgeConfig) for one in fields(kind)} if by_name else set()
-    )
+    parts = {
+        StudyConfig: (TrainConfig, NudgeConfig),
+        PruningConfig: (TrainConfig, LatentConfig, MeasuringConfig),
+    }
+    by_name = [kind for kind in parts if f"{kind.__name__}.of(run.params)" in rest]
+    configured = {one.name for whole in by_name for kind in (whole, *parts[whole]) for one in fields(kind)}
     assert parameters - named - configured <= {"output_dir"}
 
 

@@ -1,0 +1,163 @@
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy import stats
+from small_latents import small_config
+
+from vaelab import collapse, data, noise_loss
+from vaelab.masked_measures import latents_of, measure
+from vaelab.pruning import PrunedRun, build
+
+SEEDS = [0, 1]
+
+
+@pytest.fixture(scope="module")
+def held_out():
+    return data.load_images("digits", split="test", resolution=16, max_images=12)
+
+
+@pytest.fixture(scope="module")
+def swept(held_out, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    settings = collapse.settings(small_config(2), [0.0, 0.5], [2])
+    learning = data.load_images("digits", resolution=16, max_images=12)
+    return settings, folder, collapse.sweep("embedded", settings, SEEDS, (learning, held_out), folder)
+
+
+def test_settings_differ_from_the_given_one_in_what_their_name_says():
+    config = small_config(2, {"mask": "normalised", "kl_weight": 0.5})
+    found = collapse.settings(config, [0.0, 0.001, 0.01], [1, 3])
+    assert list(found) == ["unmasked", "lambda_0", "lambda_0.001", "lambda_0.01", "keep_1", "keep_3"]
+    assert found["unmasked"].latent.mask == "none"
+    assert found["lambda_0.001"] == config.with_latent(sparsity=0.001)
+    kept = found["keep_3"].latent
+    assert (kept.mask, kept.keep, kept.shared, kept.decoder_reads) == ("topk", 3, True, "masked")
+    assert all(one.latent.kl_weight == 0.5 for one in found.values())
+
+
+def test_wrong_sweeps_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"lambdas: must be at least 0, got -0\.1"):
+        collapse.settings(small_config(2), [-0.1])
+    with pytest.raises(ValueError, match="keep: must be at least 1, got 0"):
+        collapse.settings(small_config(2), [], [0])
+    with pytest.raises(ValueError, match="seeds: an interval needs two or more different seeds"):
+        collapse.sweep("embedded", {}, [3], None, tmp_path)
+    with pytest.raises(ValueError, match="seeds: an interval needs two or more different seeds"):
+        collapse.sweep("embedded", {}, [3, 3], None, tmp_path)
+
+
+def test_every_setting_is_run_with_every_seed_and_summed_up_with_intervals(swept):
+    _, _, runs = swept
+    measured = collapse.table(runs)
+    assert list(measured.groupby("setting", sort=False).size().items()) == [
+        ("unmasked", 2), ("lambda_0", 2), ("lambda_0.5", 2), ("keep_2", 2),
+    ]  # fmt: skip
+    found = collapse.summary(measured)
+    pair = measured[measured["setting"] == "lambda_0.5"]["diffusion_loss"].to_numpy()
+    half = stats.t.ppf(0.975, 1) * pair.std(ddof=1) / 2**0.5
+    assert found["lambda_0.5.diffusion_loss"] == pytest.approx(pair.mean())
+    assert found["lambda_0.5.diffusion_loss.low"] == pytest.approx(pair.mean() - half)
+    assert found["lambda_0.5.diffusion_loss.high"] == pytest.approx(pair.mean() + half)
+    for name in ("closed_form_loss", "recon_mse", "masked_recon_mse", "mean_mask", "channels_off"):
+        assert f"lambda_0.{name}.low" in found
+    assert not any("fid" in name for name in found)
+    assert found["keep_2.channels_off"] == 2 and found["keep_2.mean_mask"] == 0.5
+    assert collapse.by_kept(measured)["kept"].tolist() == [2, 2]
+
+
+def test_the_control_is_the_denoisers_loss_on_scaled_latents(swept, held_out):
+    settings, folder, runs = swept
+    found = collapse.control("embedded", "unmasked", settings["unmasked"], SEEDS, held_out, folder, [1.0, 0.5, 0.0])
+    first = next(run for run in runs if run.setting == "unmasked")
+    assert found.loc[0, "diffusion_loss"] == pytest.approx(first.measures["diffusion_loss"], rel=1e-6)
+    assert found.loc[0, "told_loss"] == pytest.approx(first.measures["diffusion_loss"], rel=1e-3)
+    assert found.loc[0, "closed_form_loss"] == pytest.approx(first.measures["closed_form_loss"], rel=1e-6)
+    assert found.loc[1, "latent_scale"] == pytest.approx(found.loc[0, "latent_scale"] / 2)
+    nothing = found[found["scale"] == 0]
+    assert (nothing["closed_form_loss"] == 0).all() and len(nothing) == 2
+    metrics = collapse.control_metrics(found)
+    assert {"control.scale_0.5.diffusion_loss", "control.scale_0.closed_form_loss"} <= metrics.keys()
+    with pytest.raises(ValueError, match=r"scales: must be at least 0, got -1"):
+        collapse.control("embedded", "unmasked", settings["unmasked"], SEEDS, held_out, folder, [-1.0])
+
+
+def test_a_loss_that_fell_by_scaling_alone_leaves_nothing(swept, held_out):
+    """Planted: a run that is the reference's denoiser and its latents, scaled, and told so."""
+    settings, folder, _ = swept
+    runs = []
+    for seed in SEEDS:
+        own = collapse.trained("embedded", settings, seed, 16, folder)["unmasked"]
+        measuring = settings["unmasked"].measuring
+        reference = measure(own, held_out, measuring, seed)[0]._asdict()
+        seen, timesteps = latents_of(own, held_out, seed)[1], noise_loss.grid(own.scheduler, measuring.loss_timesteps)
+        told = noise_loss.at_scale(noise_loss.predictor(own.unet), own.scheduler, 0.2)
+        loss = noise_loss.errors(told, 0.2 * seen, own.scheduler, timesteps, seed=seed).mean()
+        abar = noise_loss.signal_share(own.scheduler, timesteps)
+        closed = noise_loss.closed_form(noise_loss.variances(0.2 * seen), abar).mean()
+        scaled = {**reference, "diffusion_loss": float(loss), "closed_form_loss": float(closed)}
+        better = {**scaled, "diffusion_loss": float(loss) - 0.01}
+        runs += [PrunedRun(name, seed, [], [], [], values)
+                 for name, values in (("unmasked", reference), ("scaled", scaled), ("better", better))]  # fmt: skip
+    found = collapse.decomposition("embedded", runs, "unmasked", settings, held_out, folder)
+    assert found["factor"].to_numpy() == pytest.approx(0.2, rel=1e-6)
+    left = found.groupby("setting")["left"].mean()
+    assert left["scaled"] == pytest.approx(0, abs=1e-5)
+    assert left["better"] == pytest.approx(0.01, abs=1e-5)
+    np.testing.assert_allclose(found["by_scaling"] + found["left"], found["improvement"])
+
+
+def test_pictures_show_every_way_to_decode(swept, held_out):
+    settings, folder, _ = swept
+    trained = collapse.trained("embedded", {"keep_2": settings["keep_2"]}, 0, 16, folder)
+    rows = collapse.pictures(trained, held_out, settings["keep_2"], 3)
+    assert list(rows) == ["held out", "keep_2, latent", "keep_2, masked", "keep_2, drawn"]
+    assert all(row.shape == (3, 3, 16, 16) for row in rows.values())
+    assert not torch.equal(rows["keep_2, latent"], rows["keep_2, masked"])
+    fresh = build("embedded", settings["keep_2"], 16).state_dict()["vae.encoder.conv_in.weight"]
+    assert not torch.equal(trained["keep_2"].vae.encoder.conv_in.weight, fresh)
+
+
+def numbers(**settings):
+    base = {"recon_mse": 10.0, "channels_off": 0, "latent_scale": 1.0, "seed": 0}
+    names = ("diffusion_loss", "masked_recon_mse", "mean_mask", "scale")
+    rows = [
+        {**base, "setting": name, "seed": seed, **dict(zip(names, values, strict=True))}
+        for name, values in settings.items() for seed in SEEDS
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def parts_of(setting, improvement, by_scaling):
+    return [{"setting": setting, "seed": seed, "improvement": improvement + 1e-3 * seed,
+             "by_scaling": by_scaling, "left": improvement - by_scaling} for seed in SEEDS]  # fmt: skip
+
+
+def test_the_verdict_says_what_the_numbers_say():
+    measured = numbers(
+        unmasked=(0.2, 10.0, 1.0, 1.0), lambda_0=(0.05, 90.0, 0.05, 0.05), lambda_1=(0.2, 11.0, 0.9, 0.9)
+    )
+    parts = pd.DataFrame([*parts_of("lambda_0", 0.15, 0.14), *parts_of("lambda_1", 0.0, 0.0)])
+    said = collapse.verdict(measured, parts).data
+    assert "collapses below a tenth of its scale with lambda_0, without any penalty too" in said
+    assert "pictures are then lost with lambda_0." in said
+    assert "0.15 lower, of which scaling alone brings 0.14" in said and "have 9 times the error" in said
+    assert "**lambda_1**: mean mask 0.9, 0 channels off; the diffusion loss is not clearly another" in said
+    held = collapse.verdict(measured[measured["setting"] != "lambda_0"], parts).data
+    assert "No lambda brought the latent below a tenth" in held and "lost" not in held
+
+
+def test_the_papers_numbers_stand_beside_ours():
+    measured = numbers(unmasked=(0.2, 10.0, 1.0, 1.0), lambda_0=(0.05, 90.0, 0.05, 0.05))
+    found = collapse.beside_paper(measured)
+    assert found["setting"].tolist() == ["lambda_0"]
+    row = found.iloc[0]
+    assert (row["paper: diffusion loss"], row["paper: MSE"]) == (0.0240, 24.67)
+    assert (row["here: diffusion loss"], row["here: MSE"], row["here: masked MSE"]) == (0.05, 10.0, 90.0)
+    assert row["paper: scale of that closed form"] == pytest.approx(0.0597, abs=1e-4)
+
+
+def test_the_closed_forms_curve_rises_with_the_scale():
+    scales, losses = collapse.closed_form_curve(0.01, 1.0)
+    assert scales[0] == pytest.approx(0.01) and scales[-1] == pytest.approx(1.0)
+    assert (np.diff(losses) > 0).all() and losses[-1] == pytest.approx(0.2755, abs=1e-3)

@@ -1,0 +1,94 @@
+import numpy as np
+import pytest
+import torch
+from small_latents import small_config
+
+from vaelab import data, noise_loss, sampling
+from vaelab.masked_measures import MeasuringConfig, drawn, latents_of, measure
+from vaelab.pruning import build
+
+MEASURING = MeasuringConfig(loss_timesteps=4, sampler_steps=3)
+
+
+@pytest.fixture(scope="module")
+def images():
+    return data.load_images("digits", split="test", resolution=16, max_images=10)
+
+
+def objective(**latent):
+    return build("embedded", small_config(latent=latent), 16).eval()
+
+
+def test_without_a_mask_the_masked_reconstruction_is_the_other_and_both_are_sums_over_a_picture(images):
+    one = objective(mask="none")
+    found, _ = measure(one, images, MEASURING, 0)
+    pixels = images.stack()
+    with torch.no_grad():
+        decoded = one.vae.decode(one.vae.encode(pixels).latent_dist.mode()).sample
+    by_hand = np.mean([((d - p) ** 2).sum().item() for d, p in zip(decoded, pixels, strict=True)])
+    assert found.recon_mse == pytest.approx(by_hand, rel=1e-4)
+    assert found.masked_recon_mse == pytest.approx(found.recon_mse, rel=1e-5)
+    assert (found.mean_mask, found.channels_off, found.fid) == (1, 0, None)
+    assert found.scale == pytest.approx(found.latent_scale, rel=1e-6)
+
+
+def test_the_masked_reconstruction_is_that_of_what_the_denoiser_gets(images):
+    one = objective(mask="topk", keep=1, shared=True)
+    found, _ = measure(one, images, MEASURING, 0)
+    pixels = images.stack()
+    with torch.no_grad():
+        latents = one.vae.encode(pixels).latent_dist.mode()
+        kept = one.masks.mask(latents).mean(0).argmax()
+        silent = torch.zeros_like(latents)
+        silent[:, kept] = latents[:, kept]
+        decoded = one.vae.decode(silent).sample
+    assert found.masked_recon_mse == pytest.approx(float((decoded - pixels).square().sum() / 10), rel=1e-4)
+    assert (found.mean_mask, found.channels_off) == (0.25, 3)
+
+
+def test_the_losses_are_those_of_noise_loss_and_the_spectrum_averages_to_them(images):
+    one = objective()
+    found, spectrum = measure(one, images, MEASURING, 5)
+    seen, timesteps = latents_of(one, images, 5)[1], noise_loss.grid(one.scheduler, 4)
+    expected = noise_loss.errors(lambda x, t: one.unet(x, t).sample, seen, one.scheduler, timesteps, seed=5)
+    assert found.diffusion_loss == pytest.approx(float(expected.mean()), rel=1e-5)
+    closed = noise_loss.closed_form(noise_loss.variances(seen), noise_loss.signal_share(one.scheduler, timesteps))
+    assert found.closed_form_loss == pytest.approx(float(closed.mean()), rel=1e-6)
+    assert len(spectrum) == 4 * 4
+    for measured, name in ((found.diffusion_loss, "error"), (found.closed_form_loss, "closed_form")):
+        assert measured == pytest.approx(np.mean([row[name] for row in spectrum]), rel=1e-6)
+    for row in spectrum:
+        assert row["closed_form"] == pytest.approx(row["snr"] / (1 + row["snr"]), rel=1e-6)
+
+
+def test_a_mask_of_almost_nothing_is_seen_in_the_scale_and_in_the_closed_form(images):
+    one, closed = objective(), objective()
+    torch.nn.init.constant_(closed.masks.predict.second.bias, np.log(0.003 / 0.997))
+    before, after = (measure(each, images, MEASURING, 0)[0] for each in (one, closed))
+    assert after.mean_mask == pytest.approx(0.003, rel=0.2)
+    assert after.latent_scale == before.latent_scale and after.recon_mse == before.recon_mse
+    assert after.scale < 0.01 * before.scale
+    assert after.closed_form_loss < 0.1 * before.closed_form_loss
+    assert after.channels_off == 4
+
+
+def test_the_same_seed_gives_the_same_numbers(images):
+    one = objective()
+    assert measure(one, images, MEASURING, 1) == measure(one, images, MEASURING, 1)
+    assert measure(one, images, MEASURING, 1)[0] != measure(one, images, MEASURING, 2)[0]
+
+
+def test_samples_are_decoded_and_judged(images):
+    one, asked = objective(), MeasuringConfig(loss_timesteps=2, fid_images=70, sampler_steps=2)
+    made = drawn(one, asked, (4, 8, 8), 16, 3)
+    assert made.shape == (70, 3, 16, 16) and made.abs().max() <= 1
+    real = torch.rand(80, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    judge = sampling.judge("embedded", [{"pixels": real}], 70, "cpu")
+    assert measure(one, images, asked, 3, judge)[0].fid == judge.distance(made)
+    assert judge.distance(made) > 0
+
+
+def test_a_wrong_configuration_is_refused():
+    for name, value in (("loss_timesteps", 0), ("fid_images", -1), ("sampler_steps", 0)):
+        with pytest.raises(ValueError, match=f"{name}: must be at least"):
+            MeasuringConfig(**{name: value})

@@ -1,0 +1,135 @@
+"""Figures of masks on latents: their course, the loss against the latent's scale and against the
+signal-to-noise ratio, and what quality the kept channels leave."""
+
+from collections.abc import Mapping, Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.figure import Figure
+
+from vaelab.plots import PALETTE, SILENT
+
+GREY = PALETTE["start"]
+QUALITY = {
+    "masked_recon_mse": "error of decoded pictures (sum)",
+    "diffusion_loss": "diffusion loss (mean)",
+    "fid": "Frechet distance of samples",
+}
+
+
+def masks_over_steps(masks: pd.DataFrame, settings: Sequence[str], title: str = "") -> Figure:
+    """The mean mask over training: above, a line a channel; below, a line a class; a column a setting.
+
+    Args:
+        masks: columns ``setting``, ``seed``, ``step``, ``class``, ``channel``, ``mask``; the class ``all``
+            is every picture. Drawn are means over seeds.
+        settings: which to show.
+        title: the figure's.
+    """
+    size = (2.7 * len(settings) + 1.2, 4.8)
+    figure, axes = plt.subplots(2, len(settings), figsize=size, sharex=True, sharey=True, squeeze=False,
+                                layout="constrained")  # fmt: skip
+    everything = masks["class"] == "all"
+    for column, setting in enumerate(settings):
+        own = masks["setting"] == setting
+        for axis, part, hue in (
+            (axes[0][column], masks[own & everything], "channel"),
+            (axes[1][column], masks[own & ~everything], "class"),
+        ):
+            if not part.empty:
+                last = column == len(settings) - 1
+                sns.lineplot(part, x="step", y="mask", hue=hue, ax=axis, errorbar=None, palette="viridis", legend=last)
+                if last:
+                    axis.legend(title=hue, fontsize=6, title_fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+        axes[0][column].set_title(setting, fontsize=10)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("mean mask")
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def artefact(
+    measured: pd.DataFrame,
+    control: pd.DataFrame,
+    closed_form: tuple[np.ndarray, np.ndarray],
+    paper: Mapping[str, tuple[float, float]],
+    title: str = "",
+) -> Figure:
+    """The diffusion loss, and what can be decoded, against the scale of what the denoiser gets.
+
+    Args:
+        measured: a row a run: ``setting``, ``scale``, ``diffusion_loss``, ``masked_recon_mse``.
+        control: one denoiser on scaled latents: ``latent_scale``, ``told_loss``.
+        closed_form: scales (N,) and the loss (N,) of a latent without structure of that scale.
+        paper: the paper's diffusion losses and errors by name; the losses are drawn as lines.
+        title: the figure's.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    names = list(dict.fromkeys(measured["setting"]))
+    colours = dict(zip(names, sns.color_palette("viridis", len(names)), strict=True))
+    left.plot(*closed_form, color="#444444", linewidth=1.2, label="closed form, no structure")
+    shown = control[control["latent_scale"] > 0].sort_values("latent_scale")
+    left.plot(shown["latent_scale"], shown["told_loss"], "s", color=SILENT, markersize=5,
+              label="one denoiser, its latents scaled")  # fmt: skip
+    losses = [loss for loss, _ in paper.values()]
+    for loss in losses:
+        left.axhline(loss, color=GREY, linewidth=1, linestyle=":")
+    said = "paper: " + " and ".join(f"{loss:g}" for loss in losses)
+    left.annotate(said, (1, max(losses)), xycoords=("axes fraction", "data"), fontsize=7, ha="right", va="bottom")
+    for axis, column in ((left, "diffusion_loss"), (right, "masked_recon_mse")):
+        for name, part in measured.groupby("setting", sort=False):
+            axis.plot(part["scale"], part[column], "o", color=colours[name], markersize=6, label=name)
+        axis.set(xscale="log", yscale="log", xlabel="scale of what the denoiser gets (standard deviation)")
+        axis.xaxis.set_minor_formatter("")
+    left.set_ylabel("diffusion loss (mean)")
+    right.set_ylabel("error of pictures decoded from it (sum)")
+    left.legend(fontsize=7)
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def spectrum(table: pd.DataFrame, settings: Sequence[str], title: str = "") -> Figure:
+    """The noise-prediction error against the signal-to-noise ratio, on which scaling only moves a latent.
+
+    Args:
+        table: columns ``setting``, ``snr``, ``error``; a row a timestep, channel and seed.
+        settings: which to show.
+        title: the figure's.
+    """
+    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    heard = table[(table["snr"] > 0) & table["setting"].isin(settings)]
+    ratios = np.geomspace(heard["snr"].min(), heard["snr"].max(), 200)
+    axis.plot(ratios, ratios / (1 + ratios), color="#444444", linewidth=1.4, label="closed form, SNR / (1 + SNR)")
+    colours = sns.color_palette("viridis", len(settings))
+    for setting, colour in zip(settings, colours, strict=True):
+        part = heard[heard["setting"] == setting]
+        decade = (2 * np.log10(part["snr"])).round() / 2
+        middle = part.groupby(decade)["error"].median()
+        axis.plot(part["snr"], part["error"], ".", color=colour, markersize=2, alpha=0.4)
+        axis.plot(10**middle.index, middle, color=colour, linewidth=1.8, label=setting)
+    axis.set(xscale="log", yscale="log", xlabel="signal-to-noise ratio of a channel", ylabel="error of the noise")
+    axis.legend(fontsize=8)
+    axis.set_title(title, fontsize=11)
+    return figure
+
+
+def trade_off(by_kept: pd.DataFrame, unmasked: pd.DataFrame, title: str = "") -> Figure:
+    """Quality against the number of channels kept, a panel a measure, every run a point.
+
+    Args:
+        by_kept: a row a run: ``kept`` and the columns of ``QUALITY``; one without numbers is left out.
+        unmasked: the runs without a mask, drawn as a line at their mean.
+        title: the figure's.
+    """
+    shown = {name: label for name, label in QUALITY.items() if by_kept[name].notna().all()}
+    figure, axes = plt.subplots(1, len(shown), figsize=(3.6 * len(shown), 3.3), squeeze=False, layout="constrained")
+    for axis, (name, label) in zip(axes[0], shown.items(), strict=True):
+        sns.lineplot(by_kept, x="kept", y=name, ax=axis, errorbar=None, color=PALETTE["nudge"])
+        axis.plot(by_kept["kept"], by_kept[name], "o", color=PALETTE["nudge"], markersize=4)
+        axis.axhline(unmasked[name].mean(), color=PALETTE["baseline"], linewidth=1, linestyle="--", label="unmasked")
+        axis.legend(fontsize=7)
+        axis.set(xlabel="channels kept", ylabel=label, xticks=sorted(by_kept["kept"].unique()))
+    figure.suptitle(title, fontsize=11)
+    return figure

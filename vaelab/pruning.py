@@ -1,0 +1,288 @@
+"""Training VAE, importance predictor and latent denoiser together, and measuring what came of it.
+
+From "PeLAP-A: Adaptive Latent Pruning for Lightweight Latent Diffusion Models". One call of
+:func:`train_pruned` is one setting and one seed; its measures are those that a latent scaled to zero
+cannot improve, beside the two that the paper reports.
+"""
+
+import json
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from vaelab import models
+from vaelab.checkpoints import refuse_other_settings
+from vaelab.checks import at_least, one_of
+from vaelab.data import Images
+from vaelab.files import atomic, read_json, write_json
+from vaelab.latents import LatentConfig, PruningObjective
+from vaelab.masked_measures import MeasuringConfig, measure
+from vaelab.sampling import Judge
+from vaelab.training import NOT_SIGNED, TrainConfig, Watcher, train
+
+AUTOENCODERS = ("scratch", "finetuned", "frozen")
+TRACKED_PICTURES = 128
+
+
+@dataclass(frozen=True)
+class PruningConfig:
+    """What is trained, and how it is measured."""
+
+    train: TrainConfig
+    latent: LatentConfig = field(default_factory=LatentConfig)
+    measuring: MeasuringConfig = field(default_factory=MeasuringConfig)
+    batch_size: int = 16
+    """Pictures to a batch."""
+    autoencoder: str = "scratch"
+    """Whether the VAE is trained from ``scratch``, ``finetuned`` or ``frozen``."""
+    vae_channels: tuple[int, ...] = ()
+    """Widths of a VAE from scratch; none keeps the model's."""
+    latent_channels: int = 0
+    """Channels of its latent; 0 keeps the model's."""
+    unet_channels: tuple[int, ...] = (32, 64)
+    """Widths of the denoiser's stages."""
+    unet_layers: int = 1
+    """Residual blocks to a stage."""
+    timesteps: int = 1000
+    """Of the linear DDPM schedule."""
+    track_every: int = 50
+    """Steps between the masks' tracked ones."""
+
+    @classmethod
+    def of(cls, params: dict[str, Any], **changes: Any) -> "PruningConfig":
+        """The configuration that a notebook's parameters describe: each field takes the parameter
+        of its name, ``changes`` override, and what is in neither keeps its default."""
+        given = {**params, **changes}
+
+        def take(kind: type) -> dict[str, Any]:
+            names = [one.name for one in fields(kind) if one.name in given]
+            return {name: tuple(given[name]) if isinstance(given[name], list) else given[name] for name in names}
+
+        parts = {"train": TrainConfig, "latent": LatentConfig, "measuring": MeasuringConfig}
+        return cls(**{**take(cls), **{name: kind(**take(kind)) for name, kind in parts.items()}})
+
+    def __post_init__(self) -> None:
+        one_of("autoencoder", self.autoencoder, AUTOENCODERS)
+        for name in ("batch_size", "unet_layers", "timesteps", "track_every"):
+            at_least(name, getattr(self, name), 1)
+        at_least("latent_channels", self.latent_channels, 0)
+        if self.measuring.loss_timesteps > self.timesteps:
+            raise ValueError(f"loss_timesteps: the schedule has {self.timesteps}, got {self.measuring.loss_timesteps}")
+        if self.latent.mask_from >= self.train.steps:
+            raise ValueError(f"mask_from: must be below the {self.train.steps} steps, got {self.latent.mask_from}")
+        if self.autoencoder != "scratch" and self.vae_channels:
+            raise ValueError(f"vae_channels: a {self.autoencoder} autoencoder keeps its own, got {self.vae_channels}")
+
+    def with_latent(self, **changes: Any) -> "PruningConfig":
+        """The same with other entries of ``latent``."""
+        return replace(self, latent=replace(self.latent, **changes))
+
+    def with_seed(self, seed: int) -> "PruningConfig":
+        """The same with another seed."""
+        return replace(self, train=replace(self.train, seed=seed))
+
+
+class PrunedRun(NamedTuple):
+    """One training, as its ``run.json`` has it; the weights lie beside it."""
+
+    setting: str
+    seed: int
+    history: list[dict[str, float]]
+    """Training losses, see :class:`vaelab.training.Trained`."""
+    masks: list[dict[str, Any]]
+    """The mean mask of held-out pictures: a row a tracked step, class and channel: ``step``, ``class``,
+    ``channel``, ``mask``; the class ``all`` is every picture."""
+    spectrum: list[dict[str, float]]
+    """A row a timestep and channel: ``timestep``, ``channel``, ``snr``, ``error``, ``closed_form``."""
+    measures: dict[str, Any]
+    """The fields of :class:`vaelab.masked_measures.Measures`."""
+
+
+class Scheduled(Watcher):
+    """Sets lambda, and whether the mask is used, for every step."""
+
+    def __init__(self, objective: PruningObjective):
+        self._objective = objective
+
+    def around(self, step: int) -> AbstractContextManager:
+        """Set both before the step."""
+        config = self._objective.config
+        self._objective.sparsity = config.sparsity_at(step)
+        self._objective.masks.used = step > config.mask_from
+        return nullcontext()
+
+
+class MaskWatcher(Watcher):
+    """The mean mask of held-out pictures, for every channel and class, before training and then every so
+    many steps."""
+
+    def __init__(self, objective: PruningObjective, images: Images, every: int):
+        self._objective, self._every = objective, every
+        self._images, self._classes = images, images.classes
+        self.rows: list[dict[str, Any]] = []
+
+    def after(self, step: int, optimizer: torch.optim.Optimizer) -> None:
+        """Measure if it is time."""
+        if step % self._every == 0:
+            self.measure(step)
+
+    @torch.no_grad()
+    def measure(self, step: int) -> None:
+        """Measure now."""
+        objective = self._objective
+        was_training, device = objective.training, next(objective.parameters()).device
+        objective.eval()
+        batch = next(self._images.batches(min(TRACKED_PICTURES, len(self._images))))
+        latents = models.latent(objective.vae, batch["pixels"].to(device)) * objective.vae.config.scaling_factor
+        mask = objective.seen(latents).mask.float().cpu()
+        objective.train(was_training)
+        groups = {"all": torch.ones(len(mask), dtype=torch.bool)}
+        groups |= {name: batch["label"] == number for number, name in enumerate(self._classes)}
+        self.rows += [
+            {"step": step, "class": name, "channel": channel, "mask": value}
+            for name, members in groups.items()
+            if members.any()
+            for channel, value in enumerate(mask[members].mean(0).tolist())
+        ]
+
+    def state(self) -> dict[str, Any]:
+        """The rows so far."""
+        return {"rows": self.rows}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on with the rows."""
+        self.rows = state["rows"]
+
+
+def build(model: str, config: PruningConfig, resolution: int, revision: str | None = None) -> PruningObjective:
+    """VAE, predictor, denoiser and schedule, untrained but for a VAE that is to be finetuned or frozen.
+
+    Raises:
+        ValueError: a VAE whose latent fits neither the denoiser nor the resolution.
+    """
+    from diffusers import DDPMScheduler, UNet2DModel
+
+    changes, seed = None, config.train.seed
+    if config.autoencoder == "scratch":
+        changes = {"scaling_factor": 1.0, **_widths(config.vae_channels)}
+        changes |= {"latent_channels": config.latent_channels} if config.latent_channels else {}
+    vae = models.load_vae(model, device=config.train.device, revision=revision, changes=changes, seed=seed)
+    if config.latent_channels not in (0, vae.config.latent_channels):
+        raise ValueError(
+            f"latent_channels: {model!r} has {vae.config.latent_channels}, got {config.latent_channels}; only an "
+            "autoencoder from scratch can have another number"
+        )
+    vae.requires_grad_(config.autoencoder != "frozen")
+    side, stages = _latent_side(vae, resolution), len(config.unet_channels)
+    if side % 2 ** (stages - 1):
+        raise ValueError(
+            f"resolution: the VAE's latent of {side} x {side} does not fit a denoiser of {stages} stages, which "
+            f"halves it {stages - 1} times; take another resolution, or fewer unet_channels"
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        unet = UNet2DModel(
+            sample_size=side,
+            in_channels=vae.config.latent_channels,
+            out_channels=vae.config.latent_channels,
+            down_block_types=["DownBlock2D"] * stages,
+            up_block_types=["UpBlock2D"] * stages,
+            block_out_channels=config.unet_channels,
+            layers_per_block=config.unet_layers,
+            norm_num_groups=8,
+        )
+        scheduler = DDPMScheduler(num_train_timesteps=config.timesteps, clip_sample=False)
+        return PruningObjective(vae, unet, scheduler, config.latent).to(vae.device)
+
+
+def train_pruned(
+    model: str,
+    setting: str,
+    config: PruningConfig,
+    pictures: tuple[Images, Images],
+    folder: str | Path,
+    *,
+    judge: Judge | None = None,
+    revision: str | None = None,
+) -> PrunedRun:
+    """Train and measure one setting, going on from what an interrupted call left.
+
+    Args:
+        model: as in :func:`vaelab.models.load_vae`.
+        setting: what to call it.
+        config: its ``train.seed`` is the run's seed.
+        pictures: to train on, and to measure on.
+        folder: where its checkpoint, ``run.json`` and ``weights.safetensors`` go.
+        judge: of samples, where ``config.fid_images`` asks for some.
+        revision: of a model on the hub.
+    """
+    folder = Path(folder)
+    finished, weights = folder / "run.json", folder / "weights.safetensors"
+    settings = _settings(model, revision, setting, config, pictures)
+    if finished.exists() and weights.exists():
+        stored = read_json(finished)
+        refuse_other_settings(finished, stored.pop("settings"), settings)
+        return PrunedRun(**stored)
+    learning, held_out = pictures
+    objective = build(model, config, learning.resolution, revision)
+    watcher = MaskWatcher(objective, held_out, config.track_every)
+    if not (folder / "checkpoint.safetensors").exists():
+        watcher.measure(0)
+    trained = train(
+        objective,
+        learning.shuffled(config.batch_size, config.train.seed),
+        config.train,
+        folder=folder,
+        watchers=[Scheduled(objective), watcher],
+        settings=settings,
+        title=f"{setting}, seed {config.train.seed}",
+    )
+    found, spectrum = measure(objective, held_out, config.measuring, config.train.seed, judge)
+    with atomic(weights) as draft:
+        save_file({name: value.cpu().contiguous() for name, value in objective.state_dict().items()}, draft)
+    run = PrunedRun(setting, config.train.seed, trained.history, watcher.rows, spectrum, found._asdict())
+    write_json(finished, {"settings": settings, **run._asdict()})
+    (folder / "checkpoint.safetensors").unlink()
+    return run
+
+
+def load_pruned(
+    model: str, config: PruningConfig, resolution: int, folder: str | Path, revision: str | None = None
+) -> PruningObjective:
+    """What :func:`train_pruned` trained, in evaluation mode."""
+    objective = build(model, config, resolution, revision)
+    objective.load_state_dict(load_file(Path(folder, "weights.safetensors")))
+    return objective.eval()
+
+
+def _latent_side(vae: nn.Module, resolution: int) -> int:
+    pixels = torch.zeros(1, 3, resolution, resolution, device=vae.device, dtype=vae.dtype)
+    with torch.no_grad():
+        latent = models.latent(vae, pixels)
+        models.decode(vae, latent, pixels.shape)
+    return latent.shape[-1]
+
+
+def _widths(channels: tuple[int, ...]) -> dict[str, Any]:
+    depth = len(channels)
+    return {
+        "block_out_channels": list(channels), "down_block_types": ["DownEncoderBlock2D"] * depth,
+        "up_block_types": ["UpDecoderBlock2D"] * depth,
+    } if channels else {}  # fmt: skip
+
+
+def _settings(
+    model: str, revision: str | None, setting: str, config: PruningConfig, pictures: tuple[Images, Images]
+) -> dict[str, Any]:
+    """All that decides the outcome, as it comes back from JSON."""
+    decides = asdict(config)
+    decides |= decides.pop("train") | decides.pop("latent") | decides.pop("measuring")
+    for name in NOT_SIGNED:
+        decides.pop(name)
+    data = [f"{images.name} x {len(images)} at {images.resolution}" for images in pictures]
+    return json.loads(json.dumps({**decides, "model": model, "revision": revision, "setting": setting, "data": data}))

@@ -1,0 +1,133 @@
+"""Samples of a trained latent denoiser, and the Frechet distance between two sets of pictures.
+
+The Frechet inception distance (Heusel et al. 2017, eq. 6) depends on the network whose features are
+compared and on the number of pictures: both belong beside the number. ``inception`` is the usual network,
+whose weights torch-fidelity fetches; ``embedded`` is the encoder of the lab's own autoencoder, which is
+there without a download and whose distances are to be compared with each other only.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vaelab import hooks, models
+from vaelab.checks import at_least, one_of
+
+FEATURES = ("embedded", "inception")
+LAYER = "encoder.mid_block"
+
+Features = Callable[[Tensor], Tensor]
+"""From pictures (B, 3, R, R) in [-1, 1] to features (B, d)."""
+
+
+@torch.no_grad()
+def draw(
+    unet: nn.Module, scheduler: Any, shape: tuple[int, int, int], count: int, *, steps: int, batch_size: int, seed: int
+) -> Tensor:
+    """Latents (count, c, h, w) by ancestral sampling over the whole schedule, from its noisiest timestep.
+
+    Args:
+        unet: predicts the noise.
+        scheduler: a ``DDPMScheduler``; a copy of it is used.
+        shape: (c, h, w).
+        count: how many.
+        steps: to take; fewer than the schedule has are spread over all of it.
+        batch_size: latents at a time.
+        seed: fixes the samples.
+    """
+    at_least("sampler_steps", steps, 1)
+    sampler = type(scheduler).from_config(scheduler.config, timestep_spacing="trailing")
+    sampler.set_timesteps(steps)
+    generator, device = torch.Generator().manual_seed(seed), next(unet.parameters()).device
+    parts = []
+    for start in range(0, count, batch_size):
+        latents = torch.randn(min(batch_size, count - start), *shape, generator=generator).to(device)
+        for timestep in sampler.timesteps:
+            predicted = unet(latents, timestep.to(device)).sample
+            latents = sampler.step(predicted, timestep, latents, generator=generator).prev_sample
+        parts.append(latents)
+    return torch.cat(parts)
+
+
+def features(name: str, device: str = "auto") -> Features:
+    """The feature network by name.
+
+    Raises:
+        ValueError: an unknown name, or a network whose weights are not there.
+    """
+    one_of("fid_features", name, FEATURES)
+    return _embedded(device) if name == "embedded" else _inception(device)
+
+
+def judge(name: str, batches: Iterable[dict[str, Tensor]], count: int, device: str = "auto") -> "Judge | None":
+    """A judge by the feature network ``name`` against the ``pixels`` of ``batches``, or None where no
+    picture is to be judged (``count`` 0)."""
+    return Judge(features(name, device), (batch["pixels"] for batch in batches)) if count else None
+
+
+def statistics(features: Features, batches: Iterable[Tensor]) -> tuple[np.ndarray, np.ndarray]:
+    """Mean (d,) and covariance (d, d) of the features of pictures, in float64.
+
+    Raises:
+        ValueError: no more pictures than features, whose covariance would be singular.
+    """
+    with torch.no_grad():
+        found = torch.cat([features(batch).cpu() for batch in batches]).double().numpy()
+    if len(found) <= found.shape[1]:
+        raise ValueError(f"fid_images: {len(found)} pictures for {found.shape[1]} features; take more than features")
+    return found.mean(0), np.cov(found, rowvar=False)
+
+
+def frechet_distance(first: tuple[np.ndarray, np.ndarray], second: tuple[np.ndarray, np.ndarray]) -> float:
+    """|mu1 - mu2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of two means (d,) and covariances (d, d)."""
+    (mean, covariance), (other_mean, other_covariance) = first, second
+    # of (C1 C2)^(1/2) only the trace is needed, the sum of the roots of C1 C2's eigenvalues; those are real and
+    # not negative, but for rounding
+    roots = np.sqrt(np.linalg.eigvals(covariance @ other_covariance).real.clip(0)).sum()
+    spread = np.trace(covariance) + np.trace(other_covariance) - 2 * roots
+    return float(max(0.0, np.square(mean - other_mean).sum() + spread))
+
+
+class Judge:
+    """Frechet distances to one set of pictures, by one feature network.
+
+    Args:
+        features: see :func:`features`.
+        batches: the pictures (B, 3, R, R) in [-1, 1] that all others are compared with.
+        batch_size: pictures at a time.
+    """
+
+    def __init__(self, features: Features, batches: Iterable[Tensor], batch_size: int = 64):
+        self._features, self._size = features, batch_size
+        self._real = statistics(features, batches)
+
+    def distance(self, pictures: Tensor) -> float:
+        """Of pictures (N, 3, R, R) in [-1, 1]."""
+        return frechet_distance(self._real, statistics(self._features, pictures.split(self._size)))
+
+
+def _embedded(device: str) -> Features:
+    vae = models.load_vae("embedded", device=device)
+
+    def encode(pictures: Tensor) -> Tensor:
+        with hooks.capture(vae, LAYER) as seen:
+            vae.encode(pictures.to(vae.device, vae.dtype))
+        return seen[LAYER][0].mean((2, 3)).float()
+
+    return encode
+
+
+def _inception(device: str) -> Features:
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    from vaelab import devices
+
+    try:
+        network = FrechetInceptionDistance(feature=2048, normalize=True).inception.to(devices.pick(device)).eval()
+    except ModuleNotFoundError as error:
+        raise ValueError("fid_features: inception needs torch-fidelity (pip install torch-fidelity)") from error
+    where = devices.pick(device)
+    return lambda pictures: network((pictures.to(where).clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8)).float()
