@@ -1,0 +1,134 @@
+import numpy as np
+import pytest
+import torch
+
+from vaelab import features, purity, store
+from vaelab.features import NONE, Tally, summarise
+from vaelab.sae import SAE, Codes, SAEConfig
+from vaelab.store import BlockShape
+
+TOP = 3
+
+
+def random_codes(items=23, places=4, k=3, n=12, seed=0):
+    """With ties, negative activations and inactive entries; feature 11 is never active."""
+    generator = torch.Generator().manual_seed(seed)
+    indices = torch.stack([torch.randperm(n - 1, generator=generator)[:k] for _ in range(items * places)])
+    values = torch.randint(-1, 4, (items * places, k), generator=generator).float()
+    return Codes(values.view(items, places, k), indices.view(items, places, k))
+
+
+def plainly(codes, n, top):
+    """A feature's top items, by looking at every number."""
+    dense = codes.dense(n)
+    found = []
+    for feature in range(n):
+        best = []
+        for item, places in enumerate(dense[..., feature].tolist()):
+            active = [value for value in places if value]
+            if active:
+                best.append((-max(active), item, places.index(max(active))))
+        found.append([(-value, item, place) for value, item, place in sorted(best)[:top]])
+    return dense, found
+
+
+@pytest.mark.parametrize("batch", [1, 5, 23])
+def test_tops_and_statistics_are_those_of_a_plain_computation(batch):
+    codes = random_codes()
+    dense, expected = plainly(codes, 12, TOP)
+    tally = Tally(12, TOP)
+    for begin in range(0, 23, batch):
+        part = Codes(codes.values[begin : begin + batch], codes.indices[begin : begin + batch])
+        tally.add(part, range(100 + begin, 100 + min(begin + batch, 23)))
+    found = tally.summary()
+    for feature, best in enumerate(expected):
+        rows = zip(found.values[feature].tolist(), found.items[feature].tolist(), found.positions[feature].tolist(),
+                   strict=True)  # fmt: skip
+        assert list(rows) == [(value, 100 + item, place) for value, item, place in best] + [(0, NONE, 0)] * (
+            TOP - len(best)
+        )
+    flat = dense.flatten(0, 1).double()
+    assert found.active_rows.tolist() == (flat != 0).sum(0).tolist()
+    assert found.active_items.tolist() == (dense != 0).any(1).sum(0).tolist()
+    torch.testing.assert_close(found.total, flat.sum(0))
+    torch.testing.assert_close(found.squares, flat.square().sum(0))
+    assert (found.item_count, found.row_count) == (23, 92)
+    assert found.full().tolist() == [len(best) == TOP for best in expected] and not found.full()[11]
+
+
+def test_the_table_describes_a_features_activations():
+    codes = random_codes()
+    tally = Tally(12, TOP)
+    tally.add(codes, range(23))
+    table, flat = tally.summary().table(), codes.dense(12).flatten(0, 1).double()
+    for feature in (0, 5):
+        active = flat[:, feature][flat[:, feature] != 0]
+        row = table.iloc[feature]
+        expected = (*(one.item() for one in (active.mean(), active.std(correction=0), active.max())), len(active) / 92)
+        assert (row["mean"], row["deviation"], row["largest"], row["density"]) == pytest.approx(expected)
+    assert table.iloc[11][["items", "density", "mean", "deviation", "largest"]].tolist() == [0] * 5
+
+
+def test_the_most_active_features_are_those_of_the_largest_activations_in_enough_items():
+    tally = Tally(4, top=2)
+    values = torch.tensor([[1.0, 9.0, 3.0], [2.0, 0.0, 5.0]])[:, None]
+    tally.add(Codes(values, torch.tensor([[0, 1, 2], [0, 1, 2]])[:, None]), [0, 1])
+    found = tally.summary()
+    assert found.most_active(10).tolist() == [2, 0]
+    assert found.most_active(1).tolist() == [2]
+
+
+def test_memory_does_not_grow_with_the_items():
+    tally = Tally(12, TOP)
+    sizes = set()
+    for number in range(5):
+        tally.add(random_codes(seed=number), range(23 * number, 23 * number + 23))
+        sizes.add(sum(value.numel() for value in vars(tally).values() if isinstance(value, torch.Tensor)))
+    assert len(sizes) == 1 and tally.summary().item_count == 115
+
+
+def identity_sae(width, k):
+    sae = SAE(SAEConfig(width, width, k))
+    with torch.no_grad():
+        for part in (sae.encoder, sae.decoder):
+            part.copy_(torch.eye(width))
+    return sae
+
+
+@pytest.mark.parametrize("positions", [(), (2, 2)])
+def test_planted_features_have_the_purity_they_were_made_with(tmp_path, positions):
+    """Feature 0 is of class 0 alone, feature 1 of classes 1 and 2 alike, feature 2 of no class."""
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(4), 15)
+    order = rng.permutation(60)
+    labels = labels[order]
+    anywhere = rng.permutation(60)[:20]
+    vectors = torch.zeros(60, 4)
+    vectors[torch.from_numpy(np.flatnonzero(labels == 0)), 0] = torch.arange(15.0) + 1
+    for c in (1, 2):
+        vectors[torch.from_numpy(np.flatnonzero(labels == c)), 1] = torch.arange(15.0) + 1 + 0.5 * c
+    vectors[torch.from_numpy(anywhere), 2] = torch.arange(20.0) + 1
+    maps = torch.zeros(60, *positions, 4)
+    (maps[:, 1, 0] if positions else maps)[:] = vectors
+    items = [{"image": i, "seed": 0, "timestep": [25]} for i in range(60)]
+    with store.create(tmp_path / "kept", {"up.t25": BlockShape(positions, 4)}, items_per_shard=16) as writer:
+        writer.add({"up.t25": maps}, items)
+    kept = store.open(tmp_path / "kept")
+    found = summarise(identity_sae(4, 2), kept, "up.t25", batch_items=13)
+    assert found.full().tolist() == [True, True, True, False]
+    assert sorted(found.items[2].tolist()) == sorted(anywhere[10:].tolist())
+    if positions:
+        assert set(found.positions[:3].flatten().tolist()) == {2}
+    expected = [(0.0, 1.0), (1.0, 0.5)]
+    for feature, (entropy, majority) in enumerate(expected):
+        one = purity.measure(labels, found.items[[feature]].numpy(), permutations=200)
+        assert (one.entropy, one.majority) == (entropy, majority) and one.permutation_p < 0.02
+    assert purity.measure(labels, found.items[[2]].numpy(), permutations=200).permutation_p > 0.05
+    half = summarise(identity_sae(4, 2), kept, "up.t25", items=range(0, 60, 2), top=5)
+    assert half.item_count == 30 and all(item % 2 == 0 for item in half.items[:3].flatten().tolist())
+
+
+def test_wrong_input_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"^top: must be at least 1"):
+        Tally(4, 0)
+    assert features.Tally(4, 2).summary().most_active(3).tolist() == []
