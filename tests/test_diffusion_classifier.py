@@ -1,0 +1,156 @@
+import numpy as np
+import pytest
+import torch
+
+from vaelab import diffusion_classifier
+from vaelab.blocks import denoiser
+from vaelab.conditioning import add_noise, condition, encode, predict
+from vaelab.diffusion_classifier import DiffusionClassifier, Stages, class_prompts, decide, target, timesteps
+
+PROMPTS = ["a red circle", "a large blue square", "two yellow stars"]
+SMALL = Stages((2, 6), (2, 1))
+
+
+def pictures(count=2):
+    return torch.rand(count, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+def test_the_stages_of_the_paper_are_evenly_spaced_and_make_no_trial_twice():
+    first, second = Stages().schedule()
+    assert first == list(range(5, 250, 10)) and len(first) == 25
+    assert sorted(first + second) == list(range(250))
+    assert Stages((3,), (1,)).schedule() == [[0, 1, 2]]
+
+
+def planted(classes, gap, noise, seed=0):
+    """Errors of classes (C,), the truth's lower by ``gap``, with noise most of which all classes share."""
+
+    def errors(chosen, trial):
+        rng = np.random.default_rng([seed, trial])
+        shared, own = rng.normal(size=()), rng.normal(size=classes)
+        means = np.full(classes, 1.0)
+        means[seed % classes] -= gap
+        return torch.from_numpy(means + 5 * shared + noise * own)[list(chosen)]
+
+    return errors
+
+
+def test_adaptive_and_full_evaluation_agree_on_a_planted_denoiser_and_the_adaptive_one_costs_less():
+    stages, full = Stages((5, 50), (3, 1)), Stages((50,), (1,))
+    for seed in range(20):
+        errors = planted(12, gap=0.5, noise=0.3, seed=seed)
+        adaptive, whole = decide(errors, 12, stages), decide(errors, 12, full)
+        assert adaptive.chosen == whole.chosen == seed % 12
+        plain = torch.stack([errors(range(12), trial) for trial in range(50)]).mean(0)
+        np.testing.assert_allclose(whole.errors, plain, rtol=1e-12)
+        assert whole.passes == 12 * 50 and adaptive.passes == 12 * 5 + 3 * 45
+        left = adaptive.trials == 50
+        assert left.sum() == 3
+        np.testing.assert_allclose(adaptive.errors[left], plain[left], rtol=1e-12)
+
+
+def test_more_classes_than_there_are_to_drop_are_all_kept():
+    verdict = decide(planted(2, 1.0, 0.1), 2, Stages((2, 4), (5, 1)))
+    assert verdict.chosen == 0 and verdict.trials.tolist() == [4, 4]
+
+
+@pytest.mark.parametrize("name", ["sd", "sd2", "sdxl", "dit", "sd3", "pixart", "deepfloyd"])
+def test_errors_are_those_of_a_plain_evaluation(small_pipeline, name):
+    pipeline = small_pipeline(name)
+    prompts = [3, 77, 400] if name == "dit" else PROMPTS
+    classifier = DiffusionClassifier(pipeline, prompts, Stages((2,), (1,)), batch_size=2, seed=4)
+    found = classifier.classify(pictures(1))[0]
+    latents, total = encode(pipeline, pictures(1)), pipeline.scheduler.config.num_train_timesteps
+    assert classifier.timesteps == [total // 4, total // 4 + total // 2]
+    for number, prompt in enumerate(prompts):
+        told, errors = condition(pipeline, [prompt], 1, (32, 32)), []
+        for trial, timestep in enumerate(classifier.timesteps):
+            state = np.random.SeedSequence([4, trial]).generate_state(1, np.uint64)[0]
+            noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(int(state >> 1)))
+            with torch.no_grad():
+                predicted = predict(pipeline, add_noise(pipeline, latents, noise, timestep), timestep, told)
+            wanted = target(pipeline, latents, noise, timestep)
+            errors.append((predicted[:, : wanted.shape[1]] - wanted).square().mean().item())
+        assert found.errors[number] == pytest.approx(np.mean(errors), rel=1e-4)
+    assert found.chosen == int(np.argmin(found.errors))
+
+
+@pytest.mark.parametrize("name", ["sd", "sd2", "sd3"])
+def test_a_perfect_prediction_has_no_error(small_pipeline, name):
+    """The target, put through the schedule's own formulas, gives the picture back."""
+    pipeline = small_pipeline(name)
+    latents, noise = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    noisy, wanted = add_noise(pipeline, latents, noise, 300), target(pipeline, latents, noise, 300)
+    if name == "sd3":
+        back = noisy - 0.3 * wanted
+    else:
+        kept = pipeline.scheduler.alphas_cumprod[300].item()
+        if name == "sd":
+            back = (noisy - (1 - kept) ** 0.5 * wanted) / kept**0.5
+        else:
+            back = kept**0.5 * noisy - (1 - kept) ** 0.5 * wanted
+    torch.testing.assert_close(back, latents, atol=1e-5, rtol=1e-4)
+
+
+def test_a_planted_denoiser_names_the_class_whose_mean_the_picture_is(small_pipeline, monkeypatch):
+    """The best denoiser of a class that has one picture knows the noise wherever that picture is meant."""
+    pipeline = small_pipeline("sd")
+    shown = pictures(3)
+    means = encode(pipeline, shown)
+    states = condition(pipeline, PROMPTS, 3, (32, 32))["encoder_hidden_states"]
+
+    def knows(pipeline, noisy, timestep, told):
+        which = [(states == one).flatten(1).all(1).nonzero().item() for one in told["encoder_hidden_states"]]
+        kept = pipeline.scheduler.alphas_cumprod[timestep].item()
+        return (noisy - kept**0.5 * means[which]) / (1 - kept) ** 0.5
+
+    monkeypatch.setattr(diffusion_classifier, "predict", knows)
+    verdicts = DiffusionClassifier(pipeline, PROMPTS, SMALL, batch_size=2).classify(shown)
+    assert [verdict.chosen for verdict in verdicts] == [0, 1, 2]
+    for number, verdict in enumerate(verdicts):
+        assert verdict.errors[number] < 1e-6 < verdict.errors[(number + 1) % 3]
+        assert sorted(verdict.trials.tolist()) == [2, 6, 6] and verdict.passes == 14
+
+
+def test_a_picture_is_decided_by_itself_and_the_denoiser_runs_as_often_as_is_said(small_pipeline):
+    pipeline, shown = small_pipeline("sd"), pictures(2)
+    classifier = DiffusionClassifier(pipeline, PROMPTS, SMALL)
+    calls = []
+    handle = denoiser(pipeline).register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
+    try:
+        together = classifier.classify(shown)
+    finally:
+        handle.remove()
+    assert sum(calls) == sum(verdict.passes for verdict in together) == 2 * (3 * 2 + 2 * 4)
+    for one, verdict in zip(shown, together, strict=True):
+        np.testing.assert_allclose(classifier.classify(one[None])[0].errors, verdict.errors, rtol=1e-5)
+
+
+def test_prompts_of_classes(small_pipeline):
+    names = ["red_circle", "square"]
+    assert class_prompts(small_pipeline("sd"), names, "a photo of a {}, a type of pet") == [
+        "a photo of a red circle, a type of pet", "a photo of a square, a type of pet",
+    ]  # fmt: skip
+    assert class_prompts(small_pipeline("dit"), names, "unused") == [0, 1]
+    with pytest.raises(ValueError, match=r"^template: "):
+        class_prompts(small_pipeline("sd"), names, "a photo")
+
+
+@pytest.mark.parametrize(
+    ("trials", "keep", "parameter"),
+    [((), (), "trials"), ((5, 5), (2, 1), "trials"), ((5,), (2, 1), "trials"), ((5, 9), (2, 2), "keep"),
+     ((5, 9), (3, 2), "keep")],
+)  # fmt: skip
+def test_stages_that_decide_nothing_are_refused(trials, keep, parameter):
+    with pytest.raises(ValueError, match=f"^{parameter}: "):
+        Stages(trials, keep)
+
+
+def test_other_wrong_input_is_refused(small_pipeline):
+    pipeline = small_pipeline("sd")
+    with pytest.raises(ValueError, match=r"^prompts: "):
+        DiffusionClassifier(pipeline, PROMPTS[:1])
+    with pytest.raises(ValueError, match=r"^trials: at most one for each of the model's 1000 timesteps, got 1001"):
+        timesteps(pipeline, 1001)
+    with pytest.raises(ValueError, match="FLUX predicts tokens"):
+        target(small_pipeline("flux"), torch.zeros(1), torch.zeros(1), 0)
