@@ -274,6 +274,8 @@ def bars(table: pd.DataFrame, x: str, y: str, hue: str | None, ylabel: str, titl
     sns.stripplot(
         table, x=x, y=y, hue=hue, palette=colours, dodge=bool(hue), ax=axis, size=5, legend=False, jitter=False
     )
+    if hue:
+        sns.move_legend(axis, "center left", bbox_to_anchor=(1.0, 0.5), fontsize=9)  # inside it would hide a bar
     axis.set(xlabel="", ylabel=ylabel)
     axis.tick_params(axis="x", rotation=20)
     axis.set_title(title, fontsize=11)
