@@ -114,6 +114,10 @@ def test_pictures_show_every_way_to_decode(swept, held_out):
     assert list(rows) == ["held out", "keep_2, latent", "keep_2, masked", "keep_2, drawn"]
     assert all(row.shape == (3, 3, 16, 16) for row in rows.values())
     assert not torch.equal(rows["keep_2, latent"], rows["keep_2, masked"])
+    plain = collapse.trained("embedded", {"unmasked": settings["unmasked"]}, 0, 16, folder)
+    assert list(collapse.pictures(plain, held_out, settings["unmasked"], 2)) == [
+        "held out", "unmasked, latent", "unmasked, drawn",
+    ]  # fmt: skip
     fresh = build("embedded", settings["keep_2"], 16).state_dict()["vae.encoder.conv_in.weight"]
     assert not torch.equal(trained["keep_2"].vae.encoder.conv_in.weight, fresh)
 

@@ -70,7 +70,7 @@ def test_structure_lowers_the_loss_below_the_closed_form(scheduler):
     assert (found < closed).all() and found.mean() < 0.3 * closed.mean()
 
 
-@pytest.mark.parametrize("factor", [0.5, 0.1, 0.0])
+@pytest.mark.parametrize("factor", [2.0, 0.5, 0.1, 0.0])
 def test_a_denoiser_told_the_scale_is_the_best_one_of_the_scaled_latents(scheduler, factor):
     scales, timesteps = torch.tensor([1.0, 0.3]), noise_loss.grid(scheduler, 10)
     told = noise_loss.at_scale(best_linear(scheduler, scales), scheduler, factor)
@@ -86,6 +86,8 @@ def test_at_scale_1_it_is_the_denoiser_itself(scheduler):
     plain = noise_loss.errors(best_linear(scheduler), latents, scheduler, timesteps)
     told = noise_loss.errors(noise_loss.at_scale(best_linear(scheduler), scheduler, 1.0), latents, scheduler, timesteps)
     torch.testing.assert_close(told, plain, rtol=1e-4, atol=1e-7)
+    huge = noise_loss.at_scale(best_linear(scheduler), scheduler, 1e30)
+    assert noise_loss.errors(huge, latents, scheduler, timesteps).isfinite().all()
 
 
 def test_equal_factor_and_equivalent_scale_undo_the_closed_form(scheduler):

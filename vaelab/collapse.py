@@ -165,11 +165,12 @@ def pictures(
         latents = models.latent(objective.vae, shown.to(objective.vae.device)) * objective.vae.config.scaling_factor
         seen = objective.seen(latents).latents
         few = replace(config.measuring, fid_images=count)
-        found |= {
-            f"{name}, latent": models.decode(objective.vae, latents / objective.vae.config.scaling_factor, shown.shape),
-            f"{name}, masked": objective.decode(seen, shown.shape),
-            f"{name}, drawn": drawn(objective, few, tuple(seen.shape[1:]), images.resolution, config.train.seed),
-        }
+        found[f"{name}, latent"] = models.decode(
+            objective.vae, latents / objective.vae.config.scaling_factor, shown.shape
+        )
+        if objective.config.mask != "none":
+            found[f"{name}, masked"] = objective.decode(seen, shown.shape)
+        found[f"{name}, drawn"] = drawn(objective, few, tuple(seen.shape[1:]), images.resolution, config.train.seed)
     return found
 
 

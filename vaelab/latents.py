@@ -131,6 +131,7 @@ class ChannelMask(nn.Module):
         self.predict.requires_grad_(config.mask != "none")
         self._config, self.used = config, True
         self.register_buffer("usual_gain", torch.ones(()))
+        self.register_buffer("gains", torch.zeros(()))
 
     def forward(self, latents: Tensor) -> Masked:
         """Mask latents (B, c, h, w). In evaluation the gain is the usual one of training, so that a
@@ -139,7 +140,8 @@ class ChannelMask(nn.Module):
         if self._config.mask == "normalised":
             now = gain(latents, mask) if self.training else self.usual_gain
             if self.training:
-                self.usual_gain.lerp_(now.detach(), 1 - GAIN_MEMORY)
+                self.gains += 1
+                self.usual_gain.lerp_(now.detach(), torch.clamp(1 / self.gains, min=1 - GAIN_MEMORY))
             mask = now * mask
         if not self.used:
             mask = torch.ones_like(mask) + 0 * mask

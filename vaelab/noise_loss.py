@@ -112,11 +112,11 @@ def at_scale(predict: Predict, scheduler: Any, factor: float) -> Predict:
 
     def predict_scaled(noisy: Tensor, timestep: Tensor) -> Tensor:
         abar = float(shares[int(timestep)])
-        power = factor**2 * abar
-        matched = power / (power + 1 - abar)
-        ratio = np.log(matched / (1 - matched)) if matched else -np.inf
+        power, noise = factor**2 * abar, 1 - abar
+        ratio = np.log(power / noise) if power else -np.inf
         other = float(np.interp(-ratio, -ratios, np.arange(len(ratios))))
-        return predict(((1 - matched) / (1 - abar)) ** 0.5 * noisy, torch.tensor(other, device=noisy.device))
+        # the root of (1 - abar') / (1 - abar)
+        return predict((power + noise) ** -0.5 * noisy, torch.tensor(other, device=noisy.device))
 
     return predict_scaled
 

@@ -221,6 +221,8 @@ def train_pruned(
         judge: of samples, where ``config.fid_images`` asks for some.
         revision: of a model on the hub.
     """
+    from accelerate import PartialState
+
     folder = Path(folder)
     finished, weights = folder / "run.json", folder / "weights.safetensors"
     settings = _settings(model, revision, setting, config, pictures)
@@ -243,11 +245,12 @@ def train_pruned(
         title=f"{setting}, seed {config.train.seed}",
     )
     found, spectrum = measure(objective, held_out, config.measuring, config.train.seed, judge)
-    with atomic(weights) as draft:
-        save_file({name: value.cpu().contiguous() for name, value in objective.state_dict().items()}, draft)
     run = PrunedRun(setting, config.train.seed, trained.history, watcher.rows, spectrum, found._asdict())
-    write_json(finished, {"settings": settings, **run._asdict()})
-    (folder / "checkpoint.safetensors").unlink()
+    if PartialState().is_main_process:
+        with atomic(weights) as draft:
+            save_file({name: value.cpu().contiguous() for name, value in objective.state_dict().items()}, draft)
+        write_json(finished, {"settings": settings, **run._asdict()})
+        (folder / "checkpoint.safetensors").unlink()
     return run
 
 

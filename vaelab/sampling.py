@@ -128,6 +128,6 @@ def _inception(device: str) -> Features:
     try:
         network = FrechetInceptionDistance(feature=2048, normalize=True).inception.to(devices.pick(device)).eval()
     except ModuleNotFoundError as error:
-        raise ValueError("fid_features: inception needs torch-fidelity (pip install torch-fidelity)") from error
+        raise ValueError("fid_features: inception needs torch-fidelity (pip install vaelab[fid])") from error
     where = devices.pick(device)
     return lambda pictures: network((pictures.to(where).clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8)).float()
