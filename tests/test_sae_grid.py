@@ -32,6 +32,7 @@ def test_the_grid_has_every_combination_once_of_each_blocks_width():
         ((["up.0.1"], [2, 2], [8], [0]), r"k: expected one or more different values, got \[2, 2\]"),
         ((["up.0.1"], [2, 9], [8], [0]), "k: 9 active features of 8"),
         ((["up.0.1"], [2], [8], []), "seeds: expected one or more"),
+        ((["up.0.1"], [2], [8], [0], "topkk"), "kind: unknown name 'topkk'.*batchtopk"),
     ],
 )
 def test_a_wrong_grid_is_refused(given, message):

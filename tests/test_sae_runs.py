@@ -103,3 +103,6 @@ def test_a_reconstruction_goes_into_the_model(found, small_pipeline):
     whole = denoise.generate_all(pipeline, asked, sampling)
     assert all(torch.isfinite(one).all() and not torch.equal(one, whole) for one in made.values())
     assert not torch.equal(made["zero"], made["mean"])
+    every_component = baselines.PrincipalComponents(baselines.moments(sae_grid.vectors(found.held_out, BLOCK)), WIDTH)
+    same = substitute.drawn(pipeline, asked, BLOCK, baselines.reconstruction(every_component), sampling)
+    torch.testing.assert_close(same, whole, rtol=0, atol=1e-4)

@@ -14,11 +14,11 @@ import pandas as pd
 from torch import Tensor
 
 from vaelab import collect, fidelity, store
-from vaelab.checks import at_least, unknown
+from vaelab.checks import at_least, one_of, unknown
 from vaelab.collect import CollectConfig
 from vaelab.denoise import Sampling
 from vaelab.prompts import Prompts, load_prompts
-from vaelab.sae import SAE, SAEConfig
+from vaelab.sae import SAE, VARIANTS, SAEConfig
 from vaelab.sae_training import Wanted
 
 KEY = ("block", "k", "n_features", "seed")
@@ -31,6 +31,7 @@ def grid(
     ks: Sequence[int],
     sizes: Sequence[int],
     seeds: Sequence[int],
+    kind: str = "topk",
     **options: Any,
 ) -> dict[str, Wanted]:
     """What is to be trained, under the names of the folders that it is kept in.
@@ -41,11 +42,15 @@ def grid(
         ks: active features a vector.
         sizes: n_features.
         seeds: of the initial dictionaries.
-        options: of every :class:`vaelab.sae.SAEConfig`.
+        kind: of autoencoder, the ``variant`` of :class:`vaelab.sae.SAEConfig`.
+        options: other fields of it.
 
     Raises:
-        ValueError: a block that the store does not have, no or repeated values, or k above n_features.
+        ValueError: a block that the store does not have, no or repeated values, an unknown kind, or k
+            above n_features.
     """
+    one_of("kind", kind, VARIANTS)
+    options = {"variant": kind, **options}
     for name, values in (("blocks", blocks), ("k", ks), ("n_features", sizes), ("seeds", seeds)):
         if not values or len(set(values)) < len(values):
             raise ValueError(f"{name}: expected one or more different values, got {list(values)}")
