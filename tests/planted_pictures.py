@@ -25,7 +25,7 @@ def planted_maps(truth, noise=0.1, seed=0):
     return maps
 
 
-def fill(folder, truth, *, noise=0.1, seed=0, views=1, images=None):
+def fill(folder, truth, *, noise=0.1, seed=0, views=1, images=None, **more):
     """A complete store of pictures; of every picture ``views`` items, each with noise of its own."""
     images = list(range(len(truth))) if images is None else images
     drawn = [planted_maps(truth, noise, 100 * seed + view) for view in range(views)]
@@ -34,7 +34,7 @@ def fill(folder, truth, *, noise=0.1, seed=0, views=1, images=None):
         {"image": image, "view": view, "seed": seed, "timestep": [25], "labels": one}
         for image, one in zip(images, truth, strict=True) for view in range(views)
     ]  # fmt: skip
-    settings = {"classes": CLASSES, "model": "planted", "timesteps": [25], "blocks": ["up"]}
+    settings = {"classes": CLASSES, "model": "planted", "timesteps": [25], "blocks": ["up"], **more}
     with store.create(folder, LAYOUT, precision="float32", items_per_shard=7, settings=settings) as writer:
         writer.add({"up.t25": maps.mean((1, 2)), "up.t25.maps": maps}, items)
     return store.open(folder)

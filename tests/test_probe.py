@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from vaelab.probe import linear_probe, score, wilson
+from vaelab.probe import class_share, linear_probe, score, wilson
 
 
 @pytest.mark.parametrize(("right", "count"), [(0, 10), (10, 10), (3, 7), (480, 500)])
@@ -58,3 +58,21 @@ def test_wrong_input_is_refused():
         linear_probe((learn[0], np.zeros(10, int)), learn, learn[0])
     with pytest.raises(ValueError, match=r"^count: "):
         wilson(0, 0)
+
+
+def test_the_share_between_classes_is_that_of_analysis_of_variance_and_0_by_chance():
+    rng = np.random.default_rng(0)
+    labels = np.repeat([0, 1, 2], [10, 20, 30])
+    vectors = rng.normal(size=(60, 1)) + labels[:, None]
+    groups = [vectors[labels == c, 0] for c in range(3)]
+    within = sum(((one - one.mean()) ** 2).sum() for one in groups)
+    expected = 1 - within / 57 / vectors.var(ddof=1)
+    assert class_share(vectors, labels) == pytest.approx(expected, rel=1e-12)
+    assert class_share(vectors, labels + 5) == pytest.approx(expected, rel=1e-12)
+    assert class_share(labels[:, None] * [[1.0, 2.0]], labels) == pytest.approx(1)
+    dealt = [class_share(rng.normal(size=(60, 5)), labels) for _ in range(200)]
+    assert abs(np.mean(dealt)) < 0.01
+    assert class_share(np.ones((60, 2)), labels) == 0
+    for one_class in (np.zeros(60), np.arange(60)):
+        with pytest.raises(ValueError, match=r"^labels: 60 vectors"):
+            class_share(vectors, one_class)

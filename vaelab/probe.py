@@ -107,3 +107,27 @@ def linear_probe(
             best = accuracy, strength, model
     accuracy, strength, model = best
     return Probe(model.predict((test - mean) / spread), strength, accuracy)
+
+
+def class_share(vectors: np.ndarray, labels: np.ndarray) -> float:
+    """The share of the vectors' variance that is between classes, beyond what classes dealt at random
+    would have: 1 - (within / (N - C)) / (whole / (N - 1)). 0 is chance, 1 that classes are points.
+
+    Args:
+        vectors: (N, d).
+        labels: (N,) class numbers of C classes, C below N.
+
+    Raises:
+        ValueError: fewer than two classes, or as many as vectors.
+    """
+    vectors = np.asarray(vectors, dtype=np.float64)
+    classes, numbers = np.unique(labels, return_inverse=True)
+    if not 1 < len(classes) < len(vectors):
+        raise ValueError(f"labels: {len(vectors)} vectors of {len(classes)} classes; expected two or more, of several")
+    counts = np.bincount(numbers)
+    means = np.zeros((len(classes), vectors.shape[1]))
+    np.add.at(means, numbers, vectors)
+    means /= counts[:, None]
+    within = np.square(vectors - means[numbers]).sum() / (len(vectors) - len(classes))
+    whole = np.square(vectors - vectors.mean(0)).sum() / (len(vectors) - 1)
+    return float(1 - within / whole) if whole > 0 else 0.0

@@ -1,0 +1,71 @@
+import numpy as np
+import pytest
+import torch
+from helpers import picture_folder
+
+from vaelab import world
+from vaelab.labelled import crop_and_flip, load
+
+
+def test_the_worlds_scenes_of_one_thing_have_every_factor():
+    pictures = load("world", split="train[2:6]", resolution=64)
+    assert len(pictures) == 4 and pictures.name == "world[train][2:6]"
+    alone = [seed for seed in range(100) if len(world.sample(seed, "train").things) == 1]
+    assert list(pictures.rows) == alone[2:6]
+    assert pictures.classes.keys() == world.FACTORS.keys()
+    for place, seed in enumerate(pictures.rows):
+        picture, scene = pictures[place], world.sample(seed, "train")
+        named = pictures.named(picture.labels)
+        thing = scene.things[0]
+        assert (named["shape"], named["colour"], named["size"], named["position"]) == (
+            thing.shape, thing.colour, thing.size, thing.position,
+        )  # fmt: skip
+        assert (named["texture"], named["ground"]) == (scene.texture, scene.ground)
+        torch.testing.assert_close(picture.pixels, world.render([scene])[0], atol=1 / 127, rtol=0)
+
+
+def test_slices_of_the_world_are_disjoint_and_can_be_cut_short():
+    first, rest = load("world", split="train[:3]"), load("world", split="train[3:]", max_images=2)
+    both = load("world", max_images=5)
+    assert [*first.rows, *rest.rows] == list(both.rows)
+    assert len(load("world", split="test[0:9]", max_images=4)) == 4
+    assert load("world", resolution=32, max_images=1)[0].pixels.shape == (3, 32, 32)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [({}, "max_images: the world has no end"), ({"split": "train[5:]"}, "max_images: "),
+     ({"split": "train[5:5]"}, "max_images: "), ({"split": "trian[0:5]"}, "split .*train"),
+     ({"split": "[0:5]"}, "split "), ({"resolution": 4, "max_images": 1}, "resolution: ")],
+)  # fmt: skip
+def test_what_the_world_cannot_give_is_refused(given, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        load("world", **given)
+
+
+def test_a_folder_of_classes_and_a_picture_that_cannot_be_read(tmp_path):
+    picture_folder(tmp_path, [f"{kind}/{i}.png" for kind in ("cat", "dog") for i in range(3)])
+    (tmp_path / "cat" / "1.png").write_bytes(b"no picture")
+    pictures = load(str(tmp_path), resolution=16)
+    assert pictures.classes == {"label": ["cat", "dog"]}
+    found = [pictures[i] for i in range(6)]
+    assert found[1] is None
+    assert [one.labels["label"] for one in found if one] == [0, 0, 1, 1, 1]
+    assert pictures.named({"label": -1}) == {}
+    assert torch.equal(pictures.stack([4, 0]), torch.stack([found[4].pixels, found[0].pixels]))
+
+
+def test_a_data_set_without_labels_has_no_classes(tmp_path):
+    pictures = load(str(picture_folder(tmp_path, ["a.png", "b.png"])), resolution=16)
+    assert pictures.classes == {} and pictures[0].labels == {}
+
+
+def test_a_crop_is_a_square_of_the_picture_brought_back_to_its_size():
+    ramp = torch.linspace(-1, 1, 32)[None, None].expand(3, 32, 32).contiguous()
+    seen = [crop_and_flip(ramp, np.random.default_rng(seed), 0.5, True) for seed in range(30)]
+    directions = {bool(one[0, 0, -1] > one[0, 0, 0]) for one in seen}
+    assert directions == {True, False}
+    spans = [float((one[0, 0, -1] - one[0, 0, 0]).abs()) for one in seen]
+    assert 0.8 < min(spans) < 1.3 < max(spans) < 2.01 and all(one.shape == ramp.shape for one in seen)
+    assert all(crop_and_flip(ramp, np.random.default_rng(s), 0.5, False)[0, 0].diff().min() >= -1e-6 for s in range(9))
+    assert torch.equal(crop_and_flip(ramp, np.random.default_rng(0), 1.0, False), ramp)

@@ -1,0 +1,195 @@
+from dataclasses import replace
+
+import numpy as np
+import planted_pictures
+import pytest
+import torch
+from helpers import picture_folder
+
+from vaelab import blocks, denoise, examples, layer_features, store
+from vaelab.blocks import denoiser
+from vaelab.labelled import load
+from vaelab.layer_features import LayerConfig, captures, collect
+from vaelab.probe import class_share
+
+LAYERS = ("down.0.0", "bottleneck", "up_ft0", "up_ft1")
+TIMES = (0, 25, 100, 200, 300, 500)
+
+
+def config(**changes):
+    return LayerConfig(**{"blocks": LAYERS[1:3], "timesteps": (25, 500), "batch_size": 4, "precision": "float32",
+                          "items_per_shard": 4, **changes})  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Ten pictures, of which number 2 and 7 cannot be read."""
+    folder = tmp_path_factory.mktemp("pictures")
+    picture_folder(folder, [f"{kind}/{i}.png" for kind in ("cat", "dog") for i in range(5)])
+    for broken in ("cat/2.png", "dog/2.png"):
+        (folder / broken).write_bytes(b"no picture")
+    return load(str(folder), resolution=32)
+
+
+@pytest.fixture
+def pipeline(small_pipeline):
+    return small_pipeline("sd")
+
+
+def assert_same(first, second, tolerance=1e-4):
+    assert first.layout == second.layout and list(first.items) == list(second.items)
+    for block in first.layout:
+        everything = range(len(first.items))
+        torch.testing.assert_close(
+            first.maps(block, everything), second.maps(block, everything), atol=tolerance, rtol=tolerance
+        )
+
+
+def test_features_are_those_of_one_picture_alone_and_their_labels_lie_beside_them(pipeline, pictures, tmp_path):
+    kept = collect(pipeline, pictures, config(maps=True), tmp_path, settings={"model": "small"})
+    assert [item["image"] for item in kept.items] == [0, 1, 3, 4, 5, 6, 8, 9]
+    assert [item["labels"]["label"] for item in kept.items] == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert kept.settings["classes"] == {"label": ["cat", "dog"]} and kept.settings["model"] == "small"
+    shapes = blocks.blocks(pipeline)
+    for block in LAYERS[1:3]:
+        assert kept.layout[f"{block}.t25.maps"].positions == shapes[block].shape[:2]
+        assert kept.layout[f"{block}.t25"] == store.BlockShape((), shapes[block].shape[2])
+    for place, item in enumerate(kept.items):
+        alone = denoise.from_pictures(
+            pipeline, pictures[item["image"]].pixels[None], [item["seed"]], [500], ["up_ft0"]
+        ).maps["up_ft0"][0]
+        torch.testing.assert_close(kept.maps("up_ft0.t500.maps", [place]), alone, atol=1e-4, rtol=1e-4)
+        pooled = kept.maps("up_ft0.t500", [place])
+        torch.testing.assert_close(pooled, alone.mean((1, 2)), atol=1e-4, rtol=1e-4)
+    found = examples.read(kept)
+    assert found.labels.tolist() == [0, 0, 0, 0, 1, 1, 1, 1] and found.classes == ["cat", "dog"]
+
+
+def test_neither_the_batch_nor_the_other_layers_nor_the_other_timesteps_matter(pipeline, pictures, tmp_path):
+    whole = collect(pipeline, pictures, config(), tmp_path / "whole")
+    other = collect(pipeline, pictures, config(batch_size=3, blocks=("up_ft0",), timesteps=(500,)), tmp_path / "other")
+    torch.testing.assert_close(
+        whole.maps("up_ft0.t500", range(8)), other.maps("up_ft0.t500", range(8)), atol=1e-4, rtol=1e-4
+    )
+    assert [item["seed"] for item in whole.items] == [item["seed"] for item in other.items]
+
+
+def test_gone_on_from_a_kill_every_picture_is_there_once(pipeline, pictures, tmp_path, monkeypatch):
+    """Shards of 4 items end in the middle of batches, since two pictures cannot be read."""
+    whole = collect(pipeline, pictures, config(views=2), tmp_path / "whole")
+    add, calls = store.Writer.add, []
+
+    def dying(self, maps, items):
+        calls.append(len(items))
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        add(self, maps, items)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(store.Writer, "add", dying)
+        collect(pipeline, pictures, config(views=2), tmp_path / "cut")
+    assert 0 < len(store.open(tmp_path / "cut").items) < 16
+    assert_same(collect(pipeline, pictures, config(views=2), tmp_path / "cut"), whole)
+    assert_same(collect(pipeline, pictures, config(views=2), tmp_path / "cut"), whole, 0)
+    with pytest.raises(ValueError, match="made with other settings"):
+        collect(pipeline, pictures, config(views=2, seed=1), tmp_path / "cut")
+
+
+def test_four_layers_at_six_timesteps_are_six_partial_passes_a_picture(pipeline, pictures):
+    """The last of the layers ends the pass: what comes after it never runs."""
+    few = replace(pictures, rows=[0, 1, 3])
+    unet, ran, finished = denoiser(pipeline), [], []
+    handles = [
+        unet.conv_in.register_forward_pre_hook(lambda module, args: ran.append(len(args[0]))),
+        unet.conv_out.register_forward_pre_hook(lambda module, args: finished.append(1)),
+    ]
+    try:
+        swept = next(captures(pipeline, few, config(blocks=LAYERS, timesteps=TIMES)))
+        assert sum(ran) == len(TIMES) * 3 and not finished
+        assert len(swept.maps) == len(TIMES) * len(LAYERS)
+        ran.clear()
+        for block in LAYERS:
+            for timestep in TIMES:
+                alone = next(captures(pipeline, few, config(blocks=(block,), timesteps=(timestep,))))
+                name = layer_features.name(block, timestep)
+                torch.testing.assert_close(alone.maps[name], swept.maps[name], atol=1e-4, rtol=1e-4)
+        assert sum(ran) == len(LAYERS) * len(TIMES) * 3
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def test_views_are_the_picture_and_crops_of_it_each_with_its_own_noise(pipeline, pictures):
+    made = next(captures(pipeline, pictures, config(views=3, batch_size=6)))
+    assert [(item["image"], item["view"]) for item in made.items] == [(i, v) for i in (0, 1) for v in range(3)]
+    assert len({item["seed"] for item in made.items}) == 6
+    plain = next(captures(pipeline, pictures, config(batch_size=2)))
+    torch.testing.assert_close(made.maps["up_ft0.t25"][[0, 3]], plain.maps["up_ft0.t25"], atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(made.maps["up_ft0.t25"][1], made.maps["up_ft0.t25"][0], atol=1e-2)
+
+
+def test_a_prompt_is_empty_the_same_for_all_or_names_the_truth(small_pipeline, pictures, monkeypatch):
+    asked = []
+    plain = denoise.from_pictures
+
+    def noted(*args, **kwargs):
+        asked.append(kwargs["prompts"])
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(denoise, "from_pictures", noted)
+    for name, prompt, expected in (
+        ("sd", "", None), ("sd", "a pet", ["a pet"] * 3), ("sd", "a {label}", ["a cat"] * 3), ("dit", "7", ["7"] * 3),
+        ("dit", "{label}", ["0"] * 3),
+    ):  # fmt: skip
+        layer = "block1" if name == "dit" else "up_ft0"
+        next(captures(small_pipeline(name), pictures, config(blocks=(layer,), prompt=prompt)))
+        assert asked.pop() == expected
+    with pytest.raises(ValueError, match=r"^prompt .*unknown name 'breed'.*label"):
+        next(captures(small_pipeline("sd"), pictures, config(prompt="a {breed}")))
+
+
+def test_nothing_to_read_and_nonsense_are_refused(pipeline, tmp_path):
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat" / "0.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"no picture of .* can be read"):
+        collect(pipeline, load(str(tmp_path), resolution=32), config(), tmp_path / "kept")
+    for wrong in ({"blocks": ()}, {"timesteps": (5, 5)}, {"views": 0}, {"smallest_crop": 0.0}, {"side": "left"}):
+        with pytest.raises(ValueError, match=f"^{next(iter(wrong))}"):
+            config(**wrong)
+
+
+def test_names_of_layers_and_timesteps_come_apart_again():
+    assert layer_features.name("up_ft1", 25) == "up_ft1.t25"
+    for block in ("up_ft1", "down.1.t", "up_blocks.1.attentions.0"):
+        assert layer_features.parts(layer_features.name(block, 500)) == (block, 500)
+
+
+def test_other_pictures_or_another_model_than_a_stores_are_refused(pipeline, pictures, tmp_path):
+    kept = collect(pipeline, pictures, config(timesteps=(25,)), tmp_path, settings={"model": "small"})
+    assert layer_features.pooled(kept) == ["bottleneck.t25", "up_ft0.t25"]
+    layer_features.refuse_other_pictures(kept, pictures, "small", "activations")
+    for other, model in (
+        (pictures, "large"),
+        (replace(pictures, name="p"), "small"),
+        (replace(pictures, resolution=8), "small"),
+    ):
+        with pytest.raises(ValueError, match=r"^activations: made with "):
+            layer_features.refuse_other_pictures(kept, other, model, "activations")
+
+
+def test_shares_are_those_of_the_planted_factor(tmp_path):
+    truth = planted_pictures.labels(40)
+    kept = planted_pictures.fill(tmp_path / "kept", truth)
+    found = {factor: examples.read(kept, factor) for factor in planted_pictures.CLASSES}
+    row = layer_features.shares(found, ["up"], [25]).iloc[0]
+    assert row["layer"] == "up.t25" and row["shape"] > 0.8 and abs(row["colour"]) < 0.15
+    assert row["shape"] == class_share(np.asarray(kept.maps("up.t25", range(40))), [one["shape"] for one in truth])
+
+
+def test_whole_maps_of_a_few_pictures_are_those_of_the_store(pipeline, pictures, tmp_path):
+    chosen = config(maps=True, timesteps=(25,), batch_size=3)
+    images, maps = layer_features.whole_maps(pipeline, pictures, chosen)
+    kept = collect(pipeline, pictures, chosen, tmp_path)
+    assert images == [item["image"] for item in kept.items] and list(maps) == layer_features.pooled(kept)
+    for layer, one in maps.items():
+        assert torch.equal(one, kept.maps(layer + layer_features.MAPS, range(8)))
