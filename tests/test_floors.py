@@ -19,7 +19,7 @@ FLOORS = [
     ["denoise", "study", "text_to_image", "masked_measures", "examples", "features", "diffusion_classifier"],
     ["ablate", "causes", "collect", "comparison", "judging", "pruning", "diffc", "layer_features"],
     ["bench", "bench_store", "sae_training", "substitute", "collapse"],
-    ["sae_grid", "savings"],
+    ["sae_grid", "savings", "label_purity"],
     ["sae_runs"],
 ]  # fmt: skip
 FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}

@@ -67,3 +67,13 @@ def test_wrong_input_is_refused():
             purity.measure(labels, top)
     with pytest.raises(ValueError, match=r"^top: expected pictures"):
         purity.measure(LABELS, np.empty((0, 10), int))
+
+
+def test_other_numberings_of_the_classes_span_what_sigma_label_can_be():
+    top = np.array(MIXED)
+    low, high = purity.renumbered(LABELS, top, times=200)
+    assert low <= purity.measure(LABELS, top, permutations=1).sigma_label <= high
+    assert high - low > 0.2
+    assert purity.renumbered(LABELS, np.array(PURE)) == (0, 0)
+    two = np.array([0, 1])[np.arange(60) % 2]
+    assert np.ptp(purity.renumbered(two, top)) == pytest.approx(0, abs=1e-12)

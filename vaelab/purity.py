@@ -86,3 +86,19 @@ def _shares(classes: np.ndarray) -> np.ndarray:
     kinds = int(classes.max()) + 1
     places = np.arange(features)[:, None] * kinds + classes
     return np.bincount(places.ravel(), minlength=features * kinds).reshape(features, kinds) / count
+
+
+def renumbered(labels: np.ndarray, top: np.ndarray, *, times: int = 50, seed: int = 0) -> tuple[float, float]:
+    """The least and the most that sigma_label can be found to be when the same classes are numbered anew.
+
+    Args:
+        labels: (N,) class numbers, from 0.
+        top: (F, n) pictures of each feature.
+        times: random numberings that are tried.
+        seed: fixes them.
+    """
+    at_least("times", times, 1)
+    labels, rng = np.asarray(labels), np.random.default_rng(seed)
+    kinds = int(labels.max()) + 1
+    found = [float(sigma_labels(rng.permutation(kinds)[labels[top]]).mean()) for _ in range(times)]
+    return min(found), max(found)
