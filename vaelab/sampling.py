@@ -17,7 +17,7 @@ from vaelab import hooks, models
 from vaelab.checks import at_least, one_of
 
 FEATURES = ("embedded", "inception")
-LAYER = "encoder.mid_block"
+LAYER = "encoder.conv_norm_out"
 
 Features = Callable[[Tensor], Tensor]
 """From pictures (B, 3, R, R) in [-1, 1] to features (B, d)."""
