@@ -18,7 +18,7 @@ FLOORS = [
     ["conditioning", "fidelity", "lens", "store", "vae", "latents", "sampling", "labelled"],
     ["denoise", "study", "text_to_image", "masked_measures", "examples", "features", "diffusion_classifier"],
     ["ablate", "causes", "collect", "comparison", "judging", "pruning", "diffc", "layer_features"],
-    ["bench", "bench_store", "sae_training", "substitute", "collapse"],
+    ["bench", "bench_store", "sae_training", "substitute", "collapse", "readout"],
     ["sae_grid", "savings", "label_purity"],
     ["sae_runs"],
 ]  # fmt: skip

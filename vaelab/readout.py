@@ -1,0 +1,262 @@
+"""What classifiers read off the layers and timesteps of a store: linear probes, Diff-C, and beside them the
+denoiser itself as a zero-shot classifier.
+
+The tables of Kim et al. ("Revelio", Tables 3 and 5 to 9, Figures 4, 6 and 8). Strengths and epochs are
+chosen on validation pictures, drawn from the training ones; each test picture is classified once.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from vaelab import denoise, diffc, examples, store
+from vaelab.diffc import DiffC, DiffCConfig
+from vaelab.diffusion_classifier import DiffusionClassifier
+from vaelab.examples import Examples
+from vaelab.labelled import Picture, Pictures
+from vaelab.layer_features import MAPS, parts, pooled, refuse_other_pictures
+from vaelab.probe import Accuracy, linear_probe, score
+from vaelab.store import Store
+
+ALIKE = ("classes", "prompt", "side", "resolution")
+"""Settings in which what is tested must be like what is learned from."""
+
+
+class Task(NamedTuple):
+    """Pictures with the classes of one factor, to learn from, to choose by and to test on."""
+
+    learn: Examples
+    validate: Examples
+    test: Examples
+
+
+def tasks(
+    activations: str,
+    test_activations: str,
+    pictures: Pictures,
+    model: str,
+    *,
+    factors: Sequence[str] = (),
+    share: float = 0.2,
+    seed: int = 0,
+) -> dict[str, Task]:
+    """A task for each factor, all with the same pictures in each part.
+
+    Args:
+        activations: folder of the store to learn from, of which a share is to validate on.
+        test_activations: folder of the store of other pictures.
+        pictures: those of the latter.
+        model: that both were made with.
+        factors: none for all.
+        share: of the validation pictures.
+        seed: fixes which they are.
+
+    Raises:
+        ValueError: stores of another model, or other pictures than these; stores that were not made
+            alike; or pictures that are in both.
+    """
+    kept, tested = store.open(activations), store.open(test_activations)
+    refuse_other_pictures(tested, pictures, model, "test_activations")
+    if kept.settings.get("model") != model:
+        raise ValueError(f"activations: made with model {kept.settings.get('model')!r}, here it is {model!r}")
+    alike = [kept.layout == tested.layout, *(kept.settings.get(one) == tested.settings.get(one) for one in ALIKE)]
+    if not all(alike):
+        raise ValueError(f"test_activations: not of the layers, or of another {', '.join(ALIKE)} than activations")
+    refuse_shared(kept, tested)
+    made = {}
+    for factor in factors or pictures.classes:
+        made[factor] = Task(*examples.read(kept, factor).split(share, seed), examples.read(tested, factor))
+    return made
+
+
+def refuse_shared(learned: Store, tested: Store) -> None:
+    """Raise ValueError where two stores are of the same pictures, or of overlapping slices of the world."""
+    names = [one.settings.get("dataset", "") for one in (learned, tested)]
+    same_split = [name.rsplit("[", 1)[0] if name.startswith("world[") else name for name in names]
+    images = [{item["image"] for item in one.items} for one in (learned, tested)]
+    if same_split[0] == same_split[1] and (shared := len(images[0] & images[1])):
+        raise ValueError(f"test_activations: {shared} of their pictures are learned from; take other slices")
+
+
+def probes(by_factor: Mapping[str, Task]) -> pd.DataFrame:
+    """A linear probe on each layer's means over positions, for each factor.
+
+    Returns:
+        A row each: ``layer``, ``factor``, ``classifier``, the fields of
+        :class:`vaelab.probe.Accuracy`, ``validation`` (the accuracy it was chosen by) and ``chosen``
+        (the strength C).
+    """
+    rows, layers = [], pooled(next(iter(by_factor.values())).learn.kept)
+    for layer in tqdm(layers, desc="probes", file=sys.stdout, mininterval=2, ncols=100):
+        for factor, task in by_factor.items():
+            test, truth = task.test.vectors(layer)
+            learn = task.learn.vectors(layer)
+            found = linear_probe(learn, task.validate.vectors(layer), test)
+            measured = score(found.predicted, truth, learn[1])
+            rows.append(_row(layer, factor, "probe", measured, found.validation, found.strength))
+    return pd.DataFrame(rows)
+
+
+def map_of(rows: pd.DataFrame) -> pd.DataFrame:
+    """Test accuracies, a row a layer and timestep and last what chance is, a column a factor."""
+    first = {name: list(dict.fromkeys(rows[name])) for name in ("layer", "factor")}
+    wide = rows.pivot(index="layer", columns="factor", values="accuracy").loc[first["layer"], first["factor"]]
+    wide.loc["chance"] = rows.groupby("factor")["chance"].first()[first["factor"]]
+    return wide
+
+
+def diffcs(
+    by_factor: Mapping[str, Task], layers: Mapping[str, Sequence[str]], config: DiffCConfig, folder: Path
+) -> tuple[pd.DataFrame, dict[tuple[str, str], DiffC]]:
+    """A Diff-C on maps of layers, for each factor, going on where a killed call left it.
+
+    Args:
+        by_factor: the tasks.
+        layers: of each factor names such as ``up_ft1.t25``, whose maps the stores must have.
+        config: how each is trained.
+        folder: of the checkpoints.
+
+    Returns:
+        The rows of :func:`probes`, ``chosen`` being the epoch; and the classifiers by layer and factor.
+
+    Raises:
+        ValueError: stores without maps.
+    """
+    rows, made = [], {}
+    for factor, task in by_factor.items():
+        for layer in layers[factor]:
+            block = layer + MAPS
+            if block not in task.learn.kept.layout:
+                raise ValueError(
+                    f"activations: no maps of {layer!r}; Diff-C takes maps (maps: true in 40_layer_features)"
+                )
+            place, title = Path(folder, f"{layer}.{factor}"), f"Diff-C, {layer}, {factor}"
+            settings = {"activations": task.learn.kept.settings, "factor": factor}
+            fitted = diffc.fit(task.learn, task.validate, block, config, folder=place, settings=settings, title=title)
+            predicted = diffc.classify(fitted.model, task.test, block, config.batch_size)
+            measured = score(predicted, task.test.labels, task.learn.labels)
+            validation = fitted.epochs.set_index("epoch")["accuracy"][fitted.epoch]
+            rows.append(_row(layer, factor, "diffc", measured, validation, fitted.epoch))
+            made[layer, factor] = fitted.model
+    return pd.DataFrame(rows), made
+
+
+def best(rows: pd.DataFrame, factor: str) -> str:
+    """The layer and timestep that reads a factor best on the validation pictures."""
+    own = rows[rows["factor"] == factor]
+    return own.loc[own["validation"].idxmax(), "layer"]
+
+
+def zero_shot(
+    classifier: DiffusionClassifier, pictures: Sequence[Picture], factor: str, learned: Examples
+) -> tuple[Accuracy, float, float]:
+    """The accuracy of the denoiser itself, its seconds and its passes a picture.
+
+    Args:
+        classifier: with a prompt for each class of the factor.
+        pictures: to classify.
+        factor: whose classes.
+        learned: which say what chance is.
+    """
+    verdicts, seconds = timed(lambda pixels: classifier.classify(pixels)[0], pictures)
+    truth = [picture.labels[factor] for picture in pictures]
+    measured = score([one.chosen for one in verdicts], truth, learned.labels)
+    return measured, seconds, sum(one.passes for one in verdicts) / len(verdicts)
+
+
+def side_by_side(
+    classifier: DiffusionClassifier,
+    diffcs: pd.DataFrame,
+    trained: Mapping[tuple[str, str], DiffC],
+    pictures: Pictures,
+    task: Task,
+    factor: str,
+    count: int,
+) -> pd.DataFrame:
+    """The diffusion classifier and the factor's best Diff-C: accuracy, and seconds a picture, each by itself.
+
+    Args:
+        classifier: with a prompt for each class of the factor.
+        diffcs: as :func:`diffcs` gave them, with what follows.
+        trained: the classifiers.
+        pictures: those of the test, of which the diffusion classifier is given the first ``count``.
+        task: of the factor.
+        factor: whose classes.
+        count: how many.
+
+    Returns:
+        A row each: ``classifier``, ``factor``, the fields of :class:`vaelab.probe.Accuracy`,
+        ``passes`` of the denoiser and ``seconds_per_image``.
+    """
+    few = [picture for picture in map(pictures.__getitem__, range(min(count, len(pictures)))) if picture]
+    measured, seconds, passes = zero_shot(classifier, few, factor, task.learn)
+    layer = best(diffcs, factor)
+    own = diffcs[(diffcs["layer"] == layer) & (diffcs["factor"] == factor)].iloc[0]
+    block, timestep = parts(layer)
+    quick = seconds_of_diffc(classifier.pipeline, trained[layer, factor], block, timestep, few)
+    fields = {name: own[name] for name in Accuracy._fields}
+    return pd.DataFrame([
+        {"classifier": "diffusion_classifier", "factor": factor, **measured._asdict(), "passes": passes,
+         "seconds_per_image": seconds},
+        {"classifier": "diffc", "factor": factor, **fields, "passes": 1.0, "seconds_per_image": quick},
+    ])  # fmt: skip
+
+
+def seconds_of_diffc(pipeline: Any, model: DiffC, block: str, timestep: int, pictures: Sequence[Picture]) -> float:
+    """Seconds a picture from its pixels to its class: autoencoder, one partial pass, Diff-C."""
+
+    def classify(pixels: Tensor) -> Tensor:
+        seen = denoise.from_pictures(pipeline, pixels, [0], [timestep], [block])
+        with torch.no_grad():
+            return model(next(iter(seen.maps.values()))[0].float().to(model.fc.weight.device)).argmax(1)
+
+    return timed(classify, pictures)[1]
+
+
+def timed(classify: Callable[[Tensor], Any], pictures: Sequence[Picture]) -> tuple[list[Any], float]:
+    """What pictures are found to be, each by itself, and the mean seconds; the first is done once before."""
+    answers, began = [], 0.0
+    for number, picture in enumerate([pictures[0], *pictures]):
+        if number == 1:
+            _wait()
+            began = time.perf_counter()
+        answers.append(classify(picture.pixels[None]))
+    _wait()
+    return answers[1:], (time.perf_counter() - began) / len(pictures)
+
+
+def metrics(rows: pd.DataFrame, compared: pd.DataFrame) -> dict[str, float]:
+    """``<layer>.t<timestep>.<classifier>.<factor>.accuracy`` and ``.chance``, ``diffusion_classifier.accuracy``,
+    ``diffusion_classifier.seconds_per_image``, ``diffc.seconds_per_image`` and how many times that is.
+
+    Args:
+        rows: of probes and Diff-Cs.
+        compared: from :func:`side_by_side`.
+    """
+    named = {
+        f"{row['layer']}.{row['classifier']}.{row['factor']}.{name}": row[name]
+        for row in rows.to_dict("records")
+        for name in ("accuracy", "chance")
+    }
+    by_name = compared.set_index("classifier")
+    seconds = by_name["seconds_per_image"]
+    named |= {f"{name}.seconds_per_image": seconds[name] for name in by_name.index}
+    named["diffusion_classifier.accuracy"] = by_name.loc["diffusion_classifier", "accuracy"]
+    return {**named, "diffusion_classifier.times_diffc": seconds["diffusion_classifier"] / seconds["diffc"]}
+
+
+def _row(layer: str, factor: str, classifier: str, measured: Accuracy, validation: float, chosen: float) -> dict:
+    told = {"layer": layer, "factor": factor, "classifier": classifier, **measured._asdict()}
+    return {**told, "validation": validation, "chosen": chosen}
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
