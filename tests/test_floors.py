@@ -11,7 +11,7 @@ PACKAGE = Path(vaelab.__file__).parent
 FLOORS = [
     ["checks", "files", "plots", "preprocessing", "sae_kernels", "removal"],
     ["devices", "checkpoints", "folders", "frontpage", "hooks", "panels", "planted", "sae_choice", "sae_plots",
-     "shuffling", "world", "noise_loss", "mask_plots", "probe", "purity"],
+     "shuffling", "world", "noise_loss", "mask_plots", "probe", "purity", "pca"],
     ["blocks", "channels", "embedded_data", "oracle", "perceptual", "prompts", "report", "sae", "shards", "text_model",
      "training"],
     ["models", "baselines", "data", "nudge", "planning", "runs", "sae_formats", "writing"],

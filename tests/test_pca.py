@@ -1,0 +1,62 @@
+import numpy as np
+import pytest
+import torch
+from sklearn.decomposition import PCA
+
+from vaelab.pca import colours, components, each_by_itself, jointly
+
+
+def maps(count=3, side=6, width=7, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(width, width, generator=generator) * torch.arange(1.0, width + 1)
+    return torch.randn(count, side, side, width, generator=generator) @ mixing + 5
+
+
+def test_components_are_those_of_scikit_learn_up_to_a_sign_that_is_fixed():
+    found, reference = components(maps()), PCA(3).fit(maps().reshape(-1, 7).double().numpy())
+    np.testing.assert_allclose(found.shares, reference.explained_variance_ratio_, rtol=1e-9)
+    cosines = (found.directions.numpy() * reference.components_).sum(1)
+    np.testing.assert_allclose(np.abs(cosines), 1, rtol=1e-9)
+    assert all(row[row.abs().argmax()] > 0 for row in found.directions)
+    np.testing.assert_allclose(found.mean, reference.mean_, rtol=1e-9)
+
+
+def test_planted_regions_have_a_colour_each_and_jointly_the_same_in_every_picture():
+    """Three regions, whose vectors point into three directions; in the second picture they lie elsewhere."""
+    regions = torch.tensor([[0, 0, 1, 1], [0, 0, 1, 1], [2, 2, 2, 2], [2, 2, 2, 2]])
+    regions = torch.stack([regions, regions.flip(0).T])
+    directions = torch.randn(3, 16, generator=torch.Generator().manual_seed(1))
+    planted = directions[regions] + 0.01 * torch.randn(2, 4, 4, 16, generator=torch.Generator().manual_seed(2))
+    shown, share = jointly(planted)
+    assert shown.shape == (2, 3, 4, 4) and share > 0.99
+    pixels = shown[:, :2].permute(0, 2, 3, 1)
+    for region in range(3):
+        assert pixels[regions == region].std(0).max() < 0.05
+    centres = torch.stack([pixels[regions == region].mean(0) for region in range(3)])
+    assert torch.pdist(centres).min() > 0.5
+
+
+def test_by_itself_a_picture_does_not_depend_on_the_others():
+    whole, share = each_by_itself(maps())
+    for number in range(3):
+        alone, own = jointly(maps()[number : number + 1])
+        assert torch.equal(whole[number], alone[0])
+    assert 0 < share <= 1 and not torch.equal(whole, jointly(maps())[0])
+    assert -1 <= whole.min() < whole.max() <= 1 and own <= 1
+
+
+def test_colours_keep_the_order_of_a_component_and_do_not_change_with_the_unit():
+    found = components(maps())
+    shown, seen = colours(maps(), found), (maps().double() - found.mean) @ found.directions.T
+    middle = shown[:, 0].flatten().abs() < 0.99
+    order = seen[..., 0].flatten()[middle].argsort()
+    assert (shown[:, 0].flatten()[middle][order].diff() >= 0).all()
+    torch.testing.assert_close(jointly(100 * maps())[0], jointly(maps())[0], atol=1e-4, rtol=1e-4)
+    assert jointly(torch.ones(1, 2, 2, 4))[0].isfinite().all()
+
+
+def test_too_little_is_refused():
+    with pytest.raises(ValueError, match=r"^channels: "):
+        components(maps(width=2))
+    with pytest.raises(ValueError, match=r"^positions: "):
+        components(maps(1, 1))
