@@ -47,6 +47,13 @@ def test_wrong_sweeps_are_refused(tmp_path):
         collapse.sweep("embedded", {}, [3, 3], None, tmp_path)
 
 
+def test_a_setting_that_does_not_fit_is_refused_before_anything_is_trained(held_out, tmp_path):
+    settings = collapse.settings(small_config(2), [0.0], [5])
+    with pytest.raises(ValueError, match="keep: must be from 1 to the latent's 4 channels, got 5"):
+        collapse.sweep("embedded", settings, SEEDS, (held_out, held_out), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_every_setting_is_run_with_every_seed_and_summed_up_with_intervals(swept):
     _, _, runs = swept
     measured = collapse.table(runs)
@@ -145,6 +152,7 @@ def test_the_verdict_says_what_the_numbers_say():
     said = collapse.verdict(measured, parts).data
     assert "collapses below a tenth of its scale with lambda_0, without any penalty too" in said
     assert "pictures are then lost with lambda_0." in said
+    assert "falls by 0.15; scaling alone, of the denoiser without a mask, brings 0.14." in said
     assert "0.15 lower, of which scaling alone brings 0.14" in said and "have 9 times the error" in said
     assert "**lambda_1**: mean mask 0.9, 0 channels off; the diffusion loss is not clearly another" in said
     held = collapse.verdict(measured[measured["setting"] != "lambda_0"], parts).data
