@@ -87,6 +87,11 @@ def test_a_store_of_another_model_or_of_nobody_knows_what_is_refused(kept, tmp_p
     asked = prompts.load_prompts("world", count=1)
     with pytest.raises(ValueError, match="activations: of the model 'sd2'; expected 'embedded'"):
         sae_grid.hold_out(kept, small_pipeline("sd2"), "embedded", asked, tmp_path / "out", **given)
+    config = small_pipeline("sd2").unet.config
+    changed = small_pipeline("sd")
+    assert changed.unet.config.block_out_channels == config.block_out_channels
+    with pytest.raises(ValueError, match="made with other weights than 'sd2' has now: its first item"):
+        sae_grid.hold_out(kept, changed, "sd2", asked, tmp_path / "out", **given)
     with store.create(tmp_path / "foreign", LAYOUT, settings={"model": "sd2"}) as writer:
         writer.add({name: torch.zeros(1, 8, 8, one.width) for name, one in LAYOUT.items()}, [ITEM])
     with pytest.raises(ValueError, match="does not say how it was collected"):

@@ -1,36 +1,42 @@
 """Autoencoders that a run left, read again beside their baselines."""
 
 import re
+import shutil
 
 import pytest
 import torch
 
-from vaelab import baselines, prompts, sae_grid, sae_runs, store
+from vaelab import baselines, collect, prompts, sae_grid, sae_runs, store
+from vaelab.collect import CollectConfig
+from vaelab.denoise import Sampling
 from vaelab.files import write_json
 from vaelab.sae import SAE
-from vaelab.store import BlockShape
 
-SETTINGS = {"model": "sd2", "side": "update", "dataset": "world", "split": "train", "prompts": 2}
+SOURCE = {"model": "sd2", "dataset": "world", "split": "train"}
 BLOCK, OTHER, WIDTH = "up.1.1", "up.1.2", 16
-ITEM = {"prompt": "a star", "seed": 0, "timestep": 9}
 SIZES = [(2, 8), (2, 24), (4, 8), (4, 24)]
 
 
-@pytest.fixture
-def finished(tmp_path):
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, small_pipeline):
     """The folder of a run with two blocks and two seeds, as notebook 31 leaves it."""
-    layout = {block: BlockShape((4,), WIDTH) for block in (BLOCK, OTHER)}
-    for place in ("activations", "held_out"):
-        with store.create(tmp_path / place, layout, settings=SETTINGS) as writer:
-            writer.add({block: torch.randn(60, 4, WIDTH) for block in layout}, [ITEM] * 60)
-    kept = store.open(tmp_path / "activations")
+    folder = tmp_path_factory.mktemp("run")
+    pipeline, asked = small_pipeline("sd2"), prompts.load_prompts("world", count=2)
+    config = CollectConfig((BLOCK, OTHER), Sampling(1, 2.0), halves="both")
+    layout, per_prompt, _ = collect.probe(pipeline, asked.texts, config)
+    kept = collect.collect(
+        pipeline, asked.texts, config, folder / "activations", layout=layout, items_per_prompt=per_prompt,
+        settings=SOURCE,
+    )  # fmt: skip
+    others = sae_grid.other_prompts(kept.settings, "world", "train", 1)
+    sae_grid.hold_out(kept, pipeline, "sd2", others, folder / "held_out", blocks=[BLOCK, OTHER], batch_size=1)
     wanted = sae_grid.grid(layout, [BLOCK, OTHER], [2, 4], [8, 24], [5, 6])
     saes = {name: SAE(one.config, one.seed) for name, one in wanted.items()}
-    sae_runs.keep(saes, wanted, kept, tmp_path / "saes")
+    sae_runs.keep(saes, wanted, kept, folder / "saes")
     rows = [{"block": one.block, "k": one.config.k, "n_features": one.config.n_features, "seed": one.seed, "name": name}
             for name, one in wanted.items()]  # fmt: skip
-    write_json(tmp_path / "results.json", {"tables": {"saes": rows}})
-    return tmp_path
+    write_json(folder / "results.json", {"tables": {"saes": rows}})
+    return folder
 
 
 @pytest.fixture
@@ -39,8 +45,8 @@ def found(finished, small_pipeline):
 
 
 def test_what_was_kept_is_read(found, finished):
-    assert found.blocks == [BLOCK, OTHER] and found.sizes() == SIZES and found.source == SETTINGS
-    assert found.widths == {BLOCK: WIDTH, OTHER: WIDTH} and found.held_out.rows(BLOCK) == 240
+    assert found.blocks == [BLOCK, OTHER] and found.sizes() == SIZES and found.source.items() >= SOURCE.items()
+    assert found.widths == {BLOCK: WIDTH, OTHER: WIDTH} and found.held_out.rows(BLOCK) == 2 * 16 * 16
     chosen = found.dictionaries([OTHER], (4, 24), others=True, seed=1)
     assert list(chosen) == [(OTHER, "sae", *size) for size in [SIZES[3], *SIZES[:3]]] + [
         (OTHER, who, 4, 24) for who in ("zero", "mean", "random", "pca")
@@ -83,11 +89,12 @@ def test_what_does_not_fit_is_refused(found, finished, small_pipeline, tmp_path)
         found.dictionaries([BLOCK], (7, 8), others=False, seed=0)
     with pytest.raises(ValueError, match=r"blocks \(of the autoencoders\): unknown name 'up.1.0'.*up.1.1"):
         found.dictionaries(["up.1.0"], (2, 8), others=False, seed=0)
-    with pytest.raises(ValueError, match=r"up.1.1 of this model has vectors of 32, the autoencoders' are of 16"):
-        sae_runs.read(str(finished), "sd2", small_pipeline("sdxl"))
-    write_json(finished / "saes" / "source.json", {**SETTINGS, "side": "output"})
+    with pytest.raises(ValueError, match=r"saes: .*held_out was made with other weights than 'sd2' has now"):
+        sae_runs.read(str(finished), "sd2", small_pipeline("sd"))
+    other_side = shutil.copytree(finished, tmp_path / "run")
+    write_json(other_side / "saes" / "source.json", {**found.source, "side": "output"})
     with pytest.raises(ValueError, match="trained on the output of blocks; only an update"):
-        sae_runs.read(str(finished), "sd2", pipeline)
+        sae_runs.read(str(other_side), "sd2", pipeline)
 
 
 def test_a_reconstruction_goes_into_the_model(found, small_pipeline):

@@ -16,13 +16,16 @@ from torch import Tensor
 from vaelab import collect, fidelity, store
 from vaelab.checks import at_least, one_of, unknown
 from vaelab.collect import CollectConfig
-from vaelab.denoise import Sampling
+from vaelab.denoise import Sampling, from_prompts
 from vaelab.prompts import Prompts, load_prompts
 from vaelab.sae import SAE, VARIANTS, SAEConfig
 from vaelab.sae_training import Wanted
 
 KEY = ("block", "k", "n_features", "seed")
 READ_AT_ONCE = 4096
+SAME_MODEL = 0.1
+"""How far, as a share of its length, an item made again may be from the stored one: more than precisions
+and devices differ, less than weights that were trained further."""
 
 
 def grid(
@@ -111,14 +114,10 @@ def hold_out(
         resolution: side of the pictures, pixels; 0 takes the store's.
 
     Raises:
-        ValueError: a store of another model, or one that this lab did not collect from prompts.
+        ValueError: see :func:`refuse_other_model`.
     """
+    refuse_other_model(kept, pipeline, model, "activations")
     told = kept.settings
-    if not {"model", "sampling", "side", "steps", "halves", "seed", "prompts"} <= told.keys():
-        raise ValueError(
-            f"activations: {kept.url} does not say how it was collected; make it with 30_collect_activations"
-        )
-    refuse_other_model(told, model, "activations")
     sampling = Sampling(**told["sampling"])
     if resolution:
         sampling = replace(sampling, height=resolution, width=resolution)
@@ -134,10 +133,35 @@ def hold_out(
     )  # fmt: skip
 
 
-def refuse_other_model(source: Mapping[str, Any], model: str, parameter: str) -> None:
-    """Raise ValueError unless a store's settings name the model; ``parameter`` is what named the store."""
-    if source["model"] != model:
-        raise ValueError(f"{parameter}: of the model {source['model']!r}; expected {model!r}, the parameter model")
+def refuse_other_model(kept: store.Store, pipeline: Any, model: str, parameter: str) -> None:
+    """Raise ValueError unless a store was made with this model as it now is: its name is compared, and its
+    first item is made again.
+
+    Args:
+        kept: the store.
+        pipeline: the model.
+        model: its name.
+        parameter: what named the store, for the message.
+    """
+    told = kept.settings
+    if not {"model", "sampling", "side", "steps", "halves", "seed", "prompts"} <= told.keys() or not len(kept.items):
+        raise ValueError(
+            f"{parameter}: {kept.url} does not say how it was collected, or is empty; make it with "
+            "30_collect_activations"
+        )
+    if told["model"] != model:
+        raise ValueError(f"{parameter}: of the model {told['model']!r}; expected {model!r}, the parameter model")
+    item, block = kept.items[0], next(iter(kept.layout))
+    now = from_prompts(
+        pipeline, [item["prompt"]], [item["seed"]], block, Sampling(**told["sampling"]), side=told["side"],
+        steps=[item["step"]],
+    ).maps[block][0].float().cpu()  # fmt: skip
+    stored = kept.maps(block, [0]).float()
+    if now.shape != stored.shape or (now - stored).norm() > SAME_MODEL * stored.norm():
+        raise ValueError(
+            f"{parameter}: {kept.url} was made with other weights than {model!r} has now: its first item comes out "
+            "otherwise; collect it anew"
+        )
 
 
 def vectors(kept: store.Store, block: str, most: int = 0) -> Iterator[Tensor]:

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import pandas as pd
 from safetensors.torch import load_file, save_file
 
-from vaelab import blocks as block_names
 from vaelab import fidelity, store
 from vaelab.baselines import Dictionary, Moments, baselines, moments
 from vaelab.checks import one_of, resolve, unknown
@@ -102,8 +101,8 @@ def read(folder: str, model: str, pipeline: Any) -> SAERun:
         pipeline: that model.
 
     Raises:
-        ValueError: the run has not finished; another model; other vectors than updates, or of another
-            width than the model's.
+        ValueError: the run has not finished; another model, or one whose weights have changed since; or
+            other vectors than updates.
     """
     place = resolve(folder)
     if not (place / "results.json").exists():
@@ -115,17 +114,9 @@ def read(folder: str, model: str, pipeline: Any) -> SAERun:
     names = {tuple(row[part] for part in KEY): row["name"] for row in stored}
     held_out = store.open(place / "held_out")
     found = SAERun(place / "saes", read_json(place / "saes" / "source.json"), names, held_out)
-    refuse_other_model(found.source, model, "saes")
+    refuse_other_model(held_out, pipeline, model, "saes")
     if found.source["side"] != "update":
         raise ValueError(f"saes: trained on the {found.source['side']} of blocks; only an update can be replaced")
-    shapes = block_names.blocks(pipeline)
-    for block in found.blocks:
-        width = shapes[block].shape[-1] if block in shapes else None
-        if width not in (None, held_out.layout[block].width):
-            raise ValueError(
-                f"saes: {block} of this model has vectors of {width}, the autoencoders' are of "
-                f"{held_out.layout[block].width}: the model was changed since"
-            )
     return found
 
 
