@@ -47,7 +47,7 @@ class _Sums:
 
     def add(self, x: Tensor) -> None:
         codes = self.dictionary.encode(x)
-        residual = (x - self.dictionary.decode(codes)).double()
+        residual = _wide(x - self.dictionary.decode(codes))
         self.first, self.second = self.first + residual.sum(0), self.second + residual.square().sum(0)
         fired = codes.indices[codes.values != 0].cpu()
         self.active += torch.bincount(fired, minlength=len(self.active))
@@ -72,7 +72,7 @@ def measure(
     total, shift, first, second = 0, None, 0.0, 0.0
     for batch in batches:
         _finite(batch, total)
-        wide = batch.double()
+        wide = _wide(batch)
         shift = wide.mean(0) if shift is None else shift
         first, second = first + (wide - shift).sum(0), second + (wide - shift).square().sum(0)
         total += len(batch)
@@ -98,6 +98,10 @@ def _fidelity(sums: _Sums, variance: Tensor, total: int, dense: float) -> Fideli
         dead_fraction=(sums.active == 0).sum().item() / features,
         dense_fraction=(sums.active > dense * total).sum().item() / features,
     )
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.cpu().double() if x.device.type == "mps" else x.double()  # which has no float64
 
 
 def _finite(batch: Tensor, before: int) -> None:
