@@ -8,7 +8,7 @@ export PYTHONPATH := $(CURDIR)
 export HF_HUB_DISABLE_TELEMETRY := 1
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
 
-.PHONY: help setup demo test lint run bench index lab
+.PHONY: help setup demo test lint run bench peers index lab
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -33,8 +33,10 @@ run: $(READY) ## one run: make run P=params/10_finetune_vae/paper-fonts.yaml
 	@test -n "$(P)" || { echo "name a params file: make run P=params/12_channel_census/demo.yaml" >&2; exit 2; }
 	$(PYTHON) -m vaelab.runs run $(P)
 
-bench: $(READY) ## the whole of 90_benchmarks
+bench: $(READY) .peers/ready ## the whole of 90_benchmarks
 	$(PYTHON) -m vaelab.runs run params/90_benchmarks/full.yaml
+
+peers: $(READY) .peers/ready ## the libraries that autoencoders are timed beside
 
 index: $(READY) ## outputs/index.html anew, from what has been run
 	$(PYTHON) -m vaelab.runs index
@@ -46,4 +48,8 @@ lab: $(READY) ## JupyterLab on the notebooks
 	$(or $(shell command -v python3.11),python3) -m venv .venv
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check --requirement requirements.lock
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+.peers/ready: requirements-peers.lock
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .peers --requirement requirements-peers.lock
 	@touch $@

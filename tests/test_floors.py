@@ -10,8 +10,8 @@ import vaelab
 PACKAGE = Path(vaelab.__file__).parent
 FLOORS = [
     ["checks", "files", "plots", "preprocessing", "sae_kernels", "removal"],
-    ["devices", "checkpoints", "folders", "frontpage", "hooks", "panels", "planted", "sae_choice", "sae_plots",
-     "shuffling", "world", "noise_loss", "mask_plots", "probe", "purity", "pca"],
+    ["devices", "checkpoints", "folders", "frontpage", "hooks", "panels", "planted", "sae_choice", "sae_peers",
+     "sae_plots", "shuffling", "world", "noise_loss", "mask_plots", "probe", "purity", "pca", "readout_plots"],
     ["blocks", "channels", "embedded_data", "oracle", "perceptual", "prompts", "report", "sae", "shards", "text_model",
      "training"],
     ["models", "baselines", "data", "nudge", "planning", "runs", "sae_formats", "writing"],
@@ -19,7 +19,7 @@ FLOORS = [
     ["denoise", "study", "text_to_image", "masked_measures", "examples", "features", "diffusion_classifier"],
     ["ablate", "causes", "collect", "comparison", "judging", "pruning", "diffc", "layer_features"],
     ["bench", "bench_store", "sae_training", "substitute", "collapse", "readout"],
-    ["sae_grid", "savings", "label_purity"],
+    ["bench_sae", "sae_grid", "savings", "label_purity"],
     ["sae_runs"],
 ]  # fmt: skip
 FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}

@@ -44,8 +44,8 @@ class SAEConfig:
     n_features: int
     """Size of the dictionary."""
     k: int = 10
-    """Active features of a vector; their mean for ``batchtopk``, what ``jumprelu`` aims at; ``relu_l1``
-    does not use it."""
+    """Active features of a vector; their mean for ``batchtopk``, what ``jumprelu`` aims at, and what
+    ``relu_l1`` begins with."""
     variant: str = "topk"
     """``topk``: the k largest, then ReLU (eq. 16). ``k_sae``: without ReLU (Revelio, eq. 3).
     ``batchtopk``: the k N largest of a batch of N (Bussmann et al., 2024). ``matryoshka``: topk whose
@@ -59,9 +59,9 @@ class SAEConfig:
     """A feature that was silent for so many vectors is dead."""
     nested: tuple[float, ...] = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
     """``matryoshka``: the shares of the dictionary, from its beginning, that reconstruct by themselves."""
-    sparsity_weight: float = 0.05
+    sparsity_weight: float = 0.1
     """Of (L0 / k - 1)^2 for ``jumprelu``, of the mean L1 over the data's standard deviation for ``relu_l1``."""
-    bandwidth: float = 0.1
+    bandwidth: float = 0.5
     """``jumprelu``: around a threshold, the width in which it is felt, in units of the data's standard deviation."""
 
     def __post_init__(self) -> None:

@@ -127,7 +127,7 @@ def read_sae_lens(folder: Path) -> Loaded:
     if variant != "topk" or told.get("rescale_acts_by_decoder_norm", False):
         lengths = decoder.norm(dim=1).clamp_min(1e-8)
         encoder, decoder, bias = encoder * lengths[:, None], decoder / lengths[:, None], bias * lengths
-        threshold = None if threshold is None else threshold * lengths
+        threshold = None if threshold is None else (threshold * lengths).clamp_min(0)
     if variant == "jumprelu" and threshold is None:
         raise KeyError("threshold")
     more = {"threshold": threshold} if variant == "jumprelu" else {}

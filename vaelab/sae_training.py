@@ -75,7 +75,8 @@ class SAEObjective(nn.Module):
     @torch.no_grad()
     def begin(self, sample: Mapping[str, Tensor]) -> None:
         """Set what depends on the data, from vectors (N, d) of each block: the unit of each block, every
-        ``pre_bias``, and thresholds such that k features a vector pass.
+        ``pre_bias``, and, where the number of active features is free, thresholds (for ``relu_l1`` the
+        encoder's bias) such that it is k in the mean.
 
         Raises:
             ValueError: a vector with NaN or infinity, vectors of another width, or that are all the same.
@@ -92,10 +93,14 @@ class SAEObjective(nn.Module):
                 if one.block == block:
                     refuse_other_width(x, one.config.d)
                     sae.pre_bias.copy_(median / scale)
-                    if hasattr(sae, "threshold"):
+                    if one.config.variant in ("batchtopk", "jumprelu", "relu_l1"):
                         centred = (x - median) / scale
-                        passing = choose_of_batch(centred, sae.encoder, sae.latent_bias, len(x) * one.config.k)
-                        sae.threshold.fill_(passing.values.min())
+                        count = len(x) * one.config.k
+                        least = choose_of_batch(centred, sae.encoder, sae.latent_bias, count).values.min()
+                        if one.config.variant == "relu_l1":
+                            sae.latent_bias.fill_(-least)
+                        else:
+                            sae.threshold.fill_(least)
 
     def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The summed ``loss`` and, for each autoencoder, ``<name>.loss`` and so on, see :data:`CURVES`.

@@ -1,0 +1,278 @@
+"""How well and how fast autoencoders are trained: planted dictionaries, steps beside others', peak memory.
+
+Steps are timed in a process of their own, where the others' libraries are found (``make peers``);
+everything in it takes turns. The unit is one float32 product of the encoder, as torch makes it.
+"""
+
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from itertools import count
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vaelab import sae_peers
+from vaelab.bench import interleaved
+from vaelab.checks import project_root
+from vaelab.collect import CollectConfig, vectors
+from vaelab.files import read_json, write_json
+from vaelab.planted import Planted, recovery
+from vaelab.prompts import load_prompts
+from vaelab.sae import SAE, SCREENED, VARIANTS, SAEConfig
+from vaelab.sae_choice import choose_top
+from vaelab.sae_kernels import linear
+from vaelab.sae_peers import LONG_AGO, PEERS, Setting, Step
+from vaelab.sae_training import SAEObjective, UnitLength, Wanted, train_saes
+from vaelab.training import TrainConfig
+
+PEERS_FOLDER = ".peers"
+"""Under the project's folder: where ``make peers`` installs the others' libraries."""
+OURS = {"float32": False, "bf16": True}
+
+
+def ours(setting: Setting, *, screen: bool = False, dead: bool = False) -> Step:
+    """A step of ours, as :func:`vaelab.training.train` takes it: forward, both losses, backward, the
+    decoder's projection and normalisation, Adam.
+
+    Args:
+        setting: what is trained.
+        screen: whether bfloat16 finds the candidates of the top-k.
+        dead: whether ``setting.dead`` features are dead in every step.
+    """
+    config = SAEConfig(setting.d, setting.n_features, min(setting.k, setting.n_features))
+    objective = SAEObjective({"sae": Wanted("x", config, setting.seed)})
+    optimizer = torch.optim.AdamW(objective.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
+    (sae,) = objective.saes
+    unit_length = UnitLength([sae])
+
+    def step(number: int) -> None:
+        if dead:
+            sae.silent[setting.silent] = LONG_AGO
+        with torch.autocast("cpu", torch.bfloat16, enabled=screen):
+            loss = objective({"x": setting.batch(number)})["loss"]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        unit_length.after(number, optimizer)
+
+    return step
+
+
+def gemm(setting: Setting, product: Any = F.linear) -> Step:
+    """One product of the encoder, (batch_size, d) times (d, n_features), in float32."""
+    weight = torch.randn(setting.n_features, setting.d, generator=torch.Generator().manual_seed(setting.seed))
+
+    def step(number: int) -> None:
+        product(setting.batch(number), weight)
+
+    return step
+
+
+def build(name: str, setting: Setting) -> Step:
+    """A system by its name: ``gemm`` (torch's), ``gemm_best`` (the kernel that ours uses), ``float32`` and
+    ``bf16`` (ours), or one of :data:`vaelab.sae_peers.PEERS`; with ``_dead``, with dead features."""
+    plain = name.removesuffix("_dead")
+    if plain in ("gemm", "gemm_best"):
+        return gemm(setting, F.linear if plain == "gemm" else linear)
+    if plain in OURS:
+        return ours(setting, screen=OURS[plain], dead=plain != name)
+    return sae_peers.peer(plain, setting, dead=plain != name)
+
+
+def _in_child(names: Sequence[str], setting: Setting, rounds: int) -> Any:
+    """What a process of its own, which finds the peers, has measured."""
+    with tempfile.TemporaryDirectory() as place:
+        out = Path(place, "measured.json")
+        given = {
+            "names": list(names), "setting": asdict(setting), "rounds": rounds,
+            "peers": str(project_root() / PEERS_FOLDER), "out": str(out),
+        }  # fmt: skip
+        command = [sys.executable, "-m", "vaelab.bench_sae", json.dumps(given)]
+        ran = subprocess.run(command, capture_output=True, text=True, cwd=project_root())
+        if not out.exists():
+            raise RuntimeError(f"timing {', '.join(names)} ended with {ran.returncode}: {ran.stderr[-2000:]}")
+        return read_json(out)
+
+
+def _child(given: Mapping[str, Any]) -> None:
+    sys.path.append(given["peers"])  # after ours, so that none of the lab's own versions is replaced
+    setting, missing, actions = Setting(**given["setting"]), {}, {}
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for name in given["names"]:
+        try:
+            actions[name] = build(name, setting)
+        except ImportError as error:
+            missing[name] = str(error)
+    seconds = interleaved(actions, given["rounds"], device=torch.device("cpu"), warmup=1) if actions else pd.DataFrame()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    memory = {"peak_mb": peak / 1024, "added_mb": (peak - before) / 1024}
+    write_json(given["out"], {"seconds": seconds.to_dict("list"), "missing": missing, **memory})
+
+
+class Timed(NamedTuple):
+    """Steps that took turns."""
+
+    seconds: pd.DataFrame
+    """A row a round, a column a system."""
+    missing: dict[str, str]
+    """The systems that are not installed, and what was said."""
+
+
+def step_seconds(setting: Setting, rounds: int, *, peers: Sequence[str] = tuple(PEERS)) -> Timed:
+    """Seconds of a step of every system, without and with dead features, and of the encoder's product.
+
+    Args:
+        setting: what is trained.
+        rounds: how often each is timed.
+        peers: whose steps besides ours.
+    """
+    systems = [f"{name}{dead}" for dead in ("", "_dead") for name in (*OURS, *peers) if setting.dead or not dead]
+    measured = _in_child(["gemm", "gemm_best", *systems], setting, rounds)
+    return Timed(pd.DataFrame(measured["seconds"]), measured["missing"])
+
+
+def step_memory(setting: Setting, *, systems: Sequence[str] = (*OURS, *PEERS), rounds: int = 2) -> pd.DataFrame:
+    """Peak memory of a process that takes steps of one system, and their time beside the encoder's product.
+
+    Returns:
+        ``system``, ``peak_mb`` of the whole process, ``added_mb`` since before weights were made,
+        ``step_over_gemm``; a system that is not installed is left out.
+    """
+    rows = []
+    for system in systems:
+        measured = _in_child(["gemm", system], setting, rounds)
+        if system in measured["missing"]:
+            continue
+        medians = pd.DataFrame(measured["seconds"]).median()
+        told = {name: measured[name] for name in ("peak_mb", "added_mb")}
+        rows.append({"system": system, **told, "step_over_gemm": medians[system] / medians["gemm"]})
+    return pd.DataFrame(rows)
+
+
+def ratios(seconds: pd.DataFrame) -> dict[str, float]:
+    """From the medians over rounds: ours over the encoder's product (``sae.step_over_gemm.<ours>``, and over
+    the quickest kernel's, ``sae.step_over_best_gemm.<ours>``), and how many times as long a peer's float32
+    step takes as ours (``sae.speedup_vs.<peer>``), each also with dead features (``_dead``)."""
+    medians, found = seconds.median(), {}
+    for name in seconds.columns:
+        plain = name.removesuffix("_dead")
+        dead = name.removeprefix(plain)
+        if plain in OURS:
+            found[f"sae.step_over_gemm.{name}"] = medians[name] / medians["gemm"]
+            found[f"sae.step_over_best_gemm.{name}"] = medians[name] / medians["gemm_best"]
+        elif plain in PEERS:
+            found[f"sae.speedup_vs.{name}"] = medians[name] / medians[f"float32{dead}"]
+            found[f"sae.speedup_vs.{plain}_by_bf16{dead}"] = medians[name] / medians[f"bf16{dead}"]
+    return {name: float(value) for name, value in found.items()}
+
+
+def recovery_table(
+    steps: int, *, variants: Sequence[str] = VARIANTS, batch_size: int = 1024, device: str = "cpu", seed: int = 0
+) -> pd.DataFrame:
+    """How much of a planted dictionary each variant finds: 512 features in 128 dimensions, 8 of them in a
+    vector; all variants are trained on the same batches in one pass.
+
+    Returns:
+        ``variant``, ``recovery`` (mean best cosine of the true features), and of the last steps
+        ``explained_variance``, ``l0`` and ``dead_fraction``.
+    """
+    planted = Planted(seed=seed)
+    settings = {"d": planted.d, "n_features": planted.n_features, "k": planted.active, "dead_after": 25 * batch_size}
+    wanted = {variant: Wanted("planted", SAEConfig(variant=variant, **settings), seed) for variant in variants}
+    config = TrainConfig(
+        steps=steps, learning_rate=1e-2, schedule="cosine", warmup=min(50, steps // 4), clip_norm=0.0, device=device,
+        seed=seed, log_every=max(1, steps // 20),
+    )  # fmt: skip
+    trained = train_saes(wanted, planted.batches(batch_size), config, title="planted")
+    found = [recovery(planted.features(), trained.saes[variant].features().cpu()) for variant in variants]
+    last = trained.history.groupby("sae").last().loc[list(variants), ["explained_variance", "l0", "dead_fraction"]]
+    return last.rename_axis("variant").reset_index().assign(recovery=found)
+
+
+def selection_equal_fraction(sae: SAE, x: Tensor, *, extra: int = SCREENED) -> float:
+    """The share of vectors (N, d) for which the bfloat16 screen chooses the same features as float32."""
+    with torch.no_grad():
+        given = (x.to(sae.encoder) - sae.pre_bias, sae.encoder, sae.latent_bias, sae.config.k)
+        plain, screened = (choose_top(*given, extra=more).entries.indices.view(len(x), -1) for more in (0, extra))
+    return float((plain.sort(1).values == screened.sort(1).values).all(1).float().mean())
+
+
+def trained_on(
+    pipeline: Any, config: CollectConfig, *, prompts: int, steps: int, n_features: int = 2560, k: int = 10
+) -> tuple[SAE, Tensor]:
+    """An autoencoder trained on the first block's vectors for the world's prompts, and vectors (N, d) that
+    it has not seen, of a quarter as many other prompts.
+
+    Args:
+        pipeline: a diffusers pipeline.
+        config: what is captured.
+        prompts: how many are drawn for training.
+        steps: optimizer steps, of 1024 vectors.
+        n_features: size of the dictionary.
+        k: active features.
+    """
+    (block, *_), other = config.blocks, max(1, prompts // 4)
+    texts = load_prompts("world", count=prompts + other).texts
+    x = torch.cat([part.float() for part in vectors(pipeline, texts, config, block)])
+    seen, unseen = x.split([len(x) * prompts // len(texts), len(x) - len(x) * prompts // len(texts)])
+
+    def batches(start: int = 0, rank: int = 0, world: int = 1) -> Iterator[dict[str, Tensor]]:
+        for number in count(start * world + rank, world):
+            generator = torch.Generator().manual_seed(number)
+            yield {block: seen[torch.randint(len(seen), (1024,), generator=generator)]}
+
+    setting = TrainConfig(steps=steps, learning_rate=1e-3, clip_norm=0.0, device=str(pipeline.device), log_every=steps)
+    wanted = {block: Wanted(block, SAEConfig(x.shape[1], n_features, k, dead_after=25 * 1024))}
+    return train_saes(wanted, batches, setting, title=block).saes[block], unseen
+
+
+class Measured(NamedTuple):
+    """All of it, for a results file."""
+
+    metrics: dict[str, float]
+    """Under the names that :func:`ratios` and :func:`measured` tell."""
+    steps: pd.DataFrame
+    """A row a timed step: ``system``, and ``over_gemm``, its time over the encoder product's median."""
+
+
+def measured(
+    pipeline: Any, config: CollectConfig, *, steps: int, rounds: Sequence[int], batch_size: int, seed: int = 0
+) -> Measured:
+    """``sae.recovery.<variant>``, ``sae.selection_equal_fraction`` on real vectors, and how steps compare.
+
+    Args:
+        pipeline: whose vectors the screen is tried on.
+        config: what is captured for that.
+        steps: of the training on planted dictionaries; for the screen's a quarter of them.
+        rounds: how often each step is timed at d 1280, n_features 5120, k 10; and at n_features
+            81,920, k 32, with a process for each system, whose peak memory is told
+            (``sae.large.peak_mb.<system>``); 0 leaves this out.
+        batch_size: vectors of a timed step, a quarter of them at 81,920 features.
+        seed: fixes all.
+    """
+    recovered = recovery_table(steps, seed=seed)
+    sae, x = trained_on(pipeline, config, prompts=max(8, steps // 16), steps=max(10, steps // 4))
+    timed = step_seconds(Setting(batch_size=batch_size, seed=seed), rounds[0])
+    metrics = {f"sae.recovery.{row.variant}": row.recovery for row in recovered.itertuples()}
+    metrics |= {"sae.selection_equal_fraction": selection_equal_fraction(sae, x.to(sae.device))}
+    metrics |= ratios(timed.seconds)
+    if rounds[1]:
+        large = Setting(n_features=81_920, k=32, batch_size=max(1, batch_size // 4), seed=seed)
+        for row in step_memory(large, rounds=rounds[1]).itertuples():
+            metrics[f"sae.large.peak_mb.{row.system}"] = row.peak_mb
+            metrics[f"sae.large.step_over_gemm.{row.system}"] = row.step_over_gemm
+    over = (timed.seconds / timed.seconds["gemm"].median()).melt(var_name="system", value_name="over_gemm")
+    return Measured({name: float(value) for name, value in metrics.items()}, over)
+
+
+if __name__ == "__main__":
+    _child(json.loads(sys.argv[1]))

@@ -1,0 +1,195 @@
+"""A training step of a top-k autoencoder, as others take it: what ours is timed beside.
+
+Each is at its best settings for this: the fused Adam, no more measuring than its own step needs.
+``dense`` is the step as the papers' code writes it, with dense products throughout. The others are
+installed apart, by ``make peers``, since they pin other versions: nothing else of the lab needs them.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vaelab.checks import at_least, one_of
+
+Step = Callable[[int], None]
+"""Takes one step on the batch of that number."""
+AUX_WEIGHT, K_AUX, LONG_AGO = 1 / 32, 256, 10**8
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is trained, on random vectors."""
+
+    d: int = 1280
+    """Width of the vectors."""
+    n_features: int = 5120
+    """Size of the dictionary."""
+    k: int = 10
+    """Active features."""
+    batch_size: int = 4096
+    """Vectors of a batch."""
+    dead: int = 512
+    """Features that count as dead in the steps with dead features."""
+    seed: int = 0
+    """Fixes vectors, first weights, and which features are dead."""
+
+    def __post_init__(self) -> None:
+        for name in ("d", "n_features", "k", "batch_size"):
+            at_least(name, getattr(self, name), 1)
+        at_least("dead", self.dead, 0)
+        if self.dead >= self.n_features:
+            raise ValueError(f"dead: {self.dead} of {self.n_features} features")
+
+    @cached_property
+    def batches(self) -> list[Tensor]:
+        """Four batches (batch_size, d)."""
+        generator = torch.Generator().manual_seed(self.seed)
+        return [torch.randn(self.batch_size, self.d, generator=generator) for _ in range(4)]
+
+    @cached_property
+    def silent(self) -> Tensor:
+        """The features that count as dead: (dead,)."""
+        return torch.randperm(self.n_features, generator=torch.Generator().manual_seed(self.seed))[: self.dead]
+
+    def batch(self, number: int) -> Tensor:
+        """One of the batches."""
+        return self.batches[number % len(self.batches)]
+
+
+class Dense(nn.Module):
+    """Eq. 16 and 17 in dense products."""
+
+    def __init__(self, setting: Setting):
+        super().__init__()
+        generator = torch.Generator().manual_seed(setting.seed)
+        rows = F.normalize(torch.randn(setting.n_features, setting.d, generator=generator))
+        self.encoder, self.decoder = nn.Parameter(rows.clone()), nn.Parameter(rows.T.clone())
+        self.pre_bias, self.latent_bias = nn.Parameter(torch.zeros(setting.d)), nn.Parameter(torch.zeros(len(rows)))
+        self.k = setting.k
+
+    def forward(self, x: Tensor, dead: Tensor) -> Tensor:
+        """The loss on a batch (N, d), where ``dead`` (n_features,) says which features are."""
+        pre = F.linear(x - self.pre_bias, self.encoder, self.latent_bias)
+        reconstruction = F.linear(_only_largest(pre, self.k), self.decoder) + self.pre_bias
+        loss = _relative(reconstruction, x)
+        if dead.any():
+            of_dead = _only_largest(pre * dead, min(K_AUX, pre.shape[1]))
+            loss = loss + AUX_WEIGHT * _relative(F.linear(of_dead, self.decoder), x - reconstruction.detach())
+        return loss
+
+
+def _only_largest(pre: Tensor, k: int) -> Tensor:
+    values, indices = pre.topk(k, dim=1, sorted=False)
+    return torch.zeros_like(pre).scatter_(1, indices, values.relu())
+
+
+def _relative(found: Tensor, x: Tensor) -> Tensor:
+    return (found - x).square().mean() / (x - x.mean(0)).square().mean()
+
+
+def dense(setting: Setting, *, dead: bool) -> Step:
+    """Our own :class:`Dense`."""
+    sae = Dense(setting)
+    optimizer = torch.optim.Adam(sae.parameters(), lr=1e-4, fused=True)
+    asleep = torch.zeros(setting.n_features)
+    if dead:
+        asleep[setting.silent] = 1
+
+    def step(number: int) -> None:
+        sae(setting.batch(number), asleep).backward()
+        with torch.no_grad():
+            sae.decoder.grad -= (sae.decoder.grad * sae.decoder).sum(0) * sae.decoder
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            sae.decoder /= sae.decoder.norm(dim=0)
+
+    return step
+
+
+def sparsify(setting: Setting, *, dead: bool) -> Step:
+    """EleutherAI's ``eai-sparsify``, as its trainer steps with ``optimizer="adam"``."""
+    from sparsify.config import SparseCoderConfig
+    from sparsify.sparse_coder import SparseCoder
+
+    torch.manual_seed(setting.seed)
+    sae = SparseCoder(setting.d, SparseCoderConfig(num_latents=setting.n_features, k=setting.k))
+    optimizer = torch.optim.Adam(sae.parameters(), lr=1e-4, fused=True)
+    since = torch.zeros(setting.n_features, dtype=torch.int64)
+
+    def step(number: int) -> None:
+        x = setting.batch(number)
+        if dead:
+            since[setting.silent] = LONG_AGO
+        out = sae(x, dead_mask=since > 10_000_000 if dead else None)
+        (out.fvu + AUX_WEIGHT * out.auxk_loss).backward()
+        since.add_(len(x)).index_fill_(0, out.latent_indices.flatten(), 0)
+        sae.remove_gradient_parallel_to_decoder_directions()
+        optimizer.step()
+        optimizer.zero_grad()
+        sae.set_decoder_norm_to_unit_norm()
+
+    return step
+
+
+def sae_lens(setting: Setting, *, dead: bool) -> Step:
+    """``sae-lens``'s TopKTrainingSAE, as its trainer steps, without the rescaling by the decoder's lengths."""
+    from sae_lens.saes.sae import TrainStepInput
+    from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
+
+    torch.manual_seed(setting.seed)
+    sae = TopKTrainingSAE(
+        TopKTrainingSAEConfig(
+            d_in=setting.d, d_sae=setting.n_features, k=setting.k, rescale_acts_by_decoder_norm=False,
+            use_sparse_activations=False, aux_loss_coefficient=AUX_WEIGHT,
+        )
+    )  # fmt: skip
+    optimizer = torch.optim.Adam(sae.parameters(), lr=1e-4, fused=True)
+    mask = torch.zeros(setting.n_features, dtype=torch.bool)
+    if dead:
+        mask[setting.silent] = True
+
+    def step(number: int) -> None:
+        given = TrainStepInput(setting.batch(number), {}, mask, number, is_logging_step=False)
+        sae.training_forward_pass(given).loss.backward()
+        torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def dictionary_learning(setting: Setting, *, dead: bool) -> Step:
+    """``dictionary-learning``'s TopKTrainer."""
+    from dictionary_learning.trainers.top_k import TopKTrainer
+
+    trainer = TopKTrainer(
+        10**6, setting.d, setting.n_features, setting.k, layer=0, lm_name="", lr=1e-4, seed=setting.seed, device="cpu"
+    )
+    trainer.optimizer = torch.optim.Adam(trainer.ae.parameters(), lr=1e-4, fused=True)
+    trainer.scheduler = torch.optim.lr_scheduler.ConstantLR(trainer.optimizer, factor=1.0)
+
+    def step(number: int) -> None:
+        if dead:
+            trainer.num_tokens_since_fired[setting.silent] = LONG_AGO
+        trainer.update(number + 1, setting.batch(number))
+
+    return step
+
+
+PEERS = {"dense": dense, "sparsify": sparsify, "sae_lens": sae_lens, "dictionary_learning": dictionary_learning}
+
+
+def peer(name: str, setting: Setting, *, dead: bool = False) -> Step:
+    """The step of one of :data:`PEERS`.
+
+    Raises:
+        ValueError: an unknown name.
+        ImportError: it is not installed.
+    """
+    one_of("peers", name, PEERS)
+    return PEERS[name](setting, dead=dead)
