@@ -45,7 +45,7 @@ def test_the_loss_is_the_weighted_velocity_error(pipeline):
     torch.manual_seed(0)
     latents = models.posterior(pipeline.vae, batch["pixels"]).mode() * pipeline.vae.config.scaling_factor
     noise = torch.randn_like(latents)
-    timesteps = torch.where(batch["easy"], 999, objective._timesteps(3))
+    timesteps = torch.where(batch["blank"], 999, objective._timesteps(3))
     kept = pipeline.scheduler.alphas_cumprod[timesteps].double().reshape(-1, 1, 1, 1)
     noisy = kept.sqrt() * latents + (1 - kept).sqrt() * noise
     velocity = kept.sqrt() * noise - (1 - kept).sqrt() * latents
@@ -103,7 +103,7 @@ def test_the_curriculum_goes_from_one_named_thing_to_any_scene(pipeline):
     first, half, late = (next(stream(start=step)) for step in (0, 50, 100))
     scene = world.sample(0)
     assert [batch["weight"].unique().tolist() for batch in (first, half, late)] == [[1, 10], [1, 6], [1, 2]]
-    assert [int(batch["easy"].sum()) for batch in (first, half, late)] == [32, 16, 0]
+    assert [int(batch["blank"].sum()) for batch in (first, half, late)] == [32, 16, 0]
     easy = text_to_image._easy(scene)
     assert len(easy.things) == 1 and easy.things[0].named == world.THING_FACTORS
     torch.testing.assert_close(first["pixels"][0], world.render([easy])[0])
@@ -112,14 +112,39 @@ def test_the_curriculum_goes_from_one_named_thing_to_any_scene(pipeline):
     assert (late["tokens"] != pipeline.tokenizer.pad_token_id).sum(1).tolist() == [count - 1 for count in words]
 
 
-def test_easy_examples_are_made_of_pure_noise(pipeline, monkeypatch):
-    objective, seen = DenoisingObjective(pipeline, ScheduleConfig(sampler_share=0.0)), []
-    add_noise = pipeline.scheduler.add_noise
+def test_easy_examples_are_made_of_pure_noise_in_the_first_lesson_alone(pipeline, monkeypatch):
+    add_noise, seen = pipeline.scheduler.add_noise, []
     monkeypatch.setattr(pipeline.scheduler, "add_noise", lambda *args: seen.append(args[2]) or add_noise(*args))
-    batch = next(text_to_image.prompted(8, pipeline.tokenizer, ScheduleConfig(curriculum=2))(start=1))
-    torch.manual_seed(0)
-    objective(batch)
-    assert (seen[0][:4] == 999).all() and (seen[0][4:] < 999).all()
+    for pure_noise in (True, False):
+        config = ScheduleConfig(sampler_share=0.0, curriculum=2, pure_noise=pure_noise)
+        batch = next(text_to_image.prompted(8, pipeline.tokenizer, config)(start=1))
+        torch.manual_seed(0)
+        DenoisingObjective(pipeline, config)(batch)
+    assert (seen[0][:4] == 999).all() and (seen[0][4:] < 999).all() and (seen[1] < 999).all()
+
+
+def test_things_stand_exactly_where_it_is_asked_for(pipeline):
+    loose, exact = (
+        next(text_to_image.prompted(16, pipeline.tokenizer, ScheduleConfig(curriculum=0, exact=asked))())
+        for asked in (False, True)
+    )
+    assert torch.equal(loose["tokens"], exact["tokens"]) and not torch.equal(loose["pixels"], exact["pixels"])
+    scene = world.sample(3)
+    placed = tuple(world.Thing(t.shape, t.colour, t.size, t.position) for t in scene.things)
+    torch.testing.assert_close(exact["pixels"][3], world.render([world.Scene(placed, scene.texture, scene.ground)])[0])
+
+
+def test_both_lessons_are_gone_through_and_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_to_image, "BATCH", 2)
+    monkeypatch.setattr(text_to_image, "SCENES_FOR_THE_SCALE", 8)
+    steps = {"vae_steps": 1, "text_steps": 1, "denoiser_steps": 2, "outline_steps": 1}
+    made = text_to_image.train_pipeline(tmp_path, **steps, device="cpu", model=SIZES)
+    assert [(row["step"], row["condition"]) for row in made.history] == [(2, "first lesson"), (3, "outlines")]
+    assert list(made.seconds) == ["world_vae.seconds", "text_model.seconds", "denoiser.seconds", "outlines.seconds"]
+    again = text_to_image.train_pipeline(tmp_path, **steps, device="cpu", model=SIZES)
+    assert [part.resumed_at for part in (again.vae, again.text, again.denoiser, again.outlines)] == [1, 1, 2, 1]
+    for one, other in zip(made.pipeline.unet.parameters(), again.pipeline.unet.parameters(), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_ranks_and_later_starts_share_one_stream(pipeline):

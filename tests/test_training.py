@@ -139,6 +139,15 @@ def test_schedule(schedule, expected):
     assert rates == pytest.approx([0.1 * share for share in expected])
 
 
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_a_run_that_ends_before_its_schedule(schedule):
+    whole = config(steps=12, warmup=2, schedule=schedule)
+    part = config(steps=6, warmup=2, schedule=schedule, horizon=12)
+    assert [part.rate(step) for step in range(1, 7)] == [whole.rate(step) for step in range(1, 7)]
+    with pytest.raises(ValueError, match="horizon"):
+        config(steps=6, horizon=5)
+
+
 def test_two_half_batches_equal_a_whole_one():
     whole, halves = Line().double(), Line().double()
     one = train(whole, batches64, config(steps=6))

@@ -32,6 +32,8 @@ VAE_BATCH = 16
 TEXT_BATCH = 64
 BATCH = 32
 KL_WEIGHT = 1e-6
+HORIZON = 1.7
+"""Of the first lesson's schedule, in lessons: the second begins before the learning rate is low."""
 
 
 @dataclass(frozen=True)
@@ -71,13 +73,18 @@ class ScheduleConfig:
     """Share of the timesteps drawn from that sampler's, the noisier the more often, since the less
     is seen of a picture the more is learned from its prompt; the rest are uniform."""
     curriculum: int = 1000
-    """Steps over which the easy examples become fewer: one thing with every factor named, to be
-    drawn out of pure noise. There is nothing to be seen there, so that the prompt must be read."""
+    """Steps over which the easy examples become fewer: one thing, with every factor named."""
+    pure_noise: bool = True
+    """Whether the easy examples are to be drawn out of pure noise: there is nothing to be seen there, so
+    that the prompt must be read."""
+    exact: bool = False
+    """Whether things stand exactly at their places. A prompt does not tell by how much they are off, so
+    that what is learned of their outlines otherwise is the mean over that."""
     place_weight: float = 0.1
     """Of knowing where one is."""
     thing_weight: tuple[float, float] = (10.0, 3.0)
-    """How much a thing's pixels count beside the ground's, where examples are all easy and where
-    none is; most of a picture is ground."""
+    """How much a thing's pixels count beside the ground's, of which there are many more: where examples
+    are all easy, and where none is."""
 
     def __post_init__(self) -> None:
         at_least("sampler_steps", self.sampler_steps, 1)
@@ -87,6 +94,10 @@ class ScheduleConfig:
         for name in ("prompt_dropout", "sampler_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: must be between 0 and 1, got {getattr(self, name)!r}")
+
+
+OUTLINES = ScheduleConfig(sampler_share=0.5, curriculum=800, pure_noise=False, exact=True, thing_weight=(10.0, 10.0))
+"""The second lesson: once things come in their places, what their outlines are."""
 
 
 class TrainedPipeline(NamedTuple):
@@ -99,12 +110,21 @@ class TrainedPipeline(NamedTuple):
     text: Trained
     """How the text model learned to read."""
     denoiser: Trained
-    """How that of U-Net and text model went."""
+    """How U-Net and text model learned to draw what is named where it is named."""
+    outlines: Trained
+    """How they went on with the things' outlines."""
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """The rows of both lessons' histories, steps counted through, ``condition`` the lesson."""
+        later = self.denoiser.history[-1]["step"]
+        first = [{**row, "condition": "first lesson"} for row in self.denoiser.history]
+        return first + [{**row, "step": row["step"] + later, "condition": "outlines"} for row in self.outlines.history]
 
     @property
     def seconds(self) -> dict[str, float]:
         """What each took in this process, as numbers of a run."""
-        named = {"world_vae": self.vae, "text_model": self.text, "denoiser": self.denoiser}
+        named = {"world_vae": self.vae, "text_model": self.text, "denoiser": self.denoiser, "outlines": self.outlines}
         return {f"{name}.seconds": trained.seconds for name, trained in named.items()}
 
 
@@ -113,11 +133,11 @@ def train_pipeline(
     *,
     vae_steps: int = 2500,
     text_steps: int = 800,
-    denoiser_steps: int = 3400,
+    denoiser_steps: int = 2000,
+    outline_steps: int = 1100,
     device: str = "auto",
     seed: int = 0,
     model: ModelConfig | None = None,
-    schedule: ScheduleConfig | None = None,
 ) -> TrainedPipeline:
     """Train the autoencoder, teach the text model to read, then train U-Net and text model together
     on the latents, all from scratch on the world, going on from what an interrupted call left.
@@ -126,13 +146,13 @@ def train_pipeline(
         folder: where the checkpoints go.
         vae_steps: of the autoencoder, 16 pictures each.
         text_steps: of the text model, 64 prompts each.
-        denoiser_steps: of U-Net and text model, 32 pictures each.
+        denoiser_steps: of U-Net and text model, 32 pictures each, with :class:`ScheduleConfig`'s defaults.
+        outline_steps: of the same, with ``OUTLINES``.
         device: where to train.
         seed: fixes the first weights and every step.
         model: the networks' sizes.
-        schedule: what the denoiser's training draws.
     """
-    model, schedule = model or ModelConfig(), schedule or ScheduleConfig()
+    model = model or ModelConfig()
     vae = new_vae(model, seed)
     settings = {"channels": [*model.vae_channels, model.latent_channels], "batch_size": VAE_BATCH, "kl": KL_WEIGHT}
     vae_trained = train(
@@ -148,14 +168,19 @@ def train_pipeline(
         folder=Path(folder, "text"), settings=settings, title="text model",
     )  # fmt: skip
     pipeline = new_pipeline(vae, text_encoder, tokenizer, model, seed)
-    settings = {"model": asdict(model), "schedule": asdict(schedule), "batch_size": BATCH}
-    trained = train(
-        DenoisingObjective(pipeline, schedule), prompted(BATCH, tokenizer, schedule),
-        _training(denoiser_steps, 200, device, seed), folder=Path(folder, "denoiser"), settings=settings,
-        title="denoiser",
-    )  # fmt: skip
+    lessons, places = [], None
+    for name, steps, horizon, schedule in (
+        ("denoiser", denoiser_steps, round(HORIZON * denoiser_steps), ScheduleConfig()),
+        ("outlines", outline_steps, 0, OUTLINES),
+    ):
+        objective = DenoisingObjective(pipeline, schedule)
+        objective.places = places = places or objective.places
+        settings = {"model": asdict(model), "schedule": asdict(schedule), "batch_size": BATCH}
+        config = replace(_training(steps, 200 if horizon else 50, device, seed), horizon=horizon)
+        stream = prompted(BATCH, tokenizer, schedule)
+        lessons.append(train(objective, stream, config, folder=Path(folder, name), settings=settings, title=name))
     pipeline.set_progress_bar_config(disable=True)
-    return TrainedPipeline(pipeline, vae_trained, text_trained, trained)
+    return TrainedPipeline(pipeline, vae_trained, text_trained, *lessons)
 
 
 def _training(steps: int, warmup: int, device: str, seed: int) -> TrainConfig:
@@ -253,12 +278,12 @@ class DenoisingObjective(nn.Module):
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The loss of ``pixels`` (B, 3, R, R) in [-1, 1], their ``tokens`` (B, L), the ``weight``
-        (B, 1, R, R) of each pixel, and which are ``easy`` (B,), to be made of pure noise."""
+        (B, 1, R, R) of each pixel, and which are ``blank`` (B,), to be made of pure noise."""
         pixels, tokens, device = batch["pixels"], batch["tokens"], batch["pixels"].device
         with torch.no_grad():
             latents = models.posterior(self._vae[0], pixels).mode() * self._vae[0].config.scaling_factor
         noise = torch.randn_like(latents)
-        timesteps = torch.where(batch["easy"], self._visited[0], self._timesteps(len(latents)).to(device))
+        timesteps = torch.where(batch["blank"], self._visited[0], self._timesteps(len(latents)).to(device))
         dropped = torch.rand(len(tokens), 1, device=device) < self._config.prompt_dropout
         states = self.text_encoder(torch.where(dropped, self._empty.to(device), tokens))[0]
         noisy = self._scheduler.add_noise(latents, noise, timesteps)
@@ -320,13 +345,14 @@ def prompted(
         left = max(0.0, 1 - number / config.curriculum) if config.curriculum else 0.0
         easy = round(left * len(drawn))
         drawn = [*map(_easy, drawn[:easy]), *drawn[easy:]]
-        things = torch.from_numpy(np.stack([~scene.masks()[-1:] for scene in drawn]))
+        drawn = [*map(_exact, drawn)] if config.exact else drawn
         first, last = config.thing_weight
+        things = torch.from_numpy(np.stack([~scene.masks()[-1:] for scene in drawn]))
         return {
             "pixels": render(drawn),
             "tokens": tokenize(tokenizer, [scene.prompt for scene in drawn]),
             "weight": 1 + (last - 1 + left * (first - last)) * things,
-            "easy": torch.arange(len(drawn)) < easy,
+            "blank": torch.arange(len(drawn)) < easy * config.pure_noise,
         }
 
     return _stream(batch_size, batch)
@@ -341,6 +367,11 @@ def _stream(batch_size: int, batch: Callable[[list[Scene], int], dict]) -> Calla
             yield batch([sample(seed) for seed in range(first, first + batch_size)], number)
 
     return batches
+
+
+def _exact(scene: Scene) -> Scene:
+    """The scene with its things exactly at their places."""
+    return replace(scene, things=tuple(replace(thing, offset=(0, 0)) for thing in scene.things))
 
 
 def _easy(scene: Scene) -> Scene:

@@ -50,6 +50,8 @@ class TrainConfig:
     """Steps over which the learning rate rises linearly from 0."""
     schedule: str = "constant"
     """After the warm-up: ``constant``, or ``linear`` or ``cosine``, which reach their end just after the last step."""
+    horizon: int = 0
+    """The step whose end that is; 0 for the last. A run that is to be gone on from ends before."""
     final_rate: float | None = None
     """The learning rate at that end; None for 0."""
     accumulation: int = 1
@@ -72,6 +74,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "accumulation", "log_every"):
             at_least(name, getattr(self, name), 1)
+        if self.horizon:
+            at_least("horizon", self.horizon, self.steps)
         for name in ("weight_decay", "warmup", "clip_norm", "checkpoint_every"):
             at_least(name, getattr(self, name), 0)
         at_least("learning_rate", self.learning_rate, 0, exclusive=True)
@@ -88,7 +92,8 @@ class TrainConfig:
             return self.learning_rate * step / self.warmup
         if self.schedule == "constant":
             return self.learning_rate
-        left = (self.steps - step + 1) / (self.steps - self.warmup)
+        end = self.horizon or self.steps
+        left = (end - step + 1) / (end - self.warmup)
         final = self.final_rate or 0.0
         share = left if self.schedule == "linear" else (1 - math.cos(math.pi * left)) / 2
         return final + (self.learning_rate - final) * share
