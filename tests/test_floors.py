@@ -15,7 +15,7 @@ FLOORS = [
     ["blocks", "channels", "embedded_data", "oracle", "perceptual", "prompts", "report", "sae", "shards", "text_model",
      "training"],
     ["models", "baselines", "data", "nudge", "planning", "runs", "sae_formats", "writing"],
-    ["conditioning", "fidelity", "lens", "store", "vae", "latents", "sampling", "labelled"],
+    ["conditioning", "fidelity", "lens", "lessons", "store", "vae", "latents", "sampling", "labelled"],
     ["denoise", "study", "text_to_image", "masked_measures", "examples", "features", "diffusion_classifier"],
     ["ablate", "causes", "collect", "comparison", "judging", "pruning", "diffc", "layer_features"],
     ["bench", "bench_store", "sae_training", "substitute", "collapse", "readout"],

@@ -1,28 +1,25 @@
 """Training the embedded text-to-image model from scratch on the world.
 
-A latent diffusion model (Rombach et al. 2022) with the cross-attention block structure of SDXL's
-U-Net (Podell et al. 2023), made so that few steps suffice: v-prediction (Salimans and Ho 2022) on a
-schedule whose last timestep is pure noise (Lin et al. 2023), guided without a classifier (Ho and
-Salimans 2022). Half of the training timesteps are those that a four-step sampler visits.
+A latent diffusion model (Rombach et al. 2022) with cross-attention in every stage of its U-Net, made
+so that few steps suffice: v-prediction (Salimans and Ho 2022) on a schedule whose last timestep is
+pure noise (Lin et al. 2023), guided without a classifier (Ho and Salimans 2022). What it is taught,
+and in which order, is in :mod:`vaelab.lessons`.
 """
 
-import itertools
-import re
-from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from vaelab import hooks, models
+from vaelab import models
 from vaelab.checks import at_least
-from vaelab.text_model import ReadingObjective, new_text_model, new_tokenizer, readings, tokenize
+from vaelab.lessons import OUTLINES, DenoisingObjective, ScheduleConfig, pictures, prompted
+from vaelab.text_model import ReadingObjective, new_text_model, new_tokenizer, readings
 from vaelab.training import TrainConfig, Trained, train
 from vaelab.vae import VAEObjective
-from vaelab.world import SIDE, Scene, render, sample
+from vaelab.world import SIDE, render, sample
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
@@ -59,45 +56,6 @@ class ModelConfig:
         for name in ("vae_channels", "unet_channels"):
             if any(width % 16 for width in getattr(self, name)):
                 raise ValueError(f"{name}: expected multiples of 16, got {getattr(self, name)}")
-
-
-@dataclass(frozen=True)
-class ScheduleConfig:
-    """What the training of the denoiser draws."""
-
-    prompt_dropout: float = 0.1
-    """Share of the prompts replaced by the empty one, for classifier-free guidance."""
-    sampler_steps: int = 4
-    """The sampler whose timesteps are drawn more often."""
-    sampler_share: float = 0.7
-    """Share of the timesteps drawn from that sampler's, the noisier the more often, since the less
-    is seen of a picture the more is learned from its prompt; the rest are uniform."""
-    curriculum: int = 1000
-    """Steps over which the easy examples become fewer: one thing, with every factor named."""
-    pure_noise: bool = True
-    """Whether the easy examples are to be drawn out of pure noise: there is nothing to be seen there, so
-    that the prompt must be read."""
-    exact: bool = False
-    """Whether things stand exactly at their places. A prompt does not tell by how much they are off, so
-    that what is learned of their outlines otherwise is the mean over that."""
-    place_weight: float = 0.1
-    """Of knowing where one is."""
-    thing_weight: tuple[float, float] = (10.0, 3.0)
-    """How much a thing's pixels count beside the ground's, of which there are many more: where examples
-    are all easy, and where none is."""
-
-    def __post_init__(self) -> None:
-        at_least("sampler_steps", self.sampler_steps, 1)
-        at_least("curriculum", self.curriculum, 0)
-        at_least("place_weight", self.place_weight, 0)
-        at_least("thing_weight", min(self.thing_weight), 1)
-        for name in ("prompt_dropout", "sampler_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}: must be between 0 and 1, got {getattr(self, name)!r}")
-
-
-OUTLINES = ScheduleConfig(sampler_share=0.5, curriculum=800, pure_noise=False, exact=True, thing_weight=(10.0, 10.0))
-"""The second lesson: once things come in their places, what their outlines are."""
 
 
 class TrainedPipeline(NamedTuple):
@@ -250,71 +208,6 @@ def new_pipeline(
     )
 
 
-class DenoisingObjective(nn.Module):
-    """L = E ||v - v_theta(z_t, t, prompt)||^2, for the U-Net and the text model together.
-
-    Beside it, what a transformer block takes in must tell each position's row and column to one
-    linear map. A convolution learns of places only at the picture's edge, from the padding (Islam
-    et al. 2020); in pure noise there is nothing else to see, and as long as no layer knows where it
-    is, nothing is gained by reading in a prompt where a thing should be.
-    """
-
-    def __init__(self, pipeline: Any, config: ScheduleConfig):
-        super().__init__()
-        self.unet, self.text_encoder = pipeline.unet, pipeline.text_encoder
-        self._config, self._vae, self._scheduler = config, [pipeline.vae], pipeline.scheduler  # a list: not trained
-        self._empty = tokenize(pipeline.tokenizer, [""])[0]
-        pipeline.scheduler.set_timesteps(config.sampler_steps)
-        self._visited = pipeline.scheduler.timesteps.clone()
-        found = models.blocks(pipeline).items()
-        # the first stage has seen too few convolutions for the edge to be felt in the middle
-        self._knowing = {
-            block.path: block.shape for name, block in found if re.fullmatch(r"(down\.[1-9]|mid|up)[.\d]+", name)
-        }
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            heads = [nn.Linear(width, height + wide) for height, wide, width in self._knowing.values()]
-        self.places = nn.ModuleList(heads)
-
-    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The loss of ``pixels`` (B, 3, R, R) in [-1, 1], their ``tokens`` (B, L), the ``weight``
-        (B, 1, R, R) of each pixel, and which are ``blank`` (B,), to be made of pure noise."""
-        pixels, tokens, device = batch["pixels"], batch["tokens"], batch["pixels"].device
-        with torch.no_grad():
-            latents = models.posterior(self._vae[0], pixels).mode() * self._vae[0].config.scaling_factor
-        noise = torch.randn_like(latents)
-        timesteps = torch.where(batch["blank"], self._visited[0], self._timesteps(len(latents)).to(device))
-        dropped = torch.rand(len(tokens), 1, device=device) < self._config.prompt_dropout
-        states = self.text_encoder(torch.where(dropped, self._empty.to(device), tokens))[0]
-        noisy = self._scheduler.add_noise(latents, noise, timesteps)
-        target = self._scheduler.get_velocity(latents, noise, timesteps)
-        with hooks.capture(self.unet, self._knowing, side="input", grad=True) as seen:
-            predicted = self.unet(noisy, timesteps, states).sample
-        place = self._place([seen[path][0] for path in self._knowing])
-        error = (predicted.float() - target.float()).square().mean(1, keepdim=True)
-        weight = nn.functional.adaptive_avg_pool2d(batch["weight"], error.shape[-2:])
-        loss = (weight * error).sum() / weight.sum() + self._config.place_weight * place
-        return {"loss": loss, "error": error.mean(), "place": place}
-
-    def _place(self, maps: list[Tensor]) -> Tensor:
-        """Cross-entropy of every position's row and column, mean over blocks; ``maps`` are (B, C, H, W)."""
-        losses = []
-        for head, each in zip(self.places, maps, strict=True):
-            height, wide = each.shape[-2:]
-            rows, columns = head(each.movedim(1, -1)).float().split((height, wide), -1)
-            row = torch.arange(height, device=each.device)[:, None].expand(rows.shape[:-1])
-            column = torch.arange(wide, device=each.device).expand(columns.shape[:-1])
-            for answer, truth in ((rows, row), (columns, column)):
-                losses.append(nn.functional.cross_entropy(answer.flatten(0, -2), truth.flatten()))
-        return torch.stack(losses).mean()
-
-    def _timesteps(self, count: int) -> Tensor:
-        uniform = torch.randint(0, self._scheduler.config.num_train_timesteps, (count,))
-        shares = torch.arange(len(self._visited), 0, -1.0)
-        visited = self._visited[torch.multinomial(shares, count, replacement=True)]
-        return torch.where(torch.rand(count) < self._config.sampler_share, visited, uniform)
-
-
 @torch.no_grad()
 def latent_scale(vae: nn.Module) -> float:
     """diffusers' ``scaling_factor``: one over the standard deviation of the posteriors' means.
@@ -329,51 +222,3 @@ def latent_scale(vae: nn.Module) -> float:
         for part in pictures.split(32)
     ]
     return float(1 / torch.cat(means).std())
-
-
-def pictures(batch_size: int) -> Callable[..., Iterator[dict[str, Tensor]]]:
-    """Endless batches of pictures of training scenes, none of them twice, for the autoencoder."""
-    return _stream(batch_size, lambda drawn, _: {"pixels": render(drawn)})
-
-
-def prompted(
-    batch_size: int, tokenizer: "CLIPTokenizer", config: ScheduleConfig
-) -> Callable[..., Iterator[dict[str, Tensor]]]:
-    """Endless batches of training scenes with their prompts' tokens and their pixels' weights."""
-
-    def batch(drawn: list[Scene], number: int) -> dict[str, Tensor]:
-        left = max(0.0, 1 - number / config.curriculum) if config.curriculum else 0.0
-        easy = round(left * len(drawn))
-        drawn = [*map(_easy, drawn[:easy]), *drawn[easy:]]
-        drawn = [*map(_exact, drawn)] if config.exact else drawn
-        first, last = config.thing_weight
-        things = torch.from_numpy(np.stack([~scene.masks()[-1:] for scene in drawn]))
-        return {
-            "pixels": render(drawn),
-            "tokens": tokenize(tokenizer, [scene.prompt for scene in drawn]),
-            "weight": 1 + (last - 1 + left * (first - last)) * things,
-            "blank": torch.arange(len(drawn)) < easy * config.pure_noise,
-        }
-
-    return _stream(batch_size, batch)
-
-
-def _stream(batch_size: int, batch: Callable[[list[Scene], int], dict]) -> Callable[..., Iterator[dict[str, Tensor]]]:
-    at_least("batch_size", batch_size, 1)
-
-    def batches(start: int = 0, rank: int = 0, world: int = 1) -> Iterator[dict[str, Tensor]]:
-        for number in itertools.count(start):
-            first = (number * world + rank) * batch_size
-            yield batch([sample(seed) for seed in range(first, first + batch_size)], number)
-
-    return batches
-
-
-def _exact(scene: Scene) -> Scene:
-    """The scene with its things exactly at their places."""
-    return replace(scene, things=tuple(replace(thing, offset=(0, 0)) for thing in scene.things))
-
-
-def _easy(scene: Scene) -> Scene:
-    """The scene's first thing alone, with everything named."""
-    return replace(scene, things=scene.things[:1]).spelled_out()
