@@ -80,3 +80,11 @@ def test_what_cannot_be_measured_is_refused(kept, by_factor):
     untrained = label_purity.SAE(asked.config)
     with pytest.raises(ValueError, match="no feature is active in 61 of 60 pictures"):
         tops(untrained, by_factor["shape"], LAYER, top=61)
+
+
+def test_autoencoders_are_kept_under_their_layers(kept, tmp_path):
+    asked = wanted(kept.layout, [LAYER], 2, 3, seed=1)[LAYER]
+    sae = label_purity.SAE(asked.config, asked.seed)
+    label_purity.keep({LAYER: sae}, tmp_path)
+    again = label_purity.SAE.from_pretrained(tmp_path / LAYER)
+    assert again.config == asked.config and torch.equal(again.encoder, sae.encoder)

@@ -6,6 +6,7 @@ what makes a feature most active; here it is its largest activation.
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -61,6 +62,12 @@ def wanted(
         layer: Wanted(layer, SAEConfig(layout[layer].width, expansion * layout[layer].width, k, **options), seed)
         for layer in layers
     }
+
+
+def keep(saes: Mapping[str, SAE], folder: Path) -> None:
+    """Save the autoencoder of each layer in a folder of its name."""
+    for layer, sae in saes.items():
+        sae.save_pretrained(folder / layer)
 
 
 def tops(sae: SAE, examples: Examples, layer: str, *, features: int = 1000, top: int = 10) -> Tops:

@@ -33,7 +33,7 @@ class Purity(NamedTuple):
 
 
 def sigma_labels(classes: np.ndarray) -> np.ndarray:
-    """Standard deviation (F,) of the class numbers (F, n) of each feature's pictures."""
+    """Standard deviation (F,), that of a population, of the class numbers (F, n) of each feature's pictures."""
     return classes.std(axis=1)
 
 
