@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import vaelab
-from vaelab.hooks import capture, edit, find_layers, unwrap
+from vaelab.hooks import capture, edit, find_layers, on_gradient, unwrap
 
 
 class Pair(NamedTuple):
@@ -847,3 +847,12 @@ class TestModes:
 def noted(tensor, storages):
     storages.append(weakref.ref(tensor.untyped_storage()))
     return tensor
+
+
+def test_a_gradient_is_handed_over_when_it_has_been_made():
+    weight, seen = nn.Parameter(torch.ones(3)), []
+    handle = on_gradient(weight, lambda parameter: seen.append(parameter.grad.clone()))
+    (weight * torch.tensor([1.0, 2.0, 3.0])).sum().backward()
+    handle.remove()
+    weight.sum().backward()
+    assert [one.tolist() for one in seen] == [[1.0, 2.0, 3.0]]

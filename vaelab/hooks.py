@@ -302,3 +302,12 @@ def _with_tensor(value: Any, new: Tensor, entry: int = 0) -> Any:
         return edited
     entries = [*value[:place], new, *value[place + 1 :]]
     return type(value)(*entries) if hasattr(value, "_fields") else type(value)(entries)
+
+
+def on_gradient(parameter: nn.Parameter, function: Callable[[nn.Parameter], None]) -> Any:
+    """Call ``function`` on a parameter whenever its gradient has been made, for as long as the parameter lives.
+
+    Returns:
+        A handle, whose ``remove()`` ends it.
+    """
+    return parameter.register_post_accumulate_grad_hook(function)

@@ -19,8 +19,10 @@ from torch import Tensor, nn
 
 from vaelab.checks import unknown
 from vaelab.collect import CollectConfig, captures
+from vaelab.hooks import on_gradient
 from vaelab.sae import SAE, SAEConfig, refuse_not_finite, refuse_other_width
 from vaelab.sae_choice import choose_of_batch
+from vaelab.sae_kernels import row_products
 from vaelab.shuffling import shuffle_stream
 from vaelab.store import Store
 from vaelab.training import Batches, TrainConfig, Watcher, train
@@ -70,7 +72,7 @@ class SAEObjective(nn.Module):
         self.saes = nn.ModuleList(SAE(one.config, one.seed) for one in self.wanted.values())
         self.register_buffer("scales", torch.ones(len(self.blocks)))
         for sae in self.saes:
-            sae.decoder.register_post_accumulate_grad_hook(make_tangent)
+            on_gradient(sae.decoder, make_tangent)
 
     @torch.no_grad()
     def begin(self, sample: Mapping[str, Tensor]) -> None:
@@ -162,9 +164,7 @@ class Live(Watcher):
 def make_tangent(decoder: Tensor) -> None:
     """Take out of the gradient of a decoder (n, d), whose rows are of unit length, what is parallel to them."""
     rows = torch.arange(len(decoder), device=decoder.device)
-    parallel = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        decoder.grad, decoder, rows, rows, rows, 0, -1
-    )  # the product of each pair of rows, without a tensor of their size between
+    parallel = row_products(decoder.grad, decoder, rows, rows, rows)
     decoder.grad.addcmul_(decoder, parallel[:, None], value=-1)
 
 
