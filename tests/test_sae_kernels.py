@@ -1,6 +1,9 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from vaelab import sae_kernels
 from vaelab.sae_kernels import Block, Entries, JumpReLU, SquaredNorm, Step, linear, variance_of
 
 N, FEATURES, D = 9, 37, 6
@@ -37,6 +40,24 @@ def test_sums_over_entries_are_products_with_the_matrix(kind):
     torch.testing.assert_close(where.transposed_times(values, other), matrix.T @ other)
     torch.testing.assert_close(where.products(other, table), (other @ table.T)[where.rows, where.indices])
     torch.testing.assert_close(where.by_column(values), matrix.sum(0))
+
+
+class Elsewhere(torch.Tensor):
+    """A tensor that says it is on a device for which there is no kernel."""
+
+    @property
+    def device(self):
+        return SimpleNamespace(type="elsewhere")
+
+
+def test_products_of_rows_without_a_kernel_are_the_same(monkeypatch):
+    monkeypatch.setattr(sae_kernels, "AT_ONCE", 5)
+    where, _, _ = entries("few")
+    left, right = random(N, D, seed=2), random(FEATURES, D, seed=1)
+    elsewhere = left.as_subclass(Elsewhere)
+    assert elsewhere.device.type == "elsewhere"
+    found = sae_kernels.row_products(elsewhere, right, where.indices, where.rows, where.offsets)
+    torch.testing.assert_close(torch.Tensor(found), where.products(left, right))
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])

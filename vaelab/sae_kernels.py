@@ -19,6 +19,8 @@ from torch import Tensor
 
 DENSE_FROM = 8
 """One entry in so many is chosen: from there on dense products are quicker than sums over entries."""
+AT_ONCE = 2**14
+"""Pairs of rows that are copied at a time where there is no kernel for their products."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -27,6 +29,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
+
+
+def row_products(left: Tensor, right: Tensor, indices: Tensor, rows: Tensor, offsets: Tensor) -> Tensor:
+    """The dot products of rows of left (N, d) and right (n, d): (E,), entry e of left[rows[e]] and
+    right[indices[e]], with the entries of left's row i beginning at offsets[i]."""
+    if left.device.type in ("cpu", "cuda"):
+        return torch.ops.aten._embedding_bag_per_sample_weights_backward(left, right, indices, offsets, rows, 0, -1)
+    parts = zip(rows.split(AT_ONCE), indices.split(AT_ONCE), strict=True)
+    return torch.cat([left.new_empty(0), *((left[row] * right[index]).sum(1) for row, index in parts)])
 
 
 class Entries:
@@ -85,9 +96,7 @@ class Entries:
         """Of left (N, d) times right (n, d) transposed, the entries that are there: (E,)."""
         if self.dense:
             return linear(left, right)[self.rows, self.indices]
-        return torch.ops.aten._embedding_bag_per_sample_weights_backward(
-            left, right, self.indices, self.offsets, self.rows, 0, -1
-        )
+        return row_products(left, right, self.indices, self.rows, self.offsets)
 
     def by_column(self, values: Tensor) -> Tensor:
         """The sum of the values (E,) in each column: (n,)."""
