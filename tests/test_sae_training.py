@@ -1,3 +1,4 @@
+from dataclasses import replace
 from itertools import islice
 
 import pytest
@@ -5,9 +6,11 @@ import torch
 from safetensors.torch import load_file
 
 from vaelab import store
+from vaelab.collect import CollectConfig, vectors
+from vaelab.denoise import Sampling
 from vaelab.planted import Planted, recovery
 from vaelab.sae import VARIANTS, SAEConfig
-from vaelab.sae_training import SAEObjective, Wanted, from_store, geometric_median, make_tangent, train_saes
+from vaelab.sae_training import SAEObjective, Wanted, from_store, geometric_median, make_tangent, streaming, train_saes
 from vaelab.training import TrainConfig, Watcher
 
 PLANTED = Planted(d=32, n_features=48, active=2, length=30.0)
@@ -206,6 +209,35 @@ def test_an_empty_store_and_an_unknown_block_are_refused(tmp_path):
         from_store(kept, ["mid.1"], 8, seed=0)
     with pytest.raises(ValueError, match=r"block: unknown name 'planted'.*mid\.0"):
         train_saes(wanted("topk"), from_store(kept, ["mid.0"], 8, seed=0), config())
+
+
+DRAWN = CollectConfig(("mid.0", "down.2.1"), Sampling(steps=2, guidance_scale=0.0), batch_size=2)
+
+
+def test_streamed_batches_hold_the_vectors_that_are_drawn_and_go_on_where_asked(small_pipeline):
+    pipeline, prompts = small_pipeline("sdxl"), ["a dog", "two cats", "a tree"]
+    batches = streaming(pipeline, prompts, DRAWN, batch_size=6, buffer_rows=10, seed=0)
+    found = list(islice(batches(), 7))
+    drawn = {block: torch.cat(list(vectors(pipeline, prompts, DRAWN, block))).float() for block in DRAWN.blocks}
+    places = []
+    for batch in found:
+        assert list(batch) == list(DRAWN.blocks)
+        same = [(batch[block][:, None] - drawn[block]).abs().sum(2) < 1e-6 for block in batch]
+        assert torch.equal(same[0], same[1])  # the two blocks' vectors of one place come together
+        places += same[0].nonzero()[:, 1].tolist()
+    assert len(places) > 20 and len(set(places)) == len(places)
+    again = next(batches(start=3))
+    assert all(torch.equal(again[block], found[3][block]) for block in again)
+    second = next(batches(start=1, rank=1, world=2))
+    assert torch.equal(second["mid.0"], found[3]["mid.0"])
+
+
+def test_what_cannot_be_streamed_is_refused(small_pipeline):
+    with pytest.raises(ValueError, match="prompts: none"):
+        streaming(small_pipeline("sdxl"), [], DRAWN, batch_size=6, buffer_rows=10, seed=0)
+    uneven = replace(DRAWN, blocks=("mid.0", "up.1.0"))
+    with pytest.raises(ValueError, match="blocks: expected maps of one size"):
+        next(streaming(small_pipeline("sdxl"), ["a"], uneven, batch_size=6, buffer_rows=10, seed=0)())
 
 
 def broken(value, at):
