@@ -1,11 +1,10 @@
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from scipy import stats
 from small_latents import small_config
 
-from vaelab import collapse, data, noise_loss
+from vaelab import collapse, conclusions, data, noise_loss
 from vaelab.masked_measures import latents_of, measure
 from vaelab.pruning import PrunedRun, build
 
@@ -60,7 +59,7 @@ def test_every_setting_is_run_with_every_seed_and_summed_up_with_intervals(swept
     assert list(measured.groupby("setting", sort=False).size().items()) == [
         ("unmasked", 2), ("lambda_0", 2), ("lambda_0.5", 2), ("keep_2", 2),
     ]  # fmt: skip
-    found = collapse.summary(measured)
+    found = conclusions.summary(measured)
     pair = measured[measured["setting"] == "lambda_0.5"]["diffusion_loss"].to_numpy()
     half = stats.t.ppf(0.975, 1) * pair.std(ddof=1) / 2**0.5
     assert found["lambda_0.5.diffusion_loss"] == pytest.approx(pair.mean())
@@ -70,7 +69,7 @@ def test_every_setting_is_run_with_every_seed_and_summed_up_with_intervals(swept
         assert f"lambda_0.{name}.low" in found
     assert not any("fid" in name for name in found)
     assert found["keep_2.channels_off"] == 2 and found["keep_2.mean_mask"] == 0.5
-    assert collapse.by_kept(measured)["kept"].tolist() == [2, 2]
+    assert conclusions.by_kept(measured)["kept"].tolist() == [2, 2]
 
 
 def test_the_control_is_the_denoisers_loss_on_scaled_latents(swept, held_out):
@@ -83,7 +82,7 @@ def test_the_control_is_the_denoisers_loss_on_scaled_latents(swept, held_out):
     assert found.loc[1, "latent_scale"] == pytest.approx(found.loc[0, "latent_scale"] / 2)
     nothing = found[found["scale"] == 0]
     assert (nothing["closed_form_loss"] == 0).all() and len(nothing) == 2
-    metrics = collapse.control_metrics(found)
+    metrics = conclusions.control_metrics(found)
     assert {"control.scale_0.5.diffusion_loss", "control.scale_0.closed_form_loss"} <= metrics.keys()
     with pytest.raises(ValueError, match=r"scales: must be at least 0, got -1"):
         collapse.control("embedded", "unmasked", settings["unmasked"], SEEDS, held_out, folder, [-1.0])
@@ -127,49 +126,3 @@ def test_pictures_show_every_way_to_decode(swept, held_out):
     ]  # fmt: skip
     fresh = build("embedded", settings["keep_2"], 16).state_dict()["vae.encoder.conv_in.weight"]
     assert not torch.equal(trained["keep_2"].vae.encoder.conv_in.weight, fresh)
-
-
-def numbers(**settings):
-    base = {"recon_mse": 10.0, "channels_off": 0, "latent_scale": 1.0, "seed": 0}
-    names = ("diffusion_loss", "masked_recon_mse", "mean_mask", "scale")
-    rows = [
-        {**base, "setting": name, "seed": seed, **dict(zip(names, values, strict=True))}
-        for name, values in settings.items() for seed in SEEDS
-    ]  # fmt: skip
-    return pd.DataFrame(rows)
-
-
-def parts_of(setting, improvement, by_scaling):
-    return [{"setting": setting, "seed": seed, "improvement": improvement + 1e-3 * seed,
-             "by_scaling": by_scaling, "left": improvement - by_scaling} for seed in SEEDS]  # fmt: skip
-
-
-def test_the_verdict_says_what_the_numbers_say():
-    measured = numbers(
-        unmasked=(0.2, 10.0, 1.0, 1.0), lambda_0=(0.05, 90.0, 0.05, 0.05), lambda_1=(0.2, 11.0, 0.9, 0.9)
-    )
-    parts = pd.DataFrame([*parts_of("lambda_0", 0.15, 0.14), *parts_of("lambda_1", 0.0, 0.0)])
-    said = collapse.verdict(measured, parts).data
-    assert "collapses below a tenth of its scale with lambda_0, without any penalty too" in said
-    assert "pictures are then lost with lambda_0." in said
-    assert "falls by 0.15; scaling alone, of the denoiser without a mask, brings 0.14." in said
-    assert "0.15 lower, of which scaling alone brings 0.14" in said and "have 9 times the error" in said
-    assert "**lambda_1**: mean mask 0.9, 0 channels off; the diffusion loss is not clearly another" in said
-    held = collapse.verdict(measured[measured["setting"] != "lambda_0"], parts).data
-    assert "No lambda brought the latent below a tenth" in held and "lost" not in held
-
-
-def test_the_papers_numbers_stand_beside_ours():
-    measured = numbers(unmasked=(0.2, 10.0, 1.0, 1.0), lambda_0=(0.05, 90.0, 0.05, 0.05))
-    found = collapse.beside_paper(measured)
-    assert found["setting"].tolist() == ["lambda_0"]
-    row = found.iloc[0]
-    assert (row["paper: diffusion loss"], row["paper: MSE"]) == (0.0240, 24.67)
-    assert (row["here: diffusion loss"], row["here: MSE"], row["here: masked MSE"]) == (0.05, 10.0, 90.0)
-    assert row["paper: scale of that closed form"] == pytest.approx(0.0597, abs=1e-4)
-
-
-def test_the_closed_forms_curve_rises_with_the_scale():
-    scales, losses = collapse.closed_form_curve(0.01, 1.0)
-    assert scales[0] == pytest.approx(0.01) and scales[-1] == pytest.approx(1.0)
-    assert (np.diff(losses) > 0).all() and losses[-1] == pytest.approx(0.2755, abs=1e-3)

@@ -14,7 +14,7 @@ FLOORS = [
      "sae_plots", "shuffling", "world", "noise_loss", "mask_plots", "probe", "purity", "pca", "readout_plots"],
     ["blocks", "channels", "embedded_data", "oracle", "perceptual", "prompts", "report", "sae", "shards", "text_model",
      "training"],
-    ["models", "baselines", "data", "nudge", "planning", "runs", "sae_formats", "writing"],
+    ["models", "baselines", "data", "nudge", "planning", "runs", "sae_formats", "writing", "conclusions"],
     ["conditioning", "fidelity", "lens", "lessons", "store", "vae", "latents", "sampling", "labelled"],
     ["denoise", "study", "text_to_image", "masked_measures", "examples", "features", "diffusion_classifier"],
     ["ablate", "causes", "collect", "comparison", "judging", "pruning", "diffc", "layer_features"],

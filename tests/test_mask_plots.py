@@ -63,3 +63,8 @@ def test_the_trade_off_has_a_panel_for_what_was_measured(fids, panels):
     assert len(axes) == panels
     assert axes[0].get_ylabel() == "error of decoded pictures (sum)"
     assert lines(axes[0])["unmasked"].get_ydata()[0] == 2.0
+
+
+def test_a_trade_off_without_runs_says_so():
+    (axis,) = mask_plots.trade_off(pd.DataFrame({"kept": [], "fid": []}), pd.DataFrame()).axes
+    assert [text.get_text() for text in axis.texts] == ["no run kept a number of channels"]

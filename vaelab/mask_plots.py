@@ -119,10 +119,16 @@ def trade_off(by_kept: pd.DataFrame, unmasked: pd.DataFrame, title: str = "") ->
     """Quality against the number of channels kept, a panel a measure, every run a point.
 
     Args:
-        by_kept: a row a run: ``kept`` and the columns of ``QUALITY``; one without numbers is left out.
+        by_kept: a row a run: ``kept`` and the columns of ``QUALITY``; one without numbers is left out, and
+            where there is no run the figure says so.
         unmasked: the runs without a mask, drawn as a line at their mean.
         title: the figure's.
     """
+    if by_kept.empty:
+        figure, axis = plt.subplots(figsize=(3.6, 0.6))
+        axis.text(0.5, 0.5, "no run kept a number of channels", ha="center", va="center", fontsize=9)
+        axis.axis("off")
+        return figure
     shown = {name: label for name, label in QUALITY.items() if by_kept[name].notna().all()}
     figure, axes = plt.subplots(1, len(shown), figsize=(3.6 * len(shown), 3.3), squeeze=False, layout="constrained")
     for axis, (name, label) in zip(axes[0], shown.items(), strict=True):
