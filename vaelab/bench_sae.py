@@ -241,7 +241,8 @@ class Measured(NamedTuple):
     metrics: dict[str, float]
     """Under the names that :func:`ratios` and :func:`measured` tell."""
     steps: pd.DataFrame
-    """A row a timed step: ``system``, and ``over_gemm``, its time over the encoder product's median."""
+    """A row a timed step: ``system``, ``dead`` (``none dead``, ``512 dead``), and ``over_gemm``, its time over
+    the encoder product's median."""
 
 
 def measured(
@@ -271,6 +272,8 @@ def measured(
             metrics[f"sae.large.peak_mb.{row.system}"] = row.peak_mb
             metrics[f"sae.large.step_over_gemm.{row.system}"] = row.step_over_gemm
     over = (timed.seconds / timed.seconds["gemm"].median()).melt(var_name="system", value_name="over_gemm")
+    over["dead"] = over["system"].str.endswith("_dead").map({False: "none dead", True: "512 dead"})
+    over["system"] = over["system"].str.removesuffix("_dead")
     return Measured({name: float(value) for name, value in metrics.items()}, over)
 
 
