@@ -8,7 +8,6 @@ from vaelab import diffc, examples
 from vaelab.diffc import DiffC, DiffCConfig, fit
 from vaelab.hooks import capture
 from vaelab.probe import score
-from vaelab.training import TrainConfig
 
 BLOCK = "up.t25.maps"
 SMALL = {"width": 8, "epochs": 4, "batch_size": 8, "learning_rate": 1e-2, "final_rate": 5e-3, "device": "cpu"}
@@ -40,14 +39,25 @@ def test_it_is_the_plain_stack_in_float64():
     torch.testing.assert_close(model(maps), expected, rtol=1e-12, atol=1e-12)
 
 
-def test_the_rate_is_the_papers_cosine_with_a_floor():
-    config = TrainConfig(steps=50, learning_rate=1e-4, final_rate=5e-5, schedule="cosine")
-    optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(1))], lr=1e-4)
-    reference = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=50, eta_min=5e-5)
-    for step in range(1, 51):
-        assert config.rate(step) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
-        optimizer.step()
-        reference.step()
+def test_it_is_trained_as_section_4_1_says(pictures, monkeypatch):
+    """Thirty epochs of 60 pictures in batches of 16, the rate from 1e-4 to 5e-5, nothing clipped."""
+    seen = {}
+
+    class Stopped(Exception):
+        pass
+
+    def noted(objective, batches, config, **options):
+        seen.update(config=config, batch=next(batches())["maps"].shape, width=objective.model.conv1.out_channels)
+        raise Stopped
+
+    monkeypatch.setattr(diffc, "train", noted)
+    learn, validate, _ = (examples.read(one) for one in pictures)
+    with pytest.raises(Stopped):
+        fit(learn, validate, BLOCK)
+    config = seen["config"]
+    assert (config.steps, seen["batch"], seen["width"]) == (30 * 4, (16, 4, 4, 6), 1024)
+    assert (config.rate(1), config.schedule, config.clip_norm) == (1e-4, "cosine", 0)
+    assert 5e-5 < config.rate(config.steps) < 5.1e-5
 
 
 @pytest.fixture(scope="module")

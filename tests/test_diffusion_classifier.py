@@ -54,6 +54,11 @@ def test_more_classes_than_there_are_to_drop_are_all_kept():
     assert verdict.chosen == 0 and verdict.trials.tolist() == [4, 4]
 
 
+def test_an_overflow_is_no_verdict():
+    with pytest.raises(FloatingPointError, match="trial 1: an error is not finite"):
+        decide(lambda classes, trial: torch.full((len(classes),), torch.nan if trial else 1.0), 3, Stages((4,), (1,)))
+
+
 @pytest.mark.parametrize("name", ["sd", "sd2", "sdxl", "dit", "sd3", "pixart", "deepfloyd"])
 def test_errors_are_those_of_a_plain_evaluation(small_pipeline, name):
     pipeline = small_pipeline(name)

@@ -79,6 +79,9 @@ def decide(errors: Errors, classes: int, stages: Stages) -> Verdict:
         errors: the error of some classes in one trial.
         classes: C; stages that would keep more keep them all.
         stages: how many trials and classes.
+
+    Raises:
+        FloatingPointError: an error that is not finite, with its trial.
     """
     sums, counts = np.zeros(classes), np.zeros(classes, dtype=int)
     left = list(range(classes))
@@ -86,7 +89,10 @@ def decide(errors: Errors, classes: int, stages: Stages) -> Verdict:
         if len(left) == 1:
             break
         for trial in trials:
-            sums[left] += errors(left, trial).double().cpu().numpy()
+            found = errors(left, trial).double().cpu().numpy()
+            if not np.isfinite(found).all():
+                raise FloatingPointError(f"trial {trial}: an error is not finite; take precision float32 or bfloat16")
+            sums[left] += found
             counts[left] += 1
         order = np.argsort(sums[left] / counts[left], kind="stable")
         left = sorted(left[i] for i in order[:keep])
