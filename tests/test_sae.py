@@ -245,6 +245,20 @@ def test_where_no_feature_is_active_the_bias_before_the_encoder_is_left(variant)
     assert not sae.encoder.grad.any() and sae.pre_bias.grad.any()
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_how_vectors_lie_in_memory_and_in_what_precision_does_not_matter(variant):
+    sae, x = shaken(variant=variant), vectors(60)
+    maps = x.view(3, 4, 5, D).permute(0, 3, 1, 2).contiguous()  # channels first, as models make them
+    torch.testing.assert_close(sae(maps.permute(0, 2, 3, 1)), sae(x).view(3, 4, 5, D))
+    first, second = sae.losses(x).loss, sae.losses(x.T.contiguous().T).loss
+    first.backward()
+    expected = sae.encoder.grad.clone()
+    sae.zero_grad()
+    second.backward()
+    torch.testing.assert_close(sae.encoder.grad, expected)
+    torch.testing.assert_close(sae(x.half()), sae(x.half().float()))
+
+
 def test_codes_of_one_feature_twice_add_up():
     codes = Codes(torch.tensor([[1.0, 2.0, 0.0]]), torch.tensor([[4, 4, 0]]))
     assert codes.dense(6).tolist() == [[0, 0, 0, 0, 3, 0]]

@@ -247,7 +247,7 @@ class SAE(nn.Module):
     def _centred(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x - pre_bias, and the sum of the squared distances from the mean."""
         refuse_other_width(x, self.config.d)
-        centred = x.to(self.encoder) - self.pre_bias
+        centred = (x.to(self.encoder) - self.pre_bias).contiguous()
         variance = variance_of(centred)
         if not variance.isfinite():
             refuse_not_finite(centred)
