@@ -74,25 +74,28 @@ def test_neither_the_batch_nor_the_other_layers_nor_the_other_timesteps_matter(p
     assert [item["seed"] for item in whole.items] == [item["seed"] for item in other.items]
 
 
-def test_gone_on_from_a_kill_every_picture_is_there_once(pipeline, pictures, tmp_path, monkeypatch):
-    """Shards of 4 items end in the middle of batches, since two pictures cannot be read."""
-    whole = collect(pipeline, pictures, config(views=2), tmp_path / "whole")
+@pytest.mark.parametrize(("setting", "dies_at"), [
+    ({"views": 2}, 4),  # a shard ends in the middle of a batch, since two pictures cannot be read
+    ({"batch_size": 2, "items_per_shard": 2}, 5),  # of the batch that is begun again nothing is missing
+])  # fmt: skip
+def test_gone_on_from_a_kill_every_picture_is_there_once(pipeline, pictures, tmp_path, monkeypatch, setting, dies_at):
+    whole = collect(pipeline, pictures, config(**setting), tmp_path / "whole")
     add, calls = store.Writer.add, []
 
     def dying(self, maps, items):
         calls.append(len(items))
-        if len(calls) == 4:
+        if len(calls) == dies_at:
             raise KeyboardInterrupt
         add(self, maps, items)
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(store.Writer, "add", dying)
-        collect(pipeline, pictures, config(views=2), tmp_path / "cut")
-    assert 0 < len(store.open(tmp_path / "cut").items) < 16
-    assert_same(collect(pipeline, pictures, config(views=2), tmp_path / "cut"), whole)
-    assert_same(collect(pipeline, pictures, config(views=2), tmp_path / "cut"), whole, 0)
+        collect(pipeline, pictures, config(**setting), tmp_path / "cut")
+    assert 0 < len(store.open(tmp_path / "cut").items) < len(whole.items)
+    assert_same(collect(pipeline, pictures, config(**setting), tmp_path / "cut"), whole)
+    assert_same(collect(pipeline, pictures, config(**setting), tmp_path / "cut"), whole, 0)
     with pytest.raises(ValueError, match="made with other settings"):
-        collect(pipeline, pictures, config(views=2, seed=1), tmp_path / "cut")
+        collect(pipeline, pictures, config(**setting, seed=1), tmp_path / "cut")
 
 
 def test_four_layers_at_six_timesteps_are_six_partial_passes_a_picture(pipeline, pictures):
