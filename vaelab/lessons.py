@@ -55,8 +55,14 @@ class ScheduleConfig:
                 raise ValueError(f"{name}: must be between 0 and 1, got {getattr(self, name)!r}")
 
 
-OUTLINES = ScheduleConfig(sampler_share=0.5, curriculum=800, pure_noise=False, exact=True, thing_weight=(10.0, 10.0))
-"""The second lesson: once things come in their places, what their outlines are."""
+LESSONS = {
+    "placing": ScheduleConfig(),
+    "outlines": ScheduleConfig(
+        sampler_share=0.5, curriculum=800, pure_noise=False, exact=True, thing_weight=(10.0, 10.0)
+    ),
+    "practice": ScheduleConfig(curriculum=0, exact=True, thing_weight=(5.0, 5.0)),
+}
+"""First what is named comes in its place, then with its outline, then in scenes of several things."""
 
 
 class DenoisingObjective(nn.Module):

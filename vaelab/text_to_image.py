@@ -6,6 +6,7 @@ pure noise (Lin et al. 2023), guided without a classifier (Ho and Salimans 2022)
 and in which order, is in :mod:`vaelab.lessons`.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,7 +16,7 @@ from torch import nn
 
 from vaelab import models
 from vaelab.checks import at_least
-from vaelab.lessons import OUTLINES, DenoisingObjective, ScheduleConfig, pictures, prompted
+from vaelab.lessons import LESSONS, DenoisingObjective, pictures, prompted
 from vaelab.text_model import ReadingObjective, new_text_model, new_tokenizer, readings
 from vaelab.training import TrainConfig, Trained, train
 from vaelab.vae import VAEObjective
@@ -67,22 +68,22 @@ class TrainedPipeline(NamedTuple):
     """How the autoencoder's training went."""
     text: Trained
     """How the text model learned to read."""
-    denoiser: Trained
-    """How U-Net and text model learned to draw what is named where it is named."""
-    outlines: Trained
-    """How they went on with the things' outlines."""
+    lessons: dict[str, Trained]
+    """How each of the lessons of U-Net and text model went."""
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        """The rows of both lessons' histories, steps counted through, ``condition`` the lesson."""
-        later = self.denoiser.history[-1]["step"]
-        first = [{**row, "condition": "first lesson"} for row in self.denoiser.history]
-        return first + [{**row, "step": row["step"] + later, "condition": "outlines"} for row in self.outlines.history]
+        """The rows of all lessons' histories, steps counted through, ``condition`` the lesson."""
+        rows, before = [], 0
+        for name, trained in self.lessons.items():
+            rows += [{**row, "step": row["step"] + before, "condition": name} for row in trained.history]
+            before += trained.history[-1]["step"]
+        return rows
 
     @property
     def seconds(self) -> dict[str, float]:
         """What each took in this process, as numbers of a run."""
-        named = {"world_vae": self.vae, "text_model": self.text, "denoiser": self.denoiser, "outlines": self.outlines}
+        named = {"world_vae": self.vae, "text_model": self.text, **self.lessons}
         return {f"{name}.seconds": trained.seconds for name, trained in named.items()}
 
 
@@ -91,8 +92,7 @@ def train_pipeline(
     *,
     vae_steps: int = 2500,
     text_steps: int = 800,
-    denoiser_steps: int = 2000,
-    outline_steps: int = 1100,
+    lesson_steps: Sequence[int] = (2000, 1100, 800),
     device: str = "auto",
     seed: int = 0,
     model: ModelConfig | None = None,
@@ -104,8 +104,7 @@ def train_pipeline(
         folder: where the checkpoints go.
         vae_steps: of the autoencoder, 16 pictures each.
         text_steps: of the text model, 64 prompts each.
-        denoiser_steps: of U-Net and text model, 32 pictures each, with :class:`ScheduleConfig`'s defaults.
-        outline_steps: of the same, with ``OUTLINES``.
+        lesson_steps: of U-Net and text model, 32 pictures each, in each of the ``LESSONS``.
         device: where to train.
         seed: fixes the first weights and every step.
         model: the networks' sizes.
@@ -126,19 +125,18 @@ def train_pipeline(
         folder=Path(folder, "text"), settings=settings, title="text model",
     )  # fmt: skip
     pipeline = new_pipeline(vae, text_encoder, tokenizer, model, seed)
-    lessons, places = [], None
-    for name, steps, horizon, schedule in (
-        ("denoiser", denoiser_steps, round(HORIZON * denoiser_steps), ScheduleConfig()),
-        ("outlines", outline_steps, 0, OUTLINES),
-    ):
+    lessons, places = {}, None
+    for (name, schedule), steps in zip(LESSONS.items(), lesson_steps, strict=True):
         objective = DenoisingObjective(pipeline, schedule)
         objective.places = places = places or objective.places
         settings = {"model": asdict(model), "schedule": asdict(schedule), "batch_size": BATCH}
-        config = replace(_training(steps, 200 if horizon else 50, device, seed), horizon=horizon)
+        config = _training(steps, 50 if lessons else 200, device, seed)
+        if not lessons:
+            config = replace(config, horizon=round(HORIZON * steps))
         stream = prompted(BATCH, tokenizer, schedule)
-        lessons.append(train(objective, stream, config, folder=Path(folder, name), settings=settings, title=name))
+        lessons[name] = train(objective, stream, config, folder=Path(folder, name), settings=settings, title=name)
     pipeline.set_progress_bar_config(disable=True)
-    return TrainedPipeline(pipeline, vae_trained, text_trained, *lessons)
+    return TrainedPipeline(pipeline, vae_trained, text_trained, lessons)
 
 
 def _training(steps: int, warmup: int, device: str, seed: int) -> TrainConfig:
