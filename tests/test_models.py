@@ -239,15 +239,15 @@ def test_embedded_pipeline_has_transformers_down_mid_and_up():
 
 
 @needs_embedded_pipeline
-def test_embedded_pipeline_draws_the_ground_that_is_named():
+def test_embedded_pipeline_draws_what_is_named():
     from vaelab import denoise, oracle, world
 
-    scenes = [world.sample(seed, "test").spelled_out() for seed in range(10)]
+    scenes = [world.sample(seed, "test").spelled_out() for seed in range(20)]
     prompts = [scene.prompt for scene in scenes]
-    pictures = denoise.generate_all(load_pipeline(device="cpu"), prompts, denoise.Sampling(), batch_size=10)
+    pictures = denoise.generate_all(load_pipeline(device="cpu"), prompts, denoise.Sampling(), batch_size=20)
     accuracy = oracle.accuracy(oracle.judge(scenes, pictures)).set_index("factor")["accuracy"]
-    assert accuracy["texture"] >= 0.9 and accuracy["ground"] >= 0.9
-    assert accuracy["colour"] >= 0.2
+    assert accuracy[["colour", "size", "position", "texture", "ground"]].min() >= 0.8
+    assert accuracy["shape"] >= 0.5
 
 
 @needs_embedded_pipeline
