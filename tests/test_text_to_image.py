@@ -41,7 +41,11 @@ def test_all_lessons_are_gone_through_and_told(tmp_path, monkeypatch):
     monkeypatch.setattr(text_to_image, "SCENES_FOR_THE_SCALE", 8)
     steps = {"vae_steps": 1, "text_steps": 1, "lesson_steps": (2, 1, 1)}
     made = text_to_image.train_pipeline(tmp_path, **steps, device="cpu", model=SIZES)
-    assert [(row["step"], row["condition"]) for row in made.history] == [(2, "placing"), (3, "outlines"), (4, "practice")]
+    assert [(row["step"], row["condition"]) for row in made.history] == [
+        (2, "placing"),
+        (3, "outlines"),
+        (4, "practice"),
+    ]
     assert list(made.seconds) == [f"{part}.seconds" for part in ("world_vae", "text_model", *lessons.LESSONS)]
     again = text_to_image.train_pipeline(tmp_path, **steps, device="cpu", model=SIZES)
     assert [part.resumed_at for part in (again.vae, again.text, *again.lessons.values())] == [1, 1, 2, 1, 1]
