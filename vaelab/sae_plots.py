@@ -18,6 +18,8 @@ MEASURES = {
     "dead_fraction": "dead features",
 }
 
+SMALL_CHANGE = 0.1
+
 
 def training(history: pd.DataFrame, title: str = "") -> Figure:
     """Loss, explained variance, L0 and dead fraction over steps: a row a measure, a column a block.
@@ -119,7 +121,8 @@ def _colours(values: pd.Series) -> dict:
 
 
 def change_bars(outcomes: Mapping[tuple, Any], hue: str, title: str = "") -> Figure:
-    """Manhattan distance per pixel of every picture, and the means.
+    """Manhattan distance per pixel of every picture, and the means, on an axis that is linear up to
+    ``SMALL_CHANGE`` and logarithmic beyond: a few pictures change a hundred times as much as most.
 
     Args:
         outcomes: with a table ``effects`` that has the column ``manhattan``, under pairs of what stands
@@ -129,4 +132,8 @@ def change_bars(outcomes: Mapping[tuple, Any], hue: str, title: str = "") -> Fig
     """
     parts = [one.effects.assign(group=str(group), **{hue: str(colour)}) for (group, colour), one in outcomes.items()]
     ylabel = "Manhattan distance per pixel"
-    return plots.bars(pd.concat(parts, ignore_index=True), "group", "manhattan", hue, ylabel, title)
+    figure = plots.bars(pd.concat(parts, ignore_index=True), "group", "manhattan", hue, ylabel, title)
+    figure.axes[0].set_yscale("symlog", linthresh=SMALL_CHANGE)
+    figure.axes[0].yaxis.set_major_formatter("{x:g}")
+    figure.axes[0].set_ylim(0, None)
+    return figure
