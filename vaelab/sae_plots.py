@@ -132,8 +132,9 @@ def change_bars(outcomes: Mapping[tuple, Any], hue: str, title: str = "") -> Fig
     """
     parts = [one.effects.assign(group=str(group), **{hue: str(colour)}) for (group, colour), one in outcomes.items()]
     ylabel = "Manhattan distance per pixel"
-    figure = plots.bars(pd.concat(parts, ignore_index=True), "group", "manhattan", hue, ylabel, title)
+    whole = pd.concat(parts, ignore_index=True)
+    figure = plots.bars(whole, "group", "manhattan", hue, ylabel, title)
     figure.axes[0].set_yscale("symlog", linthresh=SMALL_CHANGE)
     figure.axes[0].yaxis.set_major_formatter("{x:g}")
-    figure.axes[0].set_ylim(0, None)
+    figure.axes[0].set_ylim(0, 1.5 * max(SMALL_CHANGE, whole["manhattan"].max()))
     return figure
