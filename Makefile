@@ -23,7 +23,8 @@ demo: $(READY) ## every notebook on the embedded models, then outputs/index.html
 test: export HF_HUB_OFFLINE := 1
 test: export OMP_NUM_THREADS := 1
 test: $(READY) ## the tests, every notebook's smoke run among them
-	$(PYTHON) -m pytest -n $(JOBS) --dist loadgroup
+	$(PYTHON) -m pytest -n $(JOBS) -m 'not smoke'
+	$(PYTHON) -m pytest -m smoke
 
 lint: $(READY) ## style
 	$(PYTHON) -m ruff check .

@@ -95,7 +95,7 @@ def smoked():
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1500)
 
 
-@pytest.mark.xdist_group("smoke")  # one process runs them all
+@pytest.mark.smoke
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_smoke(smoked, path):
     folder = ROOT / "outputs" / path.stem
@@ -111,7 +111,7 @@ def test_smoke(smoked, path):
         assert str(ROOT) not in text
 
 
-@pytest.mark.xdist_group("smoke")
+@pytest.mark.smoke
 def test_smoke_front_page_links_every_run(smoked):
     page = (ROOT / "outputs" / "index.html").read_text()
     assert smoked.returncode == 0, smoked.stdout[-4000:] + smoked.stderr[-4000:]
