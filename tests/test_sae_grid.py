@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 import torch
 
-from vaelab import collect, prompts, sae_grid, store
+from vaelab import collect, models, prompts, sae_grid, store
 from vaelab.collect import CollectConfig
 from vaelab.denoise import Sampling
 from vaelab.sae import SAE
@@ -82,14 +82,15 @@ def test_held_out_vectors_are_made_as_the_stores_were_of_other_prompts_and_noise
     torch.testing.assert_close(made.maps(BLOCK, range(6)), next(again).maps[BLOCK], rtol=0, atol=0)
 
 
-def test_a_store_of_another_model_or_of_nobody_knows_what_is_refused(kept, tmp_path, small_pipeline):
+def test_a_store_of_another_model_or_of_nobody_knows_what_is_refused(kept, tmp_path, small_pipeline, pipeline_folder):
     given = {"blocks": [BLOCK], "batch_size": 2}
     asked = prompts.load_prompts("world", count=1)
     with pytest.raises(ValueError, match="activations: of the model 'sd2'; expected 'embedded'"):
         sae_grid.hold_out(kept, small_pipeline("sd2"), "embedded", asked, tmp_path / "out", **given)
-    config = small_pipeline("sd2").unet.config
-    changed = small_pipeline("sd")
-    assert changed.unet.config.block_out_channels == config.block_out_channels
+    changed = models.load_pipeline(str(pipeline_folder("sd2")), device="cpu")
+    with torch.no_grad():
+        for weight in changed.unet.parameters():
+            weight.mul_(1.5)
     with pytest.raises(ValueError, match="made with other weights than 'sd2' has now: its first item"):
         sae_grid.hold_out(kept, changed, "sd2", asked, tmp_path / "out", **given)
     with store.create(tmp_path / "foreign", LAYOUT, settings={"model": "sd2"}) as writer:

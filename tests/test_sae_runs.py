@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from vaelab import baselines, collect, prompts, sae_grid, sae_runs, store
+from vaelab import baselines, collect, models, prompts, sae_grid, sae_runs, store
 from vaelab.collect import CollectConfig
 from vaelab.denoise import Sampling
 from vaelab.files import write_json
@@ -79,8 +79,11 @@ def test_each_is_measured_on_its_blocks_held_out_vectors(found):
     assert sae_runs.metrics(table, (4, 24)) == {}
 
 
-def test_what_does_not_fit_is_refused(found, finished, small_pipeline, tmp_path):
-    pipeline = small_pipeline("sd2")
+def test_what_does_not_fit_is_refused(found, finished, small_pipeline, pipeline_folder, tmp_path):
+    pipeline, retrained = small_pipeline("sd2"), models.load_pipeline(str(pipeline_folder("sd2")), device="cpu")
+    with torch.no_grad():
+        for weight in retrained.unet.up_blocks.parameters():
+            weight.mul_(1.5)
     with pytest.raises(ValueError, match="holds no finished run of 31_train_sae; run it first"):
         sae_runs.read("outputs/31_train_sae/never", "sd2", pipeline)
     with pytest.raises(ValueError, match="saes: of the model 'sd2'; expected 'embedded'"):
@@ -90,7 +93,7 @@ def test_what_does_not_fit_is_refused(found, finished, small_pipeline, tmp_path)
     with pytest.raises(ValueError, match=r"blocks \(of the autoencoders\): unknown name 'up.1.0'.*up.1.1"):
         found.dictionaries(["up.1.0"], (2, 8), others=False, seed=0)
     with pytest.raises(ValueError, match=r"saes: .*held_out was made with other weights than 'sd2' has now"):
-        sae_runs.read(str(finished), "sd2", small_pipeline("sd"))
+        sae_runs.read(str(finished), "sd2", retrained)
     other_side = shutil.copytree(finished, tmp_path / "run")
     write_json(other_side / "saes" / "source.json", {**found.source, "side": "output"})
     with pytest.raises(ValueError, match="trained on the output of blocks; only an update"):
