@@ -7,7 +7,7 @@ cannot improve, beside the two that the paper reports.
 
 import json
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from vaelab.files import atomic, read_json, write_json
 from vaelab.latents import LatentConfig, PruningObjective
 from vaelab.masked_measures import MeasuringConfig, measure
 from vaelab.sampling import Judge
-from vaelab.training import NOT_SIGNED, TrainConfig, Watcher, train
+from vaelab.training import NOT_SIGNED, TrainConfig, Watcher, configured, train
 
 AUTOENCODERS = ("scratch", "finetuned", "frozen")
 TRACKED_PICTURES = 128
@@ -57,14 +57,8 @@ class PruningConfig:
     def of(cls, params: dict[str, Any], **changes: Any) -> "PruningConfig":
         """The configuration that a notebook's parameters describe: each field takes the parameter
         of its name, ``changes`` override, and what is in neither keeps its default."""
-        given = {**params, **changes}
-
-        def take(kind: type) -> dict[str, Any]:
-            names = [one.name for one in fields(kind) if one.name in given]
-            return {name: tuple(given[name]) if isinstance(given[name], list) else given[name] for name in names}
-
         parts = {"train": TrainConfig, "latent": LatentConfig, "measuring": MeasuringConfig}
-        return cls(**{**take(cls), **{name: kind(**take(kind)) for name, kind in parts.items()}})
+        return configured(cls, {**params, **changes}, **parts)
 
     def __post_init__(self) -> None:
         one_of("autoencoder", self.autoencoder, AUTOENCODERS)

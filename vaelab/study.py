@@ -7,7 +7,7 @@ seed; the notebooks pair runs that share everything but the condition.
 import json
 import shutil
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from vaelab.checks import at_least, one_of
 from vaelab.data import Images
 from vaelab.files import read_json, write_json
 from vaelab.nudge import NudgeConfig, nudge, random_active
-from vaelab.training import NOT_SIGNED, TrainConfig, Watcher, train
+from vaelab.training import NOT_SIGNED, TrainConfig, Watcher, configured, train
 from vaelab.vae import VAEObjective, evaluate
 
 CONDITIONS = ("baseline", "nudge", "control")
@@ -54,15 +54,7 @@ class StudyConfig:
     def of(cls, params: dict[str, Any], **changes: Any) -> "StudyConfig":
         """The configuration that a notebook's parameters describe: each field takes the parameter
         of its name, ``changes`` override, and what is in neither keeps its default."""
-        given = {**params, **changes}
-
-        def take(kind: type) -> dict[str, Any]:
-            names = [one.name for one in fields(kind) if one.name in given]
-            return {name: tuple(given[name]) if isinstance(given[name], list) else given[name] for name in names}
-
-        return cls(
-            **{**take(cls), "train": TrainConfig(**take(TrainConfig)), "nudge": NudgeConfig(**take(NudgeConfig))}
-        )
+        return configured(cls, {**params, **changes}, train=TrainConfig, nudge=NudgeConfig)
 
     def __post_init__(self) -> None:
         if self.relative and self.nudge.strategy == "adaptive":

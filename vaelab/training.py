@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -97,6 +97,17 @@ class TrainConfig:
         final = self.final_rate or 0.0
         share = left if self.schedule == "linear" else (1 - math.cos(math.pi * left)) / 2
         return final + (self.learning_rate - final) * share
+
+
+def configured(kind: type, params: dict[str, Any], **parts: type) -> Any:
+    """A configuration made of a notebook's parameters: each field of the dataclass ``kind``, and of those that
+    are its ``parts``, takes the parameter of its name and keeps its default where there is none."""
+
+    def take(one: type) -> dict[str, Any]:
+        given = {each.name: params[each.name] for each in fields(one) if each.name in params}
+        return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+
+    return kind(**take(kind), **{name: part(**take(part)) for name, part in parts.items()})
 
 
 class Watcher:
