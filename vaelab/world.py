@@ -30,7 +30,7 @@ COLOURS = {
     "red": (214, 39, 40), "orange": (255, 140, 20), "yellow": (250, 225, 40), "green": (35, 150, 50),
     "blue": (35, 75, 215), "purple": (140, 50, 180), "white": (250, 250, 250), "black": (15, 15, 15),
 }  # fmt: skip
-SIZES = {"large": 20, "small": 12}
+SIZES = {"large": 20, "small": 14}
 POSITIONS = {
     "top left": (0, 0), "top": (1, 0), "top right": (2, 0),
     "left": (0, 1), "centre": (1, 1), "right": (2, 1),
@@ -41,7 +41,7 @@ PHRASES = {
     "left": "on the left", "centre": "in the centre", "right": "on the right",
     "bottom left": "in the bottom left", "bottom": "at the bottom", "bottom right": "in the bottom right",
 }  # fmt: skip
-CENTRES = (11, 32, 53)
+CENTRES = (12, 32, 52)
 JITTER = 1
 TEXTURES = ("plain", "striped", "checkered", "dotted", "shaded")
 GROUNDS = {"grey": (150, 150, 150), "beige": (215, 195, 160), "teal": (95, 150, 150), "pink": (215, 160, 170)}
