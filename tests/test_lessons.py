@@ -82,7 +82,9 @@ def test_the_curriculum_goes_from_one_named_thing_to_any_scene(pipeline):
     scene = world.sample(0)
     assert [batch["weight"].unique().tolist() for batch in (first, half, late)] == [[1, 10], [1, 6], [1, 2]]
     assert [int(batch["blank"].sum()) for batch in (first, half, late)] == [32, 16, 0]
-    easy = lessons._easy(scene)
+    every = lessons._easy(scene, alone=False)
+    assert every.things == scene.spelled_out().things and every.named == world.SCENE_FACTORS
+    easy = lessons._easy(scene, alone=True)
     assert len(easy.things) == 1 and easy.things[0].named == world.THING_FACTORS
     torch.testing.assert_close(first["pixels"][0], world.render([easy])[0])
     torch.testing.assert_close(late["pixels"][5], world.render([world.sample(100 * 32 + 5)])[0])

@@ -32,7 +32,9 @@ class ScheduleConfig:
     """Share of the timesteps drawn from that sampler's, the noisier the more often, since the less
     is seen of a picture the more is learned from its prompt; the rest are uniform."""
     curriculum: int = 1000
-    """Steps over which the easy examples become fewer: one thing, with every factor named."""
+    """Steps over which the easy examples become fewer, in which every factor is named."""
+    alone: bool = True
+    """Whether the easy examples have one thing only."""
     pure_noise: bool = True
     """Whether the easy examples are to be drawn out of pure noise: there is nothing to be seen there, so
     that the prompt must be read."""
@@ -56,9 +58,9 @@ class ScheduleConfig:
 
 
 LESSONS = {
-    "placing": ScheduleConfig(),
+    "placing": ScheduleConfig(curriculum=800, exact=True, thing_weight=(10.0, 10.0)),
     "outlines": ScheduleConfig(
-        sampler_share=0.5, curriculum=800, pure_noise=False, exact=True, thing_weight=(10.0, 10.0)
+        sampler_share=0.5, curriculum=1500, alone=False, pure_noise=False, exact=True, thing_weight=(10.0, 10.0)
     ),
     "practice": ScheduleConfig(curriculum=0, exact=True, thing_weight=(5.0, 5.0)),
 }
@@ -95,8 +97,7 @@ class DenoisingObjective(nn.Module):
         """The loss of ``pixels`` (B, 3, R, R) in [-1, 1], their ``tokens`` (B, L), the ``weight``
         (B, 1, R, R) of each pixel, and which are ``blank`` (B,), to be made of pure noise."""
         pixels, tokens, device = batch["pixels"], batch["tokens"], batch["pixels"].device
-        with torch.no_grad():
-            latents = models.posterior(self._vae[0], pixels).mode() * self._vae[0].config.scaling_factor
+        latents = scaled_latents(self._vae[0], pixels)
         noise = torch.randn_like(latents)
         timesteps = torch.where(batch["blank"], self._visited[0], self._timesteps(len(latents)).to(device))
         dropped = torch.rand(len(tokens), 1, device=device) < self._config.prompt_dropout
@@ -106,10 +107,8 @@ class DenoisingObjective(nn.Module):
         with hooks.capture(self.unet, self._knowing, side="input", grad=True) as seen:
             predicted = self.unet(noisy, timesteps, states).sample
         place = self._place([seen[path][0] for path in self._knowing])
-        error = (predicted.float() - target.float()).square().mean(1, keepdim=True)
-        weight = nn.functional.adaptive_avg_pool2d(batch["weight"], error.shape[-2:])
-        loss = (weight * error).sum() / weight.sum() + self._config.place_weight * place
-        return {"loss": loss, "error": error.mean(), "place": place}
+        loss, error = weighted_error(predicted, target, batch["weight"])
+        return {"loss": loss + self._config.place_weight * place, "error": error, "place": place}
 
     def _place(self, maps: list[Tensor]) -> Tensor:
         """Cross-entropy of every position's row and column, mean over blocks; ``maps`` are (B, C, H, W)."""
@@ -130,9 +129,28 @@ class DenoisingObjective(nn.Module):
         return torch.where(torch.rand(count) < self._config.sampler_share, visited, uniform)
 
 
+@torch.no_grad()
+def scaled_latents(vae: nn.Module, pixels: Tensor) -> Tensor:
+    """What a denoiser is taught to draw: the posteriors' means (B, c, h, w), brought to deviation one."""
+    return models.posterior(vae, pixels).mode() * vae.config.scaling_factor
+
+
+def weighted_error(predicted: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The weighted mean of the squared error, and the plain one.
+
+    Args:
+        predicted: (B, c, h, w).
+        target: of the same shape.
+        weight: (B, 1, R, R), of each pixel.
+    """
+    error = (predicted.float() - target.float()).square().mean(1, keepdim=True)
+    weight = nn.functional.adaptive_avg_pool2d(weight, error.shape[-2:])
+    return (weight * error).sum() / weight.sum(), error.mean()
+
+
 def pictures(batch_size: int) -> Callable[..., Iterator[dict[str, Tensor]]]:
     """Endless batches of pictures of training scenes, none of them twice, for the autoencoder."""
-    return _stream(batch_size, lambda drawn, _: {"pixels": render(drawn)})
+    return stream(batch_size, lambda drawn, _: {"pixels": render(drawn)})
 
 
 def prompted(
@@ -143,21 +161,21 @@ def prompted(
     def batch(drawn: list[Scene], number: int) -> dict[str, Tensor]:
         left = max(0.0, 1 - number / config.curriculum) if config.curriculum else 0.0
         easy = round(left * len(drawn))
-        drawn = [*map(_easy, drawn[:easy]), *drawn[easy:]]
-        drawn = [*map(_exact, drawn)] if config.exact else drawn
+        drawn = [*(_easy(scene, config.alone) for scene in drawn[:easy]), *drawn[easy:]]
+        drawn = [*map(exactly_placed, drawn)] if config.exact else drawn
         first, last = config.thing_weight
-        things = torch.from_numpy(np.stack([~scene.masks()[-1:] for scene in drawn]))
         return {
             "pixels": render(drawn),
             "tokens": tokenize(tokenizer, [scene.prompt for scene in drawn]),
-            "weight": 1 + (last - 1 + left * (first - last)) * things,
+            "weight": pixel_weights(drawn, last + left * (first - last)),
             "blank": torch.arange(len(drawn)) < easy * config.pure_noise,
         }
 
-    return _stream(batch_size, batch)
+    return stream(batch_size, batch)
 
 
-def _stream(batch_size: int, batch: Callable[[list[Scene], int], dict]) -> Callable[..., Iterator[dict[str, Tensor]]]:
+def stream(batch_size: int, batch: Callable[[list[Scene], int], dict]) -> Callable[..., Iterator[dict[str, Tensor]]]:
+    """Endless batches, each made of training scenes that come once only, and of the batch's number."""
     at_least("batch_size", batch_size, 1)
 
     def batches(start: int = 0, rank: int = 0, world: int = 1) -> Iterator[dict[str, Tensor]]:
@@ -168,11 +186,16 @@ def _stream(batch_size: int, batch: Callable[[list[Scene], int], dict]) -> Calla
     return batches
 
 
-def _exact(scene: Scene) -> Scene:
+def pixel_weights(scenes: list[Scene], things: float) -> Tensor:
+    """The weight (B, 1, 64, 64) of every pixel: that of things, 1 for the ground's."""
+    return 1 + (things - 1) * torch.from_numpy(np.stack([~scene.masks()[-1:] for scene in scenes]))
+
+
+def exactly_placed(scene: Scene) -> Scene:
     """The scene with its things exactly at their places."""
     return replace(scene, things=tuple(replace(thing, offset=(0, 0)) for thing in scene.things))
 
 
-def _easy(scene: Scene) -> Scene:
-    """The scene's first thing alone, with everything named."""
-    return replace(scene, things=scene.things[:1]).spelled_out()
+def _easy(scene: Scene, alone: bool) -> Scene:
+    """The scene with everything named, or its first thing so."""
+    return (replace(scene, things=scene.things[:1]) if alone else scene).spelled_out()
