@@ -56,6 +56,23 @@ def test_an_epoch_has_every_picture_in_one_of_its_views_and_can_be_taken_up_anyw
     assert torch.equal(torch.cat(ranks), torch.cat([batch["labels"] for batch in first[:2]]))
 
 
+def test_vector_batches_are_of_the_pictures_as_they_are_each_once_a_pass(kept):
+    found = examples.read(kept)
+    whole = torch.from_numpy(found.vectors("up.t25")[0])
+    stream = found.vector_batches(["up.t25"], 4, seed=3)
+    drawn = torch.cat([batch["up.t25"] for batch in islice(stream(), 5)])
+    where = [int((whole == row).all(1).nonzero()) for row in drawn]
+    assert sorted(where[:10]) == sorted(where[10:]) == list(range(10)), "a view is no picture as it is"
+    assert where[:10] != where[10:]
+    assert torch.equal(next(stream(start=3))["up.t25"], drawn[12:16])
+    ranks = [next(stream(start=1, rank=rank, world=2))["up.t25"] for rank in range(2)]
+    assert torch.equal(torch.cat(ranks), drawn[8:16])
+    longer = next(found.vector_batches(["up.t25"], 23, seed=3)())["up.t25"]
+    assert torch.equal(longer[:20], drawn)
+    with pytest.raises(ValueError, match=r"^blocks: 'up.t25.maps' holds maps"):
+        found.vector_batches(["up.t25.maps"], 4, seed=3)
+
+
 def test_a_split_has_every_picture_on_one_side(kept):
     found = examples.read(kept)
     rest, share = found.split(0.3, seed=5)

@@ -66,7 +66,42 @@ def test_the_table_describes_a_features_activations():
         row = table.iloc[feature]
         expected = (*(one.item() for one in (active.mean(), active.std(correction=0), active.max())), len(active) / 92)
         assert (row["mean"], row["deviation"], row["largest"], row["density"]) == pytest.approx(expected)
-    assert table.iloc[11][["items", "density", "mean", "deviation", "largest"]].tolist() == [0] * 5
+    assert table.iloc[11].drop("feature").tolist() == [0] * (5 + len(features.QUANTILES))
+
+
+@pytest.mark.parametrize("batch", [7, 400])
+def test_quantiles_are_numpys_but_for_the_width_of_a_bin(batch):
+    """Feature 0 spans nine decades, 1 has both signs, 2 is of one value, 3 has a single activation, 4 none."""
+    rng = np.random.default_rng(0)
+    planted = np.zeros((400, 5), dtype=np.float32)
+    planted[:, 0] = 10 ** rng.uniform(-4.5, 4.5, 400)
+    planted[:, 1] = rng.normal(0.5, 2, 400)
+    planted[::3, 2] = 0.7
+    planted[17, 3] = -3.3
+    tally = Tally(5, TOP)
+    for begin in range(0, 400, batch):
+        values = torch.from_numpy(planted[begin : begin + batch])[:, None]
+        tally.add(Codes(values, torch.arange(5).expand(len(values), 1, 5)), range(begin, begin + len(values)))
+    found = tally.summary()
+    for share in (0, 0.01, 0.25, 0.5, 0.9, 0.999, 1):
+        seen = found.quantile(share)
+        for feature in range(4):
+            active = planted[:, feature][planted[:, feature] != 0]
+            expected = float(np.quantile(active, share, method="inverted_cdf"))
+            assert abs(seen[feature] - expected) <= abs(expected) / 16, (share, feature)
+        assert seen[4] == 0
+    table = found.table()
+    assert table["median"].tolist() == found.quantile(0.5).tolist() and table["q99"][1] > table["upper_quartile"][1]
+    with pytest.raises(ValueError, match=r"^share: must lie between 0 and 1"):
+        found.quantile(1.1)
+
+
+def test_bins_rise_with_the_values_and_hold_their_middles():
+    middles = features.middles()
+    assert features.bins(middles).tolist() == list(range(features.BINS)) and (middles.diff() > 0).all()
+    assert features.bins(torch.tensor([2.0**-30, -(2.0**-30), 2.0**30, -(2.0**30)])).tolist() == [
+        features.BINS // 2, features.BINS // 2 - 1, features.BINS - 1, 0,
+    ]  # fmt: skip
 
 
 def test_the_most_active_features_are_those_of_the_largest_activations_in_enough_items():

@@ -1,7 +1,9 @@
 """Labelled examples out of a store of pictures' features: what is learned from, chosen by and tested on."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import count
 
 import numpy as np
 import torch
@@ -75,6 +77,30 @@ class Examples:
                 maps = self.kept.maps(block, chosen).float()
                 yield {"maps": maps, "labels": self.labels[torch.from_numpy(part)]}
                 start += 1
+
+        return batches
+
+    def vector_batches(self, blocks: Sequence[str], batch_size: int, seed: int) -> Batches:
+        """Endless shuffled batches (batch_size, d) of the pooled vectors of the pictures as they are, by block,
+        for :func:`vaelab.sae_training.train_saes`. Pass follows upon pass without a gap; pass e is fixed by
+        (seed, e) alone. The vectors of all pictures are held in memory, as they are stored.
+
+        Raises:
+            ValueError: a block whose items are maps.
+        """
+        at_least("batch_size", batch_size, 1)
+        for block in blocks:
+            if self.kept.layout[block].positions:
+                raise ValueError(f"blocks: {block!r} holds maps, expected vectors that are means over positions")
+        vectors = {block: self.kept.maps(block, [views[0] for views in self.items]) for block in blocks}
+        order = lru_cache(maxsize=2)(lambda turn: np.random.default_rng([seed, turn]).permutation(len(self)))
+
+        def batches(start: int = 0, rank: int = 0, world: int = 1) -> Iterator[dict[str, Tensor]]:
+            for batch in count(start * world + rank, world):
+                turns, places = np.divmod(np.arange(batch * batch_size, (batch + 1) * batch_size), len(self))
+                parts = [order(int(turn))[places[turns == turn]] for turn in np.unique(turns)]
+                chosen = torch.from_numpy(np.concatenate(parts))
+                yield {block: rows[chosen].float() for block, rows in vectors.items()}
 
         return batches
 

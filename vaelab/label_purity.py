@@ -1,8 +1,9 @@
 """k-sparse autoencoders on every layer and timestep of a store, and how pure their features are.
 
-As Kim et al. ("Revelio", sections 3.2 and 4.2, appendix F): on vectors that are means over positions,
-of the 1,000 most active features the ten pictures that activate each most. The paper does not say
-what makes a feature most active; here it is its largest activation.
+As Kim et al. ("Revelio", sections 3.2 and 4.2, appendix F): on vectors that are means over positions, of the
+pictures as they are (crops and flips are Diff-C's alone, section 4.1); then of the 1,000 most active features
+the ten pictures that activate each most. The paper does not say what makes a feature most active; here it is
+its largest activation.
 """
 
 from collections.abc import Mapping, Sequence
