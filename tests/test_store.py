@@ -234,8 +234,8 @@ def test_shuffled_can_be_taken_up_anywhere_and_shared(url, start, world):
 
 def test_taking_up_far_on_reads_no_more_than_two_groups(written, monkeypatch):
     read = []
-    rows = shards.Folder.mapped
-    monkeypatch.setattr(shards.Folder, "mapped", lambda self, *args: (read.append(args[2]), rows(self, *args))[1])
+    rows = store.map_rows
+    monkeypatch.setattr(store, "map_rows", lambda *args: (read.append(args[3]), rows(*args))[1])
     stream = store.open(written).shuffled("down.2.1", 6, seed=0, buffer_rows=1)(start=10**6)
     next(stream)
     stream.close()

@@ -15,24 +15,17 @@ item ``r // P``, where P is the number of positions an item has there.
 import hashlib
 import json
 import math
-import mmap
-import os
 import re
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
-import xxhash
-from fsspec.core import url_to_fs
-from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor
 
 from vaelab import devices
-from vaelab.checks import at_least, resolve
+from vaelab.checks import at_least
+from vaelab.storage import Folder
 
 FORMAT = "vaelab activations"
 VERSION = 1
@@ -43,10 +36,6 @@ LONGEST = 200
 """Characters of a block's name, which goes into a file's name and its header."""
 CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 """What safetensors calls the precisions."""
-CONNECTIONS = 4
-"""Files read at a time from a remote store."""
-READ_AHEAD = 2**17
-"""Bytes that Linux reads ahead at one request at least."""
 
 
 @dataclass(frozen=True)
@@ -215,101 +204,37 @@ def record_of(name: str, text: bytes) -> dict[str, Any]:
     return record
 
 
-class Folder:
-    """The files of a store, wherever they are."""
+def read_rows(folder: Folder, spec: Spec, block: str, shard: int, items: int, out: Tensor, start: int = 0) -> None:
+    """Read rows ``start`` and on of a shard of ``items`` into ``out`` (n, width), of the store's dtype.
 
-    def __init__(self, url: str, **options: Any):
-        """Args: ``url``, a local folder or any fsspec URL; ``options``, for its file system."""
-        remote = "://" in str(url) or "::" in str(url)
-        self._fs, self.path = url_to_fs(str(url), **options) if remote else (LocalFileSystem(), str(resolve(url)))
-        self.url = str(url)
-        self.local = isinstance(self._fs, LocalFileSystem)
+    Raises:
+        ValueError: naming the file: missing, truncated, or another than it should be.
+    """
+    file, view = data_file(shard, block), out.view(torch.uint8).numpy().reshape(-1)
+    head, got = folder.read_into(view, file, HEADER + start * out.shape[1] * out.itemsize, HEADER)
+    size = spec.size(block, items) - len(view) + got
+    _refuse_rows(folder, spec, block, shard, items, spec.header(shard, block, items) if head is None else head, size)
 
-    def sizes(self) -> dict[str, int | None]:
-        """Bytes of every file, by name; None where the file system does not tell."""
-        self._fs.invalidate_cache(self.path)
-        try:
-            listed = self._fs.ls(self.path, detail=True)
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise ValueError(f"store: there is no folder {self.url!r}") from error
-        return {entry["name"].rstrip("/").rsplit("/", 1)[-1]: entry.get("size") for entry in listed}
 
-    def name(self, file: str) -> str:
-        """What a file is called in an error."""
-        return f"{self.url.rstrip('/')}/{file}"
+def map_rows(folder: Folder, spec: Spec, block: str, shard: int, items: int) -> Tensor:
+    """All rows of a shard of a local store, (n, width) in memory that is the file's: what of it
+    is not in the page cache yet is asked of the disk, and is waited for where it is used.
 
-    def read(self, file: str) -> bytes:
-        """A whole file."""
-        with self._named(file):
-            return self._fs.cat_file(f"{self.path}/{file}")
+    Raises:
+        ValueError: as :func:`read_rows`.
+    """
+    shape, memory = spec.layout[block], folder.mapped(data_file(shard, block))
+    _refuse_rows(folder, spec, block, shard, items, memory[:HEADER], len(memory))
+    rows = items * shape.count
+    return torch.frombuffer(memory, dtype=spec.dtype, offset=HEADER, count=rows * shape.width).reshape(rows, -1)
 
-    def read_each(self, files: Iterable[str]) -> list[bytes]:
-        """Several whole files, in their order."""
-        with ThreadPoolExecutor(CONNECTIONS) as pool:
-            return list(pool.map(self.read, files))
 
-    def digest(self, file: str, piece: int = 2**24) -> str:
-        """The checksum of a file, read in pieces."""
-        digest = xxhash.xxh3_128()
-        with self._named(file), self._fs.open(f"{self.path}/{file}", "rb") as source:
-            while data := source.read(piece):
-                digest.update(data)
-        return digest.hexdigest()
-
-    def rows(self, spec: Spec, block: str, shard: int, items: int, out: Tensor, start: int = 0) -> None:
-        """Read rows ``start`` and on of a shard of ``items`` into ``out`` (n, width), of the store's dtype.
-
-        Raises:
-            ValueError: naming the file: missing, truncated, or another than it should be.
-        """
-        file = data_file(shard, block)
-        view = out.view(torch.uint8).numpy().reshape(-1)
-        begin = HEADER + start * out.shape[1] * out.itemsize
-        header = spec.header(shard, block, items)
-        with self._named(file):
-            if self.local:
-                with open(f"{self.path}/{file}", "rb") as source:
-                    header = source.read(HEADER)
-                    source.seek(begin)
-                    got = source.readinto(view)
-            else:
-                skipped = begin if start else 0
-                data = memoryview(self._fs.cat_file(f"{self.path}/{file}", start=skipped, end=begin + len(view)))
-                if not start:
-                    header, data = bytes(data[:HEADER]), data[HEADER:]
-                got = len(data)
-                view[:got] = data
-        self._refuse(file, block, shard, header, spec, items, spec.size(block, items) - len(view) + got)
-
-    def mapped(self, spec: Spec, block: str, shard: int, items: int) -> Tensor:
-        """All rows of a shard of a local store, (n, width) in memory that is the file's: what of it
-        is not in the page cache yet is asked of the disk, and is waited for where it is used.
-
-        Raises:
-            ValueError: as :meth:`rows`.
-        """
-        file, size = data_file(shard, block), spec.size(block, items)
-        with self._named(file), open(f"{self.path}/{file}", "rb") as source:
-            self._refuse(file, block, shard, source.read(HEADER), spec, items, os.fstat(source.fileno()).st_size)
-            if hasattr(os, "posix_fadvise"):
-                for begin in range(0, size, READ_AHEAD):
-                    os.posix_fadvise(source.fileno(), begin, READ_AHEAD, os.POSIX_FADV_WILLNEED)
-            # a private copy of what is written to, which nothing does, is what torch calls writable
-            memory = mmap.mmap(source.fileno(), size, access=mmap.ACCESS_COPY)
-        return torch.frombuffer(memory, dtype=spec.dtype, offset=HEADER).reshape(-1, spec.layout[block].width)
-
-    def _refuse(self, file: str, block: str, shard: int, header: bytes, spec: Spec, items: int, size: int) -> None:
-        if header != spec.header(shard, block, items):
-            raise ValueError(f"{self.name(file)} is foreign: it is not {block!r} of shard {shard} of this store")
-        if missing := max(0, spec.size(block, items) - size):
-            raise ValueError(f"{self.name(file)} is truncated: {missing} bytes of its rows are not there")
-
-    @contextmanager
-    def _named(self, file: str) -> Iterator[None]:
-        try:
-            yield
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise ValueError(f"{self.name(file)} is missing") from error
+def _refuse_rows(folder: Folder, spec: Spec, block: str, shard: int, items: int, header: bytes, size: int) -> None:
+    name = folder.name(data_file(shard, block))
+    if header != spec.header(shard, block, items):
+        raise ValueError(f"{name} is foreign: it is not {block!r} of shard {shard} of this store")
+    if missing := max(0, spec.size(block, items) - size):
+        raise ValueError(f"{name} is truncated: {missing} bytes of its rows are not there")
 
 
 def read_index(folder: Folder) -> tuple[Spec, int | None]:

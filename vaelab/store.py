@@ -31,8 +31,9 @@ from tqdm import tqdm
 
 from vaelab.checks import at_least, unknown
 from vaelab.planning import Plan, plan
-from vaelab.shards import CONNECTIONS, BlockShape, Folder, Layout, items_file, read_index, read_shards
+from vaelab.shards import BlockShape, Layout, items_file, map_rows, read_index, read_rows, read_shards
 from vaelab.shuffling import Group, Order, shuffle_stream
+from vaelab.storage import CONNECTIONS, Folder
 from vaelab.writing import Writer, create
 
 __all__ = ["BlockShape", "Layout", "Plan", "Store", "Writer", "create", "open", "plan", "shuffle_stream"]
@@ -246,7 +247,7 @@ class Store:
         shards = order.shards(group)
         if self._folder.local:
             held = [self._shards[shard].items for shard in shards]
-            parts = [self._folder.mapped(self._spec, block, *each) for each in zip(shards, held, strict=True)]
+            parts = [map_rows(self._folder, self._spec, block, *each) for each in zip(shards, held, strict=True)]
             return parts, order.permutation(group)
         sizes = [order.rows[shard] for shard in shards]
         parts = torch.empty(sum(sizes), self.layout[block].width, dtype=self._spec.dtype).split(sizes)
@@ -255,7 +256,7 @@ class Store:
         return parts, order.permutation(group)
 
     def _read(self, block: str, shard: int, out: Tensor, start: int = 0) -> None:
-        self._folder.rows(self._spec, block, shard, self._shards[shard].items, out, start)
+        read_rows(self._folder, self._spec, block, shard, self._shards[shard].items, out, start)
 
 
 def _gathered(parts: Sequence[Tensor], chosen: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

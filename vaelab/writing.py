@@ -17,7 +17,6 @@ from vaelab.checks import resolve
 from vaelab.files import write_json
 from vaelab.shards import (
     INDEX,
-    Folder,
     Layout,
     Spec,
     data_file,
@@ -28,6 +27,7 @@ from vaelab.shards import (
     read_shards,
     signed,
 )
+from vaelab.storage import Folder
 
 LOCK = ".lock"
 REQUIRED = (("prompt", "image"), ("seed",), ("timestep",))
