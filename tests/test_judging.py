@@ -1,5 +1,9 @@
 """Tables of what the oracle reads."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 
@@ -40,3 +44,39 @@ def test_by_steps_and_through_the_vae(small_pipeline, asked):
     assert list(table["steps"]) == [1, 2] and (table["count"] <= 1).all()
     decoded = judging.through_vae(pipeline, world.render(asked.scenes), 3)
     assert decoded.shape == (8, 3, 64, 64) and torch.isfinite(decoded).all()
+
+
+def labelled(labels):
+    return SimpleNamespace(labels={label: number for number, label in enumerate(labels)})
+
+
+def test_classes_are_asked_for_alike_and_judged_by_colour_and_shape():
+    labels = ["red star", "blue ring", "black heart"]
+    told = judging.classes_asked(labelled(labels), 7, seed=3)
+    assert sorted(np.bincount(told.numbers)) == [2, 2, 3] and told.numbers[:3] == told.numbers[3:6]
+    assert [scene.prompt for scene in told.scenes] == [f"a {labels[number]}" for number in told.numbers]
+    assert told.numbers != judging.classes_asked(labelled(labels), 7, seed=0).numbers
+    shown = [
+        world.Scene((replace(thing, size="small", position="top"),), "dotted", "pink")
+        for thing in (scene.things[0] for scene in told.scenes)
+    ]
+    shown[0] = replace(shown[0], things=(replace(shown[0].things[0], colour="green"),))
+    table = judging.table(told.scenes, {"dit": world.render(shown)}).set_index("factor")["accuracy"]
+    assert table.to_dict() == pytest.approx({"shape": 1.0, "colour": 6 / 7, "count": 1.0})
+
+
+@pytest.mark.parametrize(("labels", "message"), [([], "have no names"), (["tench"], "'tench' is no colour and shape")])
+def test_classes_that_are_not_of_the_world_are_refused(labels, message):
+    with pytest.raises(ValueError, match=message):
+        judging.classes_asked(labelled(labels), 1)
+
+
+def test_a_few_drawings_with_what_was_asked_for(small_pipeline, monkeypatch):
+    prompted = judging.drawings(small_pipeline("world"), Sampling(1), 2)
+    assert prompted.pictures.shape[0] == 2
+    assert prompted.captions == [world.sample(seed, "test").prompt for seed in (0, 1)]
+    dit = small_pipeline("dit")
+    monkeypatch.setattr(dit, "labels", {"red star": 0, "blue ring": 1})
+    drawn = judging.drawings(dit, Sampling(1), 3, seed=1)
+    assert drawn.pictures.shape[0] == 3
+    assert drawn.captions == [scene.prompt for scene in judging.classes_asked(dit, 3, 1).scenes]

@@ -221,6 +221,17 @@ def test_unknown_precision_and_device_of_a_pipeline(pipeline_folder):
         load_pipeline(folder, device="gpu")
 
 
+def test_models_are_put_in_the_embedded_ones_place(tiny_vae, tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "embedded_vae_path", lambda: tmp_path / "vae")
+    monkeypatch.setattr(models, "embedded_dit_path", lambda: tmp_path / "dit")
+    with pytest.raises(ValueError, match=r"^ship: unknown name 'vea'.*vae"):
+        models.put_in_place({"vae": tiny_vae, "dit": tiny_vae}, ["vae", "vea"])
+    assert not any(tmp_path.iterdir())
+    models.put_in_place({"vae": tiny_vae, "dit": tiny_vae}, ["vae"])
+    assert [path.name for path in tmp_path.iterdir()] == ["vae"]
+    assert_same_weights(load_vae(str(tmp_path / "vae"), device="cpu"), tiny_vae.to(torch.float32))
+
+
 needs_embedded_pipeline = pytest.mark.skipif(
     not (models.embedded_path() / "model_index.json").is_file(), reason="the embedded pipeline is not trained yet"
 )

@@ -55,6 +55,11 @@ class TrainedDiT(NamedTuple):
     trained: Trained
     """How its training went."""
 
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """The rows of its history, ``condition`` being ``DiT``."""
+        return [{**row, "condition": "DiT"} for row in self.trained.history]
+
 
 def classes() -> dict[int, str]:
     """The names of the classes: the pairs of colour and shape that training shows, 56 of 64."""

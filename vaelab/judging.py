@@ -1,17 +1,69 @@
-"""How well a text-to-image model draws the world, by the oracle: tables for the notebooks."""
+"""How well a text-to-image or class-conditional model draws the world, by the oracle: tables for the notebooks."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
 from vaelab import denoise, models, oracle
+from vaelab.conditioning import by_class
 from vaelab.denoise import Sampling
-from vaelab.prompts import Prompts
-from vaelab.world import Scene
+from vaelab.prompts import Prompts, load_prompts
+from vaelab.world import Scene, Thing
+
+
+class Asked(NamedTuple):
+    """What a class-conditional model is asked to draw."""
+
+    numbers: list[int]
+    """Class numbers."""
+    scenes: list[Scene]
+    """What these name: one thing's colour and shape."""
+
+
+def classes_asked(pipeline: Any, count: int, seed: int = 0) -> Asked:
+    """``count`` of a model's classes, each as often as any other, in an order that the seed fixes.
+
+    Raises:
+        ValueError: a model whose classes are not a colour and a shape of the world's.
+    """
+    if not getattr(pipeline, "labels", None):
+        raise ValueError(f"model: the classes of {type(pipeline).__name__} have no names")
+    named = sorted((number, label) for label, number in pipeline.labels.items())
+    order = np.random.default_rng(seed).permutation(len(named))
+    chosen = [named[order[i % len(named)]] for i in range(count)]
+    return Asked([number for number, _ in chosen], [_scene(label) for _, label in chosen])
+
+
+def _scene(label: str) -> Scene:
+    colour, _, shape = label.partition(" ")
+    try:
+        thing = Thing(shape, colour, "large", "centre", named=("shape", "colour"))
+    except ValueError as error:
+        raise ValueError(f"model: its class {label!r} is no colour and shape of the world ({error})") from error
+    return Scene((thing,), "plain", "grey", named=())
+
+
+class Drawings(NamedTuple):
+    """A few pictures of a model, for a figure."""
+
+    pictures: Tensor
+    """(N, 3, H, W) in [-1, 1]."""
+    captions: list[str]
+    """What was asked for."""
+
+
+def drawings(pipeline: Any, sampling: Sampling, count: int, seed: int = 0) -> Drawings:
+    """Pictures of prompts of combinations that were kept from training; of a class-conditional model, of classes."""
+    if by_class(pipeline):
+        numbers, scenes = classes_asked(pipeline, count, seed)
+        return Drawings(denoise.generate_all(pipeline, numbers, sampling, seed=seed), [one.prompt for one in scenes])
+    texts = load_prompts("world", split="test", count=count).texts
+    return Drawings(denoise.generate_all(pipeline, texts, sampling, seed=seed), texts)
 
 
 def table(asked: Sequence[Scene], pictures: Mapping[str, Tensor]) -> pd.DataFrame:

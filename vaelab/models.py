@@ -7,6 +7,7 @@ has an autoencoder of its own, and :func:`load_vae` the one that the study of si
 """
 
 import logging
+from collections.abc import Iterable
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ from vaelab.locations import embedded_dit_path, embedded_path, embedded_vae_path
 
 __all__ = [
     "Block", "blocks", "check_precision", "decode", "denoiser", "embedded_dit_path", "embedded_path",
-    "embedded_vae_path", "latent", "load_pipeline", "load_vae", "posterior", "reconstruct", "require_groupnorm", "ship",
+    "embedded_vae_path", "latent", "load_pipeline", "load_vae", "posterior", "put_in_place", "reconstruct",
+    "require_groupnorm", "ship",
 ]  # fmt: skip
 
 LEFT_OUT = {
@@ -110,6 +112,24 @@ def ship(model: Any, folder: Path) -> None:
     if hasattr(model, "text_encoder"):
         model.text_encoder.to(torch.float32)
     model.save_pretrained(folder)
+
+
+def put_in_place(made: dict[str, Any], names: Iterable[str]) -> None:
+    """Ship those of the models made whose names are given, in place of the embedded ones.
+
+    Args:
+        made: modules or pipelines by name: ``vae``, ``pipeline``, ``dit``.
+        names: of them, which.
+
+    Raises:
+        ValueError: a name of none.
+    """
+    folders = {"vae": embedded_vae_path(), "pipeline": embedded_path(), "dit": embedded_dit_path()}
+    for name in names:
+        if name not in made:
+            raise unknown("ship", name, made)
+    for name in names:
+        ship(made[name], folders[name])
 
 
 def load_vae(
