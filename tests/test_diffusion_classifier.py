@@ -133,12 +133,41 @@ def test_a_picture_is_decided_by_itself_and_the_denoiser_runs_as_often_as_is_sai
 
 def test_prompts_of_classes(small_pipeline):
     names = ["red_circle", "square"]
-    assert class_prompts(small_pipeline("sd"), names, "a photo of a {}, a type of pet") == [
-        "a photo of a red circle, a type of pet", "a photo of a square, a type of pet",
-    ]  # fmt: skip
-    assert class_prompts(small_pipeline("dit"), names, "unused") == [0, 1]
+    assert class_prompts(small_pipeline("sd"), names, "a photo of a {}, a type of pet") == (
+        ["a photo of a red circle, a type of pet", "a photo of a square, a type of pet"], [0, 1],
+    )  # fmt: skip
+    assert class_prompts(small_pipeline("dit"), names, "unused") == ([0, 1], [0, 1])
     with pytest.raises(ValueError, match=r"^template: "):
         class_prompts(small_pipeline("sd"), names, "a photo")
+
+
+LABELS = {"red circle": 0, "red star": 1, "blue circle": 4, "cat": 7, "tabby": 7}
+
+
+def test_a_class_conditional_model_is_asked_the_classes_named_after_what_is_asked(small_pipeline, monkeypatch):
+    pipeline = small_pipeline("dit")
+    monkeypatch.setattr(pipeline, "labels", LABELS)
+    assert class_prompts(pipeline, ["blue", "red"], "unused") == ([0, 1, 4], [1, 1, 0])
+    assert class_prompts(pipeline, ["tabby, cat", "circle"], "unused") == ([0, 4, 7], [1, 1, 0])
+    with pytest.raises(ValueError, match=r"^model: none of its classes is named after 'large'"):
+        class_prompts(pipeline, ["red", "large"], "unused")
+
+
+def test_a_planted_transformer_names_the_colour_whatever_the_shape(small_pipeline, monkeypatch):
+    pipeline = small_pipeline("dit")
+    monkeypatch.setattr(pipeline, "labels", LABELS)
+    shown = pictures(3)
+    means = dict(zip((0, 1, 4), encode(pipeline, shown), strict=True))
+
+    def knows(pipeline, noisy, timestep, told):
+        mine = torch.stack([means[number] for number in told["class_labels"].tolist()])
+        kept = pipeline.scheduler.alphas_cumprod[timestep].item()
+        return (noisy - kept**0.5 * mine) / (1 - kept) ** 0.5
+
+    monkeypatch.setattr(diffusion_classifier, "predict", knows)
+    numbers, answers = class_prompts(pipeline, ["blue", "red"], "unused")
+    verdicts = DiffusionClassifier(pipeline, numbers, SMALL, answers=answers).classify(shown)
+    assert [verdict.chosen for verdict in verdicts] == [1, 1, 0]
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ class Verdict(NamedTuple):
     chosen: int
     """The class."""
     errors: np.ndarray
-    """(C,) mean error of each class over the trials it had."""
+    """(C,) mean error of each prompt over the trials it had."""
     trials: np.ndarray
     """(C,) how many these were."""
 
@@ -70,6 +70,15 @@ class Verdict(NamedTuple):
     def passes(self) -> int:
         """Passes of the denoiser over this picture."""
         return int(self.trials.sum())
+
+
+class ClassPrompts(NamedTuple):
+    """What is asked to tell classes apart."""
+
+    prompts: list[str | int]
+    """Texts, or class numbers."""
+    answers: list[int]
+    """The class that each stands for."""
 
 
 def decide(errors: Errors, classes: int, stages: Stages) -> Verdict:
@@ -111,6 +120,7 @@ class DiffusionClassifier:
         prompts: Sequence[str | int],
         stages: Stages | None = None,
         *,
+        answers: Sequence[int] | None = None,
         batch_size: int = 32,
         seed: int = 0,
     ):
@@ -120,6 +130,7 @@ class DiffusionClassifier:
             pipeline: a diffusers pipeline.
             prompts: one a class.
             stages: how many trials and classes; None for the paper's.
+            answers: of each prompt the class that it stands for, where several stand for one.
             batch_size: classes at once.
             seed: fixes the noise of every trial, which is the same for every class and picture.
 
@@ -129,6 +140,7 @@ class DiffusionClassifier:
         if len(prompts) < 2:
             raise ValueError(f"prompts: expected one for each of two or more classes, got {len(prompts)}")
         self.pipeline, self.prompts, self.stages = pipeline, list(prompts), stages or Stages()
+        self.answers = list(range(len(prompts)) if answers is None else answers)
         self.batch_size, self.seed = batch_size, seed
         self.timesteps = timesteps(pipeline, self.stages.trials[-1])
         self._conditions: dict[tuple[int, ...], dict[str, Any]] = {}
@@ -154,7 +166,8 @@ class DiffusionClassifier:
                     parts.append((predicted.float() - target).square().mean((1, 2, 3)))
                 return torch.cat(parts)
 
-            verdicts.append(decide(errors, len(self.prompts), self.stages))
+            verdict = decide(errors, len(self.prompts), self.stages)
+            verdicts.append(verdict._replace(chosen=self.answers[verdict.chosen]))
         return verdicts
 
     def _told(self, size: tuple[int, int]) -> dict[str, Any]:
@@ -208,15 +221,38 @@ def target(pipeline: Any, latents: Tensor, noise: Tensor, timestep: int) -> Tens
     return kinds[kind]
 
 
-def class_prompts(pipeline: Any, names: Sequence[str], template: str) -> list[str | int]:
-    """A prompt a class: the template with the class's name for ``{}``; of a class-conditional model,
-    whose classes must be these in this order, their numbers.
+def class_prompts(pipeline: Any, names: Sequence[str], template: str) -> ClassPrompts:
+    """What a pipeline is asked: for each class the template with its name for ``{}``.
+
+    A class-conditional model is asked its own classes that are named after one of these (``red circle``
+    and ``red star`` after ``red``); where they have no names they must be these, in this order.
+
+    Raises:
+        ValueError: a template without ``{}``, or a class after which none of the model's is named.
+    """
+    labels = getattr(pipeline, "labels", None)
+    if by_class(pipeline) and labels:
+        stand = [(number, i) for label, number in labels.items() for i, name in enumerate(names) if _of(name, label)]
+        missing = sorted(set(range(len(names))) - {i for _, i in stand})
+        if missing:
+            raise ValueError(f"model: none of its classes is named after {names[missing[0]]!r}")
+        numbers, answers = zip(*sorted(set(stand)), strict=True)
+        return ClassPrompts(list(numbers), list(answers))
+    prompts = list(range(len(names))) if by_class(pipeline) else class_texts(names, template)
+    return ClassPrompts(prompts, list(range(len(names))))
+
+
+def _of(name: str, label: str) -> bool:
+    """Whether a label is one of a name's synonyms, which commas divide, or has one among its words."""
+    return bool({part.strip() for part in name.split(",")} & {label, *label.split()})
+
+
+def class_texts(names: Sequence[str], template: str) -> list[str]:
+    """A text a class: the template with the class's name for ``{}``, an underscore as a space.
 
     Raises:
         ValueError: a template without ``{}``.
     """
-    if by_class(pipeline):
-        return list(range(len(names)))
     if "{}" not in template:
         raise ValueError(f"template: expected a place {{}} for the class's name, got {template!r}")
     return [template.replace("{}", name.replace("_", " ")) for name in names]
