@@ -39,6 +39,14 @@ def small_pipeline(pipeline_folder):
     return functools.cache(lambda name: load_pipeline(str(pipeline_folder(name)), device="cpu"))
 
 
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory):
+    """Folder of a small CLIP with random weights."""
+    from small_pipelines import save_whole_clip
+
+    return save_whole_clip(tmp_path_factory.mktemp("clip"))
+
+
 @pytest.fixture
 def complaints(recwarn):
     """What the libraries of models warn of: a function that gives the messages so far."""

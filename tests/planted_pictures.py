@@ -16,19 +16,19 @@ def labels(count, seed=0):
     return [{factor: int(rng.integers(len(names))) for factor, names in CLASSES.items()} for _ in range(count)]
 
 
-def planted_maps(truth, noise=0.1, seed=0, offset=0.0, size=4.0):
-    """(N, 4, 4, WIDTH): channel ``shape`` has ``size`` in one place of a picture; the colours are nowhere."""
+def planted_maps(truth, noise=0.1, seed=0):
+    """(N, 4, 4, WIDTH): channel ``shape`` is 1 in one place of a picture; the colours are nowhere."""
     generator = torch.Generator().manual_seed(seed)
     maps = noise * torch.randn(len(truth), 4, 4, WIDTH, generator=generator)
     for number, one in enumerate(truth):
-        maps[number, number % 4, number // 4 % 4, one["shape"]] += size
-    return maps + offset
+        maps[number, number % 4, number // 4 % 4, one["shape"]] += 4
+    return maps
 
 
-def fill(folder, truth, *, noise=0.1, seed=0, views=1, images=None, offset=0.0, size=4.0, **more):
+def fill(folder, truth, *, noise=0.1, seed=0, views=1, images=None, **more):
     """A complete store of pictures; of every picture ``views`` items, each with noise of its own."""
     images = list(range(len(truth))) if images is None else images
-    drawn = [planted_maps(truth, noise, 100 * seed + view, offset, size) for view in range(views)]
+    drawn = [planted_maps(truth, noise, 100 * seed + view) for view in range(views)]
     maps = torch.stack(drawn, 1).flatten(0, 1)
     items = [
         {"image": image, "view": view, "seed": seed, "timestep": [25], "labels": one}

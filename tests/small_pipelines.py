@@ -39,6 +39,25 @@ def clip_model(tokenizer: Any, kind: type = transformers.CLIPTextModel, width: i
     )  # fmt: skip
 
 
+def save_whole_clip(folder: Path) -> Path:
+    """A CLIP of texts and pictures with its processor, as transformers saves it; says where."""
+    tokenizer = clip_tokenizer()
+    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {
+        **size, "vocab_size": len(tokenizer), "max_position_embeddings": TOKENS, "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
+    }  # fmt: skip
+    vision = {**size, "image_size": 32, "patch_size": 8}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        transformers.CLIPModel(
+            transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)
+        ).save_pretrained(folder)
+    sides = transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    transformers.CLIPProcessor(sides, tokenizer).save_pretrained(folder)
+    return folder
+
+
 def t5_model(tokenizer: Any, width: int = 32) -> Any:
     config = transformers.T5Config(vocab_size=len(tokenizer), d_model=width, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
     return transformers.T5EncoderModel(config)

@@ -39,35 +39,6 @@ def test_it_is_the_plain_stack_in_float64():
     torch.testing.assert_close(model(maps), expected, rtol=1e-12, atol=1e-12)
 
 
-def test_standardised_channels_are_those_of_the_training_pictures(pictures, tmp_path):
-    learn, validate, test = (examples.read(one) for one in pictures)
-    fitted = fit(learn, validate, BLOCK, DiffCConfig(**{**SMALL, "epochs": 1}, standardise=True))
-    maps = learn.kept.maps(BLOCK, range(60)).double()
-    mean, deviation = maps.mean((0, 1, 2)), maps.std((0, 1, 2), correction=0)
-    torch.testing.assert_close(fitted.model.mean.double(), mean, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(fitted.model.deviation.double(), deviation, rtol=1e-5, atol=1e-6)
-    plain = DiffC(6, 3, width=8)
-    plain.load_state_dict({**fitted.model.state_dict(), "mean": torch.zeros(6), "deviation": torch.ones(6)})
-    shown = test.kept.maps(BLOCK, range(9))
-    torch.testing.assert_close(fitted.model(shown), plain((shown - mean.float()) / deviation.float()))
-    assert fit(learn, validate, BLOCK, DiffCConfig(**{**SMALL, "epochs": 1})).model.deviation.tolist() == [1] * 6
-
-
-def test_standardising_reads_at_once_what_stands_beside_a_large_offset(tmp_path):
-    """Channels that differ by thirty from each other, and by a tenth between the classes."""
-    truth = planted_pictures.labels(80)
-    offset = torch.linspace(-15, 15, planted_pictures.WIDTH)
-    parts = []
-    for seed in range(2):
-        kept = planted_pictures.fill(tmp_path / str(seed), truth, seed=seed, offset=offset, size=0.1, noise=0.002)
-        parts.append(examples.read(kept, "shape"))
-    found = {
-        standardise: fit(*parts, BLOCK, DiffCConfig(**{**SMALL, "epochs": 10}, standardise=standardise)).epochs
-        for standardise in (False, True)
-    }
-    assert found[True]["accuracy"].max() > 0.95 and found[False]["accuracy"].max() < 0.7
-
-
 def test_it_is_trained_as_section_4_1_says(pictures, monkeypatch):
     """Thirty epochs of 60 pictures in batches of 16, the rate from 1e-4 to 5e-5, nothing clipped."""
     seen = {}

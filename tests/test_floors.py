@@ -14,13 +14,13 @@ FLOORS = [
      "sae_plots", "shuffling", "world", "noise_loss", "mask_plots", "probe", "purity", "pca", "readout_plots",
      "locations", "storage"],
     ["blocks", "channels", "embedded_data", "oracle", "perceptual", "prompts", "report", "sae", "shards", "text_model",
-     "training"],
+     "training", "clip_names"],
     ["models", "baselines", "data", "nudge", "planning", "runs", "sae_formats", "writing", "conclusions"],
     ["conditioning", "fidelity", "lens", "lessons", "store", "vae", "latents", "sampling", "labelled"],
     ["denoise", "study", "text_to_image", "masked_measures", "examples", "features", "diffusion_classifier"],
     ["ablate", "causes", "collect", "comparison", "judging", "pruning", "diffc", "layer_features", "class_to_image"],
-    ["bench", "bench_store", "sae_training", "substitute", "collapse", "readout"],
-    ["bench_sae", "sae_grid", "savings", "label_purity"],
+    ["bench", "bench_store", "sae_training", "substitute", "collapse", "readout_tables"],
+    ["bench_sae", "sae_grid", "savings", "label_purity", "readout"],
     ["sae_runs"],
 ]  # fmt: skip
 FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}

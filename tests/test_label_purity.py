@@ -82,6 +82,14 @@ def test_what_cannot_be_measured_is_refused(kept, by_factor):
         tops(untrained, by_factor["shape"], LAYER, top=61)
 
 
+def test_a_store_is_opened_with_its_factors_for_its_own_pictures_alone(kept):
+    pictures = Pictures("p", 8, planted_pictures.CLASSES, range(60), lambda image: None)
+    with pytest.raises(ValueError, match=r"^activations: made with dataset None, here it is 'p'"):
+        label_purity.opened(kept.url, pictures, "planted")
+    with pytest.raises(ValueError, match=r"^activations: made with model 'planted', here it is 'embedded'"):
+        label_purity.opened(kept.url, pictures, "embedded")
+
+
 def test_autoencoders_are_kept_under_their_layers(kept, tmp_path):
     asked = wanted(kept.layout, [LAYER], 2, 3, seed=1)[LAYER]
     sae = label_purity.SAE(asked.config, asked.seed)

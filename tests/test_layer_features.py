@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import picture_folder
 
-from vaelab import blocks, denoise, examples, layer_features, store
+from vaelab import blocks, clip_names, denoise, examples, layer_features, store
 from vaelab.blocks import denoiser
 from vaelab.labelled import load
 from vaelab.layer_features import LayerConfig, captures, collect
@@ -149,6 +149,27 @@ def test_a_prompt_is_empty_the_same_for_all_or_names_the_truth(small_pipeline, p
         assert asked.pop() == expected
     with pytest.raises(ValueError, match=r"^prompt .*unknown name 'breed'.*label"):
         next(captures(small_pipeline("sd"), pictures, config(prompt="a {breed}")))
+
+
+def test_with_clip_the_prompt_names_what_it_infers(small_pipeline, pictures, clip_folder, monkeypatch, tmp_path):
+    asked, plain = [], denoise.from_pictures
+    monkeypatch.setattr(
+        denoise, "from_pictures", lambda *args, **kwargs: asked.append(kwargs["prompts"]) or plain(*args, **kwargs)
+    )
+    told = config(prompt="a photo of a {label}", clip=str(clip_folder), timesteps=(25,), blocks=("up_ft0",), views=2)
+    kept = collect(small_pipeline("sd"), pictures, told, tmp_path)
+    texts = {"label": ["a photo of a cat", "a photo of a dog"]}
+    names = clip_names.load(str(clip_folder), texts, device="cpu")
+    whole = {item["image"]: names(pictures[item["image"]].pixels[None])[0] for item in kept.items}
+    assert [item["inferred"] for item in kept.items] == [whole[item["image"]] for item in kept.items]
+    said = [text for texts in asked[1:] for text in texts]  # the first batch is seen twice, for its shapes
+    assert said == [texts["label"][item["inferred"]["label"]] for item in kept.items]
+    right = [item["inferred"] == item["labels"] for item in kept.items if item["view"] == 0]
+    assert layer_features.inferred_right(kept) == {"label": sum(right) / 8}
+    assert kept.settings["clip"] == str(clip_folder)
+    with pytest.raises(ValueError, match=r"^prompt: with clip it has one or more of label in braces"):
+        collect(small_pipeline("sd"), pictures, replace(told, prompt="a pet"), tmp_path / "other")
+    assert layer_features.inferred_right(planted_pictures.fill(tmp_path / "plain", planted_pictures.labels(3))) == {}
 
 
 def test_nothing_to_read_and_nonsense_are_refused(pipeline, tmp_path):

@@ -5,7 +5,7 @@ import planted_pictures
 import pytest
 import torch
 
-from vaelab import readout
+from vaelab import clip_names, denoise, examples, readout
 from vaelab.blocks import blocks
 from vaelab.diffc import DiffC, DiffCConfig, classify
 from vaelab.diffusion_classifier import DiffusionClassifier, Stages
@@ -49,9 +49,6 @@ def test_probes_and_diffcs_read_what_is_planted(by_factor, tmp_path):
     probed = readout.probes(by_factor).set_index("factor")
     assert probed.loc["shape", "accuracy"] > 0.95 and probed["layer"].tolist() == [LAYER] * 2
     assert probed.loc["colour", "low"] < 0.55 < probed.loc["colour", "high"] + 0.1
-    wide = readout.map_of(probed.reset_index())
-    assert wide.loc[LAYER, "shape"] == probed.loc["shape", "accuracy"]
-    assert wide.loc["chance"].tolist() == probed.loc[["shape", "colour"], "chance"].tolist()
     rows, models = readout.diffcs({"shape": by_factor["shape"]}, {"shape": [LAYER]}, SMALL, tmp_path)
     row, task = rows.iloc[0], by_factor["shape"]
     again = score(classify(models[LAYER, "shape"], task.test, LAYER + ".maps"), task.test.labels, task.learn.labels)
@@ -59,38 +56,61 @@ def test_probes_and_diffcs_read_what_is_planted(by_factor, tmp_path):
     assert row["accuracy"] > 0.9 and (row["classifier"], row["layer"]) == ("diffc", LAYER)
 
 
-def test_the_best_layer_is_that_of_the_validation_pictures():
-    rows = pd.DataFrame({"layer": ["a", "b", "a", "b"], "factor": ["x", "x", "y", "y"],
-                         "validation": [0.5, 0.6, 0.9, 0.1], "accuracy": [0.9, 0.1, 0.1, 0.9]})  # fmt: skip
-    assert (readout.best(rows, "x"), readout.best(rows, "y")) == ("b", "a")
-
-
-def test_the_zero_shot_classifier_and_diffc_are_scored_and_timed_on_the_same_pictures(small_pipeline, by_factor):
+def test_the_zero_shot_classifier_and_diffc_are_scored_and_timed_on_the_same_pictures(
+    small_pipeline, by_factor, clip_folder
+):
     pipeline, generator = small_pipeline("sd"), torch.Generator().manual_seed(0)
     pixels = [torch.rand(3, 32, 32, generator=generator) * 2 - 1 for _ in range(3)]
     shown = replace(PICTURES, rows=range(3), read=lambda i: None if i == 1 else (pixels[i], {"colour": i % 2}))
-    classifier = DiffusionClassifier(pipeline, ["a red thing", "a blue thing"], Stages((2,), (1,)))
+    prompts = ["a red thing", "a blue thing"]
+    classifier = DiffusionClassifier(pipeline, prompts, Stages((2,), (1,)))
     model = DiffC(blocks(pipeline)["up_ft0"].shape[-1], 2, width=4)
     own = {"layer": "up_ft0.t25", "factor": "colour", "classifier": "diffc", "accuracy": 0.7, "low": 0.6, "high": 0.8,
            "chance": 0.5, "count": 60, "validation": 0.7, "chosen": 3}  # fmt: skip
-    given = pd.DataFrame([own]), {("up_ft0.t25", "colour"): model}
-    compared = readout.side_by_side(classifier, *given, shown, by_factor["colour"], "colour", 9)
-    first, second = compared.to_dict("records")
+    rows, trained = pd.DataFrame([own]), {("up_ft0.t25", "colour"): model}
+    compared = readout.side_by_side(
+        classifier, rows, trained, shown, by_factor["colour"], "colour", 9, clip=str(clip_folder), template="a {} thing"
+    )
+    first, second, third = compared.to_dict("records")
     alone = [classifier.classify(pixels[i][None])[0].chosen for i in (0, 2)]
-    assert first["accuracy"] == sum(chosen == 0 for chosen in alone) / 2 and first["count"] == 2
-    assert (first["passes"], second["passes"], second["accuracy"]) == (4, 1, 0.7)
-    named = readout.metrics(given[0], compared)
-    assert named["up_ft0.t25.diffc.colour.accuracy"] == 0.7 and named["up_ft0.t25.diffc.colour.chance"] == 0.5
-    assert named["diffusion_classifier.accuracy"] == first["accuracy"]
-    seconds = named["diffusion_classifier.seconds_per_image"], named["diffc.seconds_per_image"]
-    assert min(seconds) > 0 and named["diffusion_classifier.times_diffc"] == seconds[0] / seconds[1]
+    assert first["accuracy"] == first["accuracy_on_these"] == sum(chosen == 0 for chosen in alone) / 2
+    assert (first["passes"], first["count"]) == (4, 2)
+    assert (second["passes"], second["accuracy"], second["count"]) == (1, 0.7, 60)
+    seen = denoise.from_pictures(pipeline, torch.stack([pixels[0], pixels[2]]), [0, 0], [25], ["up_ft0"])
+    chosen = model(seen.maps["up_ft0"][0]).argmax(1)
+    assert second["accuracy_on_these"] == (chosen == 0).float().mean()
+    names = clip_names.load(str(clip_folder), {"colour": prompts}, device="cpu")
+    named = names(torch.stack([pixels[0], pixels[2]]))
+    assert third["accuracy"] == sum(one["colour"] == 0 for one in named) / 2
+    assert (third["classifier"], third["passes"]) == ("clip", 0) and third["seconds_per_image"] > 0
+
+
+def test_diffc_is_timed_with_what_the_denoiser_was_told(small_pipeline, clip_folder, monkeypatch, tmp_path):
+    """A prompt with the true class, or with the class that CLIP infers."""
+    pipeline, asked, plain = small_pipeline("sd"), [], denoise.from_pictures
+    monkeypatch.setattr(
+        denoise, "from_pictures", lambda *args, **kwargs: asked.append(kwargs["prompts"]) or plain(*args, **kwargs)
+    )
+    model = DiffC(blocks(pipeline)["up_ft0"].shape[-1], 2, width=4)
+    picture = Picture(0, torch.zeros(3, 32, 32), {"shape": 2, "colour": 1})
+    clip = str(clip_folder)
+    names = clip_names.load(clip, clip_names.texts("a {colour} thing", planted_pictures.CLASSES), device="cpu")
+    inferred = planted_pictures.CLASSES["colour"][names(picture.pixels[None])[0]["colour"]]
+    for told, expected in (
+        ({}, None), ({"prompt": "a {colour} thing"}, ["a blue thing"]),
+        ({"prompt": "a {colour} thing", "clip": clip}, [f"a {inferred} thing"]),
+    ):  # fmt: skip
+        kept = planted_pictures.fill(tmp_path / str(len(told)), planted_pictures.labels(4), **told)
+        task = readout.Task(None, None, examples.read(kept, "colour"))
+        found, _ = readout.as_it_comes(pipeline, model, "up_ft0.t25", PICTURES, task, [picture])
+        assert asked[-1] == expected and found[0] in (0, 1)
 
 
 def test_each_picture_is_timed_once_by_itself_after_one_that_is_not():
     shown = [Picture(i, torch.full((3, 2, 2), float(i)), {}) for i in range(4)]
     seen = []
-    answers, seconds = readout.timed(lambda pixels: seen.append(pixels.flatten()[0].item()) or pixels.shape, shown)
-    assert seen == [0, 0, 1, 2, 3] and answers == [(1, 3, 2, 2)] * 4 and seconds >= 0
+    answers, seconds = readout.timed(lambda picture: seen.append(picture.image) or picture.image + 10, shown)
+    assert seen == [0, 0, 1, 2, 3] and answers == [10, 11, 12, 13] and seconds >= 0
 
 
 def test_what_would_be_no_test_is_refused(folders, by_factor, tmp_path):

@@ -29,3 +29,34 @@ def test_every_accuracy_has_its_interval_and_every_line_its_chance(table):
     chance = next(line for line in axis.lines if line.get_label() == "the most frequent class")
     assert chance.get_xdata().tolist() == [0.125, 0.2] and list(chance.get_ydata()) == [0, 1]
     plt.close("all")
+
+
+def test_models_are_told_apart_where_there_are_several(table):
+    both = pd.concat([table.assign(model="org/unet"), table.assign(model="dit")])
+    labels = [label.get_text() for label in readout_plots.accuracies(both).axes[0].get_yticklabels()]
+    assert labels == ["shape\nunet, up.t25", "colour\nunet, mid.t25", "shape\ndit, up.t25", "colour\ndit, mid.t25"]
+    assert len(readout_plots.accuracies(table.assign(model="dit")).axes[0].get_yticklabels()) == 2
+    plt.close("all")
+
+
+def test_the_map_has_every_number_in_its_place_and_its_colour_begins_at_chance():
+    rows = [
+        {"block": block, "timestep": t, "factor": factor, "value": 0.01 * (10 * b + t / 100) + 0.3 * f, "chance": 0.2}
+        for f, factor in enumerate(("shape", "colour"))
+        for b, block in enumerate(("up", "mid"))
+        for t in (500, 25)
+    ]
+    table = pd.DataFrame(rows)
+    figure = readout_plots.knowledge({"probe": table, "purity": table.assign(value=1.0, chance=0.5)}, "title")
+    assert len(figure.axes) == 4
+    shape, colour, *pure = figure.axes
+    assert [axis.get_title() for axis in figure.axes] == ["shape\nchance 0.20", "colour\nchance 0.20",
+                                                          "shape\nchance 0.50", "colour\nchance 0.50"]  # fmt: skip
+    assert [label.get_text() for label in shape.get_yticklabels()] == ["up", "mid"]
+    assert [label.get_text() for label in shape.get_xticklabels()] == ["25", "500"]
+    assert [text.get_text() for text in colour.texts] == ["0.30", "0.35", "0.40", "0.45"]
+    drawn = colour.collections[0].get_array().ravel()
+    assert drawn.tolist() == pytest.approx([(v - 0.2) / 0.8 for v in (0.3025, 0.35, 0.4025, 0.45)])
+    assert shape.collections[0].get_array().ravel().max() == 0, "what is below chance is drawn as chance"
+    assert all(axis.collections[0].get_array().ravel().tolist() == [1] * 4 for axis in pure)
+    plt.close("all")

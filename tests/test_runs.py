@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -147,6 +148,21 @@ def test_the_front_page_says_what_a_notebook_asks_and_folds_its_smoke_run(projec
     assert "Why &lt;so&gt;?" in page
     demo, smoke = page.split("<details>")
     assert "demo</h3>" in demo and "smoke</h3>" in smoke
+
+
+def test_the_map_of_knowledge_stands_above_all_runs_the_full_one_first(project):
+    for notebook, name, files in (
+        ("10_one", "demo", ["knowledge-a.png"]), ("10_one", "full", ["other.png", "knowledge-a.png", "knowledge.txt"]),
+        ("10_one", "smoke", ["knowledge-a.png"]), ("20_two", "demo", ["knowledge.png"]), ("20_two", "x", ["k.png"]),
+    ):  # fmt: skip
+        folder = project / "outputs" / notebook / name
+        folder.mkdir(parents=True)
+        results = {"metrics": {}, "seconds": 1, "environment": {}, "files": files}
+        (folder / "results.json").write_text(json.dumps(results))
+    above, below = frontpage.write(project / "outputs").read_text().split("<h2>10_one</h2>")
+    shown = re.findall(r'<img src="([^"]+)"', above)
+    assert shown == ["20_two/demo/knowledge.png", "10_one/full/knowledge-a.png"]
+    assert 'src="10_one/demo/knowledge-a.png"' in below
 
 
 def test_an_empty_front_page_says_what_to_do(tmp_path):

@@ -3,10 +3,11 @@
 Four 3 x 3 convolutions, three of them of stride 2, the mean over positions and one linear layer; 40
 million parameters at 1280 input channels. It is trained as in section 4.1: AdamW, 30 epochs of
 batches of 16, a cosine from 1e-4 down to 5e-5. The epoch is chosen on validation pictures, so that the
-test pictures are classified once. The table names nothing between the convolutions; here it is ReLU. Nor does it
-name anything before the first one, but channels of a denoiser's maps differ far more from each other than a channel
-does between pictures, and until a network has learned to look past that it learns nothing else: with few pictures
-``standardise`` is what lets it learn within a few hundred steps.
+test pictures are classified once. The table names nothing between the convolutions; here it is ReLU.
+
+The channels of a denoiser's maps differ far more from each other than one does between pictures, and until the
+network has learned to look past that it learns nothing else: that takes some hundred steps, which 30 epochs of few
+pictures at the paper's rate are not.
 """
 
 from dataclasses import asdict, dataclass
@@ -43,9 +44,6 @@ class DiffCConfig:
     """AdamW's at the end: the cosine's eta_min."""
     weight_decay: float = 0.01
     """AdamW's; the paper does not say, this is its library's."""
-    standardise: bool = False
-    """Whether each channel is first brought to mean 0 and deviation 1 over the training pictures, which Table 10
-    does not have."""
     device: str = "auto"
     """Where it is trained."""
     precision: str = "float32"
@@ -59,18 +57,10 @@ class DiffCConfig:
 
 
 class DiffC(nn.Module):
-    """Logits (B, classes) of maps (B, h, w, d), the layers of Table 10 under its names.
-
-    ``mean`` and ``deviation`` (d,) are taken out of the maps before; 0 and 1 but for ``standardise``.
-    """
-
-    mean: Tensor
-    deviation: Tensor
+    """Logits (B, classes) of maps (B, h, w, d), the layers of Table 10 under its names."""
 
     def __init__(self, channels: int, classes: int, width: int = 1024):
         super().__init__()
-        self.register_buffer("mean", torch.zeros(channels))
-        self.register_buffer("deviation", torch.ones(channels))
         self.conv1 = nn.Conv2d(channels, width, 3, padding=1)
         self.conv2, self.conv3, self.conv4 = (nn.Conv2d(width, width, 3, stride=2, padding=1) for _ in range(3))
         self.gap = nn.AdaptiveAvgPool2d(1)
@@ -78,7 +68,7 @@ class DiffC(nn.Module):
 
     def forward(self, maps: Tensor) -> Tensor:
         """Classify maps (B, h, w, d), as :mod:`vaelab.denoise` gives them."""
-        x = ((maps - self.mean) / self.deviation).permute(0, 3, 1, 2)
+        x = maps.permute(0, 3, 1, 2)
         for convolution in (self.conv1, self.conv2, self.conv3, self.conv4):
             x = F.relu(convolution(x))
         return self.fc(self.gap(x).flatten(1))
@@ -181,8 +171,6 @@ def fit(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model = DiffC(shape.width, len(learn.classes), config.width)
-    if config.standardise:
-        model.mean, model.deviation = moments(learn, block)
     every = learn.steps(config.batch_size)
     selection = Selection(model, validate, block, config, every, folder)
     trained = train(
@@ -205,21 +193,6 @@ def fit(
 def classify(model: DiffC, examples: Examples, block: str, batch_size: int = 16) -> Tensor:
     """The class numbers (N,) that a Diff-C gives pictures of a store, as they are."""
     return _logits(model, examples, block, batch_size).argmax(1)
-
-
-def moments(examples: Examples, block: str, batch_size: int = 64) -> tuple[Tensor, Tensor]:
-    """Mean and deviation (d,) float32 of a block's channels over all positions of the pictures as they are; a
-    channel that is always the same has deviation 1."""
-    count, total, squares = 0, 0.0, 0.0
-    shift = None
-    for batch in examples.batches(block, batch_size):
-        vectors = batch["maps"].flatten(0, -2).double()
-        shift = vectors[0] if shift is None else shift  # sums of squares about a point nearby lose no digits
-        centred = vectors - shift
-        count, total, squares = count + len(centred), total + centred.sum(0), squares + centred.square().sum(0)
-    mean = total / count
-    deviation = (squares / count - mean.square()).clamp_min(0).sqrt()
-    return (shift + mean).float(), torch.where(deviation > 0, deviation, 1.0).float()
 
 
 @torch.no_grad()

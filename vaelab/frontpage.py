@@ -1,4 +1,4 @@
-"""``outputs/index.html``: a row a run with its key pictures, main numbers, time and notebook."""
+"""``outputs/index.html``: the map of knowledge, then a row a run with key pictures, main numbers, time and notebook."""
 
 import os
 from html import escape
@@ -9,6 +9,9 @@ from vaelab.files import atomic, read_json
 
 PICTURES, NUMBERS = 3, 8
 SMOKE = "smoke"
+FIRST, HONOURED = "full", "knowledge"
+"""A figure of this name, with or without an ending, stands above all runs: of each notebook that has one, that of the
+run called ``FIRST``, else of the first."""
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8882; --accent: #3b76af; }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1200px; margin: 2rem auto; padding: 0 1rem; }
@@ -20,6 +23,7 @@ article h3 { margin: 0; font-size: 1rem; } a { color: var(--accent); }
 table { border-collapse: collapse; font-size: .85rem; width: 100%; } td { padding: .12rem 0; vertical-align: top; }
 td + td { text-align: right; font-variant-numeric: tabular-nums; padding-left: .8rem; white-space: nowrap; }
 .pictures { display: flex; gap: .8rem; flex-wrap: wrap; align-items: flex-start; }
+figure { margin: 1rem 0; } figure img { max-width: 100%; background: white; border: 1px solid var(--soft); }
 .pictures img { max-height: 210px; max-width: 100%; background: white; border: 1px solid var(--soft); }
 .unfinished { color: #b3362b; } @media (max-width: 700px) { article { grid-template-columns: 1fr; } }
 """
@@ -39,6 +43,7 @@ def write(outputs: Path) -> Path:
             hidden = f"<details><summary>its smoke run</summary>{rows[SMOKE]}</details>" if SMOKE in rows else ""
             asked = escape(_question(notebooks / f"{folder.name}.ipynb"))
             sections.append(f"<h2>{escape(folder.name)}</h2><p class=meta>{asked}</p>\n{shown}\n{hidden}")
+    sections = [*_honoured(outputs, notebooks), *sections]
     body = "\n".join(sections) or "<p>Nothing has been run yet: try <code>make demo</code>.</p>"
     page = outputs / "index.html"
     with atomic(page) as draft:
@@ -49,6 +54,27 @@ def write(outputs: Path) -> Path:
             f"A run's name leads to its notebook.</p>\n{body}\n</body></html>\n"
         )
     return page
+
+
+def _honoured(outputs: Path, notebooks: Path) -> list[str]:
+    """The figures that stand above all runs, each under what its notebook asks."""
+    shown = []
+    for folder in sorted(outputs.glob("*/"), reverse=True):
+        runs = [path.parent for path in sorted(folder.glob("*/results.json")) if path.parent.name != SMOKE]
+        for place in sorted(runs, key=lambda place: place.name != FIRST):
+            files = read_json(place / "results.json").get("files", [])
+            named = [file for file in files if file.endswith(".png") and file[:-4].split("-")[0] == HONOURED]
+            if named:
+                asked = escape(_question(notebooks / f"{folder.name}.ipynb"))
+                images = "".join(
+                    f'<a href="{_url(folder, place.name, file)}"><img src="{_url(folder, place.name, file)}" '
+                    f'alt="{escape(file[:-4])}"></a>'
+                    for file in named
+                )
+                told = f"{_link(folder, place.name, f'{folder.name}/{place.name}')}: {asked}"
+                shown.append(f"<figure>{images}<figcaption class=meta>{told}</figcaption></figure>")
+                break
+    return [f"<h2>What its layers know</h2>\n{''.join(shown)}"] if shown else []
 
 
 def _question(notebook: Path) -> str:
@@ -83,11 +109,11 @@ def _row(folder: Path, name: str) -> str:
     )
 
 
-def _link(folder: Path, name: str) -> str:
+def _link(folder: Path, name: str, text: str = "") -> str:
     for ending in (".html", ".ipynb"):
         if (folder / f"{name}{ending}").exists():
-            return f'<a href="{_url(folder, name + ending)}">{escape(name)}</a>'
-    return escape(name)
+            return f'<a href="{_url(folder, name + ending)}">{escape(text or name)}</a>'
+    return escape(text or name)
 
 
 def _url(folder: Path, *parts: str) -> str:

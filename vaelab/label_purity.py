@@ -14,14 +14,15 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
-from vaelab import purity
+from vaelab import purity, store
 from vaelab.checks import at_least, unknown
-from vaelab.examples import Examples
+from vaelab.examples import Examples, read
 from vaelab.features import Summary, summarise
 from vaelab.labelled import Pictures
+from vaelab.layer_features import refuse_other_pictures
 from vaelab.sae import SAE, SAEConfig
 from vaelab.sae_training import Wanted
-from vaelab.store import Layout
+from vaelab.store import Layout, Store
 
 MEASURES = ("sigma_label", "entropy", "majority", "permutation_p")
 
@@ -63,6 +64,22 @@ def wanted(
         layer: Wanted(layer, SAEConfig(layout[layer].width, expansion * layout[layer].width, k, **options), seed)
         for layer in layers
     }
+
+
+def opened(activations: str, pictures: Pictures, model: str) -> tuple[Store, dict[str, Examples]]:
+    """A store of notebook 40, and its pictures with the classes of each factor.
+
+    Args:
+        activations: its folder.
+        pictures: that it must be of.
+        model: that it must have been made with.
+
+    Raises:
+        ValueError: other pictures or another model, pictures without labels, or with withheld ones.
+    """
+    kept = store.open(activations)
+    refuse_other_pictures(kept, pictures, model, "activations")
+    return kept, {factor: read(kept, factor) for factor in pictures.classes or [""]}
 
 
 def keep(saes: Mapping[str, SAE], folder: Path) -> None:

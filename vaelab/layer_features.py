@@ -18,8 +18,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vaelab import blocks as block_names
-from vaelab import denoise, store
+from vaelab import clip_names, denoise, store
+from vaelab.blocks import denoiser
 from vaelab.checks import at_least, one_of, unknown
+from vaelab.clip_names import ClipNames
 from vaelab.conditioning import by_class
 from vaelab.examples import Examples
 from vaelab.hooks import SIDES
@@ -41,6 +43,10 @@ class LayerConfig:
     """Of every picture; empty for none. A factor in braces, ``a photo of a {label}``, stands for the
     picture's true class, so that the features have been told what they are asked; of a
     class-conditional model for the class's number."""
+    clip: str = ""
+    """Id or folder of a CLIP model that infers what stands in braces from the picture; empty for the true class."""
+    clip_revision: str = ""
+    """Of it, on the hub."""
     side: str = "output"
     """``output``, ``input`` or ``update`` of the blocks."""
     maps: bool = False
@@ -76,7 +82,8 @@ class Captures(NamedTuple):
     """What one batch gave: n items."""
 
     items: list[dict[str, Any]]
-    """``image``, ``view``, ``number``, ``seed``, ``timestep`` (all of them) and ``labels`` of each."""
+    """``image``, ``view``, ``number``, ``seed``, ``timestep`` (all of them), ``labels`` and, with CLIP,
+    ``inferred`` of each."""
     maps: dict[str, Tensor]
     """(n, d) under the name of each layer and timestep, and (n, h, w, d) under that name with ``.maps``."""
 
@@ -92,7 +99,28 @@ def parts(layer: str) -> tuple[str, int]:
     return block, int(timestep)
 
 
-def captures(pipeline: Any, pictures: Pictures, config: LayerConfig, *, start: int = 0) -> Iterator[Captures]:
+def placed(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows with the ``block`` and the ``timestep`` of their ``layer``."""
+    found = [parts(layer) for layer in rows["layer"]]
+    return rows.assign(block=[block for block, _ in found], timestep=[timestep for _, timestep in found])
+
+
+def namer(pipeline: Any, pictures: Pictures, config: LayerConfig) -> ClipNames | None:
+    """What infers the classes that stand in the prompt's braces; None where they are the true ones.
+
+    Raises:
+        ValueError: with CLIP, a prompt without a factor in braces, or no such model.
+    """
+    if not config.clip:
+        return None
+    texts = clip_names.texts(config.prompt, pictures.classes)
+    device = str(denoiser(pipeline).device)
+    return clip_names.load(config.clip, texts, device=device, revision=config.clip_revision or None)
+
+
+def captures(
+    pipeline: Any, pictures: Pictures, config: LayerConfig, *, start: int = 0, names: ClipNames | None = None
+) -> Iterator[Captures]:
     """Batches of features, view by view; what cannot be read is left out with its labels.
 
     Args:
@@ -100,19 +128,22 @@ def captures(pipeline: Any, pictures: Pictures, config: LayerConfig, *, start: i
         pictures: labelled ones.
         config: what is taken.
         start: views, of readable pictures or not, to pass over; a whole number of batches.
+        names: from :func:`namer`; None where ``config.clip`` is empty, else it is made here.
     """
+    names = names or namer(pipeline, pictures, config)
     total = len(pictures) * config.views
     for first in range(start, total, config.batch_size):
         numbers = range(first, min(first + config.batch_size, total))
         found = [(number, pictures[number // config.views]) for number in numbers]
         readable = [(number, picture) for number, picture in found if picture is not None]
         if readable:
-            yield _captured(pipeline, pictures, config, readable)
+            yield _captured(pipeline, pictures, config, readable, names)
 
 
 def _captured(
-    pipeline: Any, pictures: Pictures, config: LayerConfig, readable: Sequence[tuple[int, Picture]]
-) -> Captures:
+    pipeline: Any, pictures: Pictures, config: LayerConfig, readable: Sequence[tuple[int, Picture]],
+    names: ClipNames | None,
+) -> Captures:  # fmt: skip
     views = [number % config.views for number, _ in readable]
     seeds = [_seed(config.seed, picture.image, view) for view, (_, picture) in zip(views, readable, strict=True)]
     pixels = [
@@ -121,9 +152,11 @@ def _captured(
         else picture.pixels
         for seed, view, (_, picture) in zip(seeds, views, readable, strict=True)
     ]
+    labels = [picture.labels for _, picture in readable]
+    inferred = names(torch.stack([picture.pixels for _, picture in readable])) if names else None
     features = denoise.from_pictures(
         pipeline, torch.stack(pixels), seeds, config.timesteps, config.blocks, side=config.side,
-        prompts=_prompts(pipeline, pictures, config.prompt, [picture.labels for _, picture in readable]),
+        prompts=prompts(pipeline, pictures, config.prompt, inferred or labels),
     )  # fmt: skip
     maps = {}
     for block, each in features.maps.items():
@@ -136,6 +169,8 @@ def _captured(
          "labels": picture.labels}
         for seed, view, (number, picture) in zip(seeds, views, readable, strict=True)
     ]  # fmt: skip
+    for item, one in zip(items, inferred or [], strict=False):
+        item["inferred"] = one
     return Captures(items, maps)
 
 
@@ -160,7 +195,8 @@ def collect(
         ValueError: no picture can be read, a store of other settings, or values that the precision
             cannot hold.
     """
-    first = next(captures(pipeline, pictures, config), None)
+    names = namer(pipeline, pictures, config)
+    first = next(captures(pipeline, pictures, config, names=names), None)
     if first is None:
         raise ValueError(f"dataset: no picture of {pictures.name!r} can be read")
     layout = {block: store.BlockShape(tuple(one.shape[1:-1]), one.shape[-1]) for block, one in first.maps.items()}
@@ -180,7 +216,7 @@ def collect(
         with tqdm(
             total=total, initial=start, desc="layer features", unit="view", file=sys.stdout, mininterval=2, ncols=100
         ) as bar:
-            for batch in [] if writer.complete else captures(pipeline, pictures, config, start=start):
+            for batch in [] if writer.complete else captures(pipeline, pictures, config, start=start, names=names):
                 fresh = [place for place, item in enumerate(batch.items) if item["number"] > after]
                 writer.add(
                     {block: maps[fresh].cpu() for block, maps in batch.maps.items()}, [batch.items[i] for i in fresh]
@@ -193,16 +229,27 @@ def _seed(seed: int, image: int, view: int) -> int:
     return int(np.random.SeedSequence([seed, image, view]).generate_state(1, np.uint64)[0] >> 1)
 
 
-def _prompts(
-    pipeline: Any, pictures: Pictures, prompt: str, labels: Sequence[dict[str, int]]
-) -> list[str | int] | None:
+def prompts(pipeline: Any, pictures: Pictures, prompt: str, labels: Sequence[dict[str, int]]) -> list[str | int] | None:
+    """The prompts of pictures of these classes, see :class:`LayerConfig`; None where there is no prompt.
+
+    Raises:
+        ValueError: an unknown factor in braces, or one whose class is withheld.
+    """
     if not prompt:
         return None
     numbered = by_class(pipeline)
+    words = labels if numbered else [{k: v.replace("_", " ") for k, v in pictures.named(one).items()} for one in labels]
     try:
-        return [prompt.format_map(one if numbered else pictures.named(one)) for one in labels]
+        return [prompt.format_map(one) for one in words]
     except (KeyError, IndexError, ValueError) as error:
         raise unknown("prompt (what stands in braces)", str(error).strip("'"), pictures.classes) from error
+
+
+def inferred_right(kept: store.Store) -> dict[str, float]:
+    """By factor, how often the class that CLIP inferred is the picture's; empty where it inferred none."""
+    told = [(item["inferred"], item["labels"]) for item in kept.items if item["view"] == 0 and "inferred" in item]
+    factors = told[0][0] if told else ()
+    return {factor: sum(one[factor] == truth[factor] for one, truth in told) / len(told) for factor in factors}
 
 
 def shares(by_factor: Mapping[str, Examples], blocks: Sequence[str], timesteps: Sequence[int]) -> pd.DataFrame:

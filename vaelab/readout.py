@@ -13,19 +13,20 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from vaelab import denoise, diffc, examples, store
+from vaelab import clip_names, denoise, diffc, examples, store
+from vaelab.blocks import denoiser
 from vaelab.diffc import DiffC, DiffCConfig
-from vaelab.diffusion_classifier import DiffusionClassifier
+from vaelab.diffusion_classifier import DiffusionClassifier, class_texts
 from vaelab.examples import Examples
 from vaelab.labelled import Picture, Pictures
-from vaelab.layer_features import MAPS, parts, pooled, refuse_other_pictures
+from vaelab.layer_features import MAPS, LayerConfig, namer, parts, pooled, prompts, refuse_other_pictures
 from vaelab.probe import Accuracy, linear_probe, score
+from vaelab.readout_tables import best
 from vaelab.store import Store
 
-ALIKE = ("classes", "prompt", "side", "resolution")
+ALIKE = ("classes", "prompt", "clip", "side", "resolution")
 """Settings in which what is tested must be like what is learned from."""
 
 
@@ -66,7 +67,10 @@ def tasks(
     refuse_other_pictures(tested, pictures, model, "test_activations")
     if kept.settings.get("model") != model:
         raise ValueError(f"activations: made with model {kept.settings.get('model')!r}, here it is {model!r}")
-    alike = [kept.layout == tested.layout, *(kept.settings.get(one) == tested.settings.get(one) for one in ALIKE)]
+    alike = [
+        kept.layout == tested.layout,
+        *((kept.settings.get(one) or "") == (tested.settings.get(one) or "") for one in ALIKE),
+    ]
     if not all(alike):
         raise ValueError(f"test_activations: not of the layers, or of another {', '.join(ALIKE)} than activations")
     refuse_shared(kept, tested)
@@ -102,14 +106,6 @@ def probes(by_factor: Mapping[str, Task]) -> pd.DataFrame:
             measured = score(found.predicted, truth, learn[1])
             rows.append(_row(layer, factor, "probe", measured, found.validation, found.strength))
     return pd.DataFrame(rows)
-
-
-def map_of(rows: pd.DataFrame) -> pd.DataFrame:
-    """Test accuracies, a row a layer and timestep and last what chance is, a column a factor."""
-    first = {name: list(dict.fromkeys(rows[name])) for name in ("layer", "factor")}
-    wide = rows.pivot(index="layer", columns="factor", values="accuracy").loc[first["layer"], first["factor"]]
-    wide.loc["chance"] = rows.groupby("factor")["chance"].first()[first["factor"]]
-    return wide
 
 
 def diffcs(
@@ -148,12 +144,6 @@ def diffcs(
     return pd.DataFrame(rows), made
 
 
-def best(rows: pd.DataFrame, factor: str) -> str:
-    """The layer and timestep that reads a factor best on the validation pictures."""
-    own = rows[rows["factor"] == factor]
-    return own.loc[own["validation"].idxmax(), "layer"]
-
-
 def zero_shot(
     classifier: DiffusionClassifier, pictures: Sequence[Picture], factor: str, learned: Examples
 ) -> tuple[Accuracy, float, float]:
@@ -165,7 +155,7 @@ def zero_shot(
         factor: whose classes.
         learned: which say what chance is.
     """
-    verdicts, seconds = timed(lambda pixels: classifier.classify(pixels)[0], pictures)
+    verdicts, seconds = timed(lambda picture: classifier.classify(picture.pixels[None])[0], pictures)
     truth = [picture.labels[factor] for picture in pictures]
     measured = score([one.chosen for one in verdicts], truth, learned.labels)
     return measured, seconds, sum(one.passes for one in verdicts) / len(verdicts)
@@ -179,77 +169,96 @@ def side_by_side(
     task: Task,
     factor: str,
     count: int,
+    *,
+    clip: str = "",
+    clip_revision: str = "",
+    template: str = "{}",
 ) -> pd.DataFrame:
-    """The diffusion classifier and the factor's best Diff-C: accuracy, and seconds a picture, each by itself.
+    """The diffusion classifier, the factor's best Diff-C and, where asked, CLIP: accuracy, and seconds a picture,
+    each by itself.
 
     Args:
         classifier: with a prompt for each class of the factor.
         diffcs: as :func:`diffcs` gave them, with what follows.
         trained: the classifiers.
-        pictures: those of the test, of which the diffusion classifier is given the first ``count``.
+        pictures: those of the test, of which the first ``count`` are classified by all of them.
         task: of the factor.
         factor: whose classes.
         count: how many.
+        clip: id or folder of a CLIP model; empty for none.
+        clip_revision: of it, on the hub.
+        template: CLIP's text of a class, with ``{}`` for its name.
 
     Returns:
-        A row each: ``classifier``, ``factor``, the fields of :class:`vaelab.probe.Accuracy`,
-        ``passes`` of the denoiser and ``seconds_per_image``.
+        A row each: ``classifier``, ``factor``, the fields of :class:`vaelab.probe.Accuracy` (Diff-C's are of all
+        test pictures), ``accuracy_on_these`` (the same pictures for all), ``passes`` of the denoiser and
+        ``seconds_per_image``.
     """
     few = [picture for picture in map(pictures.__getitem__, range(min(count, len(pictures)))) if picture]
+    truth = [picture.labels[factor] for picture in few]
     measured, seconds, passes = zero_shot(classifier, few, factor, task.learn)
+    rows = [_timed_row("diffusion_classifier", factor, measured, measured.accuracy, passes, seconds)]
     layer = best(diffcs, factor)
     own = diffcs[(diffcs["layer"] == layer) & (diffcs["factor"] == factor)].iloc[0]
-    block, timestep = parts(layer)
-    quick = seconds_of_diffc(classifier.pipeline, trained[layer, factor], block, timestep, few)
-    fields = {name: own[name] for name in Accuracy._fields}
-    return pd.DataFrame([
-        {"classifier": "diffusion_classifier", "factor": factor, **measured._asdict(), "passes": passes,
-         "seconds_per_image": seconds},
-        {"classifier": "diffc", "factor": factor, **fields, "passes": 1.0, "seconds_per_image": quick},
-    ])  # fmt: skip
+    chosen, seconds = as_it_comes(classifier.pipeline, trained[layer, factor], layer, pictures, task, few)
+    whole = Accuracy(*(own[name] for name in Accuracy._fields))
+    rows.append(_timed_row("diffc", factor, whole, score(chosen, truth, task.learn.labels).accuracy, 1.0, seconds))
+    if clip:
+        device = str(denoiser(classifier.pipeline).device)
+        texts = {factor: class_texts(pictures.classes[factor], template)}
+        names = clip_names.load(clip, texts, device=device, revision=clip_revision or None)
+        found, seconds = timed(lambda picture: names(picture.pixels[None])[0][factor], few)
+        measured = score(found, truth, task.learn.labels)
+        rows.append(_timed_row("clip", factor, measured, measured.accuracy, 0.0, seconds))
+    return pd.DataFrame(rows)
 
 
-def seconds_of_diffc(pipeline: Any, model: DiffC, block: str, timestep: int, pictures: Sequence[Picture]) -> float:
-    """Seconds a picture from its pixels to its class: autoencoder, one partial pass, Diff-C."""
+def as_it_comes(
+    pipeline: Any, model: DiffC, layer: str, pictures: Pictures, task: Task, few: Sequence[Picture]
+) -> tuple[list[int], float]:
+    """Diff-C from a picture's pixels to its class: autoencoder, prompt as in the store (with CLIP where that infers
+    it), one partial pass, Diff-C. The classes of a few pictures, and the seconds a picture.
 
-    def classify(pixels: Tensor) -> Tensor:
-        seen = denoise.from_pictures(pipeline, pixels, [0], [timestep], [block])
+    Args:
+        pipeline: that the features are of.
+        model: trained on them.
+        layer: name such as ``up_ft1.t25``.
+        pictures: with the classes' names.
+        task: whose test store says what the denoiser is told.
+        few: the pictures.
+    """
+    (block, timestep), settings = parts(layer), task.test.kept.settings
+    told = {name: settings.get(name) or "" for name in ("prompt", "clip", "clip_revision")}
+    names = namer(pipeline, pictures, LayerConfig((block,), (timestep,), **told))
+
+    def classify(picture: Picture) -> int:
+        pixels = picture.pixels[None]
+        given = prompts(pipeline, pictures, told["prompt"], names(pixels) if names else [picture.labels])
+        seen = denoise.from_pictures(pipeline, pixels, [0], [timestep], [block], prompts=given)
         with torch.no_grad():
-            return model(next(iter(seen.maps.values()))[0].float().to(model.fc.weight.device)).argmax(1)
+            maps = next(iter(seen.maps.values()))[0]
+            return int(model(maps.float().to(model.fc.weight.device)).argmax(1))
 
-    return timed(classify, pictures)[1]
+    return timed(classify, few)
 
 
-def timed(classify: Callable[[Tensor], Any], pictures: Sequence[Picture]) -> tuple[list[Any], float]:
+def timed(classify: Callable[[Picture], Any], pictures: Sequence[Picture]) -> tuple[list[Any], float]:
     """What pictures are found to be, each by itself, and the mean seconds; the first is done once before."""
     answers, began = [], 0.0
     for number, picture in enumerate([pictures[0], *pictures]):
         if number == 1:
             _wait()
             began = time.perf_counter()
-        answers.append(classify(picture.pixels[None]))
+        answers.append(classify(picture))
     _wait()
     return answers[1:], (time.perf_counter() - began) / len(pictures)
 
 
-def metrics(rows: pd.DataFrame, compared: pd.DataFrame) -> dict[str, float]:
-    """``<layer>.t<timestep>.<classifier>.<factor>.accuracy`` and ``.chance``, ``diffusion_classifier.accuracy``,
-    ``diffusion_classifier.seconds_per_image``, ``diffc.seconds_per_image`` and how many times that is.
-
-    Args:
-        rows: of probes and Diff-Cs.
-        compared: from :func:`side_by_side`.
-    """
-    named = {
-        f"{row['layer']}.{row['classifier']}.{row['factor']}.{name}": row[name]
-        for row in rows.to_dict("records")
-        for name in ("accuracy", "chance")
-    }
-    by_name = compared.set_index("classifier")
-    seconds = by_name["seconds_per_image"]
-    named |= {f"{name}.seconds_per_image": seconds[name] for name in by_name.index}
-    named["diffusion_classifier.accuracy"] = by_name.loc["diffusion_classifier", "accuracy"]
-    return {**named, "diffusion_classifier.times_diffc": seconds["diffusion_classifier"] / seconds["diffc"]}
+def _timed_row(
+    classifier: str, factor: str, measured: Accuracy, on_these: float, passes: float, seconds: float
+) -> dict[str, Any]:
+    told = {"classifier": classifier, "factor": factor, **measured._asdict(), "accuracy_on_these": on_these}
+    return {**told, "passes": passes, "seconds_per_image": seconds}
 
 
 def _row(layer: str, factor: str, classifier: str, measured: Accuracy, validation: float, chosen: float) -> dict:

@@ -1,4 +1,6 @@
-"""Figures of what classifiers read off layers."""
+"""Figures of what is read off layers: maps over layers and timesteps, and accuracies with their intervals."""
+
+from collections.abc import Mapping
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -9,16 +11,59 @@ from matplotlib.figure import Figure
 from vaelab import plots  # whose theme these have too
 
 APART = 0.28
+AT_CHANCE, ALL = "#f2f0eb", "#14506e"
+
+
+def knowledge(tables: Mapping[str, pd.DataFrame], title: str = "") -> Figure:
+    """The map of knowledge: what each layer and timestep knows of each factor, a row of panels a measure.
+
+    The colour goes from what chance would give, which stands over each panel, to 1; the number is the measure itself.
+
+    Args:
+        tables: for each measure, under its label, a row a layer and factor: columns ``block``, ``timestep``,
+            ``factor``, ``value`` (at most 1, which is best) and ``chance``, of which the mean is shown.
+        title: the figure's.
+    """
+    first = next(iter(tables.values()))
+    factors = list(dict.fromkeys(first["factor"]))
+    heights = [0.34 * table["block"].nunique() + 0.55 for table in tables.values()]
+    width = max(1.6, 0.46 * first["timestep"].nunique() + 0.3)
+    colours = sns.blend_palette([AT_CHANCE, ALL], as_cmap=True)
+    figure, axes = plt.subplots(
+        len(tables), len(factors), figsize=(width * len(factors) + 2.2, sum(heights) + 0.5), squeeze=False,
+        height_ratios=heights, layout="constrained",
+    )  # fmt: skip
+    for line, (measure, table) in zip(axes, tables.items(), strict=True):
+        blocks, timesteps = list(dict.fromkeys(table["block"])), sorted(set(table["timestep"]))
+        for axis, factor in zip(line, factors, strict=True):
+            own = table[table["factor"] == factor]
+            chance = own["chance"].mean()
+            wide = own.pivot(index="block", columns="timestep", values="value").reindex(blocks)[timesteps]
+            above = ((wide - chance) / (1 - chance)).clip(0, 1)
+            sns.heatmap(
+                above, annot=wide, fmt=".2f", annot_kws={"fontsize": 7}, vmin=0, vmax=1, cmap=colours, cbar=False,
+                linewidths=0.5, ax=axis, yticklabels=axis is line[0],
+            )  # fmt: skip
+            axis.set(xlabel="", ylabel="")
+            axis.tick_params(labelsize=8, rotation=0)
+            axis.set_title(f"{factor}\nchance {chance:.2f}", fontsize=9)
+        line[0].set_ylabel(measure, fontsize=10, labelpad=8)
+        line[len(factors) // 2].set_xlabel("timestep", fontsize=8)
+    figure.suptitle(title, fontsize=11)
+    return figure
 
 
 def accuracies(table: pd.DataFrame, title: str = "") -> Figure:
     """Accuracies with their intervals, a line a layer and factor, and a mark where chance is.
 
     Args:
-        table: columns ``layer``, ``factor``, ``classifier``, ``accuracy``, ``low``, ``high``, ``chance``.
+        table: columns ``layer``, ``factor``, ``classifier``, ``accuracy``, ``low``, ``high``, ``chance``, and
+            where there are several models ``model``.
         title: the figure's.
     """
-    table = table.assign(line=table["factor"] + "\n" + table["layer"])
+    several = "model" in table and table["model"].nunique() > 1
+    place = table["model"].str.rsplit("/").str[-1] + ", " + table["layer"] if several else table["layer"]
+    table = table.assign(line=table["factor"] + "\n" + place)
     lines, classifiers = list(dict.fromkeys(table["line"])), list(dict.fromkeys(table["classifier"]))
     figure, axis = plt.subplots(figsize=(6.5, 0.55 * len(lines) + 1.2), layout="constrained")
     colours = sns.color_palette("deep").as_hex()
