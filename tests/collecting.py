@@ -7,7 +7,7 @@ import os
 
 import torch
 
-from vaelab import store, writing
+from vaelab import lasting, store, writing
 from vaelab.store import BlockShape
 
 LAYOUT = {"down.2.1": BlockShape((2, 3), 4), "mid/attn": BlockShape((), 5), "up.0": BlockShape((3,), 2)}
@@ -71,6 +71,23 @@ def die_at(folder, count, step, layout=KILLED):
 
         return call
 
-    for module, name in ((os, "fsync"), (os, "replace"), (os, "unlink"), (writing, "_seal"), (writing, "_sync")):
+    for module, name in ((os, "fsync"), (os, "replace"), (os, "unlink"), (writing, "_seal"), (writing, "sync_names")):
         setattr(module, name, counted(getattr(module, name)))
     fill(folder, truth(layout, count), layout=layout)
+
+
+def die_writing(folder, count, number):
+    """Be gone when the ``number``-th piece of a file has been written by half."""
+    torch.set_num_threads(1)
+    left, write = number, lasting.SummedFile.write
+
+    def half(self, data):
+        nonlocal left
+        left -= 1
+        if left == 0:
+            write(self, data[: len(data) // 2])
+            os._exit(9)
+        write(self, data)
+
+    lasting.SummedFile.write = half
+    fill(folder, truth(KILLED, count), layout=KILLED)

@@ -3,6 +3,8 @@
 import io
 import multiprocessing
 import os
+import resource
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -54,3 +56,14 @@ def without_groupnorm() -> torch.nn.Module:
 
     blocks = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8)}
     return AutoencoderTiny(**blocks, num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1), upsampling_scaling_factor=2)
+
+
+@contextmanager
+def files_of_at_most(size):
+    """No file may grow beyond ``size`` bytes: what is beyond is refused, as by a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

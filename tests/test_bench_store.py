@@ -13,7 +13,7 @@ def test_every_system_gives_back_every_vector_once_and_shuffled(tmp_path, system
     maps = torch.arange(75 * 2 * 256.0).reshape(75, 256, 2).mT.reshape(75, 2, 16, 16) % 2039
     maps[:, 1] = torch.arange(75)[:, None, None]
     write, read = bench_store.SYSTEMS[system]
-    write(tmp_path, maps.half())
+    write(tmp_path, [part.clone() for part in maps.half().split(bench_store.TOGETHER)])
     batches = list(read(tmp_path, 1000, 0))
     rows = torch.cat(batches)
     expected = maps.permute(0, 2, 3, 1).reshape(-1, 2)

@@ -1,8 +1,11 @@
 import math
+import os
+from pathlib import Path
 
 import pytest
+from helpers import files_of_at_most
 
-from vaelab.files import atomic, read_json, write_json
+from vaelab.files import atomic, locked, naming, read_json, write_json
 
 
 def test_exception_leaves_the_old_file_and_no_draft(tmp_path):
@@ -44,3 +47,32 @@ def test_nan_is_refused_and_the_old_json_stays(tmp_path):
     with pytest.raises(ValueError, match="JSON"):
         write_json(tmp_path / "value.json", math.nan)
     assert read_json(tmp_path / "value.json") == 1
+
+
+def test_one_holds_a_lock_at_a_time(tmp_path):
+    held = locked(tmp_path / "lock")
+    assert locked(tmp_path / "lock") is None
+    held.close()
+    locked(tmp_path / "lock").close()
+
+
+def test_a_full_disk_is_an_error_that_names_the_file_and_leaves_the_old_one(tmp_path, monkeypatch):
+    path = tmp_path / "value.json"
+    write_json(path, [1])
+    with files_of_at_most(100), pytest.raises(OSError, match=r"File too large: '.*value.json'"):
+        write_json(path, [1] * 1000)
+
+    def refuse(descriptor):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(OSError, match=r"Input/output error: '.*value.json'"):
+        write_json(path, [2])
+    assert read_json(path) == [1] and list(tmp_path.iterdir()) == [path]
+
+
+def test_an_error_that_names_its_file_is_left_alone(tmp_path):
+    with pytest.raises(FileNotFoundError, match="/not/there"), naming(tmp_path):
+        Path("/not/there").read_bytes()
+    with pytest.raises(OSError, match=r"^of another kind$"), naming(tmp_path):
+        raise OSError("of another kind")

@@ -2,12 +2,15 @@
 
 - ``webdataset``: a tar of pickled tensors, as sdxl-unbox collects them, read through a buffer of
   samples that is filled up by a fifth and shuffled anew each time, as its iterator does. (That one
-  drops what is in the buffer at the end; here every vector is read.)
-- ``arrow``: rows of float16 in Arrow, as the ``datasets`` library writes and reads them.
+  drops what is in the buffer at the end; here every vector is read.) The maps stay as they are.
+- ``arrow``: rows of float16 in Arrow, by the ``datasets`` library's own writer, a table at a time:
+  the quickest of its ways by far. The maps are turned into rows by the store's own function.
 
-All are given the maps as a model makes them, with the channels first. A write ends when the data
-are on the disk. A read gives every vector once, shuffled, in float32 batches; the files are then in
-the page cache, so that it is the software that is timed and not the disk.
+All are given the maps as a model makes them: some at a time, each time other memory, channels first.
+A write ends when file and name are on the disk, once; the store's shards are so one by one, and only
+the store refuses what is not finite, keeps checksums and can be gone on with. A read gives every
+vector once, shuffled, in float32 batches; the files are then in the page cache, so that it is the
+software that is timed and not the disk.
 """
 
 import io
@@ -26,7 +29,9 @@ from torch import Tensor
 
 from vaelab import store
 from vaelab.checks import at_least, one_of
+from vaelab.lasting import sync_names
 from vaelab.store import BlockShape
+from vaelab.writing import rowwise
 
 BLOCK = "down.2.1"
 SIDE = 16
@@ -74,7 +79,11 @@ def store_seconds(
     for system in systems:
         one_of("systems", system, SYSTEMS)
     items = -(-vectors // SIDE**2)
-    maps = torch.randn(items, width, SIDE, SIDE, generator=torch.Generator().manual_seed(seed)).half()
+    generator = torch.Generator().manual_seed(seed)
+    parts = [
+        torch.randn(min(TOGETHER, items - done), width, SIDE, SIDE, generator=generator).half()
+        for done in range(0, items, TOGETHER)
+    ]
     rng = np.random.default_rng(seed)
     rows = []
     for number in range(warmup + rounds):
@@ -83,7 +92,7 @@ def store_seconds(
             with tempfile.TemporaryDirectory(dir=folder) as place:
                 os.sync()  # what others have left to be written is not this system's
                 began = time.perf_counter()
-                write(Path(place), maps)
+                write(Path(place), parts)
                 written = time.perf_counter()
                 count = sum(map(len, read(Path(place), batch_size, number)))
                 finished = time.perf_counter()
@@ -94,11 +103,11 @@ def store_seconds(
     return table[table["round"] >= 0].reset_index(drop=True)
 
 
-def write_store(folder: Path, maps: Tensor) -> None:
-    """The maps (items, width, side, side) as a store."""
-    layout = {BLOCK: BlockShape((SIDE, SIDE), maps.shape[1])}
+def write_store(folder: Path, parts: Sequence[Tensor]) -> None:
+    """Parts of the maps, (some, width, side, side) each, as a store."""
+    layout = {BLOCK: BlockShape((SIDE, SIDE), parts[0].shape[1])}
     with store.create(folder, layout, items_per_shard=10 * TOGETHER) as writer:
-        for part in maps.split(TOGETHER):
+        for part in parts:
             told = range(writer.items_done, writer.items_done + len(part))
             writer.add({BLOCK: part.permute(0, 2, 3, 1)}, [_item(number) for number in told])
 
@@ -108,15 +117,15 @@ def read_store(folder: Path, batch_size: int, seed: int) -> Iterator[Tensor]:
     return store.open(folder).batches(BLOCK, batch_size, seed, buffer_rows=SAMPLES_IN_BUFFER * TOGETHER * SIDE**2)
 
 
-def write_webdataset(folder: Path, maps: Tensor) -> None:
-    """The maps as pickled samples (maps, steps, width, side, side) in a tar."""
+def write_webdataset(folder: Path, parts: Sequence[Tensor]) -> None:
+    """Each part as a pickled sample (maps, steps, width, side, side) in a tar."""
     import webdataset
 
     with open(folder / "block.tar", "wb") as file:
         with webdataset.TarWriter(file) as tar:
-            for number, part in enumerate(maps.split(TOGETHER)):
+            for number, part in enumerate(parts):
                 pickled = io.BytesIO()
-                torch.save(part[:, None].clone(), pickled)  # a slice would be pickled with all the rest
+                torch.save(part[:, None], pickled)
                 told = json.dumps([_item(number * TOGETHER + place) for place in range(len(part))])
                 tar.write(
                     {"__key__": f"sample_{number}", "gen_args.json": told.encode(), "output.pth": pickled.getvalue()}
@@ -146,18 +155,18 @@ def read_webdataset(folder: Path, batch_size: int, seed: int) -> Iterator[Tensor
         buffer = buffer[batch_size:]
 
 
-def write_arrow(folder: Path, maps: Tensor) -> None:
+def write_arrow(folder: Path, parts: Sequence[Tensor]) -> None:
     """The vectors as rows of an Arrow file."""
     import datasets
     import pyarrow as pa
     from datasets.arrow_writer import ArrowWriter
 
-    width = maps.shape[1]
+    width = parts[0].shape[1]
     schema = pa.schema([("vector", pa.list_(pa.float16(), width))])
     path = folder / "block.arrow"
     with ArrowWriter(path=str(path), features=datasets.Features.from_arrow_schema(schema)) as writer:
-        for part in maps.split(TOGETHER):
-            numbers = pa.array(part.permute(0, 2, 3, 1).reshape(-1).numpy())
+        for part in parts:
+            numbers = pa.array(rowwise(part.permute(0, 2, 3, 1)).reshape(-1).numpy())
             rows = pa.FixedSizeListArray.from_arrays(numbers, width)
             writer.write_table(pa.Table.from_arrays([rows], schema=schema))
         writer.finalize()
@@ -188,6 +197,7 @@ def _item(number: int) -> dict[str, object]:
 def _sync(path: Path) -> None:
     with open(path, "rb") as file:
         os.fsync(file.fileno())
+    sync_names(path.parent)
 
 
 def ratios(table: pd.DataFrame) -> dict[str, float]:

@@ -106,6 +106,22 @@ class Spec:
             "settings": self.settings,
         }
 
+    def differences(self, other: "Spec") -> list[str]:
+        """What is not the same ``there``, in this spec, and ``here``, in the other: in words."""
+
+        def flat(spec: Spec) -> dict[str, Any]:
+            record = spec.record()
+            layout, settings = record.pop("layout"), record.pop("settings")
+            of_layout = {f"layout of {block}": shape for block, shape in layout.items()}
+            return {**record, **of_layout, **{f"settings {name}": value for name, value in settings.items()}}
+
+        there, here = flat(self), flat(other)
+        return [
+            f"{name} {there.get(name, 'missing')!r} there, {here.get(name, 'missing')!r} here"
+            for name in {**there, **here}
+            if (name in there, there.get(name)) != (name in here, here.get(name))
+        ]
+
     @cached_property
     def identity(self) -> str:
         """A name of the whole spec, which every shard bears: one of another store is found out."""

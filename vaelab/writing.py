@@ -1,20 +1,17 @@
 """Writing activations to disk so that a kill at any moment repeats and drops no row."""
 
-import hashlib
-import os
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import closing
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
-import xxhash
 from torch import Tensor
 
 from vaelab.checks import resolve
-from vaelab.files import write_json
+from vaelab.files import locked, write_json
+from vaelab.lasting import Background, SummedFile, sync_names
 from vaelab.shards import (
     INDEX,
     Layout,
@@ -30,6 +27,8 @@ from vaelab.shards import (
 from vaelab.storage import Folder
 
 LOCK = ".lock"
+WAITING = 2**28
+"""Bytes at most that were added and wait to be written; or what was added at once, if that is more."""
 REQUIRED = (("prompt", "image"), ("seed",), ("timestep",))
 """What every item must have, one of each."""
 RESERVED = ("block", "position")
@@ -53,9 +52,9 @@ def create(
         folder: of the store.
         layout: the blocks and the shape of their maps.
         precision: of the stored numbers: ``float16``, ``bfloat16`` or ``float32``.
-        items_per_shard: captures that a kill can lose at most, and that are read as one piece;
-            256 of 16x16x1280 in float16 are 168 MB. A multiple of what is computed together, so
-            that a run which is gone on from computes the same batches.
+        items_per_shard: captures that are read as one piece, and that a kill can lose beside what
+            still waits to be written; 256 of 16x16x1280 in float16 are 168 MB. A multiple of what
+            is computed together, so that a run which is gone on from computes the same batches.
         settings: what the items are made from, plain JSON: model, prompts, steps, ...
 
     Raises:
@@ -83,7 +82,9 @@ class Writer:
     def __init__(self, folder: Path, spec: Spec):
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.spec = folder, spec
-        self._lock = _locked(folder)
+        self._lock = locked(folder / LOCK)
+        if self._lock is None:
+            raise ValueError(f"{folder} is being written by another process")
         try:
             self.items_done, self.complete = self._take_up()
         except BaseException:
@@ -91,9 +92,9 @@ class Writer:
             raise
         self._shard = self.items_done // spec.items_per_shard
         self._items: list[str] = []
-        self._files: dict[str, _DataFile] = {}
-        self._sealer = ThreadPoolExecutor(1)
-        self._sealing: Future | None = None
+        self._files: dict[str, SummedFile] = {}
+        self._begun: list[SummedFile] = []
+        self._background = Background(WAITING)
         self._open = True
 
     def _take_up(self) -> tuple[int, bool]:
@@ -106,14 +107,17 @@ class Writer:
             self._write_index(None)
             return 0, False
         spec, items = read_index(there)
-        _refuse_other(there.url, spec, self.spec)
+        if differing := spec.differences(self.spec):
+            raise ValueError(
+                f"{there.url} was made with other settings ({', '.join(differing)}); delete it, or take another folder"
+            )
         shards = read_shards(there, spec, items)
         if items is not None:
             return items, True
         if shards and shards[-1].items < spec.items_per_shard:
             # closing was cut off before the index was written; the manifest must be the first to go
             (self.folder / manifest_file(len(shards) - 1)).unlink()
-            _sync(self.folder)
+            sync_names(self.folder)
             shards.pop()
         kept = {manifest_file(number) for number in range(len(shards))}.union(*(shard.files for shard in shards))
         for left in sorted(self.folder.glob("shard-*")):
@@ -122,7 +126,8 @@ class Writer:
         return len(shards) * spec.items_per_shard, False
 
     def add(self, maps: Mapping[str, Tensor], items: Sequence[dict[str, Any]]) -> None:
-        """Take the next captures.
+        """Take the next captures, which are written in the background: what was given may be
+        overwritten at once, and what could not be written is raised by a later call.
 
         Args:
             maps: every block's (n, positions..., width), of floating point, on any device.
@@ -132,6 +137,8 @@ class Writer:
         Raises:
             ValueError: a block too many or too few, a wrong shape, an item that lacks something,
                 a number that is not finite or that the precision cannot hold. Nothing is stored then.
+            OSError: naming the file that this or an earlier call could not write; the store is
+                then as a kill would leave it, and takes nothing more.
         """
         if self.complete or not self._open:
             raise ValueError(f"{self.folder} is {'complete' if self.complete else 'closed'}: nothing can be added")
@@ -149,13 +156,17 @@ class Writer:
         self.items_done += len(texts)
 
     def close(self) -> None:
-        """Write the last shard and mark the store complete."""
+        """Write the last shard and mark the store complete; all is on the disk when this returns.
+
+        Raises:
+            OSError: naming the file that could not be written.
+        """
         if not self._open:
             return
         try:
             if self._items:
                 self._seal()
-            self._wait()
+            self._background.wait()
             if not self.complete:
                 self._write_index(self.items_done)
                 self.complete = True
@@ -189,11 +200,12 @@ class Writer:
         expected = (items, *shape.positions, shape.width)
         if tuple(value.shape) != expected or not value.is_floating_point():
             raise ValueError(f"maps: {block!r} is {tuple(value.shape)} {value.dtype}, expected {expected} of floats")
-        stored = value.detach().to(self.spec.dtype).reshape(-1, shape.width).contiguous()
+        stored = rowwise(value.detach().to(self.spec.dtype))
         # much quicker than isfinite, once the numbers lie in a row: a NaN comes out as both
         if items and not torch.stack(stored.aminmax()).isfinite().all():
             self._refuse(block, value.detach(), stored.reshape(items, -1))
-        return stored.cpu()
+        stored = stored.cpu()
+        return stored.clone() if stored.data_ptr() == value.data_ptr() else stored  # never the caller's memory
 
     def _refuse(self, block: str, value: Tensor, stored: Tensor) -> None:
         bad = int((~stored.isfinite()).any(1).nonzero()[0])
@@ -210,133 +222,63 @@ class Writer:
         taken = texts[begin : begin + full - len(self._items)]
         for block, value in rows.items():
             if not self._items:
-                self._files[block] = _DataFile(self.folder / data_file(self._shard, block))
-                self._files[block].write(self.spec.header(self._shard, block, full))
+                self._files[block] = self._begin(block)
             places = self.spec.layout[block].count
             part = value[begin * places : (begin + len(taken)) * places]
-            self._files[block].write(memoryview(part.view(torch.uint8).numpy()).cast("B"))
+            data = memoryview(part.view(torch.uint8).numpy()).cast("B")
+            self._background.do(self._files[block].write, data, holds=len(data))
         self._items += taken
         if len(self._items) == full:
             self._seal()
         return len(taken)
 
-    def _seal(self) -> None:
-        """Have the shard synced and its manifest written, in the background, after the one before."""
-        self._wait()
-        self._sealing = self._sealer.submit(_seal, self.folder, self.spec, self._shard, self._files, self._items)
-        self._shard, self._items, self._files = self._shard + 1, [], {}
+    def _begin(self, block: str) -> SummedFile:
+        file = SummedFile(self.folder / data_file(self._shard, block))
+        self._begun = [other for other in self._begun if not other.closed] + [file]
+        self._background.do(file.write, self.spec.header(self._shard, block, self.spec.items_per_shard))
+        return file
 
-    def _wait(self) -> None:
-        if self._sealing is not None:
-            self._sealing.result()
+    def _seal(self) -> None:
+        """Have the shard made lasting and its manifest written, after all that was added before."""
+        self._background.do(_seal, self.folder, self.spec, self._shard, self._files, self._items)
+        self._shard, self._items, self._files = self._shard + 1, [], {}
 
     def _abandon(self, error: BaseException | None) -> None:
         if not self._open:
             return
         self._open = False
-        self._sealer.shutdown()
-        sealing = self._sealing.exception() if self._sealing else None
-        if error is not None and sealing not in (None, error):
-            error.add_note(f"besides, the shard before could not be written: {sealing}")
-        for file in self._files.values():
+        failed = self._background.close()
+        if error is not None and failed not in (None, error):
+            error.add_note(f"besides, what was added before could not be written: {failed}")
+        for file in self._begun:
             file.close()
         self._lock.close()
 
     def _write_index(self, items: int | None) -> None:
         write_json(self.folder / INDEX, signed({**self.spec.record(), "items": items}))
-        _sync(self.folder)
+        sync_names(self.folder)
 
 
-class _DataFile:
-    """A file being written, its checksum taken as its bytes go by."""
-
-    def __init__(self, path: Path):
-        self.name, self._file, self._digest, self._bytes = path.name, open(path, "w+b"), xxhash.xxh3_128(), 0  # noqa: SIM115
-
-    def write(self, data: Any) -> None:
-        """Append bytes."""
-        self._file.write(data)
-        self._digest.update(data)
-        self._bytes += len(data)
-
-    def rewrite(self, head: bytes) -> None:
-        """Put other bytes where the file begins."""
-        self._file.seek(0)
-        self._file.write(head)
-        self._file.seek(0)
-        self._digest = hashlib.file_digest(self._file, xxhash.xxh3_128)
-
-    def finish(self) -> dict[str, Any]:
-        """Make the bytes lasting; what a manifest says of them."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        return {"xxh128": self._digest.hexdigest(), "bytes": self._bytes}
-
-    def close(self) -> None:
-        """Leave the file as it is."""
-        self._file.close()
+def rowwise(value: Tensor) -> Tensor:
+    """Maps (n, positions..., width) as their vectors (n * positions, width), contiguous."""
+    if value.device.type != "cpu" or value.is_contiguous():
+        return value.reshape(-1, value.shape[-1]).contiguous()
+    # with the channels first: torch turns a matrix over in blocks, but anything larger number by number
+    out = torch.empty(len(value), value.shape[1:-1].numel(), value.shape[-1], dtype=value.dtype)
+    for room, item in zip(out, value, strict=True):
+        room.copy_(item.reshape(room.shape))
+    return out.flatten(0, 1)
 
 
-def _seal(folder: Path, spec: Spec, shard: int, data: dict[str, _DataFile], items: list[str]) -> None:
+def _seal(folder: Path, spec: Spec, shard: int, data: dict[str, SummedFile], items: list[str]) -> None:
     """Make a shard's files lasting, then let the shard exist."""
-    with ExitStack() as stack:
-        listed = _DataFile(folder / items_file(shard))
-        files = [*data.values(), listed]
-        for file in files:
-            stack.callback(file.close)
+    with closing(SummedFile(folder / items_file(shard))) as listed:
         listed.write(b"[\n" + ",\n".join(items).encode() + b"\n]\n")
         if len(items) < spec.items_per_shard:
             for block, file in data.items():
                 file.rewrite(spec.header(shard, block, len(items)))
-        told = {file.name: file.finish() for file in files}
-    _sync(folder)
+        told = {file.path.name: file.finish() for file in (*data.values(), listed)}
+    sync_names(folder)
     manifest = {"store": spec.identity, "shard": shard, "items": len(items), "files": told}
     write_json(folder / manifest_file(shard), signed(manifest))
-    _sync(folder)
-
-
-def _sync(folder: Path) -> None:
-    """Make the names in a folder lasting."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _locked(folder: Path) -> BinaryIO:
-    """A file that one writer holds at a time; a killed one holds it no more."""
-    import fcntl  # not on Windows, where stores can be read
-
-    lock = open(folder / LOCK, "wb")  # noqa: SIM115
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        lock.close()
-        raise ValueError(f"{folder} is being written by another process") from error
-    except OSError:
-        pass  # a file system without locks
-    return lock
-
-
-def _refuse_other(url: str, there: Spec, here: Spec) -> None:
-    def flat(spec: Spec) -> dict[str, Any]:
-        record = spec.record()
-        layout, settings = record.pop("layout"), record.pop("settings")
-        return {
-            **record,
-            **{f"layout of {block}": shape for block, shape in layout.items()},
-            **{f"settings {name}": value for name, value in settings.items()},
-        }
-
-    then, now = flat(there), flat(here)
-    differing = [
-        f"{name} {then.get(name, 'missing')!r} there, {now.get(name, 'missing')!r} here"
-        for name in {**then, **now}
-        if (name in then, then.get(name)) != (name in now, now.get(name))
-    ]
-    if differing:
-        raise ValueError(
-            f"{url} was made with other settings ({', '.join(differing)}); delete it, or take another folder"
-        )
+    sync_names(folder)
