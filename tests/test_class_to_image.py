@@ -159,6 +159,12 @@ def test_a_saved_folder_loads_as_a_plain_pipeline(pipeline, tmp_path, complaints
         ("block0", "block1"), (8, 8, 16)
     )
     assert denoise.generate(ours, numbers, [0, 1], denoise.Sampling(2)).shape == (2, 3, 64, 64)
+    by_name, by_number = (denoise.generate(ours, [one], [0], denoise.Sampling(2)) for one in ("red circle", 0))
+    assert torch.equal(by_name, by_number)
+    for strange in (56, "red"):
+        message = rf"^prompts: expected class numbers from 0 to 55, or names such as 'black circle', got {strange!r}"
+        with pytest.raises(ValueError, match=message):
+            denoise.generate(ours, [strange], [0], denoise.Sampling(2))
 
 
 def test_what_is_refused():

@@ -147,6 +147,9 @@ def test_a_prompt_is_empty_the_same_for_all_or_names_the_truth(small_pipeline, p
         layer = "block1" if name == "dit" else "up_ft0"
         next(captures(small_pipeline(name), pictures, config(blocks=(layer,), prompt=prompt)))
         assert asked.pop() == expected
+    monkeypatch.setattr(small_pipeline("dit"), "labels", {"dog": 0, "cat": 1})
+    next(captures(small_pipeline("dit"), pictures, config(blocks=("block1",), prompt="{label}")))
+    assert asked.pop() == ["cat"] * 3
     with pytest.raises(ValueError, match=r"^prompt .*unknown name 'breed'.*label"):
         next(captures(small_pipeline("sd"), pictures, config(prompt="a {breed}")))
 

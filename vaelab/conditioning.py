@@ -100,7 +100,7 @@ def condition(pipeline: Any, prompts: Sequence[str | int] | None, count: int, si
 
     Args:
         pipeline: a diffusers pipeline.
-        prompts: one a picture; class numbers for a class-conditional model. None for what guidance
+        prompts: one a picture; class numbers or names for a class-conditional model. None for what guidance
             without a classifier takes as no prompt: the empty one, for SDXL zeros, for a
             class-conditional model the class after the last.
         count: how many pictures.
@@ -124,17 +124,22 @@ def condition(pipeline: Any, prompts: Sequence[str | int] | None, count: int, si
 
 
 def classes(pipeline: Any, prompts: Sequence[str | int]) -> list[int]:
-    """Prompts of a class-conditional model as numbers.
+    """Prompts of a class-conditional model, numbers or names of its classes, as numbers.
 
     Raises:
         ValueError: a class that the model does not have.
     """
-    numbers = getattr(pipeline, "labels", {}).values()
-    known = 1 + max(numbers) if numbers else denoiser(pipeline).config.num_embeds_ada_norm
+    labels = getattr(pipeline, "labels", {})
+    known = 1 + max(labels.values()) if labels else denoiser(pipeline).config.num_embeds_ada_norm
+    found = []
     for prompt in prompts:
-        if not str(prompt).isdecimal() or int(prompt) >= known:
-            raise ValueError(f"prompts: expected class numbers from 0 to {known - 1}, got {prompt!r}")
-    return [int(prompt) for prompt in prompts]
+        synonyms = [str(prompt), *map(str.strip, str(prompt).split(","))]
+        number = next((labels[name] for name in synonyms if name in labels), str(prompt))
+        if not str(number).isdecimal() or int(number) >= known:
+            named = f", or names such as {next(iter(labels))!r}" if labels else ""
+            raise ValueError(f"prompts: expected class numbers from 0 to {known - 1}{named}, got {prompt!r}")
+        found.append(int(number))
+    return found
 
 
 def predict(pipeline: Any, noisy: Tensor, timestep: int, conditions: dict[str, Any]) -> Tensor:

@@ -78,7 +78,7 @@ def generate(pipeline: Any, prompts: Sequence[str | int], seeds: Sequence[int], 
 
     Args:
         pipeline: a diffusers pipeline.
-        prompts: B prompts; class numbers for a class-conditional model.
+        prompts: B prompts; class numbers or names for a class-conditional model.
         seeds: one a prompt: a picture does not depend on the batch that it is made in.
         sampling: steps, guidance and size.
 
@@ -117,7 +117,7 @@ def from_prompts(
 
     Args:
         pipeline: a diffusers pipeline.
-        prompts: B prompts; class numbers for a class-conditional model.
+        prompts: B prompts; class numbers or names for a class-conditional model.
         seeds: one a prompt: its features do not depend on the batch that it is in.
         blocks: short names (see :func:`vaelab.blocks.blocks`) or module paths.
         sampling: steps, guidance and size.
@@ -162,7 +162,7 @@ def from_pictures(
         seeds: one a picture; they fix its noise, which is the same at every timestep.
         timesteps: from 0 (the picture) to the scheduler's last (noise).
         blocks: short names (see :func:`vaelab.blocks.blocks`) or module paths.
-        prompts: one a picture; class numbers for a class-conditional model; None for none, see
+        prompts: one a picture; class numbers or names for a class-conditional model; None for none, see
             :func:`vaelab.conditioning.condition`.
         side: ``output``, ``input`` or ``update`` of the block.
 

@@ -42,7 +42,7 @@ class LayerConfig:
     prompt: str = ""
     """Of every picture; empty for none. A factor in braces, ``a photo of a {label}``, stands for the
     picture's true class, so that the features have been told what they are asked; of a
-    class-conditional model for the class's number."""
+    class-conditional model it names one of its classes, or is the class's number where they have no names."""
     clip: str = ""
     """Id or folder of a CLIP model that infers what stands in braces from the picture; empty for the true class."""
     clip_revision: str = ""
@@ -237,7 +237,7 @@ def prompts(pipeline: Any, pictures: Pictures, prompt: str, labels: Sequence[dic
     """
     if not prompt:
         return None
-    numbered = by_class(pipeline)
+    numbered = by_class(pipeline) and not getattr(pipeline, "labels", None)
     words = labels if numbered else [{k: v.replace("_", " ") for k, v in pictures.named(one).items()} for one in labels]
     try:
         return [prompt.format_map(one) for one in words]
