@@ -5,6 +5,7 @@ Apart from the tests because such a process imports it: it is there at once with
 
 import os
 
+import numpy as np
 import torch
 
 from vaelab import lasting, store, writing
@@ -44,6 +45,11 @@ def fill(folder, maps=None, *, step=2, stop=None, **options):
             part = slice(start, min(start + step, len(items)))
             writer.add({block: value[part] for block, value in maps.items()}, items[part])
     return folder
+
+
+def correlation(numbers):
+    """Rank correlation of the rows' numbers with the order they came in."""
+    return float(np.corrcoef(np.arange(len(numbers)), np.argsort(np.argsort(numbers)))[0, 1])
 
 
 KILLED = {"a.0": BlockShape((2,), 8), "b": BlockShape((), 3)}

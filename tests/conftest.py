@@ -1,5 +1,7 @@
 import functools
 import logging
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -45,6 +47,19 @@ def clip_folder(tmp_path_factory):
     from small_pipelines import save_whole_clip
 
     return save_whole_clip(tmp_path_factory.mktemp("clip"))
+
+
+@pytest.fixture(scope="session")
+def once_written(tmp_path_factory):
+    from collecting import fill
+
+    return fill(tmp_path_factory.mktemp("once") / "store")
+
+
+@pytest.fixture
+def written(once_written, tmp_path):
+    """A small store of one's own, as :mod:`collecting` fills it."""
+    return Path(shutil.copytree(once_written, tmp_path / "store"))
 
 
 @pytest.fixture

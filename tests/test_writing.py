@@ -1,3 +1,4 @@
+import json
 import os
 import random
 import threading
@@ -7,15 +8,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from collecting import COUNT, KILLED, begin, captures, die_writing, fill, truth
+from collecting import (
+    COUNT,
+    KILLED,
+    LAYOUT,
+    SETTINGS,
+    begin,
+    captures,
+    collect,
+    die_at,
+    die_writing,
+    fill,
+    truth,
+)
 from helpers import CHILDREN, files_of_at_most
 
 from vaelab import lasting, shards, store, writing
 from vaelab.store import BlockShape
-
-
-def contents(folder):
-    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
 def part(begin, end):
@@ -24,6 +33,331 @@ def part(begin, end):
 
 def threads():
     return [thread for thread in threading.enumerate() if thread.name.startswith("lasting")]
+
+
+def manifests(folder):
+    return len(list(folder.glob("shard-?????.json")))
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+# resuming
+
+
+def test_what_is_added_may_be_overwritten_afterwards(tmp_path):
+    room = {block: torch.empty_like(value[:1]) for block, value in truth().items()}
+    with begin(tmp_path) as writer:
+        for number, item in enumerate(captures()):
+            for block, value in truth().items():
+                room[block].copy_(value[number : number + 1])
+            writer.add(room, [item])
+            item.clear()
+            for value in room.values():
+                value.zero_()
+    assert torch.equal(store.open(tmp_path).maps("down.2.1", range(COUNT)), truth()["down.2.1"])
+    assert list(store.open(tmp_path).items) == captures()
+
+
+def test_left_by_an_exception_a_store_is_gone_on_from_at_its_last_whole_shard(tmp_path, written):
+    maps, items = truth(), captures()
+    with pytest.raises(RuntimeError), begin(tmp_path / "other") as writer:
+        assert writer.items_done == 0
+        writer.add({block: value[:8] for block, value in maps.items()}, items[:8])
+        assert writer.items_done == 8
+        raise RuntimeError
+    broken_off = store.open(tmp_path / "other")
+    assert not broken_off.complete and list(broken_off.items) == items[:6]
+    assert torch.equal(broken_off.maps("up.0", range(6)), maps["up.0"][:6])
+    with pytest.raises(ValueError, match="closed"):
+        writer.add({block: value[8:] for block, value in maps.items()}, items[8:])
+    with begin(tmp_path / "other") as writer:
+        assert writer.items_done == 6
+        writer.add({block: value[6:] for block, value in maps.items()}, items[6:])
+    assert contents(tmp_path / "other") == contents(written)
+
+
+def test_what_a_kill_left_is_cleared_away(tmp_path, written):
+    folder = tmp_path / "other"
+    with pytest.raises(RuntimeError), begin(folder) as writer:
+        writer.add({block: value[:7] for block, value in truth().items()}, captures()[:7])
+        raise RuntimeError
+    assert (folder / "shard-00002.up.0.safetensors").exists()
+    (folder / "shard-00003.up.0.safetensors").write_bytes(b"half")
+    (folder / "shard-00002.items.json").write_bytes(b"[")
+    (folder / ".shard-00002.json.123.draft").write_bytes(b"{")
+    (folder / "notes.txt").write_text("mine")
+    with begin(folder) as writer:
+        assert writer.items_done == 6
+        assert not list(folder.glob("shard-0000[23]*")) and not list(folder.glob(".*.draft"))
+    assert (folder / "notes.txt").exists()
+
+
+def test_a_last_shard_that_was_not_owned_to_is_collected_again(written):
+    index = json.loads((written / "index.json").read_text())
+    del index["sha256"]
+    whole = contents(written)
+    (written / "index.json").write_text(json.dumps(shards.signed({**index, "items": None})))
+    with begin(written) as writer:
+        assert writer.items_done == 9
+        writer.add({block: value[9:] for block, value in truth().items()}, captures()[9:])
+    assert contents(written) == whole
+
+
+def test_a_complete_store_takes_nothing_more(written):
+    before = contents(written)
+    with begin(written) as writer:
+        assert writer.items_done == COUNT and writer.complete
+        with pytest.raises(ValueError, match="is complete: nothing can be added"):
+            writer.add({block: value[:1] for block, value in truth().items()}, captures()[:1])
+    assert contents(written) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"settings": SETTINGS | {"steps": (1, 2)}}, r"settings steps \[1, 4\] there, \[1, 2\] here"),
+        ({"settings": {"model": "embedded"}}, r"settings steps \[1, 4\] there, 'missing' here"),
+        ({"settings": SETTINGS | {"seed": None}}, "settings seed 'missing' there, None here"),
+        ({"precision": "bfloat16"}, "precision 'float16' there, 'bfloat16' here"),
+        ({"items_per_shard": 4}, "items_per_shard 3 there, 4 here"),
+        ({"layout": LAYOUT | {"up.0": BlockShape((3,), 3)}}, r"layout of up.0 .*'width': 2.*'width': 3"),
+        ({"layout": {"up.0": LAYOUT["up.0"]}}, "layout of down.2.1 .* here, layout of mid/attn"),
+    ],
+)
+def test_other_settings_are_refused_with_what_differs(written, options, told):
+    before = contents(written)
+    with pytest.raises(ValueError, match=f"made with other settings .*{told}"):
+        begin(written, **options)
+    assert contents(written) == before
+
+
+def test_two_writers_at_a_time_are_refused(tmp_path):
+    with begin(tmp_path), pytest.raises(ValueError, match="is being written by another process"):
+        begin(tmp_path)
+    begin(tmp_path).close()
+
+
+def test_an_error_in_the_background_is_raised(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    begin(tmp_path)._abandon(None)
+    monkeypatch.setattr(writing, "write_json", full)
+    for stop in (3, COUNT):
+        with pytest.raises(OSError, match="No space left"):
+            fill(tmp_path, step=3, stop=stop)
+    with pytest.raises(KeyError) as caught, begin(tmp_path) as writer:
+        writer.add({block: value[:3] for block, value in truth().items()}, captures()[:3])
+        raise KeyError
+    assert ["No space left" in note for note in caught.value.__notes__] == [True]
+    assert len(store.open(tmp_path).items) == 0
+
+
+def test_a_shard_is_on_the_disk_before_its_manifest_is(tmp_path, monkeypatch):
+    fsync, replace, order = os.fsync, os.replace, []
+
+    def synced(descriptor):
+        inode = os.fstat(descriptor).st_ino
+        order.extend(path.name for path in (tmp_path, *tmp_path.iterdir()) if path.stat().st_ino == inode)
+        fsync(descriptor)
+
+    def replaced(draft, path):
+        order.append(f"now {path.name}")
+        replace(draft, path)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", replaced)
+    fill(tmp_path)
+    for number in range(4):
+        end = order.index(f"now shard-0000{number}.json")
+        files = {path.name for path in tmp_path.glob(f"shard-0000{number}.*.*")}
+        assert len(files) == 4 and files < set(order[:end])
+        last = max(order.index(name) for name in files)
+        assert tmp_path.name in order[last:end] and order[end + 1] == tmp_path.name
+    assert order[-2:] == ["now index.json", tmp_path.name]
+
+
+def test_a_disk_that_fails_is_an_error(tmp_path, monkeypatch):
+    fsync = os.fsync
+
+    def failing(descriptor):
+        if os.fstat(descriptor).st_size > shards.HEADER:
+            raise OSError(5, "Input/output error")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", failing)
+    with pytest.raises(OSError, match="Input/output error"):
+        fill(tmp_path, step=3, stop=3)
+    assert manifests(tmp_path) == 0 and not store.open(tmp_path).complete
+
+
+def test_nothing_is_added_after_a_write_that_failed(tmp_path, monkeypatch):
+    part = {block: value[:4] for block, value in truth().items()}, captures()[:4]
+    with begin(tmp_path) as writer:
+        name = shards.data_file
+        monkeypatch.setattr(writing, "data_file", lambda shard, block: name(shard, block) if not shard else "no/such")
+        with pytest.raises(FileNotFoundError):
+            writer.add(*part)
+        with pytest.raises(ValueError, match="is closed"):
+            writer.add(*part)
+    assert not store.open(tmp_path).complete
+
+
+def test_clearing_away_may_be_cut_off_too(written):
+    """At any step of it, what is left is still gone on from."""
+    index = json.loads((written / "index.json").read_text())
+    del index["sha256"]
+    whole = contents(written)
+    for step in range(1, 100):
+        (written / "index.json").write_text(json.dumps(shards.signed({**index, "items": None})))
+        process = CHILDREN.Process(target=die_at, args=(written, COUNT, step, LAYOUT))
+        process.start()
+        process.join()
+        found = store.open(written)
+        assert len(found.items) in (9, 11)
+        if process.exitcode == 0:
+            break
+    assert 9 < step < 99 and contents(written) == whole
+
+
+# kills
+
+
+def test_a_collection_killed_ten_times_ends_as_one_left_alone(tmp_path):
+    count, rng, folder, seen = 180, random.Random(0), tmp_path / "killed", []
+    fill(tmp_path / "alone", truth(KILLED, count), layout=KILLED)
+    for _ in range(10):
+        until = manifests(folder) + rng.randrange(6)
+        process = CHILDREN.Process(target=collect, args=(folder, count))
+        process.start()
+        while process.is_alive() and (manifests(folder) < until or not folder.exists()):
+            time.sleep(1e-4)
+        time.sleep(rng.uniform(0, 0.02))
+        process.kill()
+        process.join()
+        if (folder / "index.json").exists():
+            found = store.open(folder)
+            found.verify()
+            assert list(found.items) == captures(count)[: len(found.items)]
+            seen.append(len(found.items))
+    assert seen == sorted(seen) and len(set(seen) - {0, count}) > 4, seen
+    fill(folder, truth(KILLED, count), layout=KILLED)
+    assert contents(folder) == contents(tmp_path / "alone")
+
+
+def test_a_collection_that_dies_at_any_step_ends_as_one_left_alone(tmp_path):
+    fill(tmp_path / "alone", truth(KILLED, 5), layout=KILLED)
+    for step in range(1, 100):
+        process = CHILDREN.Process(target=die_at, args=(tmp_path / f"{step}", 5, step))
+        process.start()
+        process.join()
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == 9
+        fill(tmp_path / f"{step}", truth(KILLED, 5), layout=KILLED)
+        assert contents(tmp_path / f"{step}") == contents(tmp_path / "alone"), step
+    assert 20 < step < 99
+
+
+# what cannot be stored
+
+
+def test_shards_without_their_index_are_not_begun_anew(written):
+    (written / "index.json").unlink()
+    with pytest.raises(ValueError, match=r"index.json is missing, though there are shards"):
+        begin(written)
+
+
+def test_stores_are_written_locally():
+    with pytest.raises(ValueError, match=r"folder: 'memory://x' is not local"):
+        begin("memory://x")
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"layout": {}}, "layout: there is no block"),
+        ({"layout": {"a/b": LAYOUT["up.0"], "A_b": LAYOUT["up.0"]}}, "layout: blocks 'a/b' and 'A_b' would share"),
+        ({"layout": {"": LAYOUT["up.0"]}}, "layout: a block's name has 1 to 200 characters, not 0"),
+        ({"precision": "float8"}, "precision: unknown name 'float8'"),
+        ({"items_per_shard": 0}, "items_per_shard: must be at least 1"),
+        ({"settings": {"a": torch.ones(1)}}, "settings: must be plain JSON"),
+        ({"settings": {"a": float("nan")}}, "settings: must be plain JSON"),
+    ],
+)
+def test_a_store_that_cannot_be_is_refused(tmp_path, options, told):
+    with pytest.raises(ValueError, match=told):
+        begin(tmp_path, **options)
+    assert not list(tmp_path.iterdir())
+
+
+def wrong(block="down.2.1", **change):
+    maps = {name: value[:2].clone() for name, value in truth().items()}
+    return {**maps, block: change["to"](maps[block])} if change else maps
+
+
+def put(value, *place):
+    def change(maps):
+        maps = maps.float()
+        maps[place] = value
+        return maps
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("maps", "told"),
+    [
+        ({"down.2.1": truth()["down.2.1"][:2]}, "maps: blocks .* given, the layout has"),
+        (wrong() | {"more": torch.ones(2)}, "maps: blocks .*more"),
+        (wrong(to=lambda maps: maps[:1]), r"'down.2.1' is \(1, 2, 3, 4\) torch.float16, expected \(2, 2, 3, 4\)"),
+        (wrong(to=lambda maps: maps.mT), r"'down.2.1' is \(2, 2, 4, 3\)"),
+        (wrong(to=lambda maps: maps.int()), r"'down.2.1' is .*int32, expected .* of floats"),
+        (wrong(to=put(float("nan"), 1, 0, 2, 1)), "'down.2.1' of item 5 has NaN or infinite numbers"),
+        (wrong("up.0", to=put(float("-inf"), 0, 0, 1)), "'up.0' of item 4 has NaN or infinite numbers"),
+        (
+            wrong(to=put(-70000.0, 1, 1, 1, 1)),
+            "'down.2.1' of item 5 has 70000, beyond the 65504 of float16: take bfloat16 or float32",
+        ),
+    ],
+)
+def test_maps_that_cannot_be_stored_are_refused_whole(tmp_path, maps, told):
+    with begin(tmp_path) as writer:
+        writer.add({block: value[:4] for block, value in truth().items()}, captures()[:4])
+        with pytest.raises(ValueError, match=told):
+            writer.add(maps, captures()[4:6])
+        assert writer.items_done == 4
+        writer.add({block: value[4:] for block, value in truth().items()}, captures()[4:])
+    assert torch.equal(store.open(tmp_path).maps("down.2.1", range(COUNT)), truth()["down.2.1"])
+
+
+def test_wide_numbers_go_into_wide_precisions(tmp_path):
+    layout = {"a": BlockShape((), 2)}
+    for precision in ("bfloat16", "float32"):
+        with begin(tmp_path / precision, layout, precision=precision) as writer:
+            writer.add({"a": torch.full((1, 2), 70000.0)}, captures(1))
+        assert store.open(tmp_path / precision).maps("a", [0]).float().allclose(torch.tensor(70000.0), rtol=4e-3)
+
+
+@pytest.mark.parametrize(
+    ("item", "told"),
+    [
+        ({"seed": 0, "timestep": 0}, "item 0 has no 'prompt' or 'image'"),
+        ({"prompt": "", "timestep": 0}, "item 0 has no 'seed'"),
+        ({"image": 3, "seed": 0}, "item 0 has no 'timestep'"),
+        ({"image": 3, "seed": 0, "timestep": 0, "position": 1}, "item 0 has 'position'"),
+        ({"image": 3, "seed": np.int64(0), "timestep": 0}, "item 0: must be plain JSON"),
+        ({"image": 3, "seed": 0, "timestep": float("inf")}, "item 0: must be plain JSON"),
+    ],
+)
+def test_an_item_that_says_too_little_is_refused(tmp_path, item, told):
+    with begin(tmp_path) as writer, pytest.raises(ValueError, match=f"items: {told}"):
+        writer.add({block: value[:1] for block, value in truth().items()}, [item])
+
+
+# the background
 
 
 @pytest.fixture

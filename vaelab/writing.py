@@ -27,8 +27,9 @@ from vaelab.shards import (
 from vaelab.storage import Folder
 
 LOCK = ".lock"
-WAITING = 2**28
-"""Bytes at most that were added and wait to be written; or what was added at once, if that is more."""
+WAITING = 2**26
+"""Bytes at most that were added and wait to be written; or what was added at once, if that is more.
+With four times as many, memory that is ever new cost more than it saved in waiting for the disk."""
 REQUIRED = (("prompt", "image"), ("seed",), ("timestep",))
 """What every item must have, one of each."""
 RESERVED = ("block", "position")
