@@ -4,9 +4,11 @@ import pandas as pd
 import pytest
 import torch
 
-from vaelab import bench, data
+from vaelab import bench, data, denoise
 from vaelab.collect import CollectConfig
 from vaelab.denoise import Sampling
+from vaelab.labelled import Pictures
+from vaelab.layer_features import LayerConfig
 from vaelab.study import StudyConfig
 from vaelab.training import TrainConfig
 
@@ -42,3 +44,23 @@ def test_collecting_is_timed_beside_drawing(small_pipeline):
     seconds = bench.collect_seconds(small_pipeline("sdxl"), 3, config, rounds=2)
     assert list(seconds.columns) == ["plain", "twin", "collecting"] and len(seconds) == 2
     assert (seconds > 0).all().all()
+
+
+def test_a_sweep_is_timed_beside_one_layer_and_timestep_at_a_time(small_pipeline, monkeypatch):
+    asked, plain = [], denoise.from_pictures
+    monkeypatch.setattr(
+        denoise, "from_pictures", lambda *args, **kwargs: asked.append(args[2:5]) or plain(*args, **kwargs)
+    )
+    shown = Pictures("p", 32, {}, range(4), lambda i: None if i == 1 else (torch.full((3, 32, 32), 0.1 * i), {}))
+    config = LayerConfig(("bottleneck", "up_ft0"), (25, 500))
+    seconds, named = bench.sweep_seconds(small_pipeline("sd"), shown, config, 2, rounds=2)
+    assert list(seconds.columns) == ["together", "one_at_a_time", "encoding", "whole_pass"] and len(seconds) == 2
+    together = [one for one in asked if len(one[1]) == 2]
+    assert len(together) == 3 and len(asked) == 3 + 3 * 4 and together[0] == ([0, 1], (25, 500), [*config.blocks])
+    middle = seconds.median()
+    assert named["sweep.times_quicker"] == pytest.approx(middle["one_at_a_time"] / middle["together"])
+    assert named["sweep.whole_passes"] == pytest.approx(
+        (middle["together"] - middle["encoding"]) / middle["whole_pass"]
+    )
+    assert named["sweep.together.seconds_per_image"] == middle["together"] > 0
+    assert bench.sweep_seconds(small_pipeline("sd"), shown, config, 2, rounds=0)[1] == {}

@@ -5,11 +5,12 @@ import planted_pictures
 import pytest
 import torch
 
-from vaelab import clip_names, denoise, examples, readout
+from vaelab import clip_names, denoise, examples, layer_features, models, readout
 from vaelab.blocks import blocks
 from vaelab.diffc import DiffC, DiffCConfig, classify
 from vaelab.diffusion_classifier import DiffusionClassifier, Stages
 from vaelab.labelled import Picture, Pictures
+from vaelab.layer_features import LayerConfig
 from vaelab.probe import score
 
 LAYER = "up.t25"
@@ -56,54 +57,78 @@ def test_probes_and_diffcs_read_what_is_planted(by_factor, tmp_path):
     assert row["accuracy"] > 0.9 and (row["classifier"], row["layer"]) == ("diffc", LAYER)
 
 
-def test_the_zero_shot_classifier_and_diffc_are_scored_and_timed_on_the_same_pictures(
-    small_pipeline, by_factor, clip_folder
-):
-    pipeline, generator = small_pipeline("sd"), torch.Generator().manual_seed(0)
+@pytest.fixture(scope="module")
+def shown():
+    """Three pictures, of which the second cannot be read."""
+    generator = torch.Generator().manual_seed(0)
     pixels = [torch.rand(3, 32, 32, generator=generator) * 2 - 1 for _ in range(3)]
-    shown = replace(PICTURES, rows=range(3), read=lambda i: None if i == 1 else (pixels[i], {"colour": i % 2}))
-    prompts = ["a red thing", "a blue thing"]
+    read = [(one, {"shape": 2, "colour": number % 2}) for number, one in enumerate(pixels)]
+    return replace(PICTURES, rows=range(3), read=lambda i: None if i == 1 else read[i])
+
+
+def kept_task(pipeline, shown, folder, **told):
+    """What is tested are the maps of the pictures, collected as ``told``."""
+    config = LayerConfig(("up_ft0",), (25,), maps=True, precision="float32", **told)
+    learn = planted_pictures.fill(folder / "learn", planted_pictures.labels(8))
+    kept = layer_features.collect(pipeline, shown, config, folder / "test")
+    return readout.Task(examples.read(learn, "colour"), None, examples.read(kept, "colour"))
+
+
+def test_the_zero_shot_classifier_and_diffc_are_scored_and_timed_on_the_same_pictures(
+    small_pipeline, shown, clip_folder, tmp_path
+):
+    pipeline, prompts = small_pipeline("sd"), ["a red thing", "a blue thing"]
     classifier = DiffusionClassifier(pipeline, prompts, Stages((2,), (1,)))
     model = DiffC(blocks(pipeline)["up_ft0"].shape[-1], 2, width=4)
     own = {"layer": "up_ft0.t25", "factor": "colour", "classifier": "diffc", "accuracy": 0.7, "low": 0.6, "high": 0.8,
            "chance": 0.5, "count": 60, "validation": 0.7, "chosen": 3}  # fmt: skip
     rows, trained = pd.DataFrame([own]), {("up_ft0.t25", "colour"): model}
+    task = kept_task(pipeline, shown, tmp_path)
     compared = readout.side_by_side(
-        classifier, rows, trained, shown, by_factor["colour"], "colour", 9, clip=str(clip_folder), template="a {} thing"
+        classifier, rows, trained, shown, task, "colour", 9, clip=str(clip_folder), template="a {} thing"
     )
     first, second, third = compared.to_dict("records")
-    alone = [classifier.classify(pixels[i][None])[0].chosen for i in (0, 2)]
+    readable = torch.stack([shown[0].pixels, shown[2].pixels])
+    alone = [classifier.classify(one[None])[0].chosen for one in readable]
     assert first["accuracy"] == first["accuracy_on_these"] == sum(chosen == 0 for chosen in alone) / 2
     assert (first["passes"], first["count"]) == (4, 2)
     assert (second["passes"], second["accuracy"], second["count"]) == (1, 0.7, 60)
-    seen = denoise.from_pictures(pipeline, torch.stack([pixels[0], pixels[2]]), [0, 0], [25], ["up_ft0"])
-    chosen = model(seen.maps["up_ft0"][0]).argmax(1)
-    assert second["accuracy_on_these"] == (chosen == 0).float().mean()
+    on_stored = classify(model, task.test, "up_ft0.t25.maps")
+    assert second["accuracy_on_these"] == (on_stored == 0).float().mean()
     names = clip_names.load(str(clip_folder), {"colour": prompts}, device="cpu")
-    named = names(torch.stack([pixels[0], pixels[2]]))
-    assert third["accuracy"] == sum(one["colour"] == 0 for one in named) / 2
+    assert third["accuracy"] == sum(one["colour"] == 0 for one in names(readable)) / 2
     assert (third["classifier"], third["passes"]) == ("clip", 0) and third["seconds_per_image"] > 0
 
 
-def test_diffc_is_timed_with_what_the_denoiser_was_told(small_pipeline, clip_folder, monkeypatch, tmp_path):
+def test_diffc_is_timed_with_what_the_denoiser_was_told(small_pipeline, shown, clip_folder, monkeypatch, tmp_path):
     """A prompt with the true class, or with the class that CLIP infers."""
     pipeline, asked, plain = small_pipeline("sd"), [], denoise.from_pictures
     monkeypatch.setattr(
-        denoise, "from_pictures", lambda *args, **kwargs: asked.append(kwargs["prompts"]) or plain(*args, **kwargs)
+        denoise, "from_pictures", lambda *args, **kwargs: asked.append((args, kwargs)) or plain(*args, **kwargs)
     )
-    model = DiffC(blocks(pipeline)["up_ft0"].shape[-1], 2, width=4)
-    picture = Picture(0, torch.zeros(3, 32, 32), {"shape": 2, "colour": 1})
-    clip = str(clip_folder)
+    model, clip = DiffC(blocks(pipeline)["up_ft0"].shape[-1], 2, width=4), str(clip_folder)
     names = clip_names.load(clip, clip_names.texts("a {colour} thing", planted_pictures.CLASSES), device="cpu")
-    inferred = planted_pictures.CLASSES["colour"][names(picture.pixels[None])[0]["colour"]]
+    inferred = planted_pictures.CLASSES["colour"][names(shown[0].pixels[None])[0]["colour"]]
     for told, expected in (
-        ({}, None), ({"prompt": "a {colour} thing"}, ["a blue thing"]),
-        ({"prompt": "a {colour} thing", "clip": clip}, [f"a {inferred} thing"]),
+        ({}, None), ({"prompt": "a {colour} thing"}, ["a red thing"]),
+        ({"prompt": "a {colour} thing", "clip": clip, "side": "input"}, [f"a {inferred} thing"]),
     ):  # fmt: skip
-        kept = planted_pictures.fill(tmp_path / str(len(told)), planted_pictures.labels(4), **told)
-        task = readout.Task(None, None, examples.read(kept, "colour"))
-        found, _ = readout.as_it_comes(pipeline, model, "up_ft0.t25", PICTURES, task, [picture])
-        assert asked[-1] == expected and found[0] in (0, 1)
+        task = kept_task(pipeline, shown, tmp_path / str(len(told)), **told)
+        found, _ = readout.as_it_comes(pipeline, model, "up_ft0.t25", shown, task, [shown[0]])
+        args, kwargs = asked[-1]
+        assert kwargs["prompts"] == expected and kwargs["side"] == told.get("side", "output")
+        assert args[2] == [task.test.kept.items[0]["seed"]] and found[0] in (0, 1)
+
+
+def test_a_store_that_other_weights_made_is_refused(pipeline_folder, shown, tmp_path):
+    pipeline = models.load_pipeline(str(pipeline_folder("sd")), device="cpu")
+    task = kept_task(pipeline, shown, tmp_path)
+    with torch.no_grad():
+        for one in pipeline.unet.parameters():
+            one.mul_(1.1)
+    model = DiffC(blocks(pipeline)["up_ft0"].shape[-1], 2, width=4)
+    with pytest.raises(ValueError, match=r"^test_activations: up_ft0.t25 of picture 0 is not what the model gives now"):
+        readout.as_it_comes(pipeline, model, "up_ft0.t25", shown, task, [shown[0]])
 
 
 def test_each_picture_is_timed_once_by_itself_after_one_that_is_not():

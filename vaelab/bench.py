@@ -8,20 +8,24 @@ import copy
 import functools
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import islice, product
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vaelab import denoise, devices
 from vaelab.checks import at_least
 from vaelab.collect import CollectConfig, collect, probe
+from vaelab.conditioning import condition, encode, predict
 from vaelab.data import Images
+from vaelab.labelled import Pictures
+from vaelab.layer_features import LayerConfig
 from vaelab.prompts import load_prompts
 from vaelab.study import ChannelWatcher, StudyConfig
 from vaelab.vae import VAEObjective
@@ -125,6 +129,57 @@ def collect_seconds(pipeline: Any, prompts: int, config: CollectConfig, rounds: 
 
     actions = {"plain": plain, "twin": plain, "collecting": collecting}
     return interleaved(actions, rounds, device=pipeline.device, warmup=1, seed=config.seed)
+
+
+def sweep_seconds(
+    pipeline: Any, pictures: Pictures, config: LayerConfig, count: int, rounds: int
+) -> tuple[pd.DataFrame, dict[str, float]]:
+    """Seconds a picture of features of all layers and timesteps: ``together``, as they are collected, and
+    ``one_at_a_time``; beside them ``encoding`` and ``whole_pass``, a single pass through all of the denoiser.
+
+    Args:
+        pipeline: on the device to measure on.
+        pictures: of which the first ``count`` that can be read are one batch.
+        config: the blocks and timesteps.
+        count: how many.
+        rounds: how often each is timed.
+
+    Returns:
+        A row a round, and the medians with how many whole passes the sweep costs beside its encoding and how many
+        times as long one at a time takes; nothing where ``rounds`` is 0.
+    """
+    if not rounds:
+        return pd.DataFrame(), {}
+    readable = (picture for picture in map(pictures.__getitem__, range(len(pictures))) if picture)
+    pixels = torch.stack([picture.pixels for picture in islice(readable, count)])
+    seeds, blocks = list(range(len(pixels))), list(config.blocks)
+
+    def swept(timesteps: Sequence[int], wanted: list[str]) -> None:
+        denoise.from_pictures(pipeline, pixels, seeds, timesteps, wanted, side=config.side)
+
+    @torch.no_grad()
+    def encoding() -> Tensor:
+        return encode(pipeline, pixels)
+
+    @torch.no_grad()
+    def whole_pass(number: int) -> None:
+        predict(pipeline, latents, config.timesteps[number % len(config.timesteps)], told)
+
+    latents, told = encoding(), condition(pipeline, None, len(pixels), pixels.shape[-2:])
+
+    def one_at_a_time(number: int) -> None:
+        for timestep, block in product(config.timesteps, blocks):
+            swept([timestep], [block])
+
+    actions = {
+        "together": lambda number: swept(config.timesteps, blocks), "one_at_a_time": one_at_a_time,
+        "encoding": lambda number: encoding(), "whole_pass": whole_pass,
+    }  # fmt: skip
+    seconds = interleaved(actions, rounds, device=pipeline.device, warmup=1, seed=config.seed) / len(pixels)
+    middle = seconds.median()
+    named = {f"sweep.{name}.seconds_per_image": middle[name] for name in actions}
+    named["sweep.whole_passes"] = (middle["together"] - middle["encoding"]) / middle["whole_pass"]
+    return seconds, {**named, "sweep.times_quicker": middle["one_at_a_time"] / middle["together"]}
 
 
 def paired_percent(seconds: pd.DataFrame, name: str, reference: str) -> tuple[float, float, float]:

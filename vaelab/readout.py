@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from vaelab import clip_names, denoise, diffc, examples, store
@@ -28,6 +29,10 @@ from vaelab.store import Store
 
 ALIKE = ("classes", "prompt", "clip", "side", "resolution")
 """Settings in which what is tested must be like what is learned from."""
+
+
+ALIKE_WITHIN = 0.05
+"""How far, as a share of their length, a picture's features may be from those in a store: what half precision does."""
 
 
 class Task(NamedTuple):
@@ -216,8 +221,8 @@ def side_by_side(
 def as_it_comes(
     pipeline: Any, model: DiffC, layer: str, pictures: Pictures, task: Task, few: Sequence[Picture]
 ) -> tuple[list[int], float]:
-    """Diff-C from a picture's pixels to its class: autoencoder, prompt as in the store (with CLIP where that infers
-    it), one partial pass, Diff-C. The classes of a few pictures, and the seconds a picture.
+    """Diff-C from a picture's pixels to its class: autoencoder, prompt and noise as in the store (with CLIP where that
+    infers the prompt), one partial pass, Diff-C. The classes of a few pictures, and the seconds a picture.
 
     Args:
         pipeline: that the features are of.
@@ -226,19 +231,32 @@ def as_it_comes(
         pictures: with the classes' names.
         task: whose test store says what the denoiser is told.
         few: the pictures.
+
+    Raises:
+        ValueError: the pipeline does not give what is in the store, so its weights are others.
     """
-    (block, timestep), settings = parts(layer), task.test.kept.settings
-    told = {name: settings.get(name) or "" for name in ("prompt", "clip", "clip_revision")}
-    names = namer(pipeline, pictures, LayerConfig((block,), (timestep,), **told))
+    (block, timestep), kept = parts(layer), task.test.kept
+    settings = {name: kept.settings.get(name) or "" for name in ("prompt", "clip", "clip_revision")}
+    names = namer(pipeline, pictures, LayerConfig((block,), (timestep,), **settings))
+    side = kept.settings.get("side", "output")
+    places = {item["image"]: place for place, item in enumerate(kept.items) if item["view"] == 0}
 
+    def maps(picture: Picture) -> Tensor:
+        pixels, seeds = picture.pixels[None], [kept.items[places[picture.image]]["seed"]]
+        told = prompts(pipeline, pictures, settings["prompt"], names(pixels) if names else [picture.labels])
+        seen = denoise.from_pictures(pipeline, pixels, seeds, [timestep], [block], prompts=told, side=side)
+        return next(iter(seen.maps.values()))[0].float()
+
+    @torch.no_grad()
     def classify(picture: Picture) -> int:
-        pixels = picture.pixels[None]
-        given = prompts(pipeline, pictures, told["prompt"], names(pixels) if names else [picture.labels])
-        seen = denoise.from_pictures(pipeline, pixels, [0], [timestep], [block], prompts=given)
-        with torch.no_grad():
-            maps = next(iter(seen.maps.values()))[0]
-            return int(model(maps.float().to(model.fc.weight.device)).argmax(1))
+        return int(model(maps(picture).to(model.fc.weight.device)).argmax(1))
 
+    stored, now = kept.maps(layer + MAPS, [places[few[0].image]]).float(), maps(few[0]).cpu()
+    if (now - stored).norm() > ALIKE_WITHIN * stored.norm():
+        raise ValueError(
+            f"test_activations: {layer} of picture {few[0].image} is not what the model gives now; its weights have "
+            "changed, or they were read in another precision: run 40_layer_features again"
+        )
     return timed(classify, few)
 
 

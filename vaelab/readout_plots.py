@@ -18,32 +18,35 @@ def knowledge(tables: Mapping[str, pd.DataFrame], title: str = "") -> Figure:
     """The map of knowledge: what each layer and timestep knows of each factor, a row of panels a measure.
 
     The colour goes from what chance would give, which stands over each panel, to 1; the number is the measure itself.
+    What was not measured is left white.
 
     Args:
         tables: for each measure, under its label, a row a layer and factor: columns ``block``, ``timestep``,
-            ``factor``, ``value`` (at most 1, which is best) and ``chance``, of which the mean is shown.
+            ``factor``, ``value`` (at most 1, which is best) and ``chance``, of which the mean is shown. The first has
+            all layers.
         title: the figure's.
     """
     first = next(iter(tables.values()))
     factors = list(dict.fromkeys(first["factor"]))
-    heights = [0.34 * table["block"].nunique() + 0.55 for table in tables.values()]
-    width = max(1.6, 0.46 * first["timestep"].nunique() + 0.3)
+    blocks, timesteps = list(dict.fromkeys(first["block"])), sorted(set(first["timestep"]))
+    height = 0.34 * len(blocks) + 0.75
+    width = max(1.6, 0.46 * len(timesteps) + 0.3)
     colours = sns.blend_palette([AT_CHANCE, ALL], as_cmap=True)
     figure, axes = plt.subplots(
-        len(tables), len(factors), figsize=(width * len(factors) + 2.2, sum(heights) + 0.5), squeeze=False,
-        height_ratios=heights, layout="constrained",
+        len(tables), len(factors), figsize=(width * len(factors) + 2.2, height * len(tables) + 0.4), squeeze=False,
+        layout="constrained",
     )  # fmt: skip
     for line, (measure, table) in zip(axes, tables.items(), strict=True):
-        blocks, timesteps = list(dict.fromkeys(table["block"])), sorted(set(table["timestep"]))
         for axis, factor in zip(line, factors, strict=True):
             own = table[table["factor"] == factor]
             chance = own["chance"].mean()
-            wide = own.pivot(index="block", columns="timestep", values="value").reindex(blocks)[timesteps]
+            wide = own.pivot(index="block", columns="timestep", values="value").reindex(index=blocks, columns=timesteps)
             above = ((wide - chance) / (1 - chance)).clip(0, 1)
             sns.heatmap(
                 above, annot=wide, fmt=".2f", annot_kws={"fontsize": 7}, vmin=0, vmax=1, cmap=colours, cbar=False,
                 linewidths=0.5, ax=axis, yticklabels=axis is line[0],
             )  # fmt: skip
+            axis.grid(visible=False)
             axis.set(xlabel="", ylabel="")
             axis.tick_params(labelsize=8, rotation=0)
             axis.set_title(f"{factor}\nchance {chance:.2f}", fontsize=9)

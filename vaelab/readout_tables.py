@@ -10,7 +10,7 @@ from vaelab.files import read_json
 from vaelab.layer_features import placed
 
 MEASURES = {"probe": "linear probe,\ntest accuracy", "diffc": "Diff-C,\ntest accuracy"}
-PURITY = "ten pictures of a feature:\nshare of the commonest class"
+PURITY = "purity: share of\nthe commonest class"
 
 
 def joined(probes: pd.DataFrame, diffcs: pd.DataFrame) -> pd.DataFrame:
