@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from helpers import picture_folder
+from helpers import picture_folder, png
 
 from vaelab import world
 from vaelab.labelled import crop_and_flip, load
@@ -56,8 +56,28 @@ def test_a_folder_of_classes_and_a_picture_that_cannot_be_read(tmp_path):
 
 
 def test_a_data_set_without_labels_has_no_classes(tmp_path):
-    pictures = load(str(picture_folder(tmp_path, ["a.png", "b.png"])), resolution=16)
+    folder = str(picture_folder(tmp_path, ["a.png", "b.png"]))
+    pictures = load(folder, resolution=16, labels=False)
     assert pictures.classes == {} and pictures[0].labels == {}
+    with pytest.raises(ValueError, match=r"^dataset: .* has no labels; expected a column of class labels"):
+        load(folder, resolution=16)
+
+
+def test_a_parquet_file_whose_classes_are_no_class_labels_has_none(tmp_path):
+    import datasets
+
+    pictures = [{"path": None, "bytes": png(i)} for i in range(3)]
+    rows = datasets.Dataset.from_dict({"image": pictures, "label": [0, 1, 1]})
+    rows.cast_column("image", datasets.Image()).to_parquet(tmp_path / "plain.parquet")
+    with pytest.raises(ValueError, match=r"has no labels; expected a column of class labels"):
+        load(str(tmp_path / "plain.parquet"), resolution=16)
+    named = rows.cast_column("label", datasets.ClassLabel(names=["cat", "dog"])).remove_columns("image")
+    named.to_parquet(tmp_path / "named.parquet")
+    with pytest.raises(ValueError, match=r"^dataset: no image column in .*label \(ClassLabel\)"):
+        load(str(tmp_path / "named.parquet"), resolution=16)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"^dataset: no picture and no parquet file in the folder"):
+        load(str(tmp_path / "empty"), resolution=16)
 
 
 def test_a_crop_is_a_square_of_the_picture_brought_back_to_its_size():

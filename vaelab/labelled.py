@@ -71,6 +71,7 @@ def load(
     max_images: int = 0,
     seed: int = 0,
     revision: str | None = None,
+    labels: bool = True,
 ) -> Pictures:
     """Load labelled pictures.
 
@@ -81,15 +82,22 @@ def load(
         max_images: how many; of the world the first, else drawn by ``seed``; 0 takes all.
         seed: fixes which are drawn.
         revision: on the hub.
+        labels: whether there must be any.
 
     Raises:
-        ValueError: no such data set or split; all of the world, which has no end.
+        ValueError: no such data set or split; one without labels; all of the world, which has no end.
     """
     if dataset == "world":
         return _scenes(split, resolution, max_images)
     images = data.load_images(
         dataset, split=split, resolution=resolution, max_images=max_images, seed=seed, revision=revision
     )
+
+    if labels and not images.classes:
+        raise ValueError(
+            f"dataset: {dataset!r} has no labels; expected a column of class labels (datasets.ClassLabel), or a folder "
+            "of pictures for each class"
+        )
 
     def read(index: int) -> tuple[Tensor, dict[str, int]] | None:
         item = images[index]
