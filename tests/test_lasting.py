@@ -89,8 +89,10 @@ def test_nobody_waits_for_room_behind_a_job_that_failed():
 # the file
 
 
+@pytest.mark.parametrize("piece", [lasting.PIECE, 1000])
 @pytest.mark.parametrize("pieces", [1, 3, 17])
-def test_a_file_is_what_was_written_and_so_is_its_checksum(tmp_path, pieces):
+def test_a_file_is_what_was_written_and_so_is_its_checksum(tmp_path, monkeypatch, pieces, piece):
+    monkeypatch.setattr(lasting, "PIECE", piece)
     file, size = SummedFile(tmp_path / "file"), -(-len(DATA) // pieces)
     for begin in range(0, len(DATA), size):
         file.write(memoryview(DATA)[begin : begin + size])

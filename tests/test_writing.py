@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import random
 import threading
@@ -520,3 +521,21 @@ def test_maps_of_any_layout_come_as_rows(shape):
         rows = writing.rowwise(given)
         assert rows.is_contiguous() and rows.shape == (len(naive), shape[-1])
         assert all(torch.equal(row, expected) for row, expected in zip(rows, naive, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_numbers_that_are_not_finite_are_seen_by_their_bits(dtype):
+    if dtype == torch.float32:
+        edges = [0, 1, 0x7F7FFFFF, 0x7F800000, 0x7F800001, 0x7FC00000, 0x7FFFFFFF]
+        edges = [bits - sign for bits in edges for sign in (0, 2**31)]
+        numbers = torch.tensor(edges, dtype=torch.int32).view(dtype)
+    else:
+        numbers = torch.arange(-(2**15), 2**15, 5, dtype=torch.int16).view(dtype)
+        edges = torch.tensor([math.inf, -math.inf, math.nan, -math.nan, torch.finfo(dtype).max, torch.finfo(dtype).min])
+        numbers = torch.cat([numbers, edges.to(dtype)])
+    truth = numbers.isfinite().tolist()
+    assert {True, False} == set(truth)
+    among = torch.tensor([[-1.0, 0.0, 2.0]] * len(numbers), dtype=dtype)
+    among[:, 1] = numbers
+    assert [writing.finite(row) for row in numbers[:, None]] == truth
+    assert [writing.finite(row) for row in among] == truth
