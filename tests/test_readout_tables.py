@@ -71,13 +71,19 @@ def test_models_stand_beside_each_other_factor_by_factor(tmp_path):
     assert both["factor"].tolist() == ["x"] * 5 + ["y"] * 3
 
 
-def test_what_is_no_finished_run_of_another_model_is_refused(tmp_path):
+def test_runs_of_one_model_are_told_apart_by_their_names(tmp_path):
+    told = finished(tmp_path / "told", "unet", PROBES)
+    both = readout_tables.models(BOTH, "unet", [told], "42_diffc")
+    assert set(both["model"]) == {"unet", "unet, told"} and (both["model"] == "unet, told").sum() == 2
+    with pytest.raises(ValueError, match=r"^others: .*told' is named twice"):
+        readout_tables.models(BOTH, "unet", [told, told], "42_diffc")
+
+
+def test_what_is_no_finished_run_is_refused(tmp_path):
     same, foreign = (
         finished(tmp_path / "same", "unet"),
         finished(tmp_path / "foreign", "dit", notebook="41_label_purity"),
     )
-    with pytest.raises(ValueError, match=r"^others: .*same' is of model 'unet' too"):
-        readout_tables.models(BOTH, "unet", [same], "42_diffc")
     for folder in (foreign, str(tmp_path / "none")):
         with pytest.raises(ValueError, match=r"^others: .* holds no finished run of 42_diffc; run it first"):
             readout_tables.models(BOTH, "unet", [folder], "42_diffc")

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from pathlib import PurePath
 
 import pandas as pd
 
@@ -110,22 +111,24 @@ def models(own: pd.DataFrame, model: str, folders: Sequence[str], notebook: str)
     Args:
         own: accuracies of this run.
         model: its model.
-        folders: finished runs of the same notebook, of other models.
+        folders: finished runs of the same notebook, of other models or prompts.
         notebook: its name.
 
     Returns:
-        The rows with ``model``, factor by factor.
+        The rows with ``model``, factor by factor; of a model that was there already (with another prompt, say) with
+        the run's name.
 
     Raises:
-        ValueError: two runs of one model, or what :func:`stored` refuses.
+        ValueError: a run that is named twice, or what :func:`stored` refuses.
     """
     parts = {model: own.assign(model=model)}
     for folder in folders:
         other = stored(folder, notebook, "accuracy", "others")
         name = other["model"].iloc[0]
+        name = f"{name}, {PurePath(folder).name}" if name in parts else name
         if name in parts:
-            raise ValueError(f"others: {folder!r} is of model {name!r} too; expected one run of each model")
-        parts[name] = other
+            raise ValueError(f"others: {folder!r} is named twice")
+        parts[name] = other.assign(model=name)
     rows = pd.concat([at_the_best(each) for each in parts.values()], ignore_index=True)
     order = {factor: place for place, factor in enumerate(dict.fromkeys(rows["factor"]))}
     return rows.sort_values("factor", key=lambda each: each.map(order), kind="stable", ignore_index=True)
