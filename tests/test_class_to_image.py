@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import adaptive_avg_pool2d
 
-from vaelab import class_to_image, denoise, hooks, models, oracle, text_to_image, world
+from vaelab import class_to_image, denoise, hooks, judging, models, oracle, text_to_image, world
 from vaelab.class_to_image import NO_CLASS, ClassObjective, DiTConfig
 
 SIZES = DiTConfig(layers=2, heads=2, head_width=8)
@@ -165,6 +165,26 @@ def test_a_saved_folder_loads_as_a_plain_pipeline(pipeline, tmp_path, complaints
         message = rf"^prompts: expected class numbers from 0 to 55, or names such as 'black circle', got {strange!r}"
         with pytest.raises(ValueError, match=message):
             denoise.generate(ours, [strange], [0], denoise.Sampling(2))
+
+
+def test_the_shipped_transformer_draws_its_classes():
+    shipped = models.load_pipeline("embedded-dit", device="cpu")
+    assert isinstance(shipped, diffusers.DiTPipeline)
+    assert shipped.labels == {name: number for number, name in class_to_image.classes().items()}
+    assert list(models.blocks(shipped).values()) == [
+        (f"transformer_blocks.{number}", (8, 8, 192)) for number in range(6)
+    ]
+    numbers, told = judging.classes_asked(shipped, 28)
+    drawn = denoise.generate_all(shipped, numbers, denoise.Sampling(10, 3.0), batch_size=28)
+    accuracy = oracle.accuracy(oracle.judge(told, drawn)).set_index("factor")["accuracy"]
+    assert accuracy["colour"] >= 0.9 and accuracy["shape"] >= 0.6
+
+
+def test_the_shipped_folders_are_small_and_plain():
+    place = models.embedded_dit_path()
+    files = [path for path in place.parent.rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} <= {".json", ".safetensors", ".txt"}
+    assert sum(path.stat().st_size for path in files) < 40e6
 
 
 def test_what_is_refused():
