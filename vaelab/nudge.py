@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vaelab.channels import Activity, Suppressed, folded_normal_mean
+from vaelab.channels import Activity, Suppressed
 from vaelab.checks import at_least, one_of
 from vaelab.hooks import unwrap
+from vaelab.mechanism import folded_normal_mean
 
 STRATEGIES = ("multiply", "add", "reset", "adaptive")
 MOMENTS = ("keep", "reset")
