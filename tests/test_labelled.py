@@ -24,6 +24,16 @@ def test_the_worlds_scenes_of_one_thing_have_every_factor():
         torch.testing.assert_close(picture.pixels, world.render([scene])[0], atol=1 / 127, rtol=0)
 
 
+def test_where_the_worlds_things_are_is_known_and_of_no_other_data_set():
+    pictures = load("world", split="test", resolution=32, max_images=3)
+    things = pictures.things(pictures.rows)
+    assert things.shape == (3, 64, 64) and things.dtype == torch.bool
+    for seed, mask in zip(pictures.rows, things, strict=True):
+        (thing,) = world.sample(seed, "test").things
+        assert torch.equal(mask, torch.from_numpy(thing.coverage() >= 0.5))
+    assert load("digits", split="test", resolution=8, max_images=2).things([0]) is None
+
+
 def test_slices_of_the_world_are_disjoint_and_can_be_cut_short():
     first, rest = load("world", split="train[:3]"), load("world", split="train[3:]", max_images=2)
     both = load("world", max_images=5)

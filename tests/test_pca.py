@@ -3,7 +3,7 @@ import pytest
 import torch
 from sklearn.decomposition import PCA
 
-from vaelab.pca import colours, components, each_by_itself, jointly
+from vaelab.pca import colours, components, each_by_itself, jointly, telling
 
 
 def maps(count=3, side=6, width=7, seed=0):
@@ -34,6 +34,46 @@ def test_planted_regions_have_a_colour_each_and_jointly_the_same_in_every_pictur
         assert pixels[regions == region].std(0).max() < 0.05
     centres = torch.stack([pixels[regions == region].mean(0) for region in range(3)])
     assert torch.pdist(centres).min() > 0.5
+
+
+def planted_things(apart, where):
+    """Vectors of two textures, and things that stand ``apart`` from them to either side."""
+    generator = torch.Generator().manual_seed(3)
+    sign = torch.tensor([1.0, -1, 1, -1]).reshape(4, 1, 1, 1)
+    ground = torch.randn(4, 8, 8, 1, generator=generator).sign() * torch.eye(6)[0]
+    noise = 0.1 * torch.randn(4, 8, 8, 6, generator=generator)
+    return ground + noise + apart * sign * where[..., None] * torch.eye(6)[1]
+
+
+def test_components_tell_planted_things_from_the_ground_on_either_side_and_noise_by_chance():
+    where = torch.zeros(4, 8, 8)
+    for picture in range(4):
+        where[picture, picture : picture + 2, 2:5] = 1
+    things = where.repeat_interleave(8, 1).repeat_interleave(8, 2).bool()
+    assert telling(planted_things(2.0, where), things) > 0.99
+    assert telling(planted_things(0.0, where), things) == pytest.approx(0.5, abs=0.2)
+    elsewhere = things.roll(32, 2)
+    assert telling(planted_things(2.0, where), elsewhere) < 0.8
+    assert np.isnan(telling(planted_things(2.0, where), None))
+    assert np.isnan(telling(planted_things(2.0, where), torch.zeros_like(things)))
+
+
+def test_the_area_is_the_share_of_pairs_in_the_right_order():
+    """Against all pairs, with the densities written out in float64."""
+    where = torch.zeros(2, 4, 4)
+    where[:, 1:3, 1:4] = 1
+    planted = torch.randn(2, 4, 4, 5, generator=torch.Generator().manual_seed(0)) + where[..., None]
+    seen = PCA(3).fit_transform(planted.reshape(-1, 5).double().numpy())
+    marked = where.flatten().bool().numpy()
+
+    def density(part):
+        inverse, centred = np.linalg.inv(np.cov(part.T)), seen - part.mean(0)
+        return 0.5 * (np.log(np.linalg.det(inverse)) - (centred @ inverse * centred).sum(1))
+
+    ratio = density(seen[marked]) - density(seen[~marked])
+    right = (ratio[marked][:, None] > ratio[~marked]).mean()
+    things = where.repeat_interleave(2, 1).repeat_interleave(2, 2).bool()
+    assert telling(planted, things) == pytest.approx(right, abs=1e-9)
 
 
 def test_by_itself_a_picture_does_not_depend_on_the_others():

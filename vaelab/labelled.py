@@ -46,6 +46,8 @@ class Pictures:
     """Their numbers in the data set."""
     read: Callable[[int], tuple[Tensor, dict[str, int]] | None]
     """Pixels and labels of a number."""
+    thing: Callable[[int], Tensor] | None = None
+    """Where the picture of a number has its thing, (64, 64) bool; None where that is not known."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -57,6 +59,10 @@ class Pictures:
     def stack(self, images: Sequence[int]) -> Tensor:
         """Pixels (N, 3, R, R) of pictures of these numbers of the data set, for a figure."""
         return torch.stack([self.read(image)[0] for image in images])
+
+    def things(self, images: Sequence[int]) -> Tensor | None:
+        """Where pictures of these numbers have their things, (N, 64, 64) bool; None where that is not known."""
+        return torch.stack([self.thing(image) for image in images]) if self.thing else None
 
     def named(self, labels: dict[str, int]) -> dict[str, str]:
         """Class names of class numbers; those that are withheld are left out."""
@@ -127,8 +133,12 @@ def _scenes(split: str, resolution: int, max_images: int) -> Pictures:
         labels = {factor: world.FACTORS[factor].index(getattr(one, factor)) for factor, one in holders.items()}
         return preprocess(picture, resolution), labels
 
+    def thing(seed: int) -> Tensor:
+        return torch.from_numpy(world.sample(seed, base).masks()[0])
+
     classes = {factor: list(values) for factor, values in world.FACTORS.items()}
-    return Pictures(f"world[{base}][{begin}:{end}]", resolution, classes, list(islice(alone, begin, end)), read)
+    numbers = list(islice(alone, begin, end))
+    return Pictures(f"world[{base}][{begin}:{end}]", resolution, classes, numbers, read, thing)
 
 
 def crop_and_flip(pixels: Tensor, rng: np.random.Generator, smallest: float, flip: bool) -> Tensor:

@@ -8,11 +8,15 @@ are shown as red, green and blue.
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
+from scipy.stats import rankdata
 from torch import Tensor
 
 from vaelab.checks import at_least
 
 COLOURS = 3
+SMALLEST = 1e-9
+"""Added to variances that may be 0."""
 TAILS = 0.01
 """Share of the positions at either end that is shown as dark or as bright as a colour can be."""
 
@@ -66,6 +70,37 @@ def jointly(maps: Tensor) -> tuple[Tensor, float]:
     same in every picture, and the share of the variance that they show."""
     found = components(maps)
     return colours(maps, found), float(found.shares.sum())
+
+
+def telling(maps: Tensor, things: Tensor | None) -> float:
+    """How well the first three components of all maps together tell the positions of things from the ground.
+
+    The paper says of such pictures that they show what is where, or that they do not (section 4.5); this is a
+    number for it, the area under the curve of the log-ratio of two normal distributions, fitted to the
+    components at the positions of things and at the others: 0.5 is chance, 1 that all are told apart.
+
+    Args:
+        maps: (N, h, w, d).
+        things: (N, R, R) bool, where each picture has a thing; a position is one where half of it is covered.
+            None where that is not known.
+
+    Returns:
+        The area; not a number where things are not known, or have fewer positions than a distribution takes.
+    """
+    if things is None:
+        return float("nan")
+    found = components(maps)
+    seen = ((maps.double() - found.mean) @ found.directions.T).flatten(0, 2)
+    marked = F.adaptive_avg_pool2d(things[:, None].double(), maps.shape[1:3]).flatten() >= 0.5
+    count = int(marked.sum())
+    if min(count, len(marked) - count) <= COLOURS:
+        return float("nan")
+    thing, ground = (
+        torch.distributions.MultivariateNormal(part.mean(0), part.T.cov() + SMALLEST * torch.eye(COLOURS).double())
+        for part in (seen[marked], seen[~marked])
+    )
+    ranks = rankdata(thing.log_prob(seen) - ground.log_prob(seen))
+    return float((ranks[marked.numpy()].sum() - count * (count + 1) / 2) / (count * (len(marked) - count)))
 
 
 def each_by_itself(maps: Tensor) -> tuple[Tensor, float]:
