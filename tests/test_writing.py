@@ -459,7 +459,7 @@ def test_a_writer_has_one_thread_and_leaves_none(tmp_path, monkeypatch, end):
                 monkeypatch.setattr(os, "fsync", lambda descriptor: os.fstat(-1))
         assert end == "close"
         raise StopIteration
-    assert len(threads()) == before
+    assert len(threads()) == before and all(file.closed for file in writer._begun)
     monkeypatch.undo()
     begin(tmp_path).close()  # nor does it hold the lock
 
