@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from vaelab import devices
 from vaelab.checks import at_least
 from vaelab.lessons import exactly_placed, pixel_weights, scaled_latents, stream, weighted_error
 from vaelab.text_to_image import new_scheduler
@@ -82,7 +83,7 @@ def train_dit(
 
     Args:
         folder: where the checkpoint goes.
-        vae: the autoencoder, with its ``scaling_factor``; it stays as it is.
+        vae: the autoencoder, with its ``scaling_factor``; it stays as it is, on the device.
         steps: of 32 pictures each.
         device: where to train.
         seed: fixes the first weights and every step.
@@ -91,7 +92,7 @@ def train_dit(
     from diffusers.models.attention_processor import AttnProcessor
 
     model = model or DiTConfig()
-    pipeline = new_dit(vae.requires_grad_(False), model, seed)
+    pipeline = new_dit(vae.requires_grad_(False).to(devices.pick(device)), model, seed)
     config = TrainConfig(
         steps=steps, learning_rate=1e-3, weight_decay=0.01, warmup=min(200, steps // 10), schedule="cosine",
         log_every=50, precision="bfloat16", device=device, seed=seed, checkpoint_every=100,
