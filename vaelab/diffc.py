@@ -6,8 +6,7 @@ batches of 16, a cosine from 1e-4 down to 5e-5. The epoch is chosen on validatio
 test pictures are classified once. The table names nothing between the convolutions; here it is ReLU.
 
 The channels of a denoiser's maps differ far more from each other than one does between pictures, and until the
-network has learned to look past that it learns nothing else: that takes some hundred steps, which 30 epochs of few
-pictures at the paper's rate are not.
+network has learned to look past that it learns nothing else: the narrower it is, the more steps that takes.
 """
 
 from dataclasses import asdict, dataclass
