@@ -138,6 +138,18 @@ def test_each_picture_is_timed_once_by_itself_after_one_that_is_not():
     assert seen == [0, 0, 1, 2, 3] and answers == [10, 11, 12, 13] and seconds >= 0
 
 
+def test_classes_that_are_tested_and_never_learned_are_refused(by_factor):
+    task = by_factor["shape"]
+    stars = task.learn.labels == 2
+    sorted_by_class = task._replace(learn=task.learn.take((~stars).nonzero().flatten().numpy()))
+    readout.refuse_unlearned(sorted_by_class, "shape")  # of a third of the pictures nothing is learned
+    only = sorted_by_class._replace(test=task.test.take((task.test.labels == 2).nonzero().flatten().numpy()))
+    with pytest.raises(
+        ValueError, match=r"^test_activations: (\d+) of \1 pictures have a shape that none to learn from"
+    ):
+        readout.refuse_unlearned(only, "shape")
+
+
 def test_what_would_be_no_test_is_refused(folders, by_factor, tmp_path):
     learned, tested = folders
     with pytest.raises(ValueError, match=r"^test_activations: 60 of their pictures are learned from"):

@@ -35,6 +35,10 @@ ALIKE_WITHIN = 0.05
 """How far, as a share of their length, a picture's features may be from those in a store: what half precision does."""
 
 
+UNLEARNED = 0.5
+"""The share of the test pictures that may be of classes nothing is learned from."""
+
+
 class Task(NamedTuple):
     """Pictures with the classes of one factor, to learn from, to choose by and to test on."""
 
@@ -66,7 +70,7 @@ def tasks(
 
     Raises:
         ValueError: stores of another model, or other pictures than these; stores that were not made
-            alike; or pictures that are in both.
+            alike; pictures that are in both; or classes that are tested and never learned.
     """
     kept, tested = store.open(activations), store.open(test_activations)
     refuse_other_pictures(tested, pictures, model, "test_activations")
@@ -82,7 +86,18 @@ def tasks(
     made = {}
     for factor in factors or pictures.classes:
         made[factor] = Task(*examples.read(kept, factor).split(share, seed), examples.read(tested, factor))
+        refuse_unlearned(made[factor], factor)
     return made
+
+
+def refuse_unlearned(task: Task, factor: str) -> None:
+    """Raise ValueError where most test pictures are of classes that are never learned."""
+    unknown = ~torch.isin(task.test.labels, task.learn.labels)
+    if unknown.float().mean() > UNLEARNED:
+        raise ValueError(
+            f"test_activations: {int(unknown.sum())} of {len(unknown)} pictures have a {factor} that none to learn "
+            "from has; slices of pictures that are sorted by class? Take a train and a test split"
+        )
 
 
 def refuse_shared(learned: Store, tested: Store) -> None:
