@@ -93,7 +93,7 @@ def train_pipeline(
     *,
     vae_steps: int = 3000,
     text_steps: int = 800,
-    lesson_steps: Sequence[int] = (1200, 3000, 1200),
+    lesson_steps: Sequence[int] = (1200, 3000, 800),
     device: str = "auto",
     seed: int = 0,
     model: ModelConfig | None = None,
