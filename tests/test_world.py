@@ -200,9 +200,9 @@ class TestThing:
             assert covered.sum() == pytest.approx(self.AREAS[shape] * side**2, rel=0.05)
 
     @pytest.mark.parametrize("shape", SHAPES)
-    def test_large_is_larger_than_small(self, shape):
+    def test_a_large_one_is_a_small_one_enlarged(self, shape):
         large, small = (Thing(shape, "red", size, "centre").coverage() for size in ("large", "small"))
-        assert large.sum() > 2 * small.sum()
+        assert large.sum() / small.sum() == pytest.approx((SIZES["large"] / SIZES["small"]) ** 2, rel=0.05)
 
     @pytest.mark.parametrize("shape", SHAPES)
     def test_edges_are_antialiased(self, shape):
