@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from vaelab import devices
 from vaelab.checks import at_least
 from vaelab.lessons import exactly_placed, pixel_weights, scaled_latents, stream, weighted_error
-from vaelab.text_to_image import new_scheduler
+from vaelab.text_to_image import attention_written_out, new_scheduler
 from vaelab.training import TrainConfig, Trained, train
 from vaelab.world import COLOURS, SHAPES, Scene, allowed, render
 
@@ -89,8 +89,6 @@ def train_dit(
         seed: fixes the first weights and every step.
         model: the transformer's sizes.
     """
-    from diffusers.models.attention_processor import AttnProcessor
-
     model = model or DiTConfig()
     pipeline = new_dit(vae.requires_grad_(False).to(devices.pick(device)), model, seed)
     config = TrainConfig(
@@ -99,14 +97,8 @@ def train_dit(
     )  # fmt: skip
     settings = {"model": asdict(model), "scaling_factor": round(vae.config.scaling_factor, 4), "batch_size": BATCH,
                 "class_dropout": CLASS_DROPOUT, "thing_weight": THING_WEIGHT}  # fmt: skip
-    # written out, as for the U-Net: on a CPU the fused attention's backward pass is slow
-    fused = {block.attn1: block.attn1.processor for block in pipeline.transformer.transformer_blocks}
-    for attention in fused:
-        attention.set_processor(AttnProcessor())
-    objective = ClassObjective(pipeline)
-    trained = train(objective, classed(BATCH), config, folder=folder, settings=settings, title="DiT")
-    for attention, processor in fused.items():
-        attention.set_processor(processor)
+    with attention_written_out(pipeline.transformer):
+        trained = train(ClassObjective(pipeline), classed(BATCH), config, folder=folder, settings=settings, title="DiT")
     pipeline.set_progress_bar_config(disable=True)
     return TrainedDiT(pipeline, trained)
 

@@ -6,7 +6,8 @@ pure noise (Lin et al. 2023), guided without a classifier (Ho and Salimans 2022)
 and in which order, is in :mod:`vaelab.lessons`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -110,8 +111,6 @@ def train_pipeline(
         seed: fixes the first weights and every step.
         model: the networks' sizes.
     """
-    from diffusers.models.attention_processor import AttnProcessor
-
     model = model or ModelConfig()
     vae = new_vae(model, seed)
     settings = {"channels": [*model.vae_channels, model.latent_channels], "batch_size": VAE_BATCH, "kl": KL_WEIGHT}
@@ -128,22 +127,35 @@ def train_pipeline(
         folder=Path(folder, "text"), settings=settings, title="text model",
     )  # fmt: skip
     pipeline = new_pipeline(vae, text_encoder, tokenizer, model, seed)
-    # with attention written out a step takes a fifth less time on a CPU: the fused one's backward pass is slow
-    fused = pipeline.unet.attn_processors
-    pipeline.unet.set_attn_processor(AttnProcessor())
     lessons, places = {}, None
-    for (name, schedule), steps in zip(LESSONS.items(), lesson_steps, strict=True):
-        objective = DenoisingObjective(pipeline, schedule)
-        objective.places = places = places or objective.places
-        settings = {"model": asdict(model), "schedule": asdict(schedule), "batch_size": BATCH}
-        config = _training(steps, 50 if lessons else 200, device, seed)
-        if not lessons:
-            config = replace(config, horizon=round(HORIZON * steps))
-        stream = prompted(BATCH, tokenizer, schedule)
-        lessons[name] = train(objective, stream, config, folder=Path(folder, name), settings=settings, title=name)
-    pipeline.unet.set_attn_processor(fused)
+    with attention_written_out(pipeline.unet):
+        for (name, schedule), steps in zip(LESSONS.items(), lesson_steps, strict=True):
+            objective = DenoisingObjective(pipeline, schedule)
+            objective.places = places = places or objective.places
+            settings = {"model": asdict(model), "schedule": asdict(schedule), "batch_size": BATCH}
+            config = _training(steps, 50 if lessons else 200, device, seed)
+            if not lessons:
+                config = replace(config, horizon=round(HORIZON * steps))
+            stream = prompted(BATCH, tokenizer, schedule)
+            lessons[name] = train(objective, stream, config, folder=Path(folder, name), settings=settings, title=name)
     pipeline.set_progress_bar_config(disable=True)
     return TrainedPipeline(pipeline, vae_trained, text_trained, lessons)
+
+
+@contextmanager
+def attention_written_out(network: nn.Module) -> Iterator[None]:
+    """Without PyTorch's fused attention, whose backward pass is slow on a CPU: a training step of the U-Net
+    takes a fifth less time there."""
+    from diffusers.models.attention_processor import AttnProcessor
+
+    fused = {module: module.processor for module in network.modules() if hasattr(module, "set_processor")}
+    for attention in fused:
+        attention.set_processor(AttnProcessor())
+    try:
+        yield
+    finally:
+        for attention, processor in fused.items():
+            attention.set_processor(processor)
 
 
 def _training(steps: int, warmup: int, device: str, seed: int) -> TrainConfig:
