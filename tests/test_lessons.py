@@ -114,6 +114,64 @@ def test_things_stand_exactly_where_it_is_asked_for(pipeline):
     torch.testing.assert_close(exact["pixels"][3], world.render([world.Scene(placed, scene.texture, scene.ground)])[0])
 
 
+def test_what_a_prompt_leaves_open_of_the_places():
+    thing = world.Thing("star", "red", "large", "top")
+    some = {"named": ("shape", "colour")}
+    things = (
+        world.Thing("ring", "blue", "small", "bottom right", **some),
+        thing,
+        world.Thing("cross", "green", "small", "left", **some),
+    )
+    scenes = [world.Scene(things, "plain", "grey"), world.Scene((thing,), "plain", "grey")]
+    assert lessons.unsaid_places(scenes).tolist() == [[0, -1, 0, 2, 0, 0, 0, 0, 1], [0, -1, 0, 0, 0, 0, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("side", [8, 16, 24])
+def test_the_noise_is_highest_where_what_is_not_placed_stands(side):
+    torch.manual_seed(0)
+    noise = torch.randn(3, 4, side, side)
+    unsaid = torch.tensor([[0, -1, 0, 2, 0, 0, 0, 0, 1], [0, 0, 0, 0, 1, 0, 0, 0, 0], [-1, 0, 0, 0, 0, 0, 0, 0, -1]])
+    chosen = lessons.let_noise_choose(noise, unsaid)
+    middles = lessons._middles((side, side))
+    seen = torch.zeros(side, side)
+    for rows, columns in middles:
+        seen[rows, columns] += 1
+    assert seen.max() == 1 and seen.sum() == 9 * (side // 8) ** 2
+    assert torch.equal(chosen * (seen == 0), noise * (seen == 0))
+    before, after = (
+        torch.stack([z[:, :, rows, columns].mean((1, 2, 3)) for rows, columns in middles], 1) for z in (noise, chosen)
+    )
+    torch.testing.assert_close(before.sort(1).values, after.sort(1).values)
+    assert after[0, 1] == before[0, 1]
+    left = after[0, [0, 2, 3, 4, 5, 6, 7, 8]].sort(descending=True).values
+    assert after[0, 8] == left[0] and after[0, 3] == left[1]
+    assert after[1].argmax() == 4 and torch.equal(chosen[2], noise[2])
+
+
+def test_noise_that_chooses_is_white_noise_over_all_that_a_prompt_may_mean():
+    """The places that an unnamed one may have are equally likely, and so the noise keeps its distribution."""
+    torch.manual_seed(0)
+    count = 9000
+    places = torch.nn.functional.one_hot(torch.arange(count) % 9, 9)
+    noise = lessons.let_noise_choose(torch.randn(count, 1, 8, 8), places).flatten(1)
+    assert noise.mean(0).abs().max() < 5 / count**0.5
+    assert (torch.cov(noise.T) - torch.eye(64)).abs().max() < 6 * (2 / count) ** 0.5
+    standing = noise[torch.arange(count), [8 * r.start + c.start for r, c in lessons._middles((8, 8))] * (count // 9)]
+    assert standing.mean() == pytest.approx(1.485, abs=0.05)  # of the largest of nine normal numbers
+
+
+def test_noise_chooses_for_prompts_that_are_kept_alone(pipeline, monkeypatch):
+    seen = []
+    add_noise = pipeline.scheduler.add_noise
+    monkeypatch.setattr(pipeline.scheduler, "add_noise", lambda z, e, t: seen.append(e) or add_noise(z, e, t))
+    batch = next(lessons.prompted(16, pipeline.tokenizer, ScheduleConfig(curriculum=0))())
+    for dropout, chooses in ((1.0, False), (1.0, True), (0.0, True)):
+        torch.manual_seed(0)
+        DenoisingObjective(pipeline, ScheduleConfig(prompt_dropout=dropout, noise_chooses=chooses))(batch)
+    assert torch.equal(seen[0], seen[1])
+    assert torch.equal(seen[2], lessons.let_noise_choose(seen[0], batch["unsaid"])) and not torch.equal(*seen[1:])
+
+
 def test_ranks_and_later_starts_share_one_stream(pipeline):
     alone = lessons.pictures(2)()
     four = [next(alone)["pixels"] for _ in range(4)]

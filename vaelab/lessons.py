@@ -3,7 +3,7 @@ the loss on them."""
 
 import itertools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vaelab import hooks, models
 from vaelab.checks import at_least
 from vaelab.text_model import tokenize
-from vaelab.world import Scene, render, sample
+from vaelab.world import CENTRES, POSITIONS, SIDE, Scene, render, sample
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -41,6 +41,8 @@ class ScheduleConfig:
     exact: bool = False
     """Whether things stand exactly at their places. A prompt does not tell by how much they are off, so
     that what is learned of their outlines otherwise is the mean over that."""
+    noise_chooses: bool = False
+    """Whether a thing whose place is not named stands where the noise says, see :func:`let_noise_choose`."""
     place_weight: float = 0.1
     """Of knowing where one is."""
     thing_weight: tuple[float, float] = (10.0, 3.0)
@@ -62,9 +64,9 @@ LESSONS = {
     "outlines": ScheduleConfig(
         sampler_share=0.5, curriculum=1500, alone=False, pure_noise=False, exact=True, thing_weight=(10.0, 10.0)
     ),
-    "practice": ScheduleConfig(curriculum=0, exact=True, thing_weight=(5.0, 5.0)),
+    "practice": ScheduleConfig(curriculum=0, exact=True, noise_chooses=True, thing_weight=(5.0, 5.0)),
 }
-"""First what is named comes in its place, then with its outline, then in scenes of several things."""
+"""First what is named comes in its place, then with its outline, then as people write, with much left unsaid."""
 
 
 class DenoisingObjective(nn.Module):
@@ -95,12 +97,15 @@ class DenoisingObjective(nn.Module):
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The loss of ``pixels`` (B, 3, R, R) in [-1, 1], their ``tokens`` (B, L), the ``weight``
-        (B, 1, R, R) of each pixel, and which are ``blank`` (B,), to be made of pure noise."""
+        (B, 1, R, R) of each pixel, which are ``blank`` (B,), to be made of pure noise, and the
+        things whose place is ``unsaid`` (B, 9)."""
         pixels, tokens, device = batch["pixels"], batch["tokens"], batch["pixels"].device
         latents = scaled_latents(self._vae[0], pixels)
         noise = torch.randn_like(latents)
         timesteps = torch.where(batch["blank"], self._visited[0], self._timesteps(len(latents)).to(device))
         dropped = torch.rand(len(tokens), 1, device=device) < self._config.prompt_dropout
+        if self._config.noise_chooses:
+            noise = torch.where(dropped[..., None, None], noise, let_noise_choose(noise, batch["unsaid"]))
         states = self.text_encoder(torch.where(dropped, self._empty.to(device), tokens))[0]
         noisy = self._scheduler.add_noise(latents, noise, timesteps)
         target = self._scheduler.get_velocity(latents, noise, timesteps)
@@ -169,9 +174,56 @@ def prompted(
             "tokens": tokenize(tokenizer, [scene.prompt for scene in drawn]),
             "weight": pixel_weights(drawn, last + left * (first - last)),
             "blank": torch.arange(len(drawn)) < easy * config.pure_noise,
+            "unsaid": unsaid_places(drawn),
         }
 
     return stream(batch_size, batch)
+
+
+def unsaid_places(scenes: Sequence[Scene]) -> Tensor:
+    """What a prompt leaves open of each of the nine positions: (B, 9) int64, i for its i-th thing whose
+    place is not named, counted from 1, 0 where nothing stands and -1 where a thing's place is named."""
+    places = torch.zeros(len(scenes), len(POSITIONS), dtype=torch.long)
+    for row, scene in zip(places, scenes, strict=True):
+        unsaid = itertools.count(1)
+        for thing in scene.things:
+            row[list(POSITIONS).index(thing.position)] = -1 if "position" in thing.named else next(unsaid)
+    return places
+
+
+def let_noise_choose(noise: Tensor, unsaid: Tensor) -> Tensor:
+    """Noise that tells where the things stand whose places a prompt does not name.
+
+    Of pure noise and a prompt that leaves a place open, a denoiser can only draw the mean over all
+    places, a few faint copies of the thing, and the steps of a short sampler are too few to part
+    from it. So noise and picture are drawn together (as in multisample flow matching, Pooladian et
+    al. 2023, where the coupling is that of optimal transport): the first such thing stands where of
+    all places left the noise in the middle is highest, the second where it is next highest. What is
+    exchanged are like parts of white noise, so that noise by itself, and given any prompt, is as it
+    was; the paths from noise to picture are straighter, and a deterministic sampler follows them.
+
+    Args:
+        noise: (B, c, h, w).
+        unsaid: as :func:`unsaid_places` gives it.
+    """
+    noise = noise.clone()
+    for each, places in zip(noise, unsaid.tolist(), strict=True):
+        middles = [each[:, rows, columns] for rows, columns in _middles(each.shape[-2:])]
+        left = [i for i, place in enumerate(places) if place >= 0]
+        for _, i in sorted((place, i) for i, place in enumerate(places) if place > 0):
+            best = max(left, key=lambda j: middles[j].mean().item())
+            middles[i][:], middles[best][:] = middles[best].clone(), middles[i].clone()
+            left.remove(i)
+    return noise
+
+
+def _middles(shape: Sequence[int]) -> list[tuple[slice, slice]]:
+    """Rows and columns of a latent picture in the middle of each position: an eighth of its side."""
+    rows, columns = (
+        [slice(first, first + max(1, side // 8)) for first in (round(c * side / SIDE - side / 16) for c in CENTRES)]
+        for side in shape
+    )
+    return list(itertools.product(rows, columns))
 
 
 def stream(batch_size: int, batch: Callable[[list[Scene], int], dict]) -> Callable[..., Iterator[dict[str, Tensor]]]:

@@ -94,7 +94,7 @@ def train_pipeline(
     *,
     vae_steps: int = 3000,
     text_steps: int = 800,
-    lesson_steps: Sequence[int] = (1200, 3000, 800),
+    lesson_steps: Sequence[int] = (1200, 3000, 4000),
     device: str = "auto",
     seed: int = 0,
     model: ModelConfig | None = None,
