@@ -5,6 +5,7 @@ Apart from the tests because such a process imports it: it is there at once with
 
 import os
 
+import fsspec
 import numpy as np
 import torch
 
@@ -45,6 +46,15 @@ def fill(folder, maps=None, *, step=2, stop=None, **options):
             part = slice(start, min(start + step, len(items)))
             writer.add({block: value[part] for block, value in maps.items()}, items[part])
     return folder
+
+
+def damage(url, name, change):
+    """Change one file of a store, wherever it is; None deletes it."""
+    system, path = fsspec.url_to_fs(f"{url}/{name}")
+    data = system.cat_file(path)
+    system.rm(path)
+    if (changed := change(data)) is not None:
+        system.pipe_file(path, changed)
 
 
 def correlation(numbers):

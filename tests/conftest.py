@@ -3,6 +3,7 @@ import logging
 import shutil
 from pathlib import Path
 
+import fsspec
 import pytest
 import torch
 
@@ -60,6 +61,18 @@ def once_written(tmp_path_factory):
 def written(once_written, tmp_path):
     """A small store of one's own, as :mod:`collecting` fills it."""
     return Path(shutil.copytree(once_written, tmp_path / "store"))
+
+
+@pytest.fixture(params=["local", "memory"])
+def url(request, written):
+    """The same store in a folder and on a file system that knows neither folders nor mapping."""
+    if request.param == "local":
+        yield str(written)
+        return
+    memory = fsspec.filesystem("memory")
+    memory.put(str(written), "/some/store", recursive=True)
+    yield "memory://some/store"
+    memory.rm("/some", recursive=True)
 
 
 @pytest.fixture

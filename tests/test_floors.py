@@ -15,7 +15,7 @@ FLOORS = [
      "locations", "storage", "lasting", "channel_plots"],
     ["blocks", "channels", "embedded_data", "oracle", "perceptual", "prompts", "report", "sae", "shards", "text_model",
      "training", "clip_names"],
-    ["models", "baselines", "data", "nudge", "planning", "runs", "sae_formats", "writing", "conclusions"],
+    ["models", "baselines", "data", "nudge", "planning", "runs", "sae_formats", "writing", "conclusions", "items"],
     ["conditioning", "fidelity", "lens", "lessons", "store", "vae", "latents", "sampling", "labelled"],
     ["denoise", "study", "text_to_image", "masked_measures", "examples", "features", "diffusion_classifier"],
     ["ablate", "causes", "collect", "comparison", "judging", "pruning", "diffc", "layer_features", "class_to_image"],

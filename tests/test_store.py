@@ -7,23 +7,11 @@ import fsspec
 import numpy as np
 import pytest
 import torch
-from collecting import COUNT, LAYOUT, begin, captures, correlation, fill, truth
+from collecting import COUNT, LAYOUT, begin, captures, correlation, damage, fill, truth
 from safetensors.torch import load_file
 
 from vaelab import shards, store
 from vaelab.store import BlockShape
-
-
-@pytest.fixture(params=["local", "memory"])
-def url(request, written):
-    """The same store in a folder and on a file system that knows neither folders nor mapping."""
-    if request.param == "local":
-        yield str(written)
-        return
-    memory = fsspec.filesystem("memory")
-    memory.put(str(written), "/some/store", recursive=True)
-    yield "memory://some/store"
-    memory.rm("/some", recursive=True)
 
 
 def flat(block):
@@ -45,15 +33,11 @@ def test_what_is_written_is_read_back_whatever_the_steps(tmp_path, precision, st
         assert got.dtype == value.dtype and torch.equal(got, value)
 
 
-def test_maps_and_items_come_in_the_order_asked_for(url):
+def test_maps_come_in_the_order_asked_for(url):
     opened = store.open(url)
     for block, value in truth().items():
         assert torch.equal(opened.maps(block, [10, 0, 4, 4]), value[[10, 0, 4, 4]])
         assert opened.maps(block, []).shape == (0, *value.shape[1:])
-    assert len(opened.items) == COUNT
-    assert opened.items[-1] == captures()[-1] and opened.items[2:9:3] == captures()[2:9:3]
-    with pytest.raises(IndexError):
-        opened.items[COUNT]
 
 
 def test_a_row_is_described_by_its_item_block_and_position(url):
@@ -241,15 +225,6 @@ def test_training_goes_on_from_a_checkpoint_on_a_store(written, tmp_path):
 # what is wrong is named
 
 
-def damage(url, name, change):
-    """Change one file of a store, wherever it is; None deletes it."""
-    system, path = fsspec.url_to_fs(f"{url}/{name}")
-    data = system.cat_file(path)
-    system.rm(path)
-    if (changed := change(data)) is not None:
-        system.pipe_file(path, changed)
-
-
 FILES = ["index.json", "shard-00001.json", "shard-00003.json", "shard-00001.items.json",
          "shard-00000.mid_attn.safetensors", "shard-00003.down.2.1.safetensors"]  # fmt: skip
 
@@ -343,15 +318,6 @@ def test_a_file_that_goes_while_the_store_is_open_is_named(url, change, told):
     for read in (lambda: list(opened.batches("up.0", 4, seed=0)), lambda: opened.maps("up.0", [10])):
         with pytest.raises(ValueError, match=f"shard-00003.up.0.safetensors {told}"):
             read()
-
-
-@pytest.mark.parametrize("text", [b"[]", b"[{}]]]", b""])
-def test_items_that_change_while_the_store_is_open_are_named(url, text):
-    opened = store.open(url)
-    damage(url, "shard-00001.items.json", lambda data: text)
-    assert opened.items[2] == captures()[2]
-    with pytest.raises(ValueError, match=r"shard-00001.items.json was changed since it was written"):
-        opened.describe("up.0", 10)
 
 
 def test_a_shard_too_many_is_no_part_of_the_store(written):

@@ -14,11 +14,9 @@
 What the files are is told in :mod:`vaelab.shards`.
 """
 
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
 from itertools import count, groupby
 from operator import itemgetter
 from pathlib import Path
@@ -30,8 +28,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vaelab.checks import at_least, unknown
+from vaelab.items import Items
 from vaelab.planning import Plan, plan
-from vaelab.shards import BlockShape, Layout, items_file, map_rows, read_index, read_rows, read_shards
+from vaelab.shards import BlockShape, Layout, map_rows, read_index, read_rows, read_shards
 from vaelab.shuffling import Group, Order, shuffle_stream
 from vaelab.storage import CONNECTIONS, Folder
 from vaelab.writing import Writer, create
@@ -55,7 +54,7 @@ class Store:
     """What its items were made from."""
     complete: bool
     """Whether its collection came to its end."""
-    items: "Items"
+    items: Items
     """The captures in their order: ``prompt`` or ``image``, ``seed``, ``timestep``, ..."""
 
     def __init__(self, url: str | Path, **options: Any):
@@ -269,35 +268,6 @@ def _gathered(parts: Sequence[Tensor], chosen: Tensor, dtype: torch.dtype) -> tu
         out[begin:end] = part.index_select(0, chosen[begin:end] - first)
         first, begin = first + len(part), end
     return out, chosen
-
-
-class Items(Sequence):
-    """The items of a store, read shard by shard when they are asked for."""
-
-    def __init__(self, folder: Folder, counts: list[int], per_shard: int):
-        self._length, self._per_shard = sum(counts), per_shard
-        self._shard = lru_cache(maxsize=8)(lambda shard: self._read(folder, items_file(shard), counts[shard]))
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        place = range(len(self))[index]
-        return dict(self._shard(place // self._per_shard)[place % self._per_shard])
-
-    @staticmethod
-    def _read(folder: Folder, file: str, count: int) -> list[dict[str, Any]]:
-        try:
-            items = json.loads(folder.read(file))
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{folder.name(file)} was changed since it was written: it is not JSON ({error})"
-            ) from error
-        if len(items) != count:
-            raise ValueError(f"{folder.name(file)} was changed since it was written: {len(items)} items, not {count}")
-        return items
 
 
 def open(url: str | Path, **options: Any) -> Store:
