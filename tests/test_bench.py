@@ -6,11 +6,11 @@ import torch
 
 from vaelab import bench, data, denoise
 from vaelab.collect import CollectConfig
+from vaelab.configs import TrainConfig
 from vaelab.denoise import Sampling
 from vaelab.labelled import Pictures
 from vaelab.layer_features import LayerConfig
 from vaelab.study import StudyConfig
-from vaelab.training import TrainConfig
 
 
 def test_every_action_is_timed_once_a_round_in_an_order_that_changes():

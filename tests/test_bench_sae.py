@@ -53,8 +53,8 @@ def test_what_fails_in_that_process_is_told():
 @pytest.mark.parametrize("screen", [False, True])
 @pytest.mark.parametrize("dead", [False, True])
 def test_our_step_is_that_of_the_training(screen, dead, monkeypatch):
+    from vaelab.configs import TrainConfig
     from vaelab.sae_training import SAEObjective, Wanted, train_saes
-    from vaelab.training import TrainConfig
 
     made = []
     monkeypatch.setattr(bench_sae, "SAEObjective", lambda wanted: made.append(SAEObjective(wanted)) or made[0])

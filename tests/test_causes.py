@@ -3,9 +3,9 @@ from dataclasses import replace
 import pytest
 
 from vaelab import causes, data
+from vaelab.configs import TrainConfig
 from vaelab.files import read_json
 from vaelab.study import StudyConfig
-from vaelab.training import TrainConfig
 
 CONFIG = StudyConfig(
     TrainConfig(steps=2, learning_rate=1e-3, weight_decay=0.5, device="cpu"), batch_size=2, track_every=9

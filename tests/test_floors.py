@@ -12,7 +12,7 @@ FLOORS = [
     ["checks", "files", "plots", "preprocessing", "sae_kernels", "removal", "mechanism"],
     ["devices", "checkpoints", "folders", "frontpage", "hooks", "panels", "planted", "sae_choice", "sae_peers",
      "sae_plots", "shuffling", "world", "noise_loss", "mask_plots", "probe", "purity", "pca", "readout_plots",
-     "locations", "storage", "lasting", "channel_plots"],
+     "locations", "storage", "lasting", "channel_plots", "configs"],
     ["blocks", "channels", "embedded_data", "oracle", "perceptual", "prompts", "report", "sae", "shards", "text_model",
      "training", "clip_names"],
     ["models", "baselines", "data", "nudge", "planning", "runs", "sae_formats", "writing", "conclusions", "items"],

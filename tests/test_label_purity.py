@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from vaelab import examples, label_purity, purity, sae_training
+from vaelab.configs import TrainConfig
 from vaelab.label_purity import grid, metrics, table, tops, wanted
 from vaelab.labelled import Pictures
-from vaelab.training import TrainConfig
 
 LAYER = "up.t25"
 

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from vaelab import data, lens, models
-from vaelab.training import TrainConfig
+from vaelab.configs import TrainConfig
 
 
 @pytest.fixture

@@ -72,12 +72,12 @@ def test_every_parameter_is_used(notebook):
     named = {node.id for node in ast.walk(ast.parse(rest)) if isinstance(node, ast.Name)}
     from dataclasses import fields
 
+    from vaelab.configs import TrainConfig
     from vaelab.latents import LatentConfig
     from vaelab.masked_measures import MeasuringConfig
     from vaelab.nudge import NudgeConfig
     from vaelab.pruning import PruningConfig
     from vaelab.study import StudyConfig
-    from vaelab.training import TrainConfig
 
     parts = {
         StudyConfig: (TrainConfig, NudgeConfig),

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from small_latents import small_config
 
 from vaelab import data, pruning
+from vaelab.configs import TrainConfig
 from vaelab.pruning import PruningConfig, build, load_pruned, train_pruned
-from vaelab.training import TrainConfig
 
 
 @pytest.fixture(scope="module")

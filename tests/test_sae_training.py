@@ -7,11 +7,12 @@ from safetensors.torch import load_file
 
 from vaelab import store
 from vaelab.collect import CollectConfig, vectors
+from vaelab.configs import TrainConfig
 from vaelab.denoise import Sampling
 from vaelab.planted import Planted, recovery
 from vaelab.sae import VARIANTS, SAEConfig
 from vaelab.sae_training import SAEObjective, Wanted, from_store, geometric_median, make_tangent, streaming, train_saes
-from vaelab.training import TrainConfig, Watcher
+from vaelab.training import Watcher
 
 PLANTED = Planted(d=32, n_features=48, active=2, length=30.0)
 

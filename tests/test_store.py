@@ -199,7 +199,8 @@ def test_a_group_is_let_go_when_it_has_been_given_out(written, monkeypatch):
 
 
 def test_training_goes_on_from_a_checkpoint_on_a_store(written, tmp_path):
-    from vaelab.training import TrainConfig, train
+    from vaelab.configs import TrainConfig
+    from vaelab.training import train
 
     class Mean(torch.nn.Module):
         def __init__(self):

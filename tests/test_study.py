@@ -13,10 +13,10 @@ from helpers import CHILDREN, ONE_THREAD, SILENT, save_silenced, without_groupno
 from safetensors.torch import load_file
 
 from vaelab import channels, models, study
+from vaelab.configs import TrainConfig
 from vaelab.data import load_images
 from vaelab.nudge import NudgeConfig
 from vaelab.study import StudyConfig, compare, train_vae
-from vaelab.training import TrainConfig
 
 SCRIPT = Path(__file__).with_name("train_small_vae.py")
 PLANTED = sorted((layer, channel) for layer, indices in SILENT.items() for channel in indices)

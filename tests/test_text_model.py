@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from vaelab import text_model, world
+from vaelab.configs import TrainConfig
 from vaelab.text_model import NOT_SAID, ReadingObjective
-from vaelab.training import TrainConfig, train
+from vaelab.training import train
 from vaelab.world import Scene, Thing
 
 

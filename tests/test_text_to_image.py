@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from vaelab import denoise, lessons, models, text_model, text_to_image
+from vaelab.configs import TrainConfig
 from vaelab.lessons import DenoisingObjective, ScheduleConfig
 from vaelab.text_to_image import ModelConfig
-from vaelab.training import TrainConfig, train
+from vaelab.training import train
 
 SIZES = ModelConfig(
     vae_channels=(16, 16, 16), unet_channels=(16, 32), unet_layers=1, head_width=16, text_width=32, text_layers=1

@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from vaelab import data, models, study
+from vaelab.configs import TrainConfig
 from vaelab.files import write_json
 from vaelab.nudge import NudgeConfig
-from vaelab.training import TrainConfig
 
 
 def main(model: str, folder: str, steps: int) -> None:

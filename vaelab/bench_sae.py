@@ -24,6 +24,7 @@ from vaelab import sae_peers
 from vaelab.bench import interleaved
 from vaelab.checks import project_root
 from vaelab.collect import CollectConfig, vectors
+from vaelab.configs import TrainConfig
 from vaelab.files import read_json, write_json
 from vaelab.planted import Planted, recovery
 from vaelab.prompts import load_prompts
@@ -32,7 +33,6 @@ from vaelab.sae_choice import choose_top
 from vaelab.sae_kernels import linear
 from vaelab.sae_peers import LONG_AGO, PEERS, Setting, Step
 from vaelab.sae_training import SAEObjective, UnitLength, Wanted, train_saes
-from vaelab.training import TrainConfig
 
 PEERS_FOLDER = ".peers"
 """Under the project's folder: where ``make peers`` installs the others' libraries."""

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from vaelab import devices
 from vaelab.checks import at_least
+from vaelab.configs import TrainConfig
 from vaelab.lessons import exactly_placed, pixel_weights, scaled_latents, stream, weighted_error
 from vaelab.text_to_image import attention_written_out, new_scheduler
-from vaelab.training import TrainConfig, Trained, train
+from vaelab.training import Trained, train
 from vaelab.world import COLOURS, SHAPES, Scene, allowed, render
 
 BATCH = 32

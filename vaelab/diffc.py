@@ -20,9 +20,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vaelab.checks import at_least
+from vaelab.configs import TrainConfig
 from vaelab.examples import Examples
 from vaelab.files import atomic
-from vaelab.training import TrainConfig, Watcher, train
+from vaelab.training import Watcher, train
 
 BEST = "best.safetensors"
 

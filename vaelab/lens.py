@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from vaelab import models
 from vaelab.checks import at_least
+from vaelab.configs import TrainConfig
 from vaelab.data import Images
 from vaelab.hooks import capture, edit
-from vaelab.training import TrainConfig, train
+from vaelab.training import train
 
 EPSILON = 1e-12
 

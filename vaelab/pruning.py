@@ -18,12 +18,13 @@ from torch import nn
 from vaelab import models
 from vaelab.checkpoints import refuse_other_settings
 from vaelab.checks import at_least, one_of
+from vaelab.configs import NOT_SIGNED, TrainConfig, configured
 from vaelab.data import Images
 from vaelab.files import atomic, read_json, write_json
 from vaelab.latents import LatentConfig, PruningObjective
 from vaelab.masked_measures import MeasuringConfig, measure
 from vaelab.sampling import Judge
-from vaelab.training import NOT_SIGNED, TrainConfig, Watcher, configured, train
+from vaelab.training import Watcher, train
 
 AUTOENCODERS = ("scratch", "finetuned", "frozen")
 TRACKED_PICTURES = 128

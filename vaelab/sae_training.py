@@ -19,13 +19,14 @@ from torch import Tensor, nn
 
 from vaelab.checks import unknown
 from vaelab.collect import CollectConfig, captures
+from vaelab.configs import TrainConfig
 from vaelab.hooks import on_gradient
 from vaelab.sae import SAE, SAEConfig, refuse_not_finite, refuse_other_width
 from vaelab.sae_choice import choose_of_batch
 from vaelab.sae_kernels import row_products
 from vaelab.shuffling import shuffle_stream
 from vaelab.store import Store
-from vaelab.training import Batches, TrainConfig, Watcher, train
+from vaelab.training import Batches, Watcher, train
 
 SAMPLE = 2**14
 """Vectors of a block, at most, from which medians, spreads and first thresholds are taken."""

@@ -18,10 +18,11 @@ from torch import nn
 from vaelab import channels, models
 from vaelab.checkpoints import refuse_other_settings
 from vaelab.checks import at_least, one_of
+from vaelab.configs import NOT_SIGNED, TrainConfig, configured
 from vaelab.data import Images
 from vaelab.files import read_json, write_json
 from vaelab.nudge import NudgeConfig, nudge, random_active
-from vaelab.training import NOT_SIGNED, TrainConfig, Watcher, configured, train
+from vaelab.training import Watcher, train
 from vaelab.vae import VAEObjective, evaluate
 
 CONDITIONS = ("baseline", "nudge", "control")
@@ -261,7 +262,7 @@ def compare(
 
 
 def decayless_scales(model: nn.Module) -> tuple[str, ...]:
-    """The names that :class:`vaelab.training.TrainConfig` must leave undecayed for weight decay to
+    """The names that :class:`vaelab.configs.TrainConfig` must leave undecayed for weight decay to
     spare GroupNorm's scales and shifts."""
     return tuple(f"vae.{layer}.{part}" for layer in channels.groupnorms(model) for part in ("weight", "bias"))
 
