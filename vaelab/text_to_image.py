@@ -17,9 +17,10 @@ from torch import nn
 
 from vaelab import models
 from vaelab.checks import at_least
+from vaelab.configs import TrainConfig
 from vaelab.lessons import LESSONS, DenoisingObjective, pictures, prompted
 from vaelab.text_model import ReadingObjective, new_text_model, new_tokenizer, readings
-from vaelab.training import TrainConfig, Trained, train
+from vaelab.training import Trained, train
 from vaelab.vae import VAEObjective
 from vaelab.world import SIDE, render, sample
 
