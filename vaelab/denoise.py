@@ -51,7 +51,7 @@ class Sampling:
 
     steps: int = 4
     """Denoising steps."""
-    guidance_scale: float = 2.0
+    guidance_scale: float = 3.0
     """Of classifier-free guidance; up to 1 there is none (SDXL Turbo: 0)."""
     height: int | None = None
     """Of the pictures, in pixels, together with the width; None takes the model's own."""
