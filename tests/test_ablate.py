@@ -31,6 +31,16 @@ def test_the_blocks_that_can_be_switched_off(small_pipeline, name, some, never):
     assert some in found and never not in found
 
 
+def test_blocks_are_chosen_by_name_or_glob_and_refused_before_anything_is_drawn(small_pipeline):
+    pipeline = small_pipeline("sdxl")
+    assert ablate.chosen(pipeline, []) == ablate.transformer_blocks(pipeline)
+    assert ablate.chosen(pipeline, ["down.1.*", "mid.0"]) == ["down.1.0", "down.1.1", "mid.0"]
+    with pytest.raises(ValueError, match=r"^blocks: unknown name 'mid.9'.*mid.0"):
+        ablate.chosen(pipeline, ["mid.0", "mid.9"])
+    with pytest.raises(ValueError, match=r"^blocks: .*up_blocks.0 takes .* so it is no update of its input"):
+        ablate.chosen(pipeline, ["mid.0", "up_ft0"])
+
+
 def test_manhattan_distance_of_a_planted_change():
     before = torch.zeros(2, 3, 4, 4)
     after = before.clone()

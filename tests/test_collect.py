@@ -111,6 +111,7 @@ def test_summary_of_a_planted_store(tmp_path):
         ({"halves": "none"}, "halves"),
         ({"steps": (0, 0)}, "capture_steps"),
         ({"batch_size": 0}, "batch_size"),
+        ({"precision": "float8"}, "^stored_precision: unknown name 'float8'"),
     ],
 )
 def test_what_is_refused(change, message):

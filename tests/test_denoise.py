@@ -20,6 +20,7 @@ from vaelab.denoise import (
     last_timestep,
     passes,
     predict,
+    refuse_size,
 )
 from vaelab.hooks import capture, edit
 from vaelab.models import load_pipeline
@@ -614,7 +615,7 @@ def test_size_of_a_class_conditional_models_pictures_is_its_own(small_pipeline):
         ({"steps": 0}, "steps: must be at least 1, got 0"),
         ({"guidance_scale": -1}, "guidance_scale: must be at least 0"),
         ({"height": 32}, "height and width: expected both or neither, got 32 and None"),
-        ({"height": 0, "width": 0}, "height: must be at least 8, got 0"),
+        ({"height": 0, "width": 0}, r"resolution \(height\): must be at least 8, got 0"),
         ({"options": {"generator": None}}, "options: generator is set by the lab"),
         ({"options": {"num_images_per_prompt": 2}}, "options: num_images_per_prompt is set by the lab"),
     ],
@@ -622,6 +623,26 @@ def test_size_of_a_class_conditional_models_pictures_is_its_own(small_pipeline):
 def test_contradictory_sampling_is_refused(changes, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         Sampling(**changes)
+
+
+@pytest.mark.parametrize(("name", "side", "multiple"), [("sd", 63, 8), ("sdxl", 20, 8), ("flux", 36, 8)])
+def test_a_size_that_the_model_does_not_make_is_refused_before_it_runs(
+    small_pipeline, monkeypatch, name, side, multiple
+):
+    pipeline = small_pipeline(name)
+    monkeypatch.setattr(type(pipeline), "encode_prompt", None)  # so that nothing can be computed
+    with pytest.raises(ValueError, match=f"^resolution: pictures of {side} x {side}; .* multiples of {multiple}"):
+        generate(pipeline, TEXTS, SEEDS, Sampling(1, height=side, width=side))
+
+
+def test_a_size_is_refused_where_another_alone_will_do(small_pipeline):
+    pipeline = small_pipeline("sd")
+    refuse_size(pipeline, Sampling(), 32)
+    refuse_size(pipeline, Sampling(height=64, width=64), 64)
+    refuse_size(small_pipeline("pixart"), Sampling(height=200, width=200))  # which rounds by itself
+    for own in (pipeline, small_pipeline("dit")):
+        with pytest.raises(ValueError, match=r"^resolution: pictures of 32 x 32; of this dataset they must be 64 x 64"):
+            refuse_size(own, Sampling(), 64)
 
 
 def test_options_reach_the_pipeline(small_pipeline):

@@ -82,6 +82,18 @@ def test_what_cannot_be_measured_is_refused(kept, by_factor):
         tops(untrained, by_factor["shape"], LAYER, top=61)
 
 
+def test_what_cannot_be_measured_is_refused_before_anything_is_trained(by_factor):
+    layers = [LAYER, "up.t100"]
+    label_purity.refuse_nonsense(by_factor, "shape", layers, ["up.t100"], 60)
+    for given, message in (
+        (("size", layers, [], 1), "factor: unknown name 'size'"),
+        (("shape", layers, ["up.t26"], 1), "shown_layers: unknown name 'up.t26'"),
+        (("shape", layers, [], 61), "top: 61 pictures a feature, and the activations are of 60"),
+    ):
+        with pytest.raises(ValueError, match=f"^{message}"):
+            label_purity.refuse_nonsense(by_factor, *given)
+
+
 def test_a_store_is_opened_with_its_factors_for_its_own_pictures_alone(kept):
     pictures = Pictures("p", 8, planted_pictures.CLASSES, range(60), lambda image: None)
     with pytest.raises(ValueError, match=r"^activations: made with dataset None, here it is 'p'"):

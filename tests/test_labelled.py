@@ -1,10 +1,12 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from helpers import picture_folder, png
 
 from vaelab import world
-from vaelab.labelled import crop_and_flip, load
+from vaelab.labelled import Pictures, crop_and_flip, load, refuse_without_classes
 
 
 def test_the_worlds_scenes_of_one_thing_have_every_factor():
@@ -45,7 +47,7 @@ def test_slices_of_the_world_are_disjoint_and_can_be_cut_short():
 @pytest.mark.parametrize(
     ("given", "message"),
     [({}, "max_images: the world has no end"), ({"split": "train[5:]"}, "max_images: "),
-     ({"split": "train[5:5]"}, "max_images: "), ({"split": "trian[0:5]"}, "split .*train"),
+     ({"split": "train[5:5]"}, r"split: 'train\[5:5\]' holds no picture"), ({"split": "trian[0:5]"}, "split .*train"),
      ({"split": "[0:5]"}, "split "), ({"resolution": 4, "max_images": 1}, "resolution: ")],
 )  # fmt: skip
 def test_what_the_world_cannot_give_is_refused(given, message):
@@ -88,6 +90,31 @@ def test_a_parquet_file_whose_classes_are_no_class_labels_has_none(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"^dataset: no picture and no parquet file in the folder"):
         load(str(tmp_path / "empty"), resolution=16)
+
+
+def test_classes_are_known_before_a_picture_is_read(tmp_path):
+    folder = str(picture_folder(tmp_path, [f"{kind}/{i}.png" for kind in ("cat", "dog") for i in range(3)]))
+    for pictures in (load("world", max_images=6), load(folder, resolution=8)):
+        read = [one.labels for one in pictures]
+        assert pictures.known() == {factor: [one[factor] for one in read] for factor in pictures.classes}
+    flat = str(picture_folder(tmp_path / "flat", ["a.png"]))
+    assert load(flat, resolution=8, labels=False).known is None
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([0, -1, 1], "split: 1 of 3 pictures of 'p' have no label"),
+        ([1, 1, 1], r"dataset: 'p' has 3 pictures of 1 classes \(label\)"),
+        ([0, 2, 1], r"dataset: 'p' has 3 pictures of 3 classes \(label\); expected .* more pictures than classes"),
+    ],
+)
+def test_classes_that_cannot_be_told_apart_are_refused(labels, message):
+    pictures = Pictures("p", 8, {"label": ["a", "b", "c"]}, range(3), lambda i: None)
+    refuse_without_classes(pictures)
+    refuse_without_classes(replace(pictures, known=lambda: {"label": [0, 1, 1]}))
+    with pytest.raises(ValueError, match=f"^{message}"):
+        refuse_without_classes(replace(pictures, known=lambda: {"label": labels}))
 
 
 def test_a_crop_is_a_square_of_the_picture_brought_back_to_its_size():

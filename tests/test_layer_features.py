@@ -183,6 +183,8 @@ def test_nothing_to_read_and_nonsense_are_refused(pipeline, tmp_path):
     for wrong in ({"blocks": ()}, {"timesteps": (5, 5)}, {"views": 0}, {"smallest_crop": 0.0}, {"side": "left"}):
         with pytest.raises(ValueError, match=f"^{next(iter(wrong))}"):
             config(**wrong)
+    with pytest.raises(ValueError, match=r"^stored_precision: unknown name 'float8'"):
+        config(precision="float8")
 
 
 def test_names_of_layers_and_timesteps_come_apart_again():

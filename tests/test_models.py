@@ -227,6 +227,9 @@ def test_models_are_put_in_the_embedded_ones_place(tiny_vae, tmp_path, monkeypat
     with pytest.raises(ValueError, match=r"^ship: unknown name 'vea'.*vae"):
         models.put_in_place({"vae": tiny_vae, "dit": tiny_vae}, ["vae", "vea"])
     assert not any(tmp_path.iterdir())
+    models.refuse_unshipped(["vae", "pipeline", "dit"])
+    with pytest.raises(ValueError, match=r"^ship: unknown name 'vea'.*vae"):
+        models.refuse_unshipped(["vae", "vea"])
     models.put_in_place({"vae": tiny_vae, "dit": tiny_vae}, ["vae"])
     assert [path.name for path in tmp_path.iterdir()] == ["vae"]
     assert_same_weights(load_vae(str(tmp_path / "vae"), device="cpu"), tiny_vae.to(torch.float32))

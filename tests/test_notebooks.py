@@ -10,10 +10,13 @@ from pathlib import Path
 
 import nbformat
 import papermill
+import planted_pictures
 import pytest
+from helpers import picture_folder
 from papermill.exceptions import PapermillExecutionError
 
-from vaelab import runs
+from vaelab import report, runs
+from vaelab.world import FACTORS
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -161,6 +164,80 @@ def test_wrong_input_is_one_clear_error_and_leaves_nothing_finished(tmp_path, no
         census(tmp_path, **given)
     assert re.search(message, raised.value.evalue, re.DOTALL), raised.value.evalue
     assert not list(tmp_path.rglob("results.json"))
+
+
+def executed(name, *kinds, **params):
+    """Run a notebook's parameters, others in their place, and its cells of some kinds, in this process."""
+    cells = code(nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4))
+    namespace = {"In": [], "display": lambda shown: None}
+    exec(cells[0].source, namespace)
+    namespace.update(device="cpu", **params)
+    for cell in cells[1:]:
+        if cell.id.split("-")[0] in kinds:
+            exec(cell.source, namespace)
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "message"),
+    [
+        ("01_train_embedded_models", {"ship": ["vea"]}, "ship: unknown name 'vea'"),
+        ("02_judge_embedded_models", {"class_model": "embedded"}, "class_model: .* have no names"),
+        ("02_judge_embedded_models", {"resolution": 128}, "resolution: pictures of 128 x 128; .* must be 64 x 64"),
+        ("30_collect_activations", {"resolution": 63}, "resolution: pictures of 63 x 63; .* takes multiples of 8"),
+        ("31_train_sae", {"activations": "{folder}"}, "activations: .* is no store of activations"),
+        ("32_evaluate_sae", {"saes": "{folder}"}, "saes: .* holds no finished run of 31_train_sae"),
+        ("33_block_ablation", {"blocks": ["down.1.1", "up.9.9"]}, "blocks: unknown name 'up.9.9'"),
+        ("33_block_ablation", {"resolution": 128}, "resolution: pictures of 128 x 128; .* must be 64 x 64"),
+        ("40_layer_features", {"dataset": "{folder}"}, r"dataset: .* 3 pictures of 3 classes \(label\)"),
+        ("41_label_purity", {"activations": "{folder}"}, "activations: .* is no store of activations"),
+        ("42_diffc", {"test_activations": "{folder}"}, "test_activations: .* is no store of activations"),
+        ("42_diffc", {"factor": "color"}, "factors: unknown name 'color'.*colour"),
+        ("42_diffc", {"template": "a thing"}, "template: expected a place {}"),
+        ("42_diffc", {"keep": [2, 2]}, "keep: expected falling numbers"),
+        ("42_diffc", {"others": ["{folder}"]}, "others: .* holds no finished run of 42_diffc"),
+        ("43_pca_maps", {"other_model": "embedded-dit", "other_blocks": ["block9"]}, "other_blocks: unknown name"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else next(iter(value)),
+)
+def test_wrong_input_is_refused_before_anything_is_computed(tmp_path, monkeypatch, name, params, message):
+    monkeypatch.chdir(ROOT)
+    folder = picture_folder(tmp_path / "given", [f"{kind}/0.png" for kind in ("cat", "dog", "emu")])
+    given = {key: json.loads(json.dumps(value).replace("{folder}", str(folder))) for key, value in params.items()}
+    stores = two_stores(tmp_path) if name == "42_diffc" else {}
+    with pytest.raises(ValueError, match=f"^{message}"):
+        executed(name, "load", **{"output_dir": str(tmp_path / "run"), **stores, **given})
+    assert not (tmp_path / "run" / "results.json").exists()
+
+
+def two_stores(folder):
+    """Features to learn from and to test on, as notebook 40 leaves them, for the parameters of 42."""
+    settings = {"model": "embedded", "resolution": 64, "classes": {name: list(each) for name, each in FACTORS.items()}}
+    truth = [dict.fromkeys(FACTORS, number % 2) for number in range(9)]
+    for part, begin in (("activations", 100), ("test_activations", 0)):
+        images, dataset = list(range(begin, begin + 9)), f"world[train][{begin}:{begin + 9}]"
+        planted_pictures.fill(folder / part, truth, images=images, dataset=dataset, **settings)
+    return {part: str(folder / part) for part in ("activations", "test_activations")} | {"split": "train[0:9]"}
+
+
+@pytest.mark.parametrize(
+    ("name", "params"),
+    [
+        ("30_collect_activations", {"blocks": ["up.0.*"], "max_images": 1, "steps": 1}),
+        ("43_pca_maps", {"blocks": ["bottleneck"], "dataset": "{folder}", "split": "train"}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else next(iter(value)),
+)
+def test_globs_and_own_pictures_are_taken_to_the_end(tmp_path, monkeypatch, name, params):
+    monkeypatch.chdir(ROOT)
+    folder = str(picture_folder(tmp_path / "given", ["a.png", "b.png"]))
+    given = {key: folder if value == "{folder}" else value for key, value in params.items()}
+    executed(name, *ORDER[2:], output_dir=str(tmp_path / "run"), **given)
+    assert (tmp_path / "run" / "results.json").exists()
+
+
+def test_what_is_counted_is_a_parameter_of_some_notebook():
+    known = {name for path in NOTEBOOKS for name in runs.declared(path)}
+    assert {*report.COUNTS, *report.FROM_ZERO} <= known
 
 
 def test_planted_channels_are_found_by_the_census_and_no_others(tmp_path):

@@ -35,19 +35,23 @@ def test_a_parquet_file_by_its_likeliest_column_or_the_one_asked_for(tmp_path, c
     ("dataset", "options", "message"),
     [
         ("wolrd", {}, "Did you mean 'world'"),
-        ("world", {}, "max_prompts"),
+        ("world", {}, "^max_images .of the world"),
         ("world", {"count": 2, "split": "tset"}, "test"),
         ("{folder}/numbers.parquet", {}, "no column of text"),
         ("{folder}/numbers.parquet", {"column": "nummer"}, "number"),
         ("{folder}/empty.txt", {}, "no prompt"),
-        ("{folder}/empty.txt", {"count": -1}, "max_prompts"),
+        ("{folder}/empty.txt", {"count": -1}, "^max_images: must be at least 0"),
         ("{folder}/notes.md", {}, "holds no prompts"),
+        ("{folder}/bytes.txt", {}, "^dataset: .*bytes.txt' could not be read as text"),
+        ("{folder}/cut.parquet", {}, "^dataset: .*cut.parquet' could not be loaded"),
     ],
 )
 def test_what_is_refused(tmp_path, dataset, options, message):
     datasets.Dataset.from_dict({"number": [1, 2]}).to_parquet(str(tmp_path / "numbers.parquet"))
     (tmp_path / "empty.txt").write_text("\n \n")
     (tmp_path / "notes.md").write_text("a dog")
+    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x80")
+    (tmp_path / "cut.parquet").write_bytes((tmp_path / "numbers.parquet").read_bytes()[:200])
     with pytest.raises(ValueError, match=message):
         prompts.load_prompts(dataset.format(folder=tmp_path), **options)
 

@@ -165,5 +165,10 @@ def test_what_would_be_no_test_is_refused(folders, by_factor, tmp_path):
         readout.tasks(told.url, tested, PICTURES, "planted")
     with pytest.raises(ValueError, match=r"^factors: unknown name 'size'"):
         readout.tasks(learned, tested, PICTURES, "planted", factors=["size"])
+    with pytest.raises(ValueError, match=r"^diffc_layers: unknown name 'mid.\*'"):
+        readout.tasks(learned, tested, PICTURES, "planted", diffc_layers=["mid.*"])
+    for which, places in enumerate(((str(tmp_path), tested), (learned, str(tmp_path)))):
+        with pytest.raises(ValueError, match=rf"^{('activations', 'test_activations')[which]}: .* is no store"):
+            readout.tasks(*places, PICTURES, "planted")
     with pytest.raises(ValueError, match=r"^activations: no maps of 'mid.t25'"):
         readout.diffcs({"shape": by_factor["shape"]}, {"shape": ["mid.t25"]}, SMALL, tmp_path)

@@ -91,6 +91,12 @@ def test_what_is_no_finished_run_is_refused(tmp_path):
         readout_tables.stored(same, "42_diffc", "purity", "purity")
 
 
+def test_the_runs_beside_it_are_looked_for_before_anything_is_learned(tmp_path):
+    readout_tables.refuse_unfinished([], "42_diffc")
+    with pytest.raises(ValueError, match=r"^others: .* holds no finished run of 42_diffc"):
+        readout_tables.refuse_unfinished([str(tmp_path)], "42_diffc")
+
+
 def test_metrics_have_the_names_that_were_promised():
     compared = pd.DataFrame({
         "classifier": ["diffusion_classifier", "diffc"], "accuracy": [0.6, 0.9], "accuracy_on_these": [0.6, 0.8],

@@ -60,6 +60,28 @@ def test_unknown_injected_parameter_is_refused_with_the_nearest(tmp_path):
         report.start(NAME, namespace(tmp_path, injected="stepz = 3\nrate = 0.1", stepz=3))
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("batch_size", 0, "must be at least 1, got 0"),
+        ("shown_images", -1, "must be at least 1"),
+        ("lesson_steps", [2, 0], "must be at least 1, got 0"),
+        ("seed", -1, "must be at least 0"),
+        ("resolution", -64, "must be at least 0"),
+        ("device", "gpu", "'gpu' is none"),
+        ("device", "cuda:99", "'cuda:99' is not on this machine"),
+        ("precision", "float8", "unknown name 'float8'.*float32"),
+    ],
+)
+def test_what_no_notebook_takes_is_refused_at_the_start(tmp_path, name, value, message):
+    given = namespace(tmp_path, **{name: value})
+    kind = list[int] if isinstance(value, list) else type(value)
+    given["__annotations__"] = {**given["__annotations__"], name: kind}
+    with pytest.raises(ValueError, match=f"^{name}: {message}"):
+        report.start(NAME, given)
+    assert not (tmp_path / "results.json").exists()
+
+
 def test_known_injected_parameters_are_taken(tmp_path):
     run = report.start(NAME, namespace(tmp_path, injected="steps = 7\nseeds = [4]", steps=7, seeds=[4]))
     assert run.params == {

@@ -35,7 +35,7 @@ def finished(tmp_path_factory, small_pipeline):
     sae_runs.keep(saes, wanted, kept, folder / "saes")
     rows = [{"block": one.block, "k": one.config.k, "n_features": one.config.n_features, "seed": one.seed, "name": name}
             for name, one in wanted.items()]  # fmt: skip
-    write_json(folder / "results.json", {"tables": {"saes": rows}})
+    write_json(folder / "results.json", {"notebook": "31_train_sae", "tables": {"saes": rows}})
     return folder
 
 
@@ -86,6 +86,9 @@ def test_what_does_not_fit_is_refused(found, finished, small_pipeline, pipeline_
             weight.mul_(1.5)
     with pytest.raises(ValueError, match="holds no finished run of 31_train_sae; run it first"):
         sae_runs.read("outputs/31_train_sae/never", "sd2", pipeline)
+    write_json(tmp_path / "results.json", {"notebook": "30_collect_activations", "tables": {}})
+    with pytest.raises(ValueError, match=r"^saes: .* holds no finished run of 31_train_sae"):
+        sae_runs.read(str(tmp_path), "sd2", pipeline)
     with pytest.raises(ValueError, match="saes: of the model 'sd2'; expected 'embedded'"):
         sae_runs.read(str(finished), "embedded", pipeline)
     with pytest.raises(ValueError, match=re.escape("the run has none of 7 and 8; it has 2 and 8, 2 and 24")):

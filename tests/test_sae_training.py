@@ -203,9 +203,11 @@ def test_several_blocks_of_a_store_in_one_pass(tmp_path):
 
 
 def test_an_empty_store_and_an_unknown_block_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"holds no row of 'mid\.0'"):
+    with pytest.raises(ValueError, match=r"^activations: .*empty holds no item"):
         from_store(written(tmp_path / "empty", items=0), ["mid.0"], 8, seed=0)
     kept = written(tmp_path / "few", items=4)
+    with pytest.raises(ValueError, match=r"^vectors: must be at least 1, got 0"):
+        from_store(kept, ["mid.0"], 0, seed=0)
     with pytest.raises(ValueError, match=r"block: unknown name 'mid\.1'.*mid\.0"):
         from_store(kept, ["mid.1"], 8, seed=0)
     with pytest.raises(ValueError, match=r"block: unknown name 'planted'.*mid\.0"):

@@ -345,6 +345,12 @@ def test_no_store_at_all(tmp_path, where):
         store.open(where)
 
 
+def test_what_is_no_store_is_told_with_the_parameter_that_named_it(written, tmp_path):
+    with pytest.raises(ValueError, match=r"^activations: .* is no store .*index.json is missing.* of a finished run"):
+        store.open(tmp_path, parameter="activations")
+    assert len(store.open(written, parameter="activations").items) == COUNT
+
+
 @pytest.mark.parametrize(("shape", "told"), [(((0,), 3), "positions"), (((2,), 0), "width")])
 def test_a_block_without_rows_is_refused(shape, told):
     with pytest.raises(ValueError, match=f"{told}: must be at least 1"):

@@ -98,6 +98,7 @@ def test_median_of_a_planted_change():
 def trial(monkeypatch, drawn, asked, perceptual=NO_LPIPS):
     """A trial whose model draws these pictures."""
     monkeypatch.setattr(denoise, "generate_all", lambda *_, **__: drawn)
+    monkeypatch.setattr(denoise, "refuse_size", lambda *_: None)  # there is no pipeline
     monkeypatch.setattr(denoise, "passes", lambda *_: 1)
     return substitute.Trial(None, asked, SAMPLING, perceptual)
 
@@ -146,6 +147,12 @@ def test_a_trial_draws_replaces_and_keeps_a_few(small_pipeline):
     after = substitute.drawn(pipeline, PROMPTS, "up.1.1", nowhere, SAMPLING, steps=[0], batch_size=2, seed=3)
     assert first.effects["manhattan"].tolist() == ablate.change(before.pictures, after).tolist()
     assert (first.effects["manhattan"] > 0).all()
+
+
+def test_pictures_that_the_oracle_does_not_read_are_refused_before_any_is_drawn(small_pipeline, monkeypatch):
+    monkeypatch.setattr(denoise, "generate_all", None)
+    with pytest.raises(ValueError, match=r"^resolution: pictures of 32 x 32; of this dataset they must be 64 x 64"):
+        substitute.Trial(small_pipeline("sd2"), prompts.load_prompts("world", count=1), SAMPLING, NO_LPIPS)
 
 
 def test_the_table_says_why_there_is_no_lpips():

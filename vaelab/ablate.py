@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vaelab import denoise, oracle
-from vaelab.blocks import PICTURE, denoiser, paths, resolve
+from vaelab.blocks import PICTURE, denoiser, example, paths, resolve
 from vaelab.denoise import Sampling
 from vaelab.hooks import edit
 from vaelab.world import Scene
@@ -28,6 +28,17 @@ def transformer_blocks(pipeline: Any) -> list[str]:
     """The blocks whose update can be switched off: a U-Net's cross-attention transformers, or all
     of a transformer's."""
     return [name for name in paths(pipeline) if name != "bottleneck" and not name.startswith("up_ft")]
+
+
+def chosen(pipeline: Any, names: Sequence[str]) -> list[str]:
+    """The blocks of these names and globs, or all of :func:`transformer_blocks` where there is none.
+
+    Raises:
+        ValueError: an unknown block, or one that gives out another shape than it takes in, so that it has no update.
+    """
+    found = resolve(pipeline, names or transformer_blocks(pipeline))
+    example(pipeline, list(found.values()), side="update")
+    return list(found)
 
 
 def change(before: Tensor, after: Tensor) -> Tensor:

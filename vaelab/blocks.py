@@ -7,7 +7,7 @@ stages of its upward half, ``block14`` a transformer's block (Kim et al., "Revel
 
 import fnmatch
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -94,13 +94,32 @@ def blocks(pipeline: Any) -> dict[str, Block]:
         ValueError: a denoiser of a kind that the lab does not know.
     """
     model, found = denoiser(pipeline), paths(pipeline)
+    seen, aspect = example(model, list(found.values())), own_aspect(model)
+    return {name: Block(path, tuple(maps(seen[path], aspect).shape[1:])) for name, path in found.items()}
+
+
+def example(pipeline: Any, layers: Sequence[str], side: str = "output") -> dict[str, Tensor]:
+    """What layers would give for one picture of the model's own size, by module path: tensors on the meta device,
+    so that nothing is computed.
+
+    Args:
+        pipeline: a diffusers pipeline, or its U-Net or transformer.
+        layers: module paths.
+        side: ``output``, ``input`` or ``update``.
+
+    Raises:
+        ValueError: an update asked of a layer that gives out another shape than it takes in.
+    """
+    model = denoiser(pipeline)
     with torch.device("meta"), torch.no_grad():
         twin = type(model).from_config(dict(model.config)).to("meta").eval()
         inputs = EXAMPLES[type(model).__name__](twin.config)
-        with capture(twin, list(found.values()), entry=PICTURE) as seen:
-            twin(**inputs)
-        aspect = own_aspect(model)
-        return {name: Block(path, tuple(maps(seen[path][0], aspect).shape[1:])) for name, path in found.items()}
+        try:
+            with capture(twin, layers, side=side, entry=PICTURE) as seen:
+                twin(**inputs)
+        except RuntimeError as error:
+            raise ValueError(f"blocks: {error}") from error
+    return {layer: calls[0] for layer, calls in seen.items()}
 
 
 def own_aspect(model: nn.Module) -> float:
@@ -109,22 +128,23 @@ def own_aspect(model: nn.Module) -> float:
     return height / width
 
 
-def resolve(pipeline: Any, names: str | Iterable[str]) -> dict[str, str]:
-    """Module paths of blocks, by short name, glob of these (``up.*``) or module path, in the order asked.
+def resolve(pipeline: Any, names: str | Iterable[str], parameter: str = "blocks") -> dict[str, str]:
+    """Module paths of blocks, by short name, glob of these (``up.*``) or module path, in the order asked; errors
+    begin with the ``parameter`` that named them.
 
     Raises:
         ValueError: an unknown name, with the nearest; a glob that matches nothing; or none at all.
     """
     names = [names] if isinstance(names, str) else list(names)
     if not names:
-        raise ValueError("blocks: none were asked for")
+        raise ValueError(f"{parameter}: none were asked for")
     model, known = denoiser(pipeline), paths(pipeline)
     modules = {path for path, _ in model.named_modules() if path}
     found: dict[str, str] = {}
     for name in names:
         matched = [name] if name in known or name in modules else fnmatch.filter(known, name)
         if not matched:
-            raise unknown("blocks", name, [*known, *modules] if "_" in name or name.count(".") > 2 else known)
+            raise unknown(parameter, name, [*known, *modules] if "_" in name or name.count(".") > 2 else known)
         found |= {one: known.get(one, one) for one in matched}
     return found
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from vaelab import denoise, store
+from vaelab import denoise, devices, store
 from vaelab.checks import at_least, one_of
 from vaelab.denoise import Sampling
 from vaelab.hooks import SIDES
@@ -53,6 +53,7 @@ class CollectConfig:
     def __post_init__(self) -> None:
         one_of("side", self.side, SIDES)
         one_of("halves", self.halves, HALVES)
+        one_of("stored_precision", self.precision, devices.PRECISIONS)
         for name in ("batch_size", "items_per_shard"):
             at_least(name, getattr(self, name), 1)
         if not self.blocks or len(set(self.blocks)) < len(self.blocks):

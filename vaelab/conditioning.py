@@ -36,6 +36,11 @@ def last_timestep(pipeline: Any) -> int:
     return pipeline.scheduler.config.num_train_timesteps - (0 if is_flow(pipeline) else 1)
 
 
+def patch(model: nn.Module) -> int:
+    """Side of the square of latent pixels that a denoiser makes a token of; 1 for a U-Net."""
+    return FLUX_PATCH if type(model).__name__ == FLUX else model.config.get("patch_size", 1)
+
+
 def encode(pipeline: Any, pixels: Tensor) -> Tensor:
     """Latents (B, c, h, w) as the denoiser takes them, of pictures (B, 3, H, W) in [-1, 1].
 
@@ -51,8 +56,7 @@ def encode(pipeline: Any, pixels: Tensor) -> Tensor:
         return nn.functional.interpolate(pixels, size=model.config.sample_size, mode="bilinear", antialias=True)
     with _wide_enough(vae):
         latents = models.latent(vae, pixels.to(vae.dtype))
-    patch = FLUX_PATCH if type(model).__name__ == FLUX else model.config.get("patch_size", 1)
-    multiple = pixels.shape[-1] // latents.shape[-1] * patch
+    multiple = pixels.shape[-1] // latents.shape[-1] * patch(model)
     if any(side % multiple for side in pixels.shape[-2:]):
         height, width = pixels.shape[-2:]
         raise ValueError(f"resolution: pictures of {height} x {width}; this model takes multiples of {multiple}")

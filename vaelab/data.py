@@ -51,6 +51,11 @@ class Images:
         """The class names, or an empty list where the data set has no labels."""
         return list(self._rows.features[self._label].names) if self._label else []
 
+    @property
+    def labels(self) -> list[int]:
+        """The class numbers of all pictures, of which none is read; -1 where one is withheld."""
+        return [-1 if label is None else label for label in self._rows[self._label]] if self._label else []
+
     def __getitem__(self, index: int) -> dict[str, Any] | None:
         row = self._rows[int(index)]
         try:

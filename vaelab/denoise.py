@@ -6,6 +6,7 @@ noised to a timestep and passed once through the denoiser (Kim et al., "Revelio"
 """
 
 import contextlib
+import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from inspect import signature
@@ -17,12 +18,12 @@ from torch import Tensor
 from vaelab import blocks as block_names
 from vaelab.blocks import PICTURE, denoiser
 from vaelab.checks import at_least
-from vaelab.conditioning import add_noise, by_class, classes, condition, encode, last_timestep, predict
+from vaelab.conditioning import add_noise, by_class, classes, condition, encode, last_timestep, patch, predict
 from vaelab.hooks import capture
 
 __all__ = [
     "Features", "Sampling", "add_noise", "condition", "encode", "from_pictures", "from_prompts", "generate",
-    "generate_all", "last_timestep", "passes", "predict",
+    "generate_all", "last_timestep", "passes", "predict", "refuse_size",
 ]  # fmt: skip
 
 OWN_ARGUMENTS = (
@@ -30,6 +31,8 @@ OWN_ARGUMENTS = (
     "num_images_per_prompt", "return_dict",
 )  # fmt: skip
 """Of a pipeline's call, what is never among the other options."""
+SIDES = 8
+"""Of what every side of a picture is a multiple, in pixels, for all of diffusers' pipelines."""
 OTHER_PASSES = ("timesteps", "sigmas", "denoising_end", "true_cfg_scale", "skip_guidance_layers")
 """Options with which a step is no longer one pass of the denoiser, so that steps cannot be told apart."""
 
@@ -66,7 +69,7 @@ class Sampling:
             raise ValueError(f"height and width: expected both or neither, got {self.height} and {self.width}")
         for name in ("height", "width"):
             if getattr(self, name) is not None:
-                at_least(name, getattr(self, name), 8)
+                at_least(f"resolution ({name})", getattr(self, name), 8)
         for name in self.options:
             if name in OWN_ARGUMENTS:
                 raise ValueError(f"options: {name} is set by the lab; expected other arguments of the pipeline's call")
@@ -205,6 +208,32 @@ def passes(pipeline: Any, sampling: Sampling) -> int:
     return len(scheduler.timesteps)
 
 
+def refuse_size(pipeline: Any, sampling: Sampling, only: int | None = None) -> None:
+    """Refuse a size before anything is drawn in it.
+
+    Args:
+        pipeline: a diffusers pipeline.
+        sampling: with the size.
+        only: the one side that will do, in pixels, such as that of the pictures that an oracle reads; None for any.
+
+    Raises:
+        ValueError: a size that the model does not make, or another than the one that will do.
+    """
+    model, vae = denoiser(pipeline), getattr(pipeline, "vae", None)
+    scale = 2 ** (len(vae.config.block_out_channels) - 1) if vae else 1
+    if sampling.height is None:
+        own = model.config.get("sample_size") or 0
+        height, width = (side * scale for side in ([own, own] if isinstance(own, int) else own))
+    else:
+        height, width = sampling.height, sampling.width
+        rounds_by_itself = "use_resolution_binning" in signature(pipeline.__call__).parameters
+        multiple = math.lcm(SIDES, 1 if rounds_by_itself else scale * patch(model))
+        if height % multiple or width % multiple:
+            raise ValueError(f"resolution: pictures of {height} x {width}; this model takes multiples of {multiple}")
+    if only and height and (height, width) != (only, only):
+        raise ValueError(f"resolution: pictures of {height} x {width}; of this dataset they must be {only} x {only}")
+
+
 def _halves(pipeline: Any, maps: dict[str, list[Tensor]], count: int) -> tuple[dict, dict]:
     """The maps with the prompts, and those without where the batch was doubled for guidance."""
     if all(len(one) == count for ones in maps.values() for one in ones):
@@ -228,6 +257,7 @@ def _call(pipeline: Any, prompts: Sequence[str | int], seeds: Sequence[int], sam
         asked = {"class_labels": classes(pipeline, prompts)}
     else:
         asked = {"prompt": [str(prompt) for prompt in prompts]}
+    refuse_size(pipeline, sampling)
     if sampling.height is not None:
         asked |= {"height": sampling.height, "width": sampling.width}
     if "clean_caption" in signature(pipeline.__call__).parameters:  # else a prompt depends on what is installed

@@ -54,6 +54,7 @@ class DiffCConfig:
     def __post_init__(self) -> None:
         for name in ("width", "epochs", "batch_size"):
             at_least(name, getattr(self, name), 1)
+        at_least("learning_rate", self.learning_rate, 0, exclusive=True)
 
 
 class DiffC(nn.Module):

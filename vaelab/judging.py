@@ -32,7 +32,7 @@ def classes_asked(pipeline: Any, count: int, seed: int = 0) -> Asked:
         ValueError: a model whose classes are not a colour and a shape of the world's.
     """
     if not getattr(pipeline, "labels", None):
-        raise ValueError(f"model: the classes of {type(pipeline).__name__} have no names")
+        raise ValueError(f"class_model: the classes of {type(pipeline).__name__} have no names")
     named = sorted((number, label) for label, number in pipeline.labels.items())
     order = np.random.default_rng(seed).permutation(len(named))
     chosen = [named[order[i % len(named)]] for i in range(count)]
@@ -44,7 +44,7 @@ def _scene(label: str) -> Scene:
     try:
         thing = Thing(shape, colour, "large", "centre", named=("shape", "colour"))
     except ValueError as error:
-        raise ValueError(f"model: its class {label!r} is no colour and shape of the world ({error})") from error
+        raise ValueError(f"class_model: its class {label!r} is no colour and shape of the world ({error})") from error
     return Scene((thing,), "plain", "grey", named=())
 
 

@@ -15,7 +15,7 @@ import pandas as pd
 from torch import Tensor
 
 from vaelab import purity, store
-from vaelab.checks import at_least, unknown
+from vaelab.checks import at_least, one_of, unknown
 from vaelab.examples import Examples, read
 from vaelab.features import Summary, summarise
 from vaelab.labelled import Pictures
@@ -77,9 +77,21 @@ def opened(activations: str, pictures: Pictures, model: str) -> tuple[Store, dic
     Raises:
         ValueError: other pictures or another model, pictures without labels, or with withheld ones.
     """
-    kept = store.open(activations)
+    kept = store.open(activations, parameter="activations")
     refuse_other_pictures(kept, pictures, model, "activations")
     return kept, {factor: read(kept, factor) for factor in pictures.classes or [""]}
+
+
+def refuse_nonsense(
+    by_factor: Mapping[str, Examples], factor: str, layers: Sequence[str], shown: Sequence[str], top: int
+) -> None:
+    """Raise ValueError, before anything is trained, for an unknown factor, a layer that is to be shown and is not among
+    those that are trained on, or more pictures a feature than there are."""
+    one_of("factor", factor, by_factor)
+    for layer in shown:
+        one_of("shown_layers", layer, layers)
+    if top > (count := len(by_factor[factor])):
+        raise ValueError(f"top: {top} pictures a feature, and the activations are of {count}")
 
 
 def keep(saes: Mapping[str, SAE], folder: Path) -> None:

@@ -49,6 +49,9 @@ class Pictures:
     thing: Callable[[int], Tensor] | None = None
     """Where the picture of a number has its thing, (64, 64) bool; None where that is not known."""
 
+    known: Callable[[], dict[str, list[int]]] | None = None
+    """The class numbers of all of them, by factor, without reading any; None where only reading tells."""
+
     def __len__(self) -> int:
         return len(self.rows)
 
@@ -110,7 +113,21 @@ def load(
         return None if item is None else (item["pixels"], {"label": item["label"]} if "label" in item else {})
 
     classes = {"label": images.classes} if images.classes else {}
-    return Pictures(images.name, resolution, classes, range(len(images)), read)
+    known = (lambda: {"label": images.labels}) if images.classes else None
+    return Pictures(images.name, resolution, classes, range(len(images)), read, known=known)
+
+
+def refuse_without_classes(pictures: Pictures) -> None:
+    """Raise ValueError, before any picture is read, where classes cannot be told apart: one is withheld, all
+    pictures are of one class, or each is of another."""
+    for factor, labels in (pictures.known() if pictures.known else {}).items():
+        if withheld := sum(label < 0 for label in labels):
+            raise ValueError(f"split: {withheld} of {len(labels)} pictures of {pictures.name!r} have no label")
+        if not 1 < len(set(labels)) < len(labels):
+            raise ValueError(
+                f"dataset: {pictures.name!r} has {len(labels)} pictures of {len(set(labels))} classes ({factor}); "
+                "expected two classes or more, and more pictures than classes (max_images, split)"
+            )
 
 
 def _scenes(split: str, resolution: int, max_images: int) -> Pictures:
@@ -121,24 +138,32 @@ def _scenes(split: str, resolution: int, max_images: int) -> Pictures:
     base, begin, end = found[1], int(found[2] or 0), int(found[3]) if found[3] else None
     if max_images:
         end = min(begin + max_images, end or begin + max_images)
-    if end is None or end <= begin:
+    if end is not None and end <= begin:
+        raise ValueError(f"split: {split!r} holds no picture; it ends before it begins")
+    if end is None:
         raise ValueError(f"max_images: the world has no end; take some of {split!r}, such as {base}[0:1000]")
     alone = (seed for seed in count() if len(world.sample(seed, base).things) == 1)
+
+    def labels(scene: world.Scene) -> dict[str, int]:
+        holders: dict[str, Any] = dict.fromkeys(world.THING_FACTORS, scene.things[0])
+        holders |= dict.fromkeys(world.SCENE_FACTORS, scene)
+        return {factor: world.FACTORS[factor].index(getattr(one, factor)) for factor, one in holders.items()}
 
     def read(seed: int) -> tuple[Tensor, dict[str, int]]:
         scene = world.sample(seed, base)
         picture = PIL.Image.fromarray((scene.picture() * 255).round().astype(np.uint8))
-        holders: dict[str, Any] = dict.fromkeys(world.THING_FACTORS, scene.things[0])
-        holders |= dict.fromkeys(world.SCENE_FACTORS, scene)
-        labels = {factor: world.FACTORS[factor].index(getattr(one, factor)) for factor, one in holders.items()}
-        return preprocess(picture, resolution), labels
+        return preprocess(picture, resolution), labels(scene)
+
+    def known() -> dict[str, list[int]]:
+        each = [labels(world.sample(seed, base)) for seed in numbers]
+        return {factor: [one[factor] for one in each] for factor in classes}
 
     def thing(seed: int) -> Tensor:
         return torch.from_numpy(world.sample(seed, base).masks()[0])
 
     classes = {factor: list(values) for factor, values in world.FACTORS.items()}
     numbers = list(islice(alone, begin, end))
-    return Pictures(f"world[{base}][{begin}:{end}]", resolution, classes, numbers, read, thing)
+    return Pictures(f"world[{base}][{begin}:{end}]", resolution, classes, numbers, read, thing, known)
 
 
 def crop_and_flip(pixels: Tensor, rng: np.random.Generator, smallest: float, flip: bool) -> Tensor:

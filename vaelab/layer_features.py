@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vaelab import blocks as block_names
-from vaelab import clip_names, denoise, store
+from vaelab import clip_names, denoise, devices, store
 from vaelab.blocks import denoiser
 from vaelab.checks import at_least, one_of, unknown
 from vaelab.clip_names import ClipNames
@@ -70,6 +70,7 @@ class LayerConfig:
         for name in ("batch_size", "views", "items_per_shard"):
             at_least(name, getattr(self, name), 1)
         one_of("side", self.side, SIDES)
+        one_of("stored_precision", self.precision, devices.PRECISIONS)
         if not 0 < self.smallest_crop <= 1:
             raise ValueError(f"smallest_crop: expected a share above 0, at most 1, got {self.smallest_crop!r}")
         for name in ("blocks", "timesteps"):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vaelab import devices
 from vaelab.blocks import DENOISERS, EXAMPLES, Block, blocks, denoiser
-from vaelab.checks import unknown
+from vaelab.checks import one_of, unknown
 from vaelab.locations import embedded_dit_path, embedded_path, embedded_vae_path, locate, moved, pipeline_folder
 
 __all__ = [
@@ -31,6 +31,8 @@ LEFT_OUT = {
     "feature_extractor": None, "image_encoder": None,
 }  # fmt: skip
 """Arguments of pipelines for parts that neither make the picture nor are looked at here."""
+SHIPPED = ("vae", "pipeline", "dit")
+"""The embedded models."""
 SDXL_SCALING_FACTOR = 0.13025
 
 
@@ -130,6 +132,12 @@ def put_in_place(made: dict[str, Any], names: Iterable[str]) -> None:
             raise unknown("ship", name, made)
     for name in names:
         ship(made[name], folders[name])
+
+
+def refuse_unshipped(names: Iterable[str]) -> None:
+    """Raise ValueError for a name that :func:`put_in_place` does not know, before there is anything to ship."""
+    for name in names:
+        one_of("ship", name, SHIPPED)
 
 
 def load_vae(

@@ -69,15 +69,13 @@ def load_prompts(
         ValueError: no such data set, split or column, no prompt in it, or all of the world, which
             has no end.
     """
-    at_least("max_prompts", count, 0)
+    at_least("max_images", count, 0)
     if dataset == "world":
         one_of("split", split, world.SPLITS)
-        at_least("max_prompts (of the world, which has no end)", count, 1)
+        at_least("max_images (of the world, which has no end)", count, 1)
         return Prompts([world.sample(seed, split).prompt for seed in range(count)], list(range(count)), "world", split)
     path = local(dataset)
-    lines = (
-        path.read_text().splitlines() if path and path.suffix == ".txt" else _texts(dataset, split, column, revision)
-    )
+    lines = _lines(path, dataset) if path and path.suffix == ".txt" else _texts(dataset, split, column, revision)
     kept = list(islice(((row, text.strip()) for row, text in enumerate(lines) if text and text.strip()), count or None))
     if not kept:
         raise ValueError(f"dataset: no prompt in {dataset!r}")
@@ -85,17 +83,26 @@ def load_prompts(
     return Prompts(list(texts), list(rows), dataset, split)
 
 
+def _lines(path: Path, dataset: str) -> list[str]:
+    try:
+        return path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"dataset: {dataset!r} could not be read as text ({error})") from error
+
+
 def _texts(dataset: str, split: str, column: str, revision: str | None) -> Iterable[str]:
     import datasets
 
     path = local(dataset)
+    files = None if path is None else _parquet(path, dataset)
+    if files is None:
+        _refuse_no_hub_id(dataset)
     try:
-        if path is not None:
-            rows = datasets.load_dataset("parquet", data_files=_parquet(path, dataset), split="train")
+        if files is not None:
+            rows = datasets.load_dataset("parquet", data_files=files, split="train")
         else:
-            _refuse_no_hub_id(dataset)
             rows = datasets.load_dataset(dataset, split=split, revision=revision, streaming=True)
-    except (OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, RuntimeError, ValueError, datasets.exceptions.DatasetsError) as error:
         moved = f" It is now {MOVED[dataset]!r}." if dataset in MOVED else ""
         raise ValueError(f"dataset: {dataset!r} could not be loaded.{moved} ({error})") from error
     chosen = _column(rows, dataset, column)

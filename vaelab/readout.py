@@ -24,7 +24,7 @@ from vaelab.examples import Examples
 from vaelab.labelled import Picture, Pictures
 from vaelab.layer_features import MAPS, LayerConfig, namer, parts, pooled, prompts, refuse_other_pictures
 from vaelab.probe import Accuracy, linear_probe, score
-from vaelab.readout_tables import best
+from vaelab.readout_tables import best, fitting
 from vaelab.store import Store
 
 ALIKE = ("classes", "prompt", "clip", "side", "resolution")
@@ -56,6 +56,7 @@ def tasks(
     factors: Sequence[str] = (),
     share: float = 0.2,
     seed: int = 0,
+    diffc_layers: Sequence[str] | None = None,
 ) -> dict[str, Task]:
     """A task for each factor, all with the same pictures in each part.
 
@@ -67,12 +68,15 @@ def tasks(
         factors: none for all.
         share: of the validation pictures.
         seed: fixes which they are.
+        diffc_layers: names and globs of the layers that Diff-C is to read, none for any of them; None for no Diff-C.
 
     Raises:
-        ValueError: stores of another model, or other pictures than these; stores that were not made
-            alike; pictures that are in both; or classes that are tested and never learned.
+        ValueError: no store, or one without what Diff-C is to read; stores of another model, or other pictures
+            than these; stores that were not made alike; pictures that are in both; or classes that are tested and
+            never learned.
     """
-    kept, tested = store.open(activations), store.open(test_activations)
+    kept = store.open(activations, parameter="activations")
+    tested = store.open(test_activations, parameter="test_activations")
     refuse_other_pictures(tested, pictures, model, "test_activations")
     if kept.settings.get("model") != model:
         raise ValueError(f"activations: made with model {kept.settings.get('model')!r}, here it is {model!r}")
@@ -83,8 +87,10 @@ def tasks(
     if not all(alike):
         raise ValueError(f"test_activations: not of the layers, or of another {', '.join(ALIKE)} than activations")
     refuse_shared(kept, tested)
+    if diffc_layers is not None:
+        refuse_without_maps(kept, fitting(pooled(kept), diffc_layers) or pooled(kept))
     made = {}
-    for factor in factors or pictures.classes:
+    for factor in dict.fromkeys(factors or pictures.classes):
         made[factor] = Task(*examples.read(kept, factor).split(share, seed), examples.read(tested, factor))
         refuse_unlearned(made[factor], factor)
     return made
@@ -107,6 +113,13 @@ def refuse_shared(learned: Store, tested: Store) -> None:
     images = [{item["image"] for item in one.items} for one in (learned, tested)]
     if same_split[0] == same_split[1] and (shared := len(images[0] & images[1])):
         raise ValueError(f"test_activations: {shared} of their pictures are learned from; take other slices")
+
+
+def refuse_without_maps(kept: Store, layers: Sequence[str]) -> None:
+    """Raise ValueError where a store has no maps of one of these layers."""
+    for layer in layers:
+        if layer + MAPS not in kept.layout:
+            raise ValueError(f"activations: no maps of {layer!r}; Diff-C takes maps (maps: true in 40_layer_features)")
 
 
 def probes(by_factor: Mapping[str, Task]) -> pd.DataFrame:
@@ -147,12 +160,9 @@ def diffcs(
     """
     rows, made = [], {}
     for factor, task in by_factor.items():
+        refuse_without_maps(task.learn.kept, layers[factor])
         for layer in layers[factor]:
             block = layer + MAPS
-            if block not in task.learn.kept.layout:
-                raise ValueError(
-                    f"activations: no maps of {layer!r}; Diff-C takes maps (maps: true in 40_layer_features)"
-                )
             place, title = Path(folder, f"{layer}.{factor}"), f"Diff-C, {layer}, {factor}"
             settings = {"activations": task.learn.kept.settings, "factor": factor}
             fitted = diffc.fit(task.learn, task.validate, block, config, folder=place, settings=settings, title=title)

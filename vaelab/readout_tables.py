@@ -36,12 +36,26 @@ def asked(probes: pd.DataFrame, patterns: Sequence[str]) -> dict[str, list[str]]
     Raises:
         ValueError: a pattern that fits no layer.
     """
-    known = list(dict.fromkeys(probes["layer"]))
-    for pattern in patterns:
-        if not any(fnmatchcase(layer, pattern) for layer in known):
-            raise unknown("diffc_layers", pattern, known)
-    chosen = [layer for layer in known if any(fnmatchcase(layer, pattern) for pattern in patterns)]
+    chosen = fitting(list(dict.fromkeys(probes["layer"])), patterns)
     return {factor: chosen or [best(probes, factor)] for factor in dict.fromkeys(probes["factor"])}
+
+
+def fitting(layers: Sequence[str], patterns: Sequence[str]) -> list[str]:
+    """The layers that one of some names or globs fits.
+
+    Raises:
+        ValueError: a pattern that fits no layer.
+    """
+    for pattern in patterns:
+        if not any(fnmatchcase(layer, pattern) for layer in layers):
+            raise unknown("diffc_layers", pattern, layers)
+    return [layer for layer in layers if any(fnmatchcase(layer, pattern) for pattern in patterns)]
+
+
+def refuse_unfinished(folders: Sequence[str], notebook: str) -> None:
+    """Raise ValueError where one of the runs that :func:`models` is to read has not finished."""
+    for folder in folders:
+        stored(folder, notebook, "accuracy", "others")
 
 
 def at_the_best(rows: pd.DataFrame) -> pd.DataFrame:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from vaelab.checks import project_root, resolve, unknown
+from vaelab.checks import at_least, project_root, resolve, unknown
 from vaelab.files import read_json, write_json
 
 if TYPE_CHECKING:
@@ -27,6 +27,14 @@ if TYPE_CHECKING:
 
 REPORTED = ("vaelab", "torch", "diffusers", "accelerate", "datasets", "transformers", "torchmetrics", "numpy")
 EARLIER = ".earlier.json"
+COUNTS = (
+    "batch_size", "class_steps", "compared_images", "compared_steps", "dit_steps", "epochs", "expansion", "features",
+    "lesson_steps", "permutations", "shown_features", "shown_images", "steps", "text_steps", "top", "vectors", "width",
+    "world_vae_steps", "zero_shot_images",
+)  # fmt: skip
+"""Parameters, of whatever notebook, that are 1 at least; of a list every number."""
+FROM_ZERO = ("max_images", "resolution", "seed", "timed_rounds")
+"""Parameters that are 0 at least."""
 KINDS = {"str": str, "int": int, "float": float, "bool": bool}
 
 
@@ -106,7 +114,8 @@ def start(notebook: str, namespace: Mapping[str, Any]) -> Run:
         namespace: the notebook's ``globals()``: its annotated names are the parameters.
 
     Raises:
-        ValueError: a parameter the notebook does not have, or one of the wrong type.
+        ValueError: a parameter the notebook does not have, one of the wrong type, or a size, device or precision
+            that no notebook takes.
         OSError: an output folder that cannot be written to.
     """
     declared = {name: kind_name(kind) for name, kind in namespace["__annotations__"].items()}
@@ -119,12 +128,27 @@ def start(notebook: str, namespace: Mapping[str, Any]) -> Run:
     params = {name: namespace[name] for name in declared}
     for name, value in params.items():
         check_value(name, value, declared[name])
+    _refuse_nonsense(params)
     for name in earlier:
         path = folder / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     (folder / EARLIER).unlink(missing_ok=True)
     pd.set_option("display.float_format", "{:.4g}".format)
     return Run(notebook, params, folder)
+
+
+def _refuse_nonsense(params: Mapping[str, Any]) -> None:
+    """What cannot be meant is refused before anything is read or computed."""
+    for least, names in ((1, COUNTS), (0, FROM_ZERO)):
+        for name in params.keys() & set(names):
+            given = params[name] if isinstance(params[name], list) else [params[name]]
+            for value in given:
+                at_least(name, value, least)
+    if {"device", "precision"} & params.keys():
+        from vaelab import devices
+
+        devices.pick(params.get("device", "auto"))
+        devices.dtype(params.get("precision", "float32"))
 
 
 def check_value(name: str, value: Any, kind: str) -> None:

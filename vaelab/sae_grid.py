@@ -16,7 +16,7 @@ from torch import Tensor
 from vaelab import collect, fidelity, store
 from vaelab.checks import at_least, one_of, unknown
 from vaelab.collect import CollectConfig
-from vaelab.denoise import Sampling, from_prompts
+from vaelab.denoise import Sampling, from_prompts, refuse_size
 from vaelab.prompts import Prompts, load_prompts
 from vaelab.sae import SAE, VARIANTS, SAEConfig
 from vaelab.sae_training import Wanted
@@ -116,6 +116,8 @@ def hold_out(
     Raises:
         ValueError: see :func:`refuse_other_model`.
     """
+    if resolution:
+        refuse_size(pipeline, Sampling(height=resolution, width=resolution))
     refuse_other_model(kept, pipeline, model, "activations")
     told = kept.settings
     sampling = Sampling(**told["sampling"])

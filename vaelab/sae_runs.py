@@ -105,12 +105,13 @@ def read(folder: str, model: str, pipeline: Any) -> SAERun:
             other vectors than updates.
     """
     place = resolve(folder)
-    if not (place / "results.json").exists():
+    results = read_json(place / "results.json") if (place / "results.json").is_file() else {}
+    if results.get("notebook") != "31_train_sae" or not (place / "saes" / "source.json").is_file():
         raise ValueError(
             f"saes: {folder!r} holds no finished run of 31_train_sae; run it first "
             f"(make run P={folder.replace('outputs/', 'params/', 1)}.yaml)"
         )
-    stored = read_json(place / "results.json")["tables"]["saes"]
+    stored = results["tables"]["saes"]
     names = {tuple(row[part] for part in KEY): row["name"] for row in stored}
     held_out = store.open(place / "held_out")
     found = SAERun(place / "saes", read_json(place / "saes" / "source.json"), names, held_out)

@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from vaelab.checks import unknown
+from vaelab.checks import at_least, unknown
 from vaelab.collect import CollectConfig, captures
 from vaelab.configs import TrainConfig
 from vaelab.hooks import on_gradient
@@ -248,8 +248,11 @@ def from_store(kept: Store, blocks: Sequence[str], batch_size: int, seed: int) -
     """Endless shuffled batches (batch_size, d) of blocks of a store, for :func:`train_saes`.
 
     Raises:
-        ValueError: no such block, or a store that holds no row of it.
+        ValueError: no such block, a store that holds no item, or batches of none.
     """
+    at_least("vectors", batch_size, 1)
+    if not len(kept.items):
+        raise ValueError(f"activations: {kept.url} holds no item (was it dry_run?); nothing can be learned from it")
     each = {block: kept.shuffled(block, batch_size, seed) for block in blocks}
 
     def batches(start: int = 0, rank: int = 0, world: int = 1) -> Iterator[dict[str, Tensor]]:

@@ -270,14 +270,23 @@ def _gathered(parts: Sequence[Tensor], chosen: Tensor, dtype: torch.dtype) -> tu
     return out, chosen
 
 
-def open(url: str | Path, **options: Any) -> Store:
+def open(url: str | Path, *, parameter: str = "", **options: Any) -> Store:
     """Open a store for reading; one that is still being written shows the shards it has.
 
     Args:
         url: a local folder, or any fsspec URL: ``s3://bucket/folder``, ``hf://...``, ``memory://...``.
+        parameter: what named the store, where an error is to begin with it.
         options: for the URL's file system; credentials belong in the environment.
 
     Raises:
         ValueError: naming a file that is missing, truncated, foreign, changed or of a newer version.
     """
-    return Store(url, **options)
+    try:
+        return Store(url, **options)
+    except ValueError as error:
+        if not parameter:
+            raise
+        raise ValueError(
+            f"{parameter}: {str(url)!r} is no store of activations that can be read ({error}); give the folder "
+            "'activations' of a finished run of 30_collect_activations or 40_layer_features"
+        ) from error

@@ -20,7 +20,7 @@ from vaelab.denoise import Sampling
 from vaelab.hooks import edit
 from vaelab.perceptual import Perceptual
 from vaelab.prompts import Prompts
-from vaelab.world import Scene
+from vaelab.world import SIDE, Scene
 
 Replace = Callable[[Tensor], Tensor]
 """Vectors (N, d) in float32 to vectors (N, d)."""
@@ -136,6 +136,7 @@ class Trial:
             seed: of the first picture.
             keep: pictures of a replacement that are kept.
         """
+        denoise.refuse_size(pipeline, sampling, SIDE if asked.of_the_world else None)
         self._drawing = {"sampling": sampling, "batch_size": batch_size, "seed": seed}
         self._pipeline, self._texts, self._keep, self.perceptual = pipeline, asked.texts, keep, perceptual
         self.pictures, self.steps = (
