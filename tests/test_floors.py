@@ -15,13 +15,14 @@ FLOORS = [
      "locations", "storage", "lasting", "channel_plots", "configs"],
     ["blocks", "channels", "embedded_data", "oracle", "perceptual", "prompts", "report", "sae", "shards", "text_model",
      "training", "clip_names"],
-    ["models", "baselines", "data", "nudge", "planning", "runs", "sae_formats", "writing", "conclusions", "items"],
+    ["models", "baselines", "data", "nudge", "planning", "runs", "sae_formats", "sae_training", "writing",
+     "conclusions", "items"],
     ["conditioning", "fidelity", "lens", "lessons", "store", "vae", "latents", "sampling", "labelled"],
-    ["denoise", "study", "text_to_image", "masked_measures", "examples", "features", "diffusion_classifier"],
+    ["denoise", "study", "text_to_image", "masked_measures", "examples", "features", "diffusion_classifier",
+     "bench_store"],
     ["ablate", "causes", "collect", "comparison", "judging", "pruning", "diffc", "layer_features", "class_to_image"],
-    ["bench", "bench_store", "sae_training", "substitute", "collapse", "readout_tables"],
-    ["bench_sae", "sae_grid", "savings", "label_purity", "readout"],
-    ["sae_runs"],
+    ["bench", "sae_batches", "sae_grid", "substitute", "collapse", "readout_tables", "label_purity"],
+    ["bench_sae", "sae_runs", "savings", "readout"],
 ]  # fmt: skip
 FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
