@@ -185,7 +185,6 @@ def executed(name, *kinds, **params):
         ("02_judge_embedded_models", {"resolution": 128}, "resolution: pictures of 128 x 128; .* must be 64 x 64"),
         ("30_collect_activations", {"resolution": 63}, "resolution: pictures of 63 x 63; .* takes multiples of 8"),
         ("31_train_sae", {"activations": "{folder}"}, "activations: .* is no store of activations"),
-        ("32_evaluate_sae", {"saes": "{folder}"}, "saes: .* holds no finished run of 31_train_sae"),
         ("33_block_ablation", {"blocks": ["down.1.1", "up.9.9"]}, "blocks: unknown name 'up.9.9'"),
         ("33_block_ablation", {"resolution": 128}, "resolution: pictures of 128 x 128; .* must be 64 x 64"),
         ("40_layer_features", {"dataset": "{folder}"}, r"dataset: .* 3 pictures of 3 classes \(label\)"),
