@@ -103,3 +103,9 @@ def test_a_saved_folder_loads_as_a_plain_pipeline(pipeline, tmp_path):
 def test_what_is_refused(kind, change, message):
     with pytest.raises(ValueError, match=message):
         kind(**change)
+
+
+def test_every_lesson_needs_its_steps_before_anything_is_trained(tmp_path):
+    with pytest.raises(ValueError, match="lesson_steps: expected one for each of placing, outlines, practice"):
+        text_to_image.train_pipeline(tmp_path, lesson_steps=(2, 2), device="cpu")
+    assert not any(tmp_path.iterdir())

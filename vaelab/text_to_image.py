@@ -111,7 +111,12 @@ def train_pipeline(
         device: where to train.
         seed: fixes the first weights and every step.
         model: the networks' sizes.
+
+    Raises:
+        ValueError: another number of ``lesson_steps`` than of lessons.
     """
+    if len(lesson_steps) != len(LESSONS):
+        raise ValueError(f"lesson_steps: expected one for each of {', '.join(LESSONS)}, got {list(lesson_steps)}")
     model = model or ModelConfig()
     vae = new_vae(model, seed)
     settings = {"channels": [*model.vae_channels, model.latent_channels], "batch_size": VAE_BATCH, "kl": KL_WEIGHT}
