@@ -9,7 +9,7 @@ import vaelab
 
 PACKAGE = Path(vaelab.__file__).parent
 FLOORS = [
-    ["checks", "files", "plots", "preprocessing", "sae_kernels", "removal", "mechanism"],
+    ["buffers", "checks", "files", "plots", "preprocessing", "sae_kernels", "removal", "mechanism"],
     ["devices", "checkpoints", "folders", "frontpage", "hooks", "panels", "planted", "sae_choice", "sae_peers",
      "sae_plots", "shuffling", "world", "noise_loss", "mask_plots", "probe", "purity", "pca", "readout_plots",
      "locations", "storage", "lasting", "channel_plots", "configs"],

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from vaelab.buffers import Buffers
 from vaelab.checks import at_least, unknown
 from vaelab.items import Items
 from vaelab.planning import Plan, plan
@@ -218,6 +219,7 @@ class Store:
         starts = np.cumsum([0, *order.rows])
         held: list[Tensor] = []
         names: list[Tensor] = []
+        buffers = Buffers()
         with ThreadPoolExecutor(1) as reader:
 
             def read_next() -> Any:
@@ -232,7 +234,7 @@ class Store:
                 if with_rows:
                     numbers = torch.cat([torch.arange(starts[shard], starts[shard + 1]) for shard in shards])
                 for _, begin, end, whole in pieces:
-                    rows, chosen = _gathered(parts, permutation[begin:end], dtype)
+                    rows, chosen = _gathered(parts, permutation[begin:end], dtype, buffers)
                     held.append(rows)
                     if with_rows:
                         names.append(numbers[chosen])
@@ -258,11 +260,11 @@ class Store:
         read_rows(self._folder, self._spec, block, shard, self._shards[shard].items, out, start)
 
 
-def _gathered(parts: Sequence[Tensor], chosen: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _gathered(parts: Sequence[Tensor], chosen: Tensor, dtype: torch.dtype, buffers: Buffers) -> tuple[Tensor, Tensor]:
     """Some rows of the parts taken together, in the order in which they lie there, and which they are."""
     chosen = chosen.sort().values
     ends = torch.tensor([len(part) for part in parts]).cumsum(0)
-    out = torch.empty(len(chosen), parts[0].shape[1], dtype=dtype)
+    out = buffers.empty(len(chosen), parts[0].shape[1], dtype)
     first, begin = 0, 0
     for part, end in zip(parts, torch.searchsorted(chosen, ends).tolist(), strict=True):
         out[begin:end] = part.index_select(0, chosen[begin:end] - first)
