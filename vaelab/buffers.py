@@ -1,6 +1,5 @@
 """Memory that is used again, for tensors that come and go in a loop."""
 
-import math
 import sys
 
 import numpy as np
@@ -8,6 +7,7 @@ import torch
 from torch import Tensor
 
 KEPT = 4
+"""Blocks of memory that are remembered, for another use."""
 UNUSED = 2
 """References to memory that only its list has: that one, and the question's own."""
 
@@ -18,7 +18,7 @@ class Buffers:
     Large memory that is given back goes back to the system, and new memory costs a page fault every
     4 kB: of a pass over a store at memory's speed that is half of the time. A few blocks are kept; where
     all of them are still in use, as by someone who collects the tensors, new memory is taken and the
-    oldest block forgotten, so that nothing is held for longer than its tensors.
+    oldest block forgotten: it goes when its tensors do.
     """
 
     def __init__(self) -> None:
@@ -26,7 +26,7 @@ class Buffers:
 
     def empty(self, rows: int, width: int, dtype: torch.dtype) -> Tensor:
         """A tensor (rows, width) of any content on the CPU, as :func:`torch.empty`'s."""
-        size = math.prod((rows, width, dtype.itemsize))
+        size = rows * width * dtype.itemsize
         if not size:
             return torch.empty(rows, width, dtype=dtype)
         memory = self._free(size)

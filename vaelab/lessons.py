@@ -199,8 +199,9 @@ def let_noise_choose(noise: Tensor, unsaid: Tensor) -> Tensor:
     from it. So noise and picture are drawn together (as in multisample flow matching, Pooladian et
     al. 2023, where the coupling is that of optimal transport): the first such thing stands where of
     all places left the noise in the middle is highest, the second where it is next highest. What is
-    exchanged are like parts of white noise, so that noise by itself, and given any prompt, is as it
-    was; the paths from noise to picture are straighter, and a deterministic sampler follows them.
+    exchanged are like parts of white noise, so that noise by itself, and given any prompt, is as it was
+    where all places left are equally likely (nearly so in a split, which leaves some combinations
+    out); the paths from noise to picture are straighter, and a deterministic sampler follows them.
 
     Args:
         noise: (B, c, h, w).

@@ -137,7 +137,8 @@ class Store:
         Shards are taken in a random order, as many at a time as have ``buffer_rows`` rows together
         (one at least); these are read ahead, while those before are given out in random batches.
         What is in a batch is random and fixed by the store, ``buffer_rows``, ``seed`` and
-        ``epoch``; inside a batch rows lie as they do in the store, which is the quickest.
+        ``epoch``; inside a batch rows lie as they do in the store, which is the quickest. A batch's
+        memory is used again once nothing refers to it any more.
 
         Args:
             block: whose rows.
