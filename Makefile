@@ -18,7 +18,7 @@ setup: $(READY) ## the environment alone
 
 demo: export HF_HUB_OFFLINE := 1
 demo: $(READY) ## every notebook on the embedded models, then outputs/index.html
-	$(PYTHON) -m vaelab.runs all demo --jobs $(JOBS)
+	$(PYTHON) -m vaelab.runner.cli all demo --jobs $(JOBS)
 
 test: export HF_HUB_OFFLINE := 1
 test: export OMP_NUM_THREADS := 1
@@ -26,21 +26,22 @@ test: $(READY) ## the tests, every notebook's smoke run among them
 	$(PYTHON) -m pytest -n $(JOBS) -m 'not smoke'
 	$(PYTHON) -m pytest -m smoke
 
-lint: $(READY) ## style
+lint: $(READY) ## style, and which folder may import which
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -c "from importlinter.cli import lint_imports_command; lint_imports_command()"
 
 run: $(READY) ## one run: make run P=params/10_finetune_vae/paper-fonts.yaml
 	@test -n "$(P)" || { echo "name a params file: make run P=params/12_channel_census/demo.yaml" >&2; exit 2; }
-	$(PYTHON) -m vaelab.runs run $(P)
+	$(PYTHON) -m vaelab.runner.cli run $(P)
 
 bench: $(READY) .peers/ready ## the whole of 90_benchmarks
-	$(PYTHON) -m vaelab.runs run params/90_benchmarks/full.yaml
+	$(PYTHON) -m vaelab.runner.cli run params/90_benchmarks/full.yaml
 
 peers: $(READY) .peers/ready ## the libraries that autoencoders are timed beside
 
 index: $(READY) ## outputs/index.html anew, from what has been run
-	$(PYTHON) -m vaelab.runs index
+	$(PYTHON) -m vaelab.runner.cli index
 
 lab: $(READY) ## JupyterLab on the notebooks
 	$(PYTHON) -m jupyterlab notebooks

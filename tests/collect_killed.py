@@ -11,7 +11,8 @@ import time
 
 import torch
 
-from vaelab import collect, denoise, models
+from vaelab import activations, models
+from vaelab.activations import collect
 
 KILLS = 10
 
@@ -20,7 +21,11 @@ def main(model, folder):
     torch.set_num_threads(1)
     pipeline = models.load_pipeline(model, device="cpu")
     config = collect.CollectConfig(
-        ("down.1.0", "mid.0"), denoise.Sampling(steps=2, guidance_scale=2.0), batch_size=2, items_per_shard=8, seed=7
+        ("down.1.0", "mid.0"),
+        activations.Sampling(steps=2, guidance_scale=2.0),
+        batch_size=2,
+        items_per_shard=8,
+        seed=7,
     )
     prompts = [f"a red thing number {i}" for i in range(42)]
 

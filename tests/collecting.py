@@ -9,8 +9,9 @@ import fsspec
 import numpy as np
 import torch
 
-from vaelab import lasting, store, writing
-from vaelab.store import BlockShape
+from vaelab import store
+from vaelab.store import writer as store_writer
+from vaelab.store.format import BlockShape
 
 LAYOUT = {"down.2.1": BlockShape((2, 3), 4), "mid/attn": BlockShape((), 5), "up.0": BlockShape((3,), 2)}
 SETTINGS = {"model": "embedded", "steps": (1, 4)}
@@ -87,7 +88,13 @@ def die_at(folder, count, step, layout=KILLED):
 
         return call
 
-    for module, name in ((os, "fsync"), (os, "replace"), (os, "unlink"), (writing, "_seal"), (writing, "sync_names")):
+    for module, name in (
+        (os, "fsync"),
+        (os, "replace"),
+        (os, "unlink"),
+        (store_writer, "_seal"),
+        (store_writer, "sync_names"),
+    ):
         setattr(module, name, counted(getattr(module, name)))
     fill(folder, truth(layout, count), layout=layout)
 
@@ -95,7 +102,7 @@ def die_at(folder, count, step, layout=KILLED):
 def die_writing(folder, count, number):
     """Be gone when the ``number``-th piece of a file has been written by half."""
     torch.set_num_threads(1)
-    left, write = number, lasting.SummedFile.write
+    left, write = number, store_writer.SummedFile.write
 
     def half(self, data):
         nonlocal left
@@ -105,5 +112,5 @@ def die_writing(folder, count, number):
             os._exit(9)
         write(self, data)
 
-    lasting.SummedFile.write = half
+    store_writer.SummedFile.write = half
     fill(folder, truth(KILLED, count), layout=KILLED)

@@ -37,7 +37,7 @@ def pipeline_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def small_pipeline(pipeline_folder):
     """A small pipeline by its name, loaded once: who changes one loads another from its folder."""
-    from vaelab.models import load_pipeline
+    from vaelab.models.loading import load_pipeline
 
     return functools.cache(lambda name: load_pipeline(str(pipeline_folder(name)), device="cpu"))
 

@@ -16,7 +16,7 @@ ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA
 CHILDREN = multiprocessing.get_context("forkserver")
 CHILDREN.set_forkserver_preload(
     ["accelerate", "datasets", "diffusers.models.autoencoders.autoencoder_kl", "torchmetrics.image",
-     "sklearn.datasets", "vaelab.store"]
+     "sklearn.datasets", "vaelab.store.reader"]
 )  # fmt: skip
 SILENT = {"decoder.conv_norm_out": (1, 3), "encoder.mid_block.resnets.0.norm1": (0, 2, 5)}
 

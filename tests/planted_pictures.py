@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from vaelab import store
-from vaelab.store import BlockShape
+from vaelab.store.format import BlockShape
 
 CLASSES = {"shape": ["circle", "square", "star"], "colour": ["red", "blue"]}
 WIDTH = 6

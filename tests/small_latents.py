@@ -3,10 +3,10 @@
 import torch
 from diffusers import UNet2DModel
 
-from vaelab.configs import TrainConfig
-from vaelab.latents import LatentConfig
-from vaelab.masked_measures import MeasuringConfig
-from vaelab.pruning import PruningConfig
+from vaelab.pruning.masks import LatentConfig
+from vaelab.pruning.metrics import MeasuringConfig
+from vaelab.pruning.train import PruningConfig
+from vaelab.training.loop import TrainConfig
 
 
 def small_unet(channels=4):

@@ -205,15 +205,16 @@ def flux() -> Any:
 
 def world() -> Any:
     """The embedded text-to-image model before its training."""
-    from vaelab import text_model, text_to_image
+    from vaelab.embedded import text_encoder as embedded_text_encoder
+    from vaelab.embedded import train_unet
 
-    sizes = text_to_image.ModelConfig(
+    sizes = train_unet.ModelConfig(
         vae_channels=(16, 16, 16), unet_channels=(16, 32), head_width=8, text_width=16, text_layers=1
     )
-    with mock.patch.object(text_model, "PROMPTS_FOR_THE_TOKENIZER", 50):
-        tokenizer = text_model.new_tokenizer()
-    text_encoder = text_model.new_text_model(tokenizer, sizes.text_width, sizes.text_layers)
-    return text_to_image.new_pipeline(text_to_image.new_vae(sizes), text_encoder, tokenizer, sizes)
+    with mock.patch.object(embedded_text_encoder, "PROMPTS_FOR_THE_TOKENIZER", 50):
+        tokenizer = embedded_text_encoder.new_tokenizer()
+    text_encoder = embedded_text_encoder.new_text_model(tokenizer, sizes.text_width, sizes.text_layers)
+    return train_unet.new_pipeline(train_unet.new_vae(sizes), text_encoder, tokenizer, sizes)
 
 
 PIPELINES: dict[str, Callable[[], Any]] = {

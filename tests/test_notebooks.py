@@ -15,8 +15,8 @@ import pytest
 from helpers import picture_folder
 from papermill.exceptions import PapermillExecutionError
 
-from vaelab import report, runs
-from vaelab.world import FACTORS
+from vaelab.runner import cli, report
+from vaelab.world.scenes import FACTORS
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -75,12 +75,12 @@ def test_every_parameter_is_used(notebook):
     named = {node.id for node in ast.walk(ast.parse(rest)) if isinstance(node, ast.Name)}
     from dataclasses import fields
 
-    from vaelab.configs import TrainConfig
-    from vaelab.latents import LatentConfig
-    from vaelab.masked_measures import MeasuringConfig
-    from vaelab.nudge import NudgeConfig
-    from vaelab.pruning import PruningConfig
-    from vaelab.study import StudyConfig
+    from vaelab.pruning.masks import LatentConfig
+    from vaelab.pruning.metrics import MeasuringConfig
+    from vaelab.pruning.train import PruningConfig
+    from vaelab.training.loop import TrainConfig
+    from vaelab.vae.finetune import StudyConfig
+    from vaelab.vae.nudge import NudgeConfig
 
     parts = {
         StudyConfig: (TrainConfig, NudgeConfig),
@@ -94,7 +94,7 @@ def test_every_parameter_is_used(notebook):
 @pytest.fixture(scope="session")
 def smoked():
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "vaelab.runs", "all", "smoke", "--jobs", "2"]
+    command = [sys.executable, "-m", "vaelab.runner.cli", "all", "smoke", "--jobs", "2"]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1500)
 
 
@@ -235,7 +235,7 @@ def test_globs_and_own_pictures_are_taken_to_the_end(tmp_path, monkeypatch, name
 
 
 def test_what_is_counted_is_a_parameter_of_some_notebook():
-    known = {name for path in NOTEBOOKS for name in runs.declared(path)}
+    known = {name for path in NOTEBOOKS for name in cli.declared(path)}
     assert {*report.COUNTS, *report.FROM_ZERO} <= known
 
 
@@ -244,7 +244,8 @@ def test_planted_channels_are_found_by_the_census_and_no_others(tmp_path):
     import PIL.Image
     import torch
 
-    from vaelab import channels, models
+    from vaelab import models
+    from vaelab.vae import channels
 
     vae = models.load_vae("embedded", device="cpu", changes={}, seed=3)
     rng = np.random.default_rng(5)
@@ -278,6 +279,6 @@ def test_a_run_reads_finished_runs_only(tmp_path):
 
 def test_a_params_file_names_the_runs_it_needs(monkeypatch):
     monkeypatch.chdir(ROOT)
-    params = runs.load_params(Path("params/11_compare_interventions/demo.yaml"))
-    names = [runs.label(path) for path in runs.needs(params)]
+    params = cli.load_params(Path("params/11_compare_interventions/demo.yaml"))
+    names = [cli.label(path) for path in cli.needs(params)]
     assert names == ["10_finetune_vae/demo-photos", "10_finetune_vae/demo-digits", "10_finetune_vae/demo"]

@@ -10,10 +10,11 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from vaelab import data, models, study
-from vaelab.configs import TrainConfig
-from vaelab.files import write_json
-from vaelab.nudge import NudgeConfig
+from vaelab import data, models
+from vaelab.core.io import write_json
+from vaelab.training.loop import TrainConfig
+from vaelab.vae import finetune
+from vaelab.vae.nudge import NudgeConfig
 
 
 def main(model: str, folder: str, steps: int) -> None:
@@ -23,7 +24,7 @@ def main(model: str, folder: str, steps: int) -> None:
         data.load_images("digits", resolution=16, max_images=24),
         data.load_images("digits", split="test", resolution=16, max_images=8),
     )
-    config = study.StudyConfig(
+    config = finetune.StudyConfig(
         TrainConfig(steps=steps, learning_rate=1e-3, log_every=4, checkpoint_every=4, device="cpu"),
         NudgeConfig(interval=10),
         batch_size=4,
@@ -34,7 +35,7 @@ def main(model: str, folder: str, steps: int) -> None:
     loaded = []
     load = models.load_vae
     models.load_vae = lambda *names, **options: loaded.append(load(*names, **options)) or loaded[-1]
-    run = study.train_vae(model, "nudge", config, pictures, folder, keep_weights=True)
+    run = finetune.train_vae(model, "nudge", config, pictures, folder, keep_weights=True)
     if "RANK" in os.environ:
         rank = os.environ["RANK"]
         save_file(loaded[0].state_dict(), Path(folder, f"rank{rank}.safetensors"))

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vaelab.checks import nearest, one_of, unknown
+from vaelab.core.validate import nearest, one_of, unknown
 
 SIDES = ("input", "output", "update")
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from vaelab import collect, denoise, store
-from vaelab.collect import CollectConfig
-from vaelab.denoise import Sampling
+from vaelab import activations, store
+from vaelab.activations import collect
+from vaelab.activations.collect import CollectConfig
+from vaelab.activations.denoiser import Sampling
 
 BLOCKS = ("down.1.0", "mid.0")
 PROMPTS = [f"a thing number {i}" for i in range(7)]
@@ -33,7 +34,7 @@ def test_every_row_is_what_the_denoiser_gave(pipeline, tmp_path):
     kept = collected(pipeline, tmp_path / "store")
     assert kept.complete and len(kept.items) == len(PROMPTS) * 2
     for number, prompt in enumerate(PROMPTS):
-        alone = denoise.from_prompts(pipeline, [prompt], [5 + number], BLOCKS, CONFIG.sampling)
+        alone = activations.from_prompts(pipeline, [prompt], [5 + number], BLOCKS, CONFIG.sampling)
         for step in (0, 1):
             item = kept.items[2 * number + step]
             assert (item["prompt"], item["seed"], item["step"], item["guided"]) == (prompt, 5 + number, step, True)
@@ -52,7 +53,7 @@ def test_every_pass_of_a_sampler_that_takes_more_than_its_steps_is_an_item(small
 def test_both_halves_are_items_of_their_own(pipeline, tmp_path):
     kept = collected(pipeline, tmp_path / "store", replace(CONFIG, halves="both", steps=(1,)))
     assert [item["guided"] for item in kept.items[:4]] == [True, False, True, False]
-    both = denoise.from_prompts(pipeline, PROMPTS[:1], [5], "mid.0", CONFIG.sampling, steps=[1])
+    both = activations.from_prompts(pipeline, PROMPTS[:1], [5], "mid.0", CONFIG.sampling, steps=[1])
     torch.testing.assert_close(kept.maps("mid.0", [0]), both.maps["mid.0"][0], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(kept.maps("mid.0", [1]), both.unguided["mid.0"][0], rtol=1e-4, atol=1e-5)
 

@@ -6,24 +6,20 @@ import pytest
 import torch
 from small_pipelines import PIPELINES, pixart
 
-from vaelab import conditioning
-from vaelab.blocks import blocks, denoiser, maps, paths
-from vaelab.denoise import (
+from vaelab.activations.denoiser import (
     Sampling,
-    add_noise,
-    condition,
-    encode,
     from_pictures,
     from_prompts,
     generate,
     generate_all,
-    last_timestep,
     passes,
-    predict,
     refuse_size,
 )
 from vaelab.hooks import capture, edit
-from vaelab.models import load_pipeline
+from vaelab.models import conditioning
+from vaelab.models.block_names import blocks, denoiser, maps, paths
+from vaelab.models.conditioning import add_noise, condition, encode, last_timestep, predict
+from vaelab.models.loading import load_pipeline
 
 TEXTS = ["a red circle", "", "two yellow stars on a dark field"]
 CLASSES = [3, 77, 400]

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from vaelab.sae import SAE, SAEConfig
-from vaelab.sae_peers import Dense, Setting, peer
+from vaelab.bench.peers import Dense, Setting, peer
+from vaelab.sae.model import SAE, SAEConfig
 
 SMALL = Setting(d=16, n_features=64, k=3, batch_size=32, dead=10)
 
@@ -35,10 +35,10 @@ def test_the_dense_step_minimises_what_ours_does(dead):
 
 @pytest.mark.parametrize("dead", [False, True])
 def test_the_dense_step_learns_and_keeps_features_of_unit_length(dead, monkeypatch):
-    from vaelab import sae_peers
+    from vaelab.bench import peers
 
     made = []
-    monkeypatch.setattr(sae_peers, "Dense", lambda setting: made.append(Dense(setting)) or made[0])
+    monkeypatch.setattr(peers, "Dense", lambda setting: made.append(Dense(setting)) or made[0])
     step = peer("dense", SMALL, dead=dead)
     (sae,) = made
     before = sae(SMALL.batch(0), torch.zeros(64)).item()

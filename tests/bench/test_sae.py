@@ -2,11 +2,11 @@ import pandas as pd
 import pytest
 import torch
 
-from vaelab import bench_sae
-from vaelab.collect import CollectConfig
-from vaelab.denoise import Sampling
-from vaelab.sae import SAE, SAEConfig
-from vaelab.sae_peers import Setting
+from vaelab.activations.collect import CollectConfig
+from vaelab.activations.denoiser import Sampling
+from vaelab.bench import sae as bench_sae
+from vaelab.bench.peers import Setting
+from vaelab.sae.model import SAE, SAEConfig
 
 SMALL = Setting(d=16, n_features=64, k=3, batch_size=32, dead=10)
 
@@ -53,8 +53,8 @@ def test_what_fails_in_that_process_is_told():
 @pytest.mark.parametrize("screen", [False, True])
 @pytest.mark.parametrize("dead", [False, True])
 def test_our_step_is_that_of_the_training(screen, dead, monkeypatch):
-    from vaelab.configs import TrainConfig
-    from vaelab.sae_training import SAEObjective, Wanted, train_saes
+    from vaelab.sae.train import SAEObjective, Wanted, train_saes
+    from vaelab.training.loop import TrainConfig
 
     made = []
     monkeypatch.setattr(bench_sae, "SAEObjective", lambda wanted: made.append(SAEObjective(wanted)) or made[0])

@@ -4,19 +4,22 @@ import pandas as pd
 import pytest
 import torch
 
-from vaelab import bench, data, denoise
-from vaelab.collect import CollectConfig
-from vaelab.configs import TrainConfig
-from vaelab.denoise import Sampling
-from vaelab.labelled import Pictures
-from vaelab.layer_features import LayerConfig
-from vaelab.study import StudyConfig
+from vaelab import data
+from vaelab.activations import denoiser
+from vaelab.activations.collect import CollectConfig
+from vaelab.activations.denoiser import Sampling
+from vaelab.bench import steps
+from vaelab.core import timing
+from vaelab.data.labelled import Pictures
+from vaelab.probing.layer_features import LayerConfig
+from vaelab.training.loop import TrainConfig
+from vaelab.vae.finetune import StudyConfig
 
 
 def test_every_action_is_timed_once_a_round_in_an_order_that_changes():
     order = []
     actions = {"slow": lambda n: (order.append("slow"), time.sleep(0.01)), "fast": lambda n: order.append("fast")}
-    seconds = bench.interleaved(actions, 8, device=torch.device("cpu"), warmup=2)
+    seconds = timing.interleaved(actions, 8, device=torch.device("cpu"), warmup=2)
     assert list(seconds.columns) == ["slow", "fast"] and len(seconds) == 8
     assert len(order) == 20
     assert {tuple(order[i : i + 2]) for i in range(0, 20, 2)} == {("slow", "fast"), ("fast", "slow")}
@@ -25,7 +28,7 @@ def test_every_action_is_timed_once_a_round_in_an_order_that_changes():
 
 def test_percent_is_of_the_paired_differences():
     seconds = pd.DataFrame({"a": [1.0, 2.0, 3.0], "b": [1.1, 2.2, 3.2]})
-    middle, low, high = bench.paired_percent(seconds, "b", "a")
+    middle, low, high = timing.paired_percent(seconds, "b", "a")
     assert middle == pytest.approx(10) and low == pytest.approx(7.5) and high == pytest.approx(10)
 
 
@@ -33,7 +36,7 @@ def test_tracking_is_timed_on_copies_that_leave_the_model_alone(tiny_vae):
     before = {name: value.clone() for name, value in tiny_vae.state_dict().items()}
     images = data.load_images("digits", resolution=16, max_images=8)
     config = StudyConfig(TrainConfig(steps=1, device="cpu"), batch_size=2)
-    seconds = bench.tracking_seconds(tiny_vae, images, config, rounds=2)
+    seconds = steps.tracking_seconds(tiny_vae, images, config, rounds=2)
     assert list(seconds.columns) == ["untracked", "twin", "tracked"]
     assert (seconds > 0).all().all()
     assert all(torch.equal(value, before[name]) for name, value in tiny_vae.state_dict().items())
@@ -41,19 +44,19 @@ def test_tracking_is_timed_on_copies_that_leave_the_model_alone(tiny_vae):
 
 def test_collecting_is_timed_beside_drawing(small_pipeline):
     config = CollectConfig(("mid.0",), Sampling(steps=1, guidance_scale=0.0), batch_size=2)
-    seconds = bench.collect_seconds(small_pipeline("sdxl"), 3, config, rounds=2)
+    seconds = steps.collect_seconds(small_pipeline("sdxl"), 3, config, rounds=2)
     assert list(seconds.columns) == ["plain", "twin", "collecting"] and len(seconds) == 2
     assert (seconds > 0).all().all()
 
 
 def test_a_sweep_is_timed_beside_one_layer_and_timestep_at_a_time(small_pipeline, monkeypatch):
-    asked, plain = [], denoise.from_pictures
+    asked, plain = [], denoiser.from_pictures
     monkeypatch.setattr(
-        denoise, "from_pictures", lambda *args, **kwargs: asked.append(args[2:5]) or plain(*args, **kwargs)
+        denoiser, "from_pictures", lambda *args, **kwargs: asked.append(args[2:5]) or plain(*args, **kwargs)
     )
     shown = Pictures("p", 32, {}, range(4), lambda i: None if i == 1 else (torch.full((3, 32, 32), 0.1 * i), {}))
     config = LayerConfig(("bottleneck", "up_ft0"), (25, 500))
-    seconds, named = bench.sweep_seconds(small_pipeline("sd"), shown, config, 2, rounds=2)
+    seconds, named = steps.sweep_seconds(small_pipeline("sd"), shown, config, 2, rounds=2)
     assert list(seconds.columns) == ["together", "one_at_a_time", "encoding", "whole_pass"] and len(seconds) == 2
     together = [one for one in asked if len(one[1]) == 2]
     assert len(together) == 3 and len(asked) == 3 + 3 * 4 and together[0] == ([0, 1], (25, 500), [*config.blocks])
@@ -63,4 +66,4 @@ def test_a_sweep_is_timed_beside_one_layer_and_timestep_at_a_time(small_pipeline
         (middle["together"] - middle["encoding"]) / middle["whole_pass"]
     )
     assert named["sweep.together.seconds_per_image"] == middle["together"] > 0
-    assert bench.sweep_seconds(small_pipeline("sd"), shown, config, 2, rounds=0)[1] == {}
+    assert steps.sweep_seconds(small_pipeline("sd"), shown, config, 2, rounds=0)[1] == {}

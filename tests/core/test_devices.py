@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from vaelab import devices
+from vaelab.core import devices
 
 
 def pretend(monkeypatch, *, cuda=0, mps=False):

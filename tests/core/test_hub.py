@@ -1,26 +1,26 @@
 import pytest
 
-from vaelab import folders
+from vaelab.core import hub
 
 
 def test_a_local_folder_and_a_part_of_it(tmp_path):
     (tmp_path / "saes" / "mid.0").mkdir(parents=True)
-    assert folders.find(tmp_path / "saes") == tmp_path / "saes"
-    assert folders.find(str(tmp_path / "saes"), subfolder="mid.0") == tmp_path / "saes" / "mid.0"
+    assert hub.find(tmp_path / "saes") == tmp_path / "saes"
+    assert hub.find(str(tmp_path / "saes"), subfolder="mid.0") == tmp_path / "saes" / "mid.0"
 
 
 @pytest.mark.parametrize("name", ["nowhere", "./nowhere/here", "a/b/c", "~/nowhere"])
 def test_what_is_neither_a_folder_nor_an_id_is_refused(name):
     with pytest.raises(ValueError, match=r"sae: .*neither a folder nor an id on the hub"):
-        folders.find(name)
+        hub.find(name)
 
 
 def test_a_file_and_a_part_that_is_not_there_are_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="is no folder"):
-        folders.find(tmp_path / "file")
+        hub.find(tmp_path / "file")
     with pytest.raises(ValueError, match="no folder 'mid'"):
-        folders.find(tmp_path, subfolder="mid")
+        hub.find(tmp_path, subfolder="mid")
 
 
 def test_an_id_that_cannot_be_read_is_one_error_with_its_cause(monkeypatch):
@@ -32,4 +32,4 @@ def test_an_id_that_cannot_be_read_is_one_error_with_its_cause(monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     with pytest.raises(ValueError, match=r"model: 'some/one' could not be read from the hub \(.*no way out"):
-        folders.find("some/one", parameter="model")
+        hub.find("some/one", parameter="model")

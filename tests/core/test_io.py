@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from helpers import files_of_at_most
 
-from vaelab.files import atomic, locked, naming, read_json, write_json
+from vaelab.core.io import atomic, locked, naming, read_json, write_json
 
 
 def test_exception_leaves_the_old_file_and_no_draft(tmp_path):

@@ -2,58 +2,58 @@ from pathlib import Path
 
 import pytest
 
-from vaelab import checks
+from vaelab.core import paths, validate
 
 LAYERS = ["encoder.conv_in", "encoder.conv_out", "decoder.conv_in", "quant_conv"]
 
 
 class TestNames:
     def test_the_nearest_come_best_first(self):
-        assert checks.nearest("encoder.conv_im", LAYERS)[0] == "encoder.conv_in"
+        assert validate.nearest("encoder.conv_im", LAYERS)[0] == "encoder.conv_in"
 
     def test_no_more_than_asked_for(self):
-        assert len(checks.nearest("conv", [f"conv{i}" for i in range(30)], count=3)) == 3
+        assert len(validate.nearest("conv", [f"conv{i}" for i in range(30)], count=3)) == 3
 
     def test_where_nothing_is_near_the_first_in_order_are_given(self):
-        assert checks.nearest("zzz", ["b", "a", "c"], count=2) == ["a", "b"]
+        assert validate.nearest("zzz", ["b", "a", "c"], count=2) == ["a", "b"]
 
     def test_repeated_choices_are_named_once(self):
-        assert checks.nearest("conv", ["conv", "conv"]) == ["conv"]
+        assert validate.nearest("conv", ["conv", "conv"]) == ["conv"]
 
     def test_unknown_says_parameter_name_and_neighbours(self):
-        error = checks.unknown("layers", "encoder.conv_im", LAYERS)
+        error = validate.unknown("layers", "encoder.conv_im", LAYERS)
         assert isinstance(error, ValueError)
         assert str(error).startswith("layers: unknown name 'encoder.conv_im'; the nearest of 4: encoder.conv_in, ")
 
     def test_unknown_where_nothing_exists(self):
-        assert str(checks.unknown("dataset", "photos", iter(()))).endswith("the nearest of 0: none at all")
+        assert str(validate.unknown("dataset", "photos", iter(()))).endswith("the nearest of 0: none at all")
 
     def test_unknown_of_what_is_no_name(self):
-        assert "unknown name 3" in str(checks.unknown("layers", 3, LAYERS))
+        assert "unknown name 3" in str(validate.unknown("layers", 3, LAYERS))
 
     def test_one_of_accepts_a_choice_and_refuses_another(self):
-        checks.one_of("side", "input", iter(("input", "output")))
+        validate.one_of("side", "input", iter(("input", "output")))
         with pytest.raises(ValueError, match="side: unknown name 'inputs'; the nearest of 2: input, output"):
-            checks.one_of("side", "inputs", ("input", "output"))
+            validate.one_of("side", "inputs", ("input", "output"))
 
 
 class TestAtLeast:
     @pytest.mark.parametrize("value", [2, 2.0, 2.5, float("inf")])
     def test_the_minimum_and_above_pass(self, value):
-        checks.at_least("interval", value, 2)
+        validate.at_least("interval", value, 2)
 
     @pytest.mark.parametrize("value", [1.999, -3, float("nan"), float("-inf")])
     def test_below_and_nan_are_refused(self, value):
         with pytest.raises(ValueError, match=f"interval: must be at least 2, got {value}"):
-            checks.at_least("interval", value, 2)
+            validate.at_least("interval", value, 2)
 
     @pytest.mark.parametrize("value", [0, float("nan")])
     def test_an_exclusive_minimum_is_refused_itself(self, value):
         with pytest.raises(ValueError, match="gamma_max: must be above 0"):
-            checks.at_least("gamma_max", value, 0, exclusive=True)
+            validate.at_least("gamma_max", value, 0, exclusive=True)
 
     def test_above_an_exclusive_minimum_passes(self):
-        checks.at_least("gamma_max", 1e-9, 0, exclusive=True)
+        validate.at_least("gamma_max", 1e-9, 0, exclusive=True)
 
 
 class TestPaths:
@@ -65,27 +65,27 @@ class TestPaths:
 
     def test_from_the_root_paths_begin_there(self, repository, monkeypatch):
         monkeypatch.chdir(repository)
-        assert checks.project_root() == repository
-        assert checks.resolve("pictures") == repository / "pictures"
+        assert paths.project_root() == repository
+        assert paths.resolve("pictures") == repository / "pictures"
 
     def test_from_the_notebooks_they_begin_one_folder_up(self, repository, monkeypatch):
         monkeypatch.chdir(repository / "notebooks")
-        assert checks.project_root() == repository
-        assert checks.resolve("pictures") == repository / "pictures"
+        assert paths.project_root() == repository
+        assert paths.resolve("pictures") == repository / "pictures"
 
     def test_another_folder_called_notebooks_is_its_own_root(self, tmp_path, monkeypatch):
         (tmp_path / "notebooks").mkdir()
         monkeypatch.chdir(tmp_path / "notebooks")
-        assert checks.project_root() == tmp_path / "notebooks"
+        assert paths.project_root() == tmp_path / "notebooks"
 
     def test_an_absolute_path_stays(self, repository):
-        assert checks.resolve(str(repository / "anything")) == repository / "anything"
+        assert paths.resolve(str(repository / "anything")) == repository / "anything"
 
     def test_the_home_folder_is_expanded(self, monkeypatch):
         monkeypatch.setenv("HOME", "/somebody")
-        assert checks.resolve("~/pictures") == Path("/somebody/pictures")
+        assert paths.resolve("~/pictures") == Path("/somebody/pictures")
 
     def test_local_is_what_exists(self, repository, monkeypatch):
         monkeypatch.chdir(repository / "notebooks")
-        assert checks.local("pictures") == repository / "pictures"
-        assert checks.local("stabilityai/sdxl-vae") is None
+        assert paths.local("pictures") == repository / "pictures"
+        assert paths.local("stabilityai/sdxl-vae") is None

@@ -12,7 +12,8 @@ import torch
 from helpers import picture_folder, pixels, png
 
 from vaelab import data
-from vaelab.data import load_images, preprocess
+from vaelab.data.images import load_images
+from vaelab.data.transforms import preprocess
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,7 @@ import torch
 from helpers import picture_folder, png
 
 from vaelab import world
-from vaelab.labelled import Pictures, crop_and_flip, load, refuse_without_classes
+from vaelab.data.labelled import Pictures, crop_and_flip, load, refuse_without_classes
 
 
 def test_the_worlds_scenes_of_one_thing_have_every_factor():

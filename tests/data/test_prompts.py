@@ -3,7 +3,8 @@
 import datasets
 import pytest
 
-from vaelab import prompts, world
+from vaelab import world
+from vaelab.data import prompts
 
 
 def test_the_world_gives_its_scenes_and_their_prompts():

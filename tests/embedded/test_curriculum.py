@@ -4,8 +4,9 @@ import pytest
 import torch
 from small_pipelines import world as small_world
 
-from vaelab import lessons, models, text_model, world
-from vaelab.lessons import DenoisingObjective, ScheduleConfig
+from vaelab import models, world
+from vaelab.embedded import curriculum, text_encoder
+from vaelab.embedded.curriculum import DenoisingObjective, ScheduleConfig
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +18,7 @@ def test_the_loss_is_the_weighted_velocity_error(pipeline):
     """v = sqrt(abar) eps - sqrt(1 - abar) z (Salimans and Ho 2022), in float64."""
     config = ScheduleConfig(prompt_dropout=0.0, place_weight=0.0)
     objective = DenoisingObjective(pipeline, config).eval()
-    batch = next(lessons.prompted(3, pipeline.tokenizer, ScheduleConfig(curriculum=10))(start=5))
+    batch = next(curriculum.prompted(3, pipeline.tokenizer, ScheduleConfig(curriculum=10))(start=5))
     torch.manual_seed(0)
     losses = objective(batch)
     torch.manual_seed(0)
@@ -49,7 +50,7 @@ def test_what_blocks_know_of_places_is_the_cross_entropy_of_rows_and_columns(pip
                 terms.append(-scores[:, :side].log_softmax(1)[:, y].mean().item() / side**2)
                 terms.append(-scores[:, side:].log_softmax(1)[:, x].mean().item() / side**2)
     assert objective._place(maps).item() == pytest.approx(sum(terms) / (2 * len(maps)), rel=1e-5)
-    batch = next(lessons.prompted(2, pipeline.tokenizer, ScheduleConfig())())
+    batch = next(curriculum.prompted(2, pipeline.tokenizer, ScheduleConfig())())
     losses = objective(batch)
     losses["place"].backward()
     assert pipeline.unet.conv_in.weight.grad.abs().max() > 0
@@ -61,8 +62,8 @@ def test_dropped_prompts_are_the_empty_one(pipeline, monkeypatch):
     seen = []
     forward = pipeline.text_encoder.forward
     monkeypatch.setattr(pipeline.text_encoder, "forward", lambda tokens: seen.append(tokens) or forward(tokens))
-    objective(next(lessons.prompted(2, pipeline.tokenizer, ScheduleConfig())()))
-    empty = text_model.tokenize(pipeline.tokenizer, [""])[0]
+    objective(next(curriculum.prompted(2, pipeline.tokenizer, ScheduleConfig())()))
+    empty = text_encoder.tokenize(pipeline.tokenizer, [""])[0]
     assert torch.equal(seen[0], empty.expand(2, -1))
 
 
@@ -77,14 +78,14 @@ def test_most_of_the_timesteps_are_the_samplers(pipeline):
 
 def test_the_curriculum_goes_from_one_named_thing_to_any_scene(pipeline):
     config = ScheduleConfig(curriculum=100, thing_weight=(10, 2))
-    stream = lessons.prompted(32, pipeline.tokenizer, config)
+    stream = curriculum.prompted(32, pipeline.tokenizer, config)
     first, half, late = (next(stream(start=step)) for step in (0, 50, 100))
     scene = world.sample(0)
     assert [batch["weight"].unique().tolist() for batch in (first, half, late)] == [[1, 10], [1, 6], [1, 2]]
     assert [int(batch["blank"].sum()) for batch in (first, half, late)] == [32, 16, 0]
-    every = lessons._easy(scene, alone=False)
+    every = curriculum._easy(scene, alone=False)
     assert every.things == scene.spelled_out().things and every.named == world.SCENE_FACTORS
-    easy = lessons._easy(scene, alone=True)
+    easy = curriculum._easy(scene, alone=True)
     assert len(easy.things) == 1 and easy.things[0].named == world.THING_FACTORS
     torch.testing.assert_close(first["pixels"][0], world.render([easy])[0])
     torch.testing.assert_close(late["pixels"][5], world.render([world.sample(100 * 32 + 5)])[0])
@@ -97,7 +98,7 @@ def test_easy_examples_are_made_of_pure_noise_in_the_first_lesson_alone(pipeline
     monkeypatch.setattr(pipeline.scheduler, "add_noise", lambda *args: seen.append(args[2]) or add_noise(*args))
     for pure_noise in (True, False):
         config = ScheduleConfig(sampler_share=0.0, curriculum=2, pure_noise=pure_noise)
-        batch = next(lessons.prompted(8, pipeline.tokenizer, config)(start=1))
+        batch = next(curriculum.prompted(8, pipeline.tokenizer, config)(start=1))
         torch.manual_seed(0)
         DenoisingObjective(pipeline, config)(batch)
     assert (seen[0][:4] == 999).all() and (seen[0][4:] < 999).all() and (seen[1] < 999).all()
@@ -105,7 +106,7 @@ def test_easy_examples_are_made_of_pure_noise_in_the_first_lesson_alone(pipeline
 
 def test_things_stand_exactly_where_it_is_asked_for(pipeline):
     loose, exact = (
-        next(lessons.prompted(16, pipeline.tokenizer, ScheduleConfig(curriculum=0, exact=asked))())
+        next(curriculum.prompted(16, pipeline.tokenizer, ScheduleConfig(curriculum=0, exact=asked))())
         for asked in (False, True)
     )
     assert torch.equal(loose["tokens"], exact["tokens"]) and not torch.equal(loose["pixels"], exact["pixels"])
@@ -123,7 +124,7 @@ def test_what_a_prompt_leaves_open_of_the_places():
         world.Thing("cross", "green", "small", "left", **some),
     )
     scenes = [world.Scene(things, "plain", "grey"), world.Scene((thing,), "plain", "grey")]
-    assert lessons.unsaid_places(scenes).tolist() == [[0, -1, 0, 2, 0, 0, 0, 0, 1], [0, -1, 0, 0, 0, 0, 0, 0, 0]]
+    assert curriculum.unsaid_places(scenes).tolist() == [[0, -1, 0, 2, 0, 0, 0, 0, 1], [0, -1, 0, 0, 0, 0, 0, 0, 0]]
 
 
 @pytest.mark.parametrize("side", [8, 16, 24])
@@ -131,8 +132,8 @@ def test_the_noise_is_highest_where_what_is_not_placed_stands(side):
     torch.manual_seed(0)
     noise = torch.randn(3, 4, side, side)
     unsaid = torch.tensor([[0, -1, 0, 2, 0, 0, 0, 0, 1], [0, 0, 0, 0, 1, 0, 0, 0, 0], [-1, 0, 0, 0, 0, 0, 0, 0, -1]])
-    chosen = lessons.let_noise_choose(noise, unsaid)
-    middles = lessons._middles((side, side))
+    chosen = curriculum.let_noise_choose(noise, unsaid)
+    middles = curriculum._middles((side, side))
     seen = torch.zeros(side, side)
     for rows, columns in middles:
         seen[rows, columns] += 1
@@ -153,10 +154,12 @@ def test_noise_that_chooses_is_white_noise_over_all_that_a_prompt_may_mean():
     torch.manual_seed(0)
     count = 9000
     places = torch.nn.functional.one_hot(torch.arange(count) % 9, 9)
-    noise = lessons.let_noise_choose(torch.randn(count, 1, 8, 8), places).flatten(1)
+    noise = curriculum.let_noise_choose(torch.randn(count, 1, 8, 8), places).flatten(1)
     assert noise.mean(0).abs().max() < 5 / count**0.5
     assert (torch.cov(noise.T) - torch.eye(64)).abs().max() < 6 * (2 / count) ** 0.5
-    standing = noise[torch.arange(count), [8 * r.start + c.start for r, c in lessons._middles((8, 8))] * (count // 9)]
+    standing = noise[
+        torch.arange(count), [8 * r.start + c.start for r, c in curriculum._middles((8, 8))] * (count // 9)
+    ]
     assert standing.mean() == pytest.approx(1.485, abs=0.05)  # of the largest of nine normal numbers
 
 
@@ -164,18 +167,18 @@ def test_noise_chooses_for_prompts_that_are_kept_alone(pipeline, monkeypatch):
     seen = []
     add_noise = pipeline.scheduler.add_noise
     monkeypatch.setattr(pipeline.scheduler, "add_noise", lambda z, e, t: seen.append(e) or add_noise(z, e, t))
-    batch = next(lessons.prompted(16, pipeline.tokenizer, ScheduleConfig(curriculum=0))())
+    batch = next(curriculum.prompted(16, pipeline.tokenizer, ScheduleConfig(curriculum=0))())
     for dropout, chooses in ((1.0, False), (1.0, True), (0.0, True)):
         torch.manual_seed(0)
         DenoisingObjective(pipeline, ScheduleConfig(prompt_dropout=dropout, noise_chooses=chooses))(batch)
     assert torch.equal(seen[0], seen[1])
-    assert torch.equal(seen[2], lessons.let_noise_choose(seen[0], batch["unsaid"])) and not torch.equal(*seen[1:])
+    assert torch.equal(seen[2], curriculum.let_noise_choose(seen[0], batch["unsaid"])) and not torch.equal(*seen[1:])
 
 
 def test_ranks_and_later_starts_share_one_stream(pipeline):
-    alone = lessons.pictures(2)()
+    alone = curriculum.pictures(2)()
     four = [next(alone)["pixels"] for _ in range(4)]
-    second = lessons.pictures(2)(start=1, rank=1, world=2)
+    second = curriculum.pictures(2)(start=1, rank=1, world=2)
     assert torch.equal(next(second)["pixels"], four[3])
 
 

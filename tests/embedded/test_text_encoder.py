@@ -7,26 +7,26 @@ import sys
 import pytest
 import torch
 
-from vaelab import text_model, world
-from vaelab.configs import TrainConfig
-from vaelab.text_model import NOT_SAID, ReadingObjective
-from vaelab.training import train
-from vaelab.world import Scene, Thing
+from vaelab import world
+from vaelab.embedded import text_encoder
+from vaelab.embedded.text_encoder import NOT_SAID, ReadingObjective
+from vaelab.training.loop import TrainConfig, train
+from vaelab.world.scenes import Scene, Thing
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return text_model.new_tokenizer()
+    return text_encoder.new_tokenizer()
 
 
 def test_the_tokenizer_has_a_token_for_every_word(tokenizer):
     for seed in range(200):
         prompt = world.sample(seed).prompt
-        tokens = text_model.tokenize(tokenizer, [prompt])[0]
+        tokens = text_encoder.tokenize(tokenizer, [prompt])[0]
         words = prompt.replace(",", " ,").split()
         assert tokens[0] == tokenizer.bos_token_id and tokens[len(words) + 1] == tokenizer.eos_token_id
         assert tokenizer.convert_ids_to_tokens(tokens[1 : len(words) + 1]) == [f"{w}</w>" for w in words]
-        assert len(tokens) == text_model.MAX_TOKENS
+        assert len(tokens) == text_encoder.MAX_TOKENS
 
 
 def test_the_tokenizer_is_the_same_in_every_process(tokenizer):
@@ -42,7 +42,7 @@ def scene(*things, named=("texture", "ground")):
 
 def test_what_a_prompt_says_of_each_place():
     star = Thing("star", "red", "large", "left", named=("shape", "size", "position"))
-    told = text_model.said([scene(star, named=("ground",))])
+    told = text_encoder.said([scene(star, named=("ground",))])
     place, nothing = list(world.POSITIONS).index("left"), len(world.SHAPES)
     for i in range(9):
         expected = [world.SHAPES.index("star"), NOT_SAID, 0] if i == place else [nothing, NOT_SAID, NOT_SAID]
@@ -53,15 +53,15 @@ def test_what_a_prompt_says_of_each_place():
 def test_a_thing_without_a_place_leaves_every_place_open():
     somewhere = Thing("ring", "blue", "small", "top", named=("shape", "colour", "size"))
     placed = Thing("star", "red", "large", "bottom")
-    told = text_model.said([scene(somewhere, placed)])["places"][0]
+    told = text_encoder.said([scene(somewhere, placed)])["places"][0]
     there = list(world.POSITIONS).index("bottom")
     assert told[there].tolist() == [world.SHAPES.index("star"), list(world.COLOURS).index("red"), 0]
     assert (told[[i for i in range(9) if i != there]] == NOT_SAID).all()
 
 
 def test_the_loss_is_the_sum_of_the_mean_cross_entropies(tokenizer):
-    objective = ReadingObjective(text_model.new_text_model(tokenizer, 32, 1)).eval()
-    batch = next(text_model.readings(6, tokenizer)())
+    objective = ReadingObjective(text_encoder.new_text_model(tokenizer, 32, 1)).eval()
+    batch = next(text_encoder.readings(6, tokenizer)())
     states = objective.text_encoder(batch["tokens"])[0]
     found = objective.attention(objective.queries.expand(6, -1, -1), states, states)[0]
     scores = torch.cat([objective.place(found[:, :9]), torch.zeros(6, 9, 0)], -1).double()
@@ -86,15 +86,15 @@ def test_the_loss_is_the_sum_of_the_mean_cross_entropies(tokenizer):
 
 
 def test_it_learns_to_read(tokenizer):
-    objective = ReadingObjective(text_model.new_text_model(tokenizer, 64, 1))
+    objective = ReadingObjective(text_encoder.new_text_model(tokenizer, 64, 1))
     config = TrainConfig(steps=60, learning_rate=3e-3, device="cpu", log_every=1)
-    history = train(objective, text_model.readings(32, tokenizer), config).history
+    history = train(objective, text_encoder.readings(32, tokenizer), config).history
     # chance is a loss of log 9 + log 8 + log 2 + log 5 + log 4, that is 8.0
     assert 7 < history[0]["loss"] < 9 and history[0]["right"] < 0.3
     assert history[-1]["loss"] < 4 and history[-1]["right"] > 0.7
 
 
 def test_ranks_share_one_stream(tokenizer):
-    alone = text_model.readings(2, tokenizer)()
+    alone = text_encoder.readings(2, tokenizer)()
     four = [next(alone)["tokens"] for _ in range(4)]
-    assert torch.equal(next(text_model.readings(2, tokenizer)(start=1, rank=1, world=2))["tokens"], four[3])
+    assert torch.equal(next(text_encoder.readings(2, tokenizer)(start=1, rank=1, world=2))["tokens"], four[3])

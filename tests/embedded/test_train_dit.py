@@ -6,21 +6,24 @@ import pytest
 import torch
 from torch.nn.functional import adaptive_avg_pool2d
 
-from vaelab import class_to_image, denoise, hooks, judging, models, oracle, text_to_image, world
-from vaelab.class_to_image import NO_CLASS, ClassObjective, DiTConfig
+from vaelab import activations, hooks, models, world
+from vaelab.embedded import evaluate, train_dit, train_unet
+from vaelab.embedded.train_dit import NO_CLASS, ClassObjective, DiTConfig
+from vaelab.training import loop
+from vaelab.world import oracle
 
 SIZES = DiTConfig(layers=2, heads=2, head_width=8)
 
 
 def autoencoder():
-    vae = text_to_image.new_vae(text_to_image.ModelConfig(vae_channels=(16, 16, 16)))
+    vae = train_unet.new_vae(train_unet.ModelConfig(vae_channels=(16, 16, 16)))
     vae.register_to_config(scaling_factor=4.0)
     return vae.requires_grad_(False)
 
 
 @pytest.fixture
 def pipeline():
-    return class_to_image.new_dit(autoencoder(), SIZES)
+    return train_dit.new_dit(autoencoder(), SIZES)
 
 
 def awake(pipeline):
@@ -32,7 +35,7 @@ def awake(pipeline):
 
 
 def test_classes_are_the_pairs_that_training_shows():
-    names = class_to_image.classes()
+    names = train_dit.classes()
     assert list(names) == list(range(56)) and names[0] == "red circle"
     pairs = {tuple(name.split()) for name in names.values()}
     assert len(pairs) == 56
@@ -40,9 +43,9 @@ def test_classes_are_the_pairs_that_training_shows():
 
 
 def test_a_batch_shows_its_classes_and_nothing_else():
-    names = class_to_image.classes()
-    batch = next(class_to_image.classed(24)(start=2))
-    assert batch["weight"].unique().tolist() == [1, class_to_image.THING_WEIGHT]
+    names = train_dit.classes()
+    batch = next(train_dit.classed(24)(start=2))
+    assert batch["weight"].unique().tolist() == [1, train_dit.THING_WEIGHT]
     for scene, number, weight in zip(oracle.read(batch["pixels"]), batch["classes"], batch["weight"], strict=True):
         (thing,) = scene.things
         assert names[int(number)] == f"{thing.colour} {thing.shape}" and thing.offset == (0, 0)
@@ -62,9 +65,9 @@ def test_every_block_begins_as_the_identity_and_the_whole_with_nothing(pipeline)
 
 def test_the_loss_is_the_weighted_velocity_error(pipeline, monkeypatch):
     """v = sqrt(abar) eps - sqrt(1 - abar) z (Salimans and Ho 2022), in float64."""
-    monkeypatch.setattr(class_to_image, "CLASS_DROPOUT", 0.0)
+    monkeypatch.setattr(train_dit, "CLASS_DROPOUT", 0.0)
     objective = ClassObjective(awake(pipeline))
-    batch = next(class_to_image.classed(3)())
+    batch = next(train_dit.classed(3)())
     torch.manual_seed(1)
     losses = objective(batch)
     torch.manual_seed(1)
@@ -83,7 +86,7 @@ def test_the_loss_is_the_weighted_velocity_error(pipeline, monkeypatch):
 
 @pytest.mark.parametrize(("share", "expected"), [(0.0, 0), (0.5, 16), (1.0, 32)])
 def test_a_class_is_dropped_in_all_blocks_at_once(pipeline, monkeypatch, share, expected):
-    monkeypatch.setattr(class_to_image, "CLASS_DROPOUT", share)
+    monkeypatch.setattr(train_dit, "CLASS_DROPOUT", share)
     objective = ClassObjective(pipeline).train()
     tables = [f"transformer_blocks.{i}.norm1.emb.class_embedder.embedding_table" for i in (0, 1)]
     told = {}
@@ -92,7 +95,7 @@ def test_a_class_is_dropped_in_all_blocks_at_once(pipeline, monkeypatch, share, 
         forward = module.forward
         monkeypatch.setattr(module, "forward", lambda x, t=table, f=forward: told.setdefault(t, x) is None or f(x))
     torch.manual_seed(0)
-    objective(batch := next(class_to_image.classed(32)()))
+    objective(batch := next(train_dit.classed(32)()))
     assert torch.equal(*told.values())
     dropped = told[tables[0]] == NO_CLASS
     assert abs(int(dropped.sum()) - expected) <= 6 * (0 < share < 1)
@@ -100,7 +103,7 @@ def test_a_class_is_dropped_in_all_blocks_at_once(pipeline, monkeypatch, share, 
 
 
 def test_it_learns_a_little_and_goes_on_to_the_same_weights(tmp_path, monkeypatch):
-    config, stream, cut_at = class_to_image.TrainConfig, class_to_image.classed, []
+    config, stream, cut_at = loop.TrainConfig, train_dit.classed, []
 
     def stops(batch_size):
         def batches(**where):
@@ -111,14 +114,14 @@ def test_it_learns_a_little_and_goes_on_to_the_same_weights(tmp_path, monkeypatc
 
         return batches
 
-    monkeypatch.setattr(class_to_image, "BATCH", 4)
+    monkeypatch.setattr(train_dit, "BATCH", 4)
     monkeypatch.setattr(
-        class_to_image, "TrainConfig", lambda **given: config(**{**given, "checkpoint_every": 8, "log_every": 6})
+        train_dit, "TrainConfig", lambda **given: config(**{**given, "checkpoint_every": 8, "log_every": 6})
     )
-    monkeypatch.setattr(class_to_image, "classed", stops)
+    monkeypatch.setattr(train_dit, "classed", stops)
 
     def train(folder):
-        return class_to_image.train_dit(tmp_path / folder, autoencoder(), steps=30, device="cpu", model=SIZES)
+        return train_dit.train_dit(tmp_path / folder, autoencoder(), steps=30, device="cpu", model=SIZES)
 
     whole = train("whole")
     rows = whole.trained.history
@@ -136,19 +139,19 @@ def test_it_learns_a_little_and_goes_on_to_the_same_weights(tmp_path, monkeypatc
 
 
 def test_a_checkpoint_of_another_autoencoder_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(class_to_image, "BATCH", 2)
+    monkeypatch.setattr(train_dit, "BATCH", 2)
     vae = autoencoder()
-    class_to_image.train_dit(tmp_path, vae, steps=1, device="cpu", model=SIZES)
+    train_dit.train_dit(tmp_path, vae, steps=1, device="cpu", model=SIZES)
     vae.register_to_config(scaling_factor=3.0)
     with pytest.raises(ValueError, match=r"scaling_factor 4\.0 there, 3\.0 here"):
-        class_to_image.train_dit(tmp_path, vae, steps=1, device="cpu", model=SIZES)
+        train_dit.train_dit(tmp_path, vae, steps=1, device="cpu", model=SIZES)
 
 
 def test_a_saved_folder_loads_as_a_plain_pipeline(pipeline, tmp_path, complaints):
     models.ship(awake(pipeline), tmp_path)
     loaded = diffusers.DiTPipeline.from_pretrained(tmp_path)
     loaded.set_progress_bar_config(disable=True)
-    assert loaded.labels == {name: number for number, name in class_to_image.classes().items()}
+    assert loaded.labels == {name: number for number, name in train_dit.classes().items()}
     numbers = loaded.get_label_ids(["red circle", "black heart"])
     picture = loaded(numbers, num_inference_steps=2, guidance_scale=3.0, output_type="np").images
     assert picture.shape == (2, 64, 64, 3) and np.isfinite(picture).all()
@@ -158,24 +161,24 @@ def test_a_saved_folder_loads_as_a_plain_pipeline(pipeline, tmp_path, complaints
     assert {name: block.shape for name, block in models.blocks(ours).items()} == dict.fromkeys(
         ("block0", "block1"), (8, 8, 16)
     )
-    assert denoise.generate(ours, numbers, [0, 1], denoise.Sampling(2)).shape == (2, 3, 64, 64)
-    by_name, by_number = (denoise.generate(ours, [one], [0], denoise.Sampling(2)) for one in ("red circle", 0))
+    assert activations.generate(ours, numbers, [0, 1], activations.Sampling(2)).shape == (2, 3, 64, 64)
+    by_name, by_number = (activations.generate(ours, [one], [0], activations.Sampling(2)) for one in ("red circle", 0))
     assert torch.equal(by_name, by_number)
     for strange in (56, "red"):
         message = rf"^prompts: expected class numbers from 0 to 55, or names such as 'black circle', got {strange!r}"
         with pytest.raises(ValueError, match=message):
-            denoise.generate(ours, [strange], [0], denoise.Sampling(2))
+            activations.generate(ours, [strange], [0], activations.Sampling(2))
 
 
 def test_the_shipped_transformer_draws_its_classes():
     shipped = models.load_pipeline("embedded-dit", device="cpu")
     assert isinstance(shipped, diffusers.DiTPipeline)
-    assert shipped.labels == {name: number for number, name in class_to_image.classes().items()}
+    assert shipped.labels == {name: number for number, name in train_dit.classes().items()}
     assert list(models.blocks(shipped).values()) == [
         (f"transformer_blocks.{number}", (8, 8, 192)) for number in range(6)
     ]
-    numbers, told = judging.classes_asked(shipped, 28)
-    drawn = denoise.generate_all(shipped, numbers, denoise.Sampling(10, 3.0), batch_size=28)
+    numbers, told = evaluate.classes_asked(shipped, 28)
+    drawn = activations.generate_all(shipped, numbers, activations.Sampling(10, 3.0), batch_size=28)
     accuracy = oracle.accuracy(oracle.judge(told, drawn)).set_index("factor")["accuracy"]
     assert accuracy["colour"] >= 0.9 and accuracy["shape"] >= 0.6
 

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from vaelab import denoise, lessons, models, text_model, text_to_image
-from vaelab.configs import TrainConfig
-from vaelab.lessons import DenoisingObjective, ScheduleConfig
-from vaelab.text_to_image import ModelConfig
-from vaelab.training import train
+from vaelab import activations, models
+from vaelab.embedded import curriculum, text_encoder, train_unet
+from vaelab.embedded.curriculum import DenoisingObjective, ScheduleConfig
+from vaelab.embedded.train_unet import ModelConfig
+from vaelab.training.loop import TrainConfig, train
 
 SIZES = ModelConfig(
     vae_channels=(16, 16, 16), unet_channels=(16, 32), unet_layers=1, head_width=16, text_width=32, text_layers=1
@@ -16,10 +16,10 @@ SIZES = ModelConfig(
 
 
 def untrained():
-    vae = text_to_image.new_vae(SIZES)
-    vae.requires_grad_(False).register_to_config(scaling_factor=text_to_image.latent_scale(vae))
-    tokenizer = text_model.new_tokenizer()
-    return text_to_image.new_pipeline(vae, text_model.new_text_model(tokenizer, 32, 1), tokenizer, SIZES)
+    vae = train_unet.new_vae(SIZES)
+    vae.requires_grad_(False).register_to_config(scaling_factor=train_unet.latent_scale(vae))
+    tokenizer = text_encoder.new_tokenizer()
+    return train_unet.new_pipeline(vae, text_encoder.new_text_model(tokenizer, 32, 1), tokenizer, SIZES)
 
 
 @pytest.fixture(scope="module")
@@ -38,17 +38,17 @@ def test_the_last_timestep_is_pure_noise(pipeline):
 
 
 def test_all_lessons_are_gone_through_and_told(tmp_path, monkeypatch):
-    monkeypatch.setattr(text_to_image, "BATCH", 2)
-    monkeypatch.setattr(text_to_image, "SCENES_FOR_THE_SCALE", 8)
+    monkeypatch.setattr(train_unet, "BATCH", 2)
+    monkeypatch.setattr(train_unet, "SCENES_FOR_THE_SCALE", 8)
     steps = {"vae_steps": 1, "text_steps": 1, "lesson_steps": (2, 1, 1)}
-    made = text_to_image.train_pipeline(tmp_path, **steps, device="cpu", model=SIZES)
+    made = train_unet.train_pipeline(tmp_path, **steps, device="cpu", model=SIZES)
     assert [(row["step"], row["condition"]) for row in made.history] == [
         (2, "placing"),
         (3, "outlines"),
         (4, "practice"),
     ]
-    assert list(made.seconds) == [f"{part}.seconds" for part in ("world_vae", "text_model", *lessons.LESSONS)]
-    again = text_to_image.train_pipeline(tmp_path, **steps, device="cpu", model=SIZES)
+    assert list(made.seconds) == [f"{part}.seconds" for part in ("world_vae", "text_model", *curriculum.LESSONS)]
+    again = train_unet.train_pipeline(tmp_path, **steps, device="cpu", model=SIZES)
     assert [part.resumed_at for part in (again.vae, again.text, *again.lessons.values())] == [1, 1, 2, 1, 1]
     for one, other in zip(made.pipeline.unet.parameters(), again.pipeline.unet.parameters(), strict=True):
         assert torch.equal(one, other)
@@ -58,7 +58,7 @@ def test_it_learns_a_little_and_goes_on_to_the_same_weights(tmp_path):
     def trained(folder, steps_until=None):
         pipeline = untrained()
         schedule = ScheduleConfig(curriculum=4)
-        stream = lessons.prompted(4, pipeline.tokenizer, schedule)
+        stream = curriculum.prompted(4, pipeline.tokenizer, schedule)
         config = TrainConfig(steps=12, learning_rate=2e-3, device="cpu", log_every=1, checkpoint_every=4)
 
         def stops(**where):
@@ -89,7 +89,7 @@ def test_a_saved_folder_loads_as_a_plain_pipeline(pipeline, tmp_path):
     loaded.set_progress_bar_config(disable=True)
     picture = loaded("a red star", num_inference_steps=2, output_type="np").images
     assert picture.shape == (1, 64, 64, 3)
-    assert denoise.generate(loaded, ["a red star"], [0], denoise.Sampling(1)).shape == (1, 3, 64, 64)
+    assert activations.generate(loaded, ["a red star"], [0], activations.Sampling(1)).shape == (1, 3, 64, 64)
 
 
 @pytest.mark.parametrize(
@@ -107,5 +107,5 @@ def test_what_is_refused(kind, change, message):
 
 def test_every_lesson_needs_its_steps_before_anything_is_trained(tmp_path):
     with pytest.raises(ValueError, match="lesson_steps: expected one for each of placing, outlines, practice"):
-        text_to_image.train_pipeline(tmp_path, lesson_steps=(2, 2), device="cpu")
+        train_unet.train_pipeline(tmp_path, lesson_steps=(2, 2), device="cpu")
     assert not any(tmp_path.iterdir())

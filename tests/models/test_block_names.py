@@ -5,9 +5,9 @@ import pytest
 import torch
 from small_pipelines import PIPELINES, unet
 
-from vaelab import blocks as module
-from vaelab.blocks import blocks, denoiser, maps, resolve
 from vaelab.hooks import capture
+from vaelab.models import block_names as module
+from vaelab.models.block_names import blocks, denoiser, maps, resolve
 
 SDXL_BLOCKS = [
     "down.1.0", "down.1.1", "down.2.0", "down.2.1", "mid.0", "up.0.0", "up.0.1", "up.0.2", "up.1.0", "up.1.1", "up.1.2",
@@ -46,7 +46,7 @@ def test_names_in_the_order_in_which_the_blocks_run(small_pipeline, name):
 
 @pytest.mark.parametrize("name", PIPELINES)
 def test_shapes_are_those_of_what_is_captured(small_pipeline, name):
-    from vaelab.denoise import Sampling, from_prompts
+    from vaelab.activations.denoiser import Sampling, from_prompts
 
     pipeline = small_pipeline(name)
     found = blocks(pipeline)

@@ -9,8 +9,8 @@ from helpers import without_groupnorm
 from small_pipelines import PIPELINES
 from torch import nn
 
-from vaelab import models
-from vaelab.models import load_pipeline, load_vae
+from vaelab.models import block_names, loading, registry
+from vaelab.models.loading import load_pipeline, load_vae
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*local_dir_use_symlinks")
 
@@ -40,8 +40,8 @@ def assert_same_weights(first, second):
 
 
 def test_embedded_vae_reconstructs():
-    from vaelab.data import load_images
-    from vaelab.vae import evaluate
+    from vaelab.data.images import load_images
+    from vaelab.vae.objective import evaluate
 
     vae = load_vae("embedded", device="cpu", groupnorm=True)
     assert not vae.training
@@ -55,7 +55,7 @@ def test_embedded_vae_reconstructs():
 def test_embedded_vae_is_an_ordinary_small_diffusers_folder():
     from diffusers import AutoencoderKL
 
-    folder = models.embedded_vae_path()
+    folder = registry.embedded_vae_path()
     assert {path.suffix for path in folder.iterdir()} == {".json", ".safetensors"}
     assert sum(path.stat().st_size for path in folder.iterdir()) < 20e6
     assert_same_weights(AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32), load_vae(device="cpu"))
@@ -93,9 +93,9 @@ def test_pipeline_from_a_folder(pipeline_folder, name):
     for part in parts_of(pipeline).values():
         assert not part.training
         assert {parameter.dtype for parameter in part.parameters()} == {torch.float32}
-    kind = type(models.denoiser(pipeline))
+    kind = type(block_names.denoiser(pipeline))
     part = "unet" if hasattr(pipeline, "unet") else "transformer"
-    assert_same_weights(models.denoiser(pipeline), kind.from_pretrained(folder, subfolder=part))
+    assert_same_weights(block_names.denoiser(pipeline), kind.from_pretrained(folder, subfolder=part))
     assert pipeline.progress_bar([]).disable
 
 
@@ -222,21 +222,21 @@ def test_unknown_precision_and_device_of_a_pipeline(pipeline_folder):
 
 
 def test_models_are_put_in_the_embedded_ones_place(tiny_vae, tmp_path, monkeypatch):
-    monkeypatch.setattr(models, "embedded_vae_path", lambda: tmp_path / "vae")
-    monkeypatch.setattr(models, "embedded_dit_path", lambda: tmp_path / "dit")
+    monkeypatch.setattr(loading, "embedded_vae_path", lambda: tmp_path / "vae")
+    monkeypatch.setattr(loading, "embedded_dit_path", lambda: tmp_path / "dit")
     with pytest.raises(ValueError, match=r"^ship: unknown name 'vea'.*vae"):
-        models.put_in_place({"vae": tiny_vae, "dit": tiny_vae}, ["vae", "vea"])
+        loading.put_in_place({"vae": tiny_vae, "dit": tiny_vae}, ["vae", "vea"])
     assert not any(tmp_path.iterdir())
-    models.refuse_unshipped(["vae", "pipeline", "dit"])
+    loading.refuse_unshipped(["vae", "pipeline", "dit"])
     with pytest.raises(ValueError, match=r"^ship: unknown name 'vea'.*vae"):
-        models.refuse_unshipped(["vae", "vea"])
-    models.put_in_place({"vae": tiny_vae, "dit": tiny_vae}, ["vae"])
+        loading.refuse_unshipped(["vae", "vea"])
+    loading.put_in_place({"vae": tiny_vae, "dit": tiny_vae}, ["vae"])
     assert [path.name for path in tmp_path.iterdir()] == ["vae"]
     assert_same_weights(load_vae(str(tmp_path / "vae"), device="cpu"), tiny_vae.to(torch.float32))
 
 
 needs_embedded_pipeline = pytest.mark.skipif(
-    not (models.embedded_path() / "model_index.json").is_file(), reason="the embedded pipeline is not trained yet"
+    not (registry.embedded_path() / "model_index.json").is_file(), reason="the embedded pipeline is not trained yet"
 )
 
 
@@ -244,7 +244,7 @@ needs_embedded_pipeline = pytest.mark.skipif(
 def test_embedded_pipeline_has_transformers_down_mid_and_up():
     pipeline = load_pipeline(device="cpu")
     assert isinstance(pipeline, diffusers.StableDiffusionPipeline)
-    found = {name: block.shape for name, block in models.blocks(pipeline).items() if "." in name}
+    found = {name: block.shape for name, block in block_names.blocks(pipeline).items() if "." in name}
     assert list(found) == [
         "down.0.0", "down.0.1", "down.1.0", "down.1.1", "mid.0",
         "up.0.0", "up.0.1", "up.0.2", "up.1.0", "up.1.1", "up.1.2",
@@ -254,11 +254,12 @@ def test_embedded_pipeline_has_transformers_down_mid_and_up():
 
 @needs_embedded_pipeline
 def test_embedded_pipeline_draws_what_is_named():
-    from vaelab import denoise, oracle, world
+    from vaelab import activations, world
+    from vaelab.world import oracle
 
     scenes = [world.sample(seed, "test").spelled_out() for seed in range(20)]
     prompts = [scene.prompt for scene in scenes]
-    pictures = denoise.generate_all(load_pipeline(device="cpu"), prompts, denoise.Sampling(), batch_size=20)
+    pictures = activations.generate_all(load_pipeline(device="cpu"), prompts, activations.Sampling(), batch_size=20)
     accuracy = oracle.accuracy(oracle.judge(scenes, pictures)).set_index("factor")["accuracy"]
     assert accuracy[["colour", "size", "position", "texture", "ground"]].min() >= 0.8
     assert accuracy["shape"] >= 0.5
@@ -266,7 +267,7 @@ def test_embedded_pipeline_draws_what_is_named():
 
 @needs_embedded_pipeline
 def test_embedded_pipeline_is_an_ordinary_small_diffusers_folder():
-    files = [path for path in models.embedded_path().rglob("*") if path.is_file()]
+    files = [path for path in registry.embedded_path().rglob("*") if path.is_file()]
     assert {path.suffix for path in files} <= {".json", ".safetensors", ".txt"}
     assert sum(path.stat().st_size for path in files) < 38e6
 
@@ -420,7 +421,7 @@ def test_relatives_load_and_reconstruct(tmp_path, pictures, name):
     assert type(loaded) is type(relative)
     assert_same_weights(loaded, relative)
     with torch.no_grad():
-        assert models.reconstruct(loaded, pictures).shape == pictures.shape
+        assert loading.reconstruct(loaded, pictures).shape == pictures.shape
 
 
 def test_model_without_groupnorm_is_refused_where_one_is_needed(tmp_path, pictures):
@@ -428,17 +429,17 @@ def test_model_without_groupnorm_is_refused_where_one_is_needed(tmp_path, pictur
     with pytest.raises(ValueError, match=r"^model: .*AutoencoderTiny.* has no GroupNorm layer"):
         load_vae(str(tmp_path), device="cpu", groupnorm=True)
     with pytest.raises(ValueError, match=r"^model: AutoencoderTiny has no Gaussian posterior"):
-        models.posterior(load_vae(str(tmp_path), device="cpu"), pictures)
+        loading.posterior(load_vae(str(tmp_path), device="cpu"), pictures)
 
 
 def test_groupnorm_without_a_scale_does_not_count():
     with pytest.raises(ValueError, match="no GroupNorm layer with a scale"):
-        models.require_groupnorm(nn.Sequential(nn.GroupNorm(1, 4, affine=False)), "mine")
-    models.require_groupnorm(nn.Sequential(nn.GroupNorm(1, 4)), "mine")
+        loading.require_groupnorm(nn.Sequential(nn.GroupNorm(1, 4, affine=False)), "mine")
+    loading.require_groupnorm(nn.Sequential(nn.GroupNorm(1, 4)), "mine")
 
 
 def test_reconstruction_is_from_the_posteriors_mean(tiny_vae, pictures):
     with torch.no_grad():
         mean = tiny_vae.encode(pictures).latent_dist.mean
-        assert torch.equal(models.reconstruct(tiny_vae, pictures), tiny_vae.decode(mean).sample)
-        assert torch.equal(models.posterior(tiny_vae, pictures).mean, mean)
+        assert torch.equal(loading.reconstruct(tiny_vae, pictures), tiny_vae.decode(mean).sample)
+        assert torch.equal(loading.posterior(tiny_vae, pictures).mean, mean)

@@ -2,15 +2,15 @@ import pytest
 import torch
 import transformers
 
-from vaelab import clip_names
-from vaelab.clip_names import ClipNames
+from vaelab.probing import clip
+from vaelab.probing.clip import ClipNames
 
 CLASSES = {"colour": ["red", "dark_blue"], "shape": ["circle", "square", "star"]}
 
 
 @pytest.fixture(scope="module")
 def names(clip_folder):
-    return clip_names.load(str(clip_folder), clip_names.texts("a {colour} {shape}", CLASSES), device="cpu")
+    return clip.load(str(clip_folder), clip.texts("a {colour} {shape}", CLASSES), device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -19,12 +19,12 @@ def pixels():
 
 
 def test_texts_are_the_prompt_with_one_factor_at_a_time():
-    made = clip_names.texts("a photo of a {colour} {shape}, alone", CLASSES)
+    made = clip.texts("a photo of a {colour} {shape}, alone", CLASSES)
     assert made["colour"] == ["a photo of a red , alone", "a photo of a dark blue , alone"]
     assert made["shape"][2] == "a photo of a star, alone"
     for wrong in ("a photo", "a {size} thing"):
         with pytest.raises(ValueError, match=r"^prompt: with clip it has one or more of colour, shape in braces"):
-            clip_names.texts(wrong, CLASSES)
+            clip.texts(wrong, CLASSES)
 
 
 def test_logits_are_those_of_the_whole_model_in_float64(clip_folder, names, pixels):
@@ -73,9 +73,9 @@ def test_texts_of_other_lengths_beside_a_text_change_nothing(names):
 
 def test_wrong_input_is_refused(clip_folder, names, tmp_path):
     with pytest.raises(ValueError, match=r"^clip: 'no such' is neither a folder nor an id"):
-        clip_names.load("no such", names.texts)
+        clip.load("no such", names.texts)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"^clip: .* holds no CLIP model"):
-        clip_names.load(str(tmp_path), names.texts)
+        clip.load(str(tmp_path), names.texts)
     with pytest.raises(ValueError, match=r"^classes: CLIP chooses among two or more, colour has 1"):
-        clip_names.load(str(clip_folder), {"colour": ["a red thing"]}, device="cpu")
+        clip.load(str(clip_folder), {"colour": ["a red thing"]}, device="cpu")

@@ -5,7 +5,8 @@ import planted_pictures
 import pytest
 import torch
 
-from vaelab import examples, store
+from vaelab import store
+from vaelab.probing import dataset
 
 TRUTH = planted_pictures.labels(10)
 
@@ -16,17 +17,17 @@ def kept(tmp_path_factory):
 
 
 def test_pictures_with_their_views_and_a_factors_classes(kept):
-    found = examples.read(kept, "colour")
+    found = dataset.read(kept, "colour")
     assert len(found) == 10 and found.classes == ["red", "blue"]
     assert found.labels.tolist() == [one["colour"] for one in TRUTH]
     assert found.items == [[3 * i, 3 * i + 1, 3 * i + 2] for i in range(10)]
-    assert examples.read(kept).labels.tolist() == [one["shape"] for one in TRUTH]
+    assert dataset.read(kept).labels.tolist() == [one["shape"] for one in TRUTH]
     with pytest.raises(ValueError, match=r"^factors: unknown name 'size'"):
-        examples.read(kept, "size")
+        dataset.read(kept, "size")
 
 
 def test_vectors_and_batches_are_those_of_the_pictures_as_they_are(kept):
-    found = examples.read(kept)
+    found = dataset.read(kept)
     expected = planted_pictures.planted_maps(TRUTH)
     vectors, labels = found.vectors("up.t25")
     np.testing.assert_allclose(vectors, expected.mean((1, 2)).numpy(), atol=1e-6)
@@ -38,7 +39,7 @@ def test_vectors_and_batches_are_those_of_the_pictures_as_they_are(kept):
 
 
 def test_an_epoch_has_every_picture_in_one_of_its_views_and_can_be_taken_up_anywhere(kept):
-    found = examples.read(kept)
+    found = dataset.read(kept)
     stream = found.shuffled("up.t25.maps", 4, seed=1)
     first = list(islice(stream(), 6))
     rows = kept.maps("up.t25.maps", range(30)).float()
@@ -57,7 +58,7 @@ def test_an_epoch_has_every_picture_in_one_of_its_views_and_can_be_taken_up_anyw
 
 
 def test_vector_batches_are_of_the_pictures_as_they_are_each_once_a_pass(kept):
-    found = examples.read(kept)
+    found = dataset.read(kept)
     whole = torch.from_numpy(found.vectors("up.t25")[0])
     stream = found.vector_batches(["up.t25"], 4, seed=3)
     drawn = torch.cat([batch["up.t25"] for batch in islice(stream(), 5)])
@@ -74,7 +75,7 @@ def test_vector_batches_are_of_the_pictures_as_they_are_each_once_a_pass(kept):
 
 
 def test_a_split_has_every_picture_on_one_side(kept):
-    found = examples.read(kept)
+    found = dataset.read(kept)
     rest, share = found.split(0.3, seed=5)
     assert (len(rest), len(share)) == (7, 3)
     assert sorted(rest.items + share.items) == found.items
@@ -88,9 +89,9 @@ def test_a_split_has_every_picture_on_one_side(kept):
 def test_labels_that_are_withheld_or_missing_are_refused(tmp_path):
     withheld = planted_pictures.fill(tmp_path / "withheld", [*TRUTH, {"shape": -1, "colour": 0}])
     with pytest.raises(ValueError, match=r"^split: 1 of 11 pictures have no label, first 10"):
-        examples.read(withheld, "shape")
-    assert len(examples.read(withheld, "colour")) == 11
+        dataset.read(withheld, "shape")
+    assert len(dataset.read(withheld, "colour")) == 11
     with store.create(tmp_path / "none", planted_pictures.LAYOUT):
         pass
     with pytest.raises(ValueError, match="have no labels"):
-        examples.read(store.open(tmp_path / "none"))
+        dataset.read(store.open(tmp_path / "none"))

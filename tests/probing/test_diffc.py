@@ -4,10 +4,10 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from vaelab import diffc, examples
-from vaelab.diffc import DiffC, DiffCConfig, fit
 from vaelab.hooks import capture
-from vaelab.probe import score
+from vaelab.probing import dataset, diffc
+from vaelab.probing.diffc import DiffC, DiffCConfig, fit
+from vaelab.probing.linear import score
 
 BLOCK = "up.t25.maps"
 SMALL = {"width": 8, "epochs": 4, "batch_size": 8, "learning_rate": 1e-2, "final_rate": 5e-3, "device": "cpu"}
@@ -51,7 +51,7 @@ def test_it_is_trained_as_section_4_1_says(pictures, monkeypatch):
         raise Stopped
 
     monkeypatch.setattr(diffc, "train", noted)
-    learn, validate, _ = (examples.read(one) for one in pictures)
+    learn, validate, _ = (dataset.read(one) for one in pictures)
     with pytest.raises(Stopped):
         fit(learn, validate, BLOCK)
     config = seen["config"]
@@ -71,14 +71,14 @@ def pictures(tmp_path_factory):
 def test_what_is_planted_is_read_and_what_is_not_there_is_not(pictures):
     learn, validate, test = pictures
     for factor, there in (("shape", True), ("colour", False)):
-        parts = [examples.read(one, factor) for one in (learn, validate, test)]
+        parts = [dataset.read(one, factor) for one in (learn, validate, test)]
         fitted = fit(*parts[:2], BLOCK, DiffCConfig(**{**SMALL, "epochs": 12}))
         found = score(diffc.classify(fitted.model, parts[2], BLOCK), parts[2].labels, parts[0].labels)
         assert found.accuracy > 0.95 if there else found.low < 0.55, (factor, found)
 
 
 def test_the_chosen_epoch_is_the_best_on_the_validation_pictures(pictures, tmp_path):
-    learn, validate, _ = (examples.read(one, "colour") for one in pictures)
+    learn, validate, _ = (dataset.read(one, "colour") for one in pictures)
     fitted = fit(learn, validate, BLOCK, DiffCConfig(**SMALL), folder=tmp_path)
     assert fitted.epochs["epoch"].tolist() == [1, 2, 3, 4]
     best = fitted.epochs.sort_values(["accuracy", "loss"], ascending=[False, True]).iloc[0]
@@ -90,7 +90,7 @@ def test_the_chosen_epoch_is_the_best_on_the_validation_pictures(pictures, tmp_p
 
 
 def test_killed_between_epochs_it_ends_in_the_same_weights(pictures, tmp_path, monkeypatch):
-    learn, validate, _ = (examples.read(one, "colour") for one in pictures)
+    learn, validate, _ = (dataset.read(one, "colour") for one in pictures)
     whole = fit(learn, validate, BLOCK, DiffCConfig(**SMALL))
     after, steps = diffc.Selection.after, []
 
@@ -111,7 +111,7 @@ def test_killed_between_epochs_it_ends_in_the_same_weights(pictures, tmp_path, m
 
 
 def test_wrong_input_is_refused(pictures):
-    learn = examples.read(pictures[0])
+    learn = dataset.read(pictures[0])
     with pytest.raises(ValueError, match=r"^block: 'up.t25' has items of \(\) positions"):
         fit(learn, learn, "up.t25")
     with pytest.raises(ValueError, match=r"^epochs: must be at least 1"):

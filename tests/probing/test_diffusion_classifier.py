@@ -2,10 +2,10 @@ import numpy as np
 import pytest
 import torch
 
-from vaelab import diffusion_classifier
-from vaelab.blocks import denoiser
-from vaelab.conditioning import add_noise, condition, encode, predict
-from vaelab.diffusion_classifier import DiffusionClassifier, Stages, class_prompts, decide, target, timesteps
+from vaelab.models.block_names import denoiser
+from vaelab.models.conditioning import add_noise, condition, encode, predict
+from vaelab.probing import diffusion_classifier
+from vaelab.probing.diffusion_classifier import DiffusionClassifier, Stages, class_prompts, decide, target, timesteps
 
 PROMPTS = ["a red circle", "a large blue square", "two yellow stars"]
 SMALL = Stages((2, 6), (2, 1))

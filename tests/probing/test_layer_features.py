@@ -6,11 +6,13 @@ import pytest
 import torch
 from helpers import picture_folder
 
-from vaelab import blocks, clip_names, denoise, examples, layer_features, store
-from vaelab.blocks import denoiser
-from vaelab.labelled import load
-from vaelab.layer_features import LayerConfig, captures, collect
-from vaelab.probe import class_share
+from vaelab import models, store
+from vaelab.activations import denoiser as activations_denoiser
+from vaelab.data.labelled import load
+from vaelab.models.block_names import denoiser
+from vaelab.probing import clip, dataset, layer_features
+from vaelab.probing.layer_features import LayerConfig, captures, collect
+from vaelab.probing.linear import class_share
 
 LAYERS = ("down.0.0", "bottleneck", "up_ft0", "up_ft1")
 TIMES = (0, 25, 100, 200, 300, 500)
@@ -50,18 +52,18 @@ def test_features_are_those_of_one_picture_alone_and_their_labels_lie_beside_the
     assert [item["image"] for item in kept.items] == [0, 1, 3, 4, 5, 6, 8, 9]
     assert [item["labels"]["label"] for item in kept.items] == [0, 0, 0, 0, 1, 1, 1, 1]
     assert kept.settings["classes"] == {"label": ["cat", "dog"]} and kept.settings["model"] == "small"
-    shapes = blocks.blocks(pipeline)
+    shapes = models.blocks(pipeline)
     for block in LAYERS[1:3]:
         assert kept.layout[f"{block}.t25.maps"].positions == shapes[block].shape[:2]
         assert kept.layout[f"{block}.t25"] == store.BlockShape((), shapes[block].shape[2])
     for place, item in enumerate(kept.items):
-        alone = denoise.from_pictures(
+        alone = activations_denoiser.from_pictures(
             pipeline, pictures[item["image"]].pixels[None], [item["seed"]], [500], ["up_ft0"]
         ).maps["up_ft0"][0]
         torch.testing.assert_close(kept.maps("up_ft0.t500.maps", [place]), alone, atol=1e-4, rtol=1e-4)
         pooled = kept.maps("up_ft0.t500", [place])
         torch.testing.assert_close(pooled, alone.mean((1, 2)), atol=1e-4, rtol=1e-4)
-    found = examples.read(kept)
+    found = dataset.read(kept)
     assert found.labels.tolist() == [0, 0, 0, 0, 1, 1, 1, 1] and found.classes == ["cat", "dog"]
 
 
@@ -133,13 +135,13 @@ def test_views_are_the_picture_and_crops_of_it_each_with_its_own_noise(pipeline,
 
 def test_a_prompt_is_empty_the_same_for_all_or_names_the_truth(small_pipeline, pictures, monkeypatch):
     asked = []
-    plain = denoise.from_pictures
+    plain = activations_denoiser.from_pictures
 
     def noted(*args, **kwargs):
         asked.append(kwargs["prompts"])
         return plain(*args, **kwargs)
 
-    monkeypatch.setattr(denoise, "from_pictures", noted)
+    monkeypatch.setattr(activations_denoiser, "from_pictures", noted)
     for name, prompt, expected in (
         ("sd", "", None), ("sd", "a pet", ["a pet"] * 3), ("sd", "a {label}", ["a cat"] * 3), ("dit", "7", ["7"] * 3),
         ("dit", "{label}", ["0"] * 3),
@@ -155,14 +157,16 @@ def test_a_prompt_is_empty_the_same_for_all_or_names_the_truth(small_pipeline, p
 
 
 def test_with_clip_the_prompt_names_what_it_infers(small_pipeline, pictures, clip_folder, monkeypatch, tmp_path):
-    asked, plain = [], denoise.from_pictures
+    asked, plain = [], activations_denoiser.from_pictures
     monkeypatch.setattr(
-        denoise, "from_pictures", lambda *args, **kwargs: asked.append(kwargs["prompts"]) or plain(*args, **kwargs)
+        activations_denoiser,
+        "from_pictures",
+        lambda *args, **kwargs: asked.append(kwargs["prompts"]) or plain(*args, **kwargs),
     )
     told = config(prompt="a photo of a {label}", clip=str(clip_folder), timesteps=(25,), blocks=("up_ft0",), views=2)
     kept = collect(small_pipeline("sd"), pictures, told, tmp_path)
     texts = {"label": ["a photo of a cat", "a photo of a dog"]}
-    names = clip_names.load(str(clip_folder), texts, device="cpu")
+    names = clip.load(str(clip_folder), texts, device="cpu")
     whole = {item["image"]: names(pictures[item["image"]].pixels[None])[0] for item in kept.items}
     assert [item["inferred"] for item in kept.items] == [whole[item["image"]] for item in kept.items]
     said = [text for texts in asked[1:] for text in texts]  # the first batch is seen twice, for its shapes
@@ -209,7 +213,7 @@ def test_other_pictures_or_another_model_than_a_stores_are_refused(pipeline, pic
 def test_shares_are_those_of_the_planted_factor(tmp_path):
     truth = planted_pictures.labels(40)
     kept = planted_pictures.fill(tmp_path / "kept", truth)
-    found = {factor: examples.read(kept, factor) for factor in planted_pictures.CLASSES}
+    found = {factor: dataset.read(kept, factor) for factor in planted_pictures.CLASSES}
     row = layer_features.shares(found, ["up"], [25]).iloc[0]
     assert row["layer"] == "up.t25" and row["shape"] > 0.8 and abs(row["colour"]) < 0.15
     assert row["shape"] == class_share(np.asarray(kept.maps("up.t25", range(40))), [one["shape"] for one in truth])

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from vaelab.probe import class_share, linear_probe, score, wilson
+from vaelab.core.stats import wilson
+from vaelab.probing.linear import class_share, linear_probe, score
 
 
 @pytest.mark.parametrize(("right", "count"), [(0, 10), (10, 10), (3, 7), (480, 500)])

@@ -3,7 +3,7 @@ import pytest
 import torch
 from sklearn.decomposition import PCA
 
-from vaelab.pca import colours, components, each_by_itself, jointly, telling
+from vaelab.probing.pca import colours, components, each_by_itself, jointly, telling
 
 
 def maps(count=3, side=6, width=7, seed=0):

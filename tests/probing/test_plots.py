@@ -3,7 +3,7 @@ import pandas as pd
 import pytest
 from matplotlib import pyplot as plt
 
-from vaelab import readout_plots
+from vaelab.probing import plots
 
 
 @pytest.fixture
@@ -17,7 +17,7 @@ def table():
 
 
 def test_every_accuracy_has_its_interval_and_every_line_its_chance(table):
-    axis = readout_plots.accuracies(table, "title").axes[0]
+    axis = plots.accuracies(table, "title").axes[0]
     assert [label.get_text() for label in axis.get_yticklabels()] == ["shape\nup.t25", "colour\nmid.t25"]
     for number, (name, accuracy) in enumerate((("probe", 0.5), ("diffc", 0.7))):
         bars = axis.containers[number]
@@ -34,9 +34,9 @@ def test_every_accuracy_has_its_interval_and_every_line_its_chance(table):
 
 def test_models_are_told_apart_where_there_are_several(table):
     both = pd.concat([table.assign(model="org/unet"), table.assign(model="dit")])
-    labels = [label.get_text() for label in readout_plots.accuracies(both).axes[0].get_yticklabels()]
+    labels = [label.get_text() for label in plots.accuracies(both).axes[0].get_yticklabels()]
     assert labels == ["shape\nunet, up.t25", "colour\nunet, mid.t25", "shape\ndit, up.t25", "colour\ndit, mid.t25"]
-    assert len(readout_plots.accuracies(table.assign(model="dit")).axes[0].get_yticklabels()) == 2
+    assert len(plots.accuracies(table.assign(model="dit")).axes[0].get_yticklabels()) == 2
     plt.close("all")
 
 
@@ -49,7 +49,7 @@ def test_the_map_has_every_number_in_its_place_and_its_colour_begins_at_chance()
     ]
     table = pd.DataFrame(rows)
     few = table[table["block"] == "mid"].assign(value=1.0, chance=0.5)
-    figure = readout_plots.knowledge({"probe": table, "purity": few}, "title")
+    figure = plots.knowledge({"probe": table, "purity": few}, "title")
     assert len(figure.axes) == 4
     shape, colour, *pure = figure.axes
     assert [axis.get_title() for axis in figure.axes] == ["shape\nchance 0.20", "colour\nchance 0.20",

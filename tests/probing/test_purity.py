@@ -1,12 +1,89 @@
+from collections import Counter
+from math import log2
+
 import numpy as np
 import planted_pictures
 import pytest
 import torch
 
-from vaelab import examples, label_purity, purity, sae_training
-from vaelab.configs import TrainConfig
-from vaelab.label_purity import grid, metrics, table, tops, wanted
-from vaelab.labelled import Pictures
+from vaelab.data.labelled import Pictures
+from vaelab.probing import dataset, purity
+from vaelab.probing.purity import grid, metrics, table, tops, wanted
+from vaelab.sae import model, train
+from vaelab.training.loop import TrainConfig
+
+LABELS = np.repeat(np.arange(4), 15)
+PURE = [list(range(15 * c, 15 * c + 10)) for c in range(4)]
+MIXED = [list(range(15 * c + 10, 15 * c + 15)) + list(range(5)) for c in range(1, 4)]
+RANDOM = np.random.default_rng(0).permutation(60).reshape(6, 10).tolist()
+
+
+def plainly(top):
+    """sigma_label, entropy and majority share by loops."""
+    rows = []
+    for pictures in top:
+        classes = [int(LABELS[picture]) for picture in pictures]
+        mean = sum(classes) / len(classes)
+        sigma = (sum((one - mean) ** 2 for one in classes) / len(classes)) ** 0.5
+        shares = [count / len(classes) for count in Counter(classes).values()]
+        rows.append((sigma, -sum(share * log2(share) for share in shares), max(shares)))
+    return [sum(column) / len(rows) for column in zip(*rows, strict=True)]
+
+
+@pytest.mark.parametrize("top", [PURE, MIXED, RANDOM, PURE + MIXED + RANDOM])
+def test_measures_are_those_of_a_plain_computation(top):
+    found = purity.measure(LABELS, np.array(top), permutations=20)
+    assert found[:3] == pytest.approx(plainly(top), rel=1e-12, abs=1e-12)
+    assert found.features == len(top)
+
+
+def test_pure_mixed_and_random_features_are_told_apart():
+    pure, mixed, random = (purity.measure(LABELS, np.array(top), permutations=400) for top in (PURE, MIXED, RANDOM))
+    assert (pure.sigma_label, pure.entropy, pure.majority) == (0, 0, 1)
+    assert (mixed.entropy, mixed.majority) == (1, 0.5)
+    assert pure.permutation_p == mixed.permutation_p == 1 / 401
+    assert random.permutation_p > 0.05
+    for one in (pure, mixed, random):
+        assert one.entropy_chance == pytest.approx(random.entropy, abs=0.15)
+        assert one.majority_chance == pytest.approx(random.majority, abs=0.05)
+
+
+def test_the_permutation_test_is_uniform_where_there_is_nothing_to_find():
+    rng = np.random.default_rng(1)
+    found = [
+        purity.measure(LABELS, rng.permutation(60)[:20].reshape(2, 10), permutations=39, seed=i).permutation_p
+        for i in range(200)
+    ]
+    assert 0.4 < np.mean(found) < 0.62
+    assert np.mean(np.array(found) <= 0.1) < 0.17
+
+
+def test_nothing_but_sigma_label_changes_when_classes_are_renumbered():
+    top = np.array(PURE[:1] + MIXED + RANDOM)
+    before = purity.measure(LABELS, top, permutations=50)
+    after = purity.measure(np.array([2, 0, 3, 1])[LABELS], top, permutations=50)
+    for name in ("entropy", "majority", "permutation_p", "entropy_chance", "majority_chance"):
+        assert getattr(before, name) == getattr(after, name), name
+    assert abs(before.sigma_label - after.sigma_label) > 0.05
+
+
+def test_wrong_input_is_refused():
+    for labels, top in ((LABELS, np.array([[60]])), (LABELS, np.array([[-1]])), (LABELS - 1, np.array([[0]]))):
+        with pytest.raises(ValueError, match=r"^top: 60 pictures"):
+            purity.measure(labels, top)
+    with pytest.raises(ValueError, match=r"^top: expected pictures"):
+        purity.measure(LABELS, np.empty((0, 10), int))
+
+
+def test_other_numberings_of_the_classes_span_what_sigma_label_can_be():
+    top = np.array(MIXED)
+    low, high = purity.renumbered(LABELS, top, times=200)
+    assert low <= purity.measure(LABELS, top, permutations=1).sigma_label <= high
+    assert high - low > 0.2
+    assert purity.renumbered(LABELS, np.array(PURE)) == (0, 0)
+    two = np.array([0, 1])[np.arange(60) % 2]
+    assert np.ptp(purity.renumbered(two, top)) == pytest.approx(0, abs=1e-12)
+
 
 LAYER = "up.t25"
 
@@ -19,7 +96,7 @@ def kept(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def by_factor(kept):
-    return {factor: examples.read(kept, factor) for factor in planted_pictures.CLASSES}
+    return {factor: dataset.read(kept, factor) for factor in planted_pictures.CLASSES}
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +104,7 @@ def found(kept, by_factor):
     config = TrainConfig(steps=150, learning_rate=1e-2, clip_norm=0.0, device="cpu", log_every=150)
     asked = wanted(kept.layout, [LAYER], 1, 2, seed=0, dead_after=10**9)
     batches = by_factor["shape"].vector_batches([LAYER], batch_size=60, seed=0)
-    saes = sae_training.train_saes(asked, batches, config).saes
+    saes = train.train_saes(asked, batches, config).saes
     return {LAYER: tops(saes[LAYER], by_factor["shape"], LAYER, top=8)}
 
 
@@ -77,34 +154,34 @@ def test_what_cannot_be_measured_is_refused(kept, by_factor):
     with pytest.raises(ValueError, match=r"^layers: 'up.t25.maps' holds maps"):
         wanted(kept.layout, ["up.t25.maps"], 1, 2, seed=0)
     asked = wanted(kept.layout, [LAYER], 1, 2, seed=0)[LAYER]
-    untrained = label_purity.SAE(asked.config)
+    untrained = model.SAE(asked.config)
     with pytest.raises(ValueError, match="no feature is active in 61 of 60 pictures"):
         tops(untrained, by_factor["shape"], LAYER, top=61)
 
 
 def test_what_cannot_be_measured_is_refused_before_anything_is_trained(by_factor):
     layers = [LAYER, "up.t100"]
-    label_purity.refuse_nonsense(by_factor, "shape", layers, ["up.t100"], 60)
+    purity.refuse_nonsense(by_factor, "shape", layers, ["up.t100"], 60)
     for given, message in (
         (("size", layers, [], 1), "factor: unknown name 'size'"),
         (("shape", layers, ["up.t26"], 1), "shown_layers: unknown name 'up.t26'"),
         (("shape", layers, [], 61), "top: 61 pictures a feature, and the activations are of 60"),
     ):
         with pytest.raises(ValueError, match=f"^{message}"):
-            label_purity.refuse_nonsense(by_factor, *given)
+            purity.refuse_nonsense(by_factor, *given)
 
 
 def test_a_store_is_opened_with_its_factors_for_its_own_pictures_alone(kept):
     pictures = Pictures("p", 8, planted_pictures.CLASSES, range(60), lambda image: None)
     with pytest.raises(ValueError, match=r"^activations: made with dataset None, here it is 'p'"):
-        label_purity.opened(kept.url, pictures, "planted")
+        purity.opened(kept.url, pictures, "planted")
     with pytest.raises(ValueError, match=r"^activations: made with model 'planted', here it is 'embedded'"):
-        label_purity.opened(kept.url, pictures, "embedded")
+        purity.opened(kept.url, pictures, "embedded")
 
 
 def test_autoencoders_are_kept_under_their_layers(kept, tmp_path):
     asked = wanted(kept.layout, [LAYER], 2, 3, seed=1)[LAYER]
-    sae = label_purity.SAE(asked.config, asked.seed)
-    label_purity.keep({LAYER: sae}, tmp_path)
-    again = label_purity.SAE.from_pretrained(tmp_path / LAYER)
+    sae = model.SAE(asked.config, asked.seed)
+    purity.keep({LAYER: sae}, tmp_path)
+    again = model.SAE.from_pretrained(tmp_path / LAYER)
     assert again.config == asked.config and torch.equal(again.encoder, sae.encoder)

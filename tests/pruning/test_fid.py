@@ -4,7 +4,7 @@ import torch
 from diffusers import DDPMScheduler
 from torch import nn
 
-from vaelab import sampling
+from vaelab.pruning import fid as pruning_fid
 
 
 class Gaussian(nn.Module):
@@ -27,13 +27,13 @@ class Gaussian(nn.Module):
 def test_samples_have_the_planted_mean_and_scale_and_the_schedule_is_whole(steps):
     scheduler = DDPMScheduler(clip_sample=False)
     denoiser = Gaussian(scheduler, 2.0, 0.5)
-    found = sampling.draw(denoiser, scheduler, (2, 4, 4), 60, steps=steps, batch_size=32, seed=0)
+    found = pruning_fid.draw(denoiser, scheduler, (2, 4, 4), 60, steps=steps, batch_size=32, seed=0)
     assert found.shape == (60, 2, 4, 4)
     assert float(found.mean()) == pytest.approx(2.0, abs=0.05)
     assert float(found.std()) == pytest.approx(0.5, rel=0.06)
     first = denoiser.asked[:steps]
     assert first[0] == 999 and first == sorted(first, reverse=True) and first[-1] < 1000 / steps
-    again = sampling.draw(denoiser, scheduler, (2, 4, 4), 60, steps=steps, batch_size=32, seed=0)
+    again = pruning_fid.draw(denoiser, scheduler, (2, 4, 4), 60, steps=steps, batch_size=32, seed=0)
     assert torch.equal(found, again)
 
 
@@ -47,30 +47,30 @@ def test_frechet_distance_is_torchmetrics_and_that_of_known_gaussians():
     rng = np.random.default_rng(0)
     first, second = (moments(rng.normal(size=(80, 6)) @ rng.normal(size=(6, 6)) + shift) for shift in (0, 1))
     expected = _compute_fid(*(torch.from_numpy(one) for one in (*first, *second)))
-    assert sampling.frechet_distance(first, second) == pytest.approx(float(expected), rel=1e-8)
-    assert sampling.frechet_distance(first, first) == pytest.approx(0, abs=1e-8)
+    assert pruning_fid.frechet_distance(first, second) == pytest.approx(float(expected), rel=1e-8)
+    assert pruning_fid.frechet_distance(first, first) == pytest.approx(0, abs=1e-8)
     one, other = (np.zeros(2), np.diag([4.0, 1.0])), (np.array([3.0, 0.0]), np.diag([1.0, 9.0]))
-    assert sampling.frechet_distance(one, other) == pytest.approx(9 + (2 - 1) ** 2 + (1 - 3) ** 2)
+    assert pruning_fid.frechet_distance(one, other) == pytest.approx(9 + (2 - 1) ** 2 + (1 - 3) ** 2)
 
 
 def test_a_judge_prefers_pictures_of_the_same_kind():
     generator = torch.Generator().manual_seed(0)
     real, same, other = (torch.rand(90, 3, 16, 16, generator=generator) for _ in range(3))
-    judge = sampling.judge("embedded", [{"pixels": part} for part in real.split(30)], 90, "cpu")
+    judge = pruning_fid.judge("embedded", [{"pixels": part} for part in real.split(30)], 90, "cpu")
     assert judge.distance(same) < 0.2 * judge.distance(0.3 * other)
-    assert sampling.judge("embedded", [], 0) is None
+    assert pruning_fid.judge("embedded", [], 0) is None
 
 
 def test_fewer_pictures_than_features_are_refused():
     with pytest.raises(ValueError, match="fid_images: 20 pictures for 64 features; take more than features"):
-        sampling.judge("embedded", [{"pixels": torch.rand(20, 3, 16, 16)}], 20, "cpu")
+        pruning_fid.judge("embedded", [{"pixels": torch.rand(20, 3, 16, 16)}], 20, "cpu")
 
 
 def test_an_unknown_network_and_one_that_is_not_there_are_told(monkeypatch):
     with pytest.raises(ValueError, match=r"fid_features: unknown name 'inceptoin'.*inception"):
-        sampling.features("inceptoin")
+        pruning_fid.features("inceptoin")
     import torchmetrics.image.fid as fid
 
     monkeypatch.setattr(fid, "_TORCH_FIDELITY_AVAILABLE", False)
     with pytest.raises(ValueError, match="fid_features: inception needs torch-fidelity"):
-        sampling.features("inception", "cpu")
+        pruning_fid.features("inception", "cpu")

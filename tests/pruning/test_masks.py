@@ -4,7 +4,7 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler
 from small_latents import small_unet
 
-from vaelab.latents import ChannelMask, ImportancePredictor, LatentConfig, PruningObjective, gain, top_k
+from vaelab.pruning.masks import ChannelMask, ImportancePredictor, LatentConfig, PruningObjective, gain, top_k
 
 
 @pytest.fixture

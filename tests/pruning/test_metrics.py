@@ -3,9 +3,10 @@ import pytest
 import torch
 from small_latents import small_config
 
-from vaelab import data, noise_loss, sampling
-from vaelab.masked_measures import MeasuringConfig, drawn, latents_of, measure
-from vaelab.pruning import build
+from vaelab import data
+from vaelab.pruning import fid, noise_loss
+from vaelab.pruning.metrics import MeasuringConfig, drawn, latents_of, measure
+from vaelab.pruning.train import build
 
 MEASURING = MeasuringConfig(loss_timesteps=4, sampler_steps=3)
 
@@ -83,7 +84,7 @@ def test_samples_are_decoded_and_judged(images):
     made = drawn(one, asked, (4, 8, 8), 16, 3)
     assert made.shape == (70, 3, 16, 16) and made.abs().max() <= 1
     real = torch.rand(80, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    judge = sampling.judge("embedded", [{"pixels": real}], 70, "cpu")
+    judge = fid.judge("embedded", [{"pixels": real}], 70, "cpu")
     assert measure(one, images, asked, 3, judge)[0].fid == judge.distance(made)
     assert judge.distance(made) > 0
 

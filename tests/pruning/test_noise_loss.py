@@ -5,7 +5,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from vaelab import noise_loss
+from vaelab.pruning import noise_loss
 
 SCALES = torch.tensor([2.0, 0.5, 0.05, 0.0])
 

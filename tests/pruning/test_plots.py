@@ -3,7 +3,7 @@ import pandas as pd
 import pytest
 from matplotlib import pyplot as plt
 
-from vaelab import mask_plots
+from vaelab.pruning import plots
 
 
 @pytest.fixture(autouse=True)
@@ -22,7 +22,7 @@ def test_masks_have_a_line_a_channel_and_a_line_a_class():
          for setting in ("a", "b") for seed in (0, 1) for step in (0, 5) for label in ("all", "x", "y", "z")
          for channel in (0, 1)]
     )  # fmt: skip
-    figure = mask_plots.masks_over_steps(masks, ["a", "b"])
+    figure = plots.masks_over_steps(masks, ["a", "b"])
     axes = np.array(figure.axes).reshape(2, 2)
     assert [axis.get_title() for axis in axes[0]] == ["a", "b"]
     assert [len(axis.get_lines()) for axis in axes[:, 0]] == [2, 3]
@@ -36,7 +36,7 @@ def test_the_artefact_shows_every_run_the_control_and_the_paper():
     )  # fmt: skip
     control = pd.DataFrame({"latent_scale": [1.0, 0.0], "told_loss": [0.3, 0.01]})
     curve = (np.array([0.1, 1.0]), np.array([0.2, 0.4]))
-    left, right = mask_plots.artefact(measured, control, curve, {"x": (0.024, 20.0), "y": (0.023, 19.0)}).axes
+    left, right = plots.artefact(measured, control, curve, {"x": (0.024, 20.0), "y": (0.023, 19.0)}).axes
     assert lines(left)["a"].get_xydata().tolist() == [[1.0, 0.3], [0.5, 0.2]]
     assert lines(right)["b"].get_xydata().tolist() == [[0.1, 3.0]]
     assert lines(left)["one denoiser, its latents scaled"].get_xdata().tolist() == [1.0]  # 0 has no logarithm
@@ -48,7 +48,7 @@ def test_the_spectrum_has_the_closed_form_and_the_medians():
         [{"setting": "a", "snr": snr, "error": error} for snr, error in ((1.0, 0.1), (1.0, 0.3), (100.0, 0.9))]
         + [{"setting": "a", "snr": 0.0, "error": 0.5}]
     )
-    (axis,) = mask_plots.spectrum(table, ["a"]).axes
+    (axis,) = plots.spectrum(table, ["a"]).axes
     shown = lines(axis)
     curve = shown["closed form, SNR / (1 + SNR)"].get_xydata()
     np.testing.assert_allclose(curve[:, 1], curve[:, 0] / (1 + curve[:, 0]))
@@ -59,12 +59,12 @@ def test_the_spectrum_has_the_closed_form_and_the_medians():
 def test_the_trade_off_has_a_panel_for_what_was_measured(fids, panels):
     by_kept = pd.DataFrame({"kept": [1, 2], "masked_recon_mse": [5.0, 2.0], "diffusion_loss": [0.1, 0.2], "fid": fids})
     unmasked = pd.DataFrame({"masked_recon_mse": [1.0, 3.0], "diffusion_loss": [0.3, 0.3], "fid": [1.0, 1.0]})
-    axes = mask_plots.trade_off(by_kept, unmasked).axes
+    axes = plots.trade_off(by_kept, unmasked).axes
     assert len(axes) == panels
     assert axes[0].get_ylabel() == "error of decoded pictures (sum)"
     assert lines(axes[0])["unmasked"].get_ydata()[0] == 2.0
 
 
 def test_a_trade_off_without_runs_says_so():
-    (axis,) = mask_plots.trade_off(pd.DataFrame({"kept": [], "fid": []}), pd.DataFrame()).axes
+    (axis,) = plots.trade_off(pd.DataFrame({"kept": [], "fid": []}), pd.DataFrame()).axes
     assert [text.get_text() for text in axis.texts] == ["no run kept a number of channels"]

@@ -8,9 +8,10 @@ import torch
 from safetensors.torch import load_file
 from small_latents import small_config
 
-from vaelab import data, pruning
-from vaelab.configs import TrainConfig
-from vaelab.pruning import PruningConfig, build, load_pruned, train_pruned
+from vaelab import data
+from vaelab.pruning import train
+from vaelab.pruning.train import PruningConfig, build, load_pruned, train_pruned
+from vaelab.training.loop import TrainConfig
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,7 @@ def test_a_finished_run_is_read_and_one_of_other_settings_refused(pictures, tmp_
     config = small_config(2)
     run = train_pruned("embedded", "soft", config, pictures, tmp_path)
     again = train_pruned("embedded", "soft", config, pictures, tmp_path)
-    assert again == pruning.PrunedRun(**json.loads(json.dumps(run._asdict())))
+    assert again == train.PrunedRun(**json.loads(json.dumps(run._asdict())))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run.json", "weights.safetensors"]
     with pytest.raises(ValueError, match=r"sparsity 0\.0 there, 0\.5 here"):
         train_pruned("embedded", "soft", config.with_latent(sparsity=0.5), pictures, tmp_path)
@@ -63,14 +64,14 @@ def test_a_finished_run_is_read_and_one_of_other_settings_refused(pictures, tmp_
 def test_an_interrupted_run_ends_in_the_same_bits(pictures, tmp_path, monkeypatch):
     config = small_config(5, {"mask": "normalised", "standardise": True}, {"checkpoint_every": 2}, track_every=1)
     alone = train_pruned("embedded", "a", config, pictures, tmp_path / "alone")
-    measure = pruning.MaskWatcher.measure
+    measure = train.MaskWatcher.measure
 
     def stops_at_4(self, step):
         if step == 4:
             raise KeyboardInterrupt
         measure(self, step)
 
-    monkeypatch.setattr(pruning.MaskWatcher, "measure", stops_at_4)
+    monkeypatch.setattr(train.MaskWatcher, "measure", stops_at_4)
     with pytest.raises(KeyboardInterrupt):
         train_pruned("embedded", "a", config, pictures, tmp_path / "cut")
     monkeypatch.undo()

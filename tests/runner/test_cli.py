@@ -7,7 +7,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from vaelab import frontpage, runs
+from vaelab.runner import cli, index
 
 ROOT = Path(__file__).parent.parent
 PARAMETERS = """output_dir: str = "outputs/20_two/interactive"  # folder
@@ -51,7 +51,7 @@ def write_params(root, notebook, name, text):
 
 
 def command(project, *words):
-    line = [sys.executable, "-m", "vaelab.runs", *words]
+    line = [sys.executable, "-m", "vaelab.runner.cli", *words]
     return subprocess.run(line, cwd=project, env=environment(), capture_output=True, text=True)
 
 
@@ -101,24 +101,24 @@ def test_all_runs_go_on_past_a_failure_but_not_what_reads_it(project):
 
 def test_a_run_whose_params_file_changed_is_no_longer_finished(project):
     params = write_params(project, "10_one", "demo", "")
-    assert not runs.finished(params)
+    assert not cli.finished(params)
     folder = project / "outputs" / "10_one" / "demo"
     folder.mkdir(parents=True)
     stored = {"params": {"output_dir": "outputs/10_one/demo", "fail": False, "runs": []}}
     (folder / "results.json").write_text(json.dumps(stored))
-    assert runs.finished(params)
-    assert not runs.finished(write_params(project, "10_one", "demo", "fail: true"))
+    assert cli.finished(params)
+    assert not cli.finished(write_params(project, "10_one", "demo", "fail: true"))
 
 
 def test_matching_takes_a_name_and_its_variants_only(project):
     write_params(project, "10_one", "demo-x", "")
     write_params(project, "10_one", "demolition", "")
-    assert [runs.label(path) for path in runs.matching("demo")] == ["10_one/demo", "10_one/demo-x", "20_two/demo"]
+    assert [cli.label(path) for path in cli.matching("demo")] == ["10_one/demo", "10_one/demo-x", "20_two/demo"]
 
 
 def test_an_unknown_notebook_lists_the_nearest(project):
     with pytest.raises(ValueError, match="10_one"):
-        runs.load_params(write_params(project, "10_onne", "demo", ""))
+        cli.load_params(write_params(project, "10_onne", "demo", ""))
 
 
 def test_the_front_page_escapes_what_it_shows(project):
@@ -131,7 +131,7 @@ def test_the_front_page_escapes_what_it_shows(project):
         "environment": {"device_name": "<i>"},
     }
     (folder / "results.json").write_text(json.dumps(results))
-    page = frontpage.write(project / "outputs").read_text()
+    page = index.write(project / "outputs").read_text()
     assert "<b>" not in page and "&lt;b&gt;n&lt;/b&gt;" in page and "<i>" not in page
     assert 'src="10_one/demo/a%20b.png"' in page
     assert "2.0 s" in page
@@ -144,7 +144,7 @@ def test_the_front_page_says_what_a_notebook_asks_and_folds_its_smoke_run(projec
         (folder / name / "results.json").write_text('{"metrics": {}, "seconds": 1, "environment": {}}')
     nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# 10 · Why <so>?\nBecause.")])
     nbformat.write(nb, project / "notebooks" / "10_one.ipynb")
-    page = frontpage.write(project / "outputs").read_text()
+    page = index.write(project / "outputs").read_text()
     assert "Why &lt;so&gt;?" in page
     demo, smoke = page.split("<details>")
     assert "demo</h3>" in demo and "smoke</h3>" in smoke
@@ -159,11 +159,11 @@ def test_the_map_of_knowledge_stands_above_all_runs_the_full_one_first(project):
         folder.mkdir(parents=True)
         results = {"metrics": {}, "seconds": 1, "environment": {}, "files": files}
         (folder / "results.json").write_text(json.dumps(results))
-    above, below = frontpage.write(project / "outputs").read_text().split("<h2>10_one</h2>")
+    above, below = index.write(project / "outputs").read_text().split("<h2>10_one</h2>")
     shown = re.findall(r'<img src="([^"]+)"', above)
     assert shown == ["20_two/demo/knowledge.png", "10_one/full/knowledge-a.png"]
     assert 'src="10_one/demo/knowledge-a.png"' in below
 
 
 def test_an_empty_front_page_says_what_to_do(tmp_path):
-    assert "make demo" in frontpage.write(tmp_path).read_text()
+    assert "make demo" in index.write(tmp_path).read_text()

@@ -6,7 +6,8 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from vaelab import report
+from vaelab import runner
+from vaelab.core import stats as core_stats
 
 NAME = "10_finetune_vae"
 
@@ -20,13 +21,13 @@ def namespace(folder, injected="", **changes):
 
 
 def finish(folder, **changes):
-    run = report.start(NAME, namespace(folder, **changes))
+    run = runner.start(NAME, namespace(folder, **changes))
     (run.workspace("runs") / "weights").write_text("w")
     return run.save()
 
 
 def test_results_have_what_the_front_page_reads(tmp_path):
-    run = report.start(NAME, namespace(tmp_path / "out"))
+    run = runner.start(NAME, namespace(tmp_path / "out"))
     run.metric("mse", np.float32(0.25))
     run.record({"suppressed": 3})
     run.table("rows", pd.DataFrame({"layer": ["a", "b"], "value": [1.5, math.nan], "count": [1, 2]}))
@@ -48,7 +49,7 @@ def test_results_have_what_the_front_page_reads(tmp_path):
 def test_results_name_no_folder_of_this_machine(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     places = {"dataset": f"photos+{tmp_path.parent}/pictures", "output_dir": str(tmp_path / "outputs" / "a")}
-    assert report.start(NAME, namespace("", **places)).save() == "outputs/a/results.json"
+    assert runner.start(NAME, namespace("", **places)).save() == "outputs/a/results.json"
     results = (tmp_path / "outputs" / "a" / "results.json").read_text()
     assert str(tmp_path.parent) not in results
     assert json.loads(results)["params"]["dataset"] == "photos+pictures"
@@ -57,7 +58,7 @@ def test_results_name_no_folder_of_this_machine(tmp_path, monkeypatch):
 
 def test_unknown_injected_parameter_is_refused_with_the_nearest(tmp_path):
     with pytest.raises(ValueError, match=r"unknown name 'stepz'.*steps"):
-        report.start(NAME, namespace(tmp_path, injected="stepz = 3\nrate = 0.1", stepz=3))
+        runner.start(NAME, namespace(tmp_path, injected="stepz = 3\nrate = 0.1", stepz=3))
 
 
 @pytest.mark.parametrize(
@@ -78,12 +79,12 @@ def test_what_no_notebook_takes_is_refused_at_the_start(tmp_path, name, value, m
     kind = list[int] if isinstance(value, list) else type(value)
     given["__annotations__"] = {**given["__annotations__"], name: kind}
     with pytest.raises(ValueError, match=f"^{name}: {message}"):
-        report.start(NAME, given)
+        runner.start(NAME, given)
     assert not (tmp_path / "results.json").exists()
 
 
 def test_known_injected_parameters_are_taken(tmp_path):
-    run = report.start(NAME, namespace(tmp_path, injected="steps = 7\nseeds = [4]", steps=7, seeds=[4]))
+    run = runner.start(NAME, namespace(tmp_path, injected="steps = 7\nseeds = [4]", steps=7, seeds=[4]))
     assert run.params == {
         "steps": 7, "rate": 5e-5, "dataset": "glyphs", "seeds": [4], "fast": True, "output_dir": str(tmp_path)
     }  # fmt: skip
@@ -106,61 +107,61 @@ def test_known_injected_parameters_are_taken(tmp_path):
 )
 def test_wrong_type_is_refused_by_name(tmp_path, name, value, message):
     with pytest.raises(ValueError, match=f"^{message}"):
-        report.start(NAME, namespace(tmp_path, **{name: value}))
+        runner.start(NAME, namespace(tmp_path, **{name: value}))
     assert not (tmp_path / "results.json").exists()
 
 
 def test_whole_number_will_do_for_a_float(tmp_path):
-    assert report.start(NAME, namespace(tmp_path, rate=1)).params["rate"] == 1
+    assert runner.start(NAME, namespace(tmp_path, rate=1)).params["rate"] == 1
 
 
 def test_unwritable_output_folder_is_refused_by_name(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(OSError, match=r"^output_dir: cannot write to .*file"):
-        report.start(NAME, namespace(tmp_path / "file" / "out"))
+        runner.start(NAME, namespace(tmp_path / "file" / "out"))
     with pytest.raises(ValueError, match=r"^output_dir: expected str"):
-        report.start(NAME, namespace(tmp_path, output_dir=3))
+        runner.start(NAME, namespace(tmp_path, output_dir=3))
 
 
 def test_stale_results_are_gone_as_soon_as_a_run_starts(tmp_path):
     finish(tmp_path)
-    report.start(NAME, namespace(tmp_path))
+    runner.start(NAME, namespace(tmp_path))
     assert not (tmp_path / "results.json").exists()
 
 
 def test_what_a_finished_run_made_is_gone_when_it_is_run_again(tmp_path):
     import matplotlib.pyplot as plt
 
-    run = report.start(NAME, namespace(tmp_path))
+    run = runner.start(NAME, namespace(tmp_path))
     run.figure("curve", plt.figure())
     (run.workspace("runs") / "weights").write_text("w")
     (tmp_path / "mine.txt").write_text("not made by the run")
     run.save()
-    report.start(NAME, namespace(tmp_path))
+    runner.start(NAME, namespace(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
 def test_refused_run_takes_the_earlier_one_for_finished_no_longer_nor_lets_it_leak(tmp_path):
     finish(tmp_path)
     with pytest.raises(ValueError, match="rate"):
-        report.start(NAME, namespace(tmp_path, rate="5e-5"))
+        runner.start(NAME, namespace(tmp_path, rate="5e-5"))
     assert not (tmp_path / "results.json").exists()
-    run = report.start(NAME, namespace(tmp_path, rate=0.1))
+    run = runner.start(NAME, namespace(tmp_path, rate=0.1))
     assert list(run.workspace("runs").iterdir()) == []
     run.save()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["results.json", "runs"]
 
 
 def test_workspace_of_an_unfinished_run_is_kept(tmp_path):
-    run = report.start(NAME, namespace(tmp_path))
+    run = runner.start(NAME, namespace(tmp_path))
     (run.workspace("runs") / "checkpoint").write_text("half way")
-    again = report.start(NAME, namespace(tmp_path))
+    again = runner.start(NAME, namespace(tmp_path))
     assert (again.workspace("runs") / "checkpoint").read_text() == "half way"
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, np.float32("nan")])
 def test_metric_that_is_no_number_is_refused(tmp_path, value):
-    run = report.start(NAME, namespace(tmp_path))
+    run = runner.start(NAME, namespace(tmp_path))
     with pytest.raises(ValueError, match="metric 'mse'"):
         run.metric("mse", value)
     with pytest.raises(ValueError, match="metric 'kl'"):
@@ -171,7 +172,7 @@ def test_metric_that_is_no_number_is_refused(tmp_path, value):
 def test_figure_is_saved_and_given_back(tmp_path):
     import matplotlib.pyplot as plt
 
-    run = report.start(NAME, namespace(tmp_path))
+    run = runner.start(NAME, namespace(tmp_path))
     figure, axes = plt.subplots()
     axes.plot([1, 2])
     assert run.figure("curve", figure) is figure
@@ -185,7 +186,7 @@ def test_paired_interval_is_that_of_the_paired_t_test(level):
     first = rng.normal(size=5)
     second = first + rng.normal(0.3, 0.1, size=5)
     expected = stats.ttest_rel(second, first).confidence_interval(level)
-    got = report.paired_interval(first, second, level)
+    got = core_stats.paired_interval(first, second, level)
     assert (got.low, got.high) == pytest.approx((expected.low, expected.high), rel=1e-12)
     assert got.mean == pytest.approx(np.mean(second - first))
 
@@ -193,4 +194,4 @@ def test_paired_interval_is_that_of_the_paired_t_test(level):
 @pytest.mark.parametrize("values", [[1.0], [[1.0, 2.0]]])
 def test_interval_of_one_pair_is_refused(values):
     with pytest.raises(ValueError, match="at least two pairs"):
-        report.paired_interval(values, values)
+        core_stats.paired_interval(values, values)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from vaelab import baselines
+from vaelab.sae import baselines
 
 D = 12
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from vaelab import sae_formats
-from vaelab.sae import SAE, SAEConfig
+from vaelab.sae import formats
+from vaelab.sae.model import SAE, SAEConfig
 
 D, FEATURES, K = 12, 40, 4
 
@@ -116,11 +116,11 @@ WRITERS = {
 @pytest.mark.parametrize("writer", WRITERS)
 def test_what_was_written_computes_the_same_and_survives_a_round_trip(tmp_path, writer):
     acts, reconstruction = WRITERS[writer](tmp_path / "theirs")
-    loaded = sae_formats.load(tmp_path / "theirs")
+    loaded = formats.load(tmp_path / "theirs")
     assert loaded.format == writer.split()[0]
     loaded.sae.save_pretrained(tmp_path / "ours")
-    again = sae_formats.load(tmp_path / "ours")
-    assert again.format == "vaelab.sae" and again.sae.config == loaded.sae.config
+    again = formats.load(tmp_path / "ours")
+    assert again.format == "vaelab.sae.model" and again.sae.config == loaded.sae.config
     for sae in (loaded.sae, again.sae):
         torch.testing.assert_close(sae.encode(vectors()).dense(FEATURES), acts, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(sae(vectors()), reconstruction, rtol=1e-4, atol=1e-4)
@@ -131,19 +131,19 @@ def test_where_it_changes_nothing_features_come_with_unit_length(tmp_path):
         ({"architecture": "jumprelu"}, {"architecture": "standard"}, {"rescale_acts_by_decoder_norm": True})
     ):
         sae_lens(tmp_path / str(number), **more)
-        decoder = sae_formats.load(tmp_path / str(number)).sae.decoder
+        decoder = formats.load(tmp_path / str(number)).sae.decoder
         torch.testing.assert_close(decoder.norm(dim=1), torch.ones(FEATURES))
     sae_lens(tmp_path / "as it was")
-    assert sae_formats.load(tmp_path / "as it was").sae.decoder.norm(dim=1).min() > 1.5
+    assert formats.load(tmp_path / "as it was").sae.decoder.norm(dim=1).min() > 1.5
 
 
 def test_unbox_brings_its_features_statistics_and_its_losses_settings(tmp_path):
     unbox(tmp_path / "theirs")
-    loaded = sae_formats.load(tmp_path / "theirs")
+    loaded = formats.load(tmp_path / "theirs")
     assert torch.equal(loaded.mean, torch.arange(40.0)) and torch.equal(loaded.std, torch.ones(40))
     assert loaded.sae.config == SAEConfig(D, FEATURES, K, aux_weight=0.5, k_aux=7)
     (tmp_path / "theirs" / "mean.pt").unlink()
-    assert sae_formats.load(tmp_path / "theirs").mean is None
+    assert formats.load(tmp_path / "theirs").mean is None
 
 
 @pytest.mark.parametrize(
@@ -167,7 +167,7 @@ def test_what_cannot_be_read_is_refused_by_name(tmp_path, write, changes, named)
     more = {"rescale_acts_by_decoder_norm": False} if changes.get("architecture") == "gated" else {}
     write(tmp_path / "theirs", **changes, **more)
     with pytest.raises(ValueError, match=named):
-        sae_formats.load(tmp_path / "theirs")
+        formats.load(tmp_path / "theirs")
 
 
 def test_a_folder_of_another_kind_is_refused_by_name(tmp_path):
@@ -176,24 +176,24 @@ def test_a_folder_of_another_kind_is_refused_by_name(tmp_path):
     with pytest.raises(
         ValueError, match=r"model: no autoencoder of a known format; it has pytorch_model\.bin.*sparsify"
     ):
-        sae_formats.load(tmp_path / "model")
+        formats.load(tmp_path / "model")
     with pytest.raises(ValueError, match="neither a folder nor an id"):
-        sae_formats.load(tmp_path / "nowhere")
+        formats.load(tmp_path / "nowhere")
 
 
 def test_missing_keys_and_broken_files_are_one_error_that_names_the_format(tmp_path):
     sparsify(tmp_path / "a")
     save_file({"encoder.weight": torch.zeros(FEATURES, D)}, tmp_path / "a" / "sae.safetensors")
     with pytest.raises(ValueError, match=r"not what sparsify writes .*W_dec"):
-        sae_formats.load(tmp_path / "a")
+        formats.load(tmp_path / "a")
     sae_lens(tmp_path / "b")
     (tmp_path / "b" / "sae_weights.safetensors").write_bytes(b"broken")
     with pytest.raises(ValueError, match="not what sae-lens writes"):
-        sae_formats.load(tmp_path / "b")
+        formats.load(tmp_path / "b")
     unbox(tmp_path / "c")
     (tmp_path / "c" / "config.json").write_text("{")
     with pytest.raises(ValueError, match="not what sdxl-unbox writes"):
-        sae_formats.load(tmp_path / "c")
+        formats.load(tmp_path / "c")
 
 
 class Harmful:
@@ -205,10 +205,10 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path, capsys):
     unbox(tmp_path / "theirs")
     torch.save({"state_dict": Harmful()}, tmp_path / "theirs" / "state_dict.pth")
     with pytest.raises(ValueError, match="not what sdxl-unbox writes"):
-        sae_formats.load(tmp_path / "theirs")
+        formats.load(tmp_path / "theirs")
     assert "run" not in capsys.readouterr().out
 
 
 def test_ours_is_told_from_theirs(tmp_path):
     SAE(SAEConfig(D, FEATURES, K)).save_pretrained(tmp_path / "ours")
-    assert sae_formats.format_of(tmp_path / "ours") == "vaelab.sae"
+    assert formats.format_of(tmp_path / "ours") == "vaelab.sae.model"

@@ -3,8 +3,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vaelab import sae_kernels
-from vaelab.sae_kernels import Block, Entries, JumpReLU, SquaredNorm, Step, linear, variance_of
+from vaelab.sae import kernels
+from vaelab.sae.kernels import Block, Entries, JumpReLU, SquaredNorm, Step, linear, variance_of
 
 N, FEATURES, D = 9, 37, 6
 
@@ -51,12 +51,12 @@ class Elsewhere(torch.Tensor):
 
 
 def test_products_of_rows_without_a_kernel_are_the_same(monkeypatch):
-    monkeypatch.setattr(sae_kernels, "AT_ONCE", 5)
+    monkeypatch.setattr(kernels, "AT_ONCE", 5)
     where, _, _ = entries("few")
     left, right = random(N, D, seed=2), random(FEATURES, D, seed=1)
     elsewhere = left.as_subclass(Elsewhere)
     assert elsewhere.device.type == "elsewhere"
-    found = sae_kernels.row_products(elsewhere, right, where.indices, where.rows, where.offsets)
+    found = kernels.row_products(elsewhere, right, where.indices, where.rows, where.offsets)
     torch.testing.assert_close(torch.Tensor(found), where.products(left, right))
 
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from vaelab import sae_choice
-from vaelab.sae import SAE, VARIANTS, Codes, SAEConfig
+from vaelab.sae import topk
+from vaelab.sae.model import SAE, VARIANTS, Codes, SAEConfig
 
 D, FEATURES, K = 24, 256, 3
 
@@ -37,8 +37,8 @@ def relative(found, expected):
 @pytest.mark.parametrize("dead", [0, 12, 150], ids=["none dead", "a block of dead", "many dead"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_losses_and_all_gradients_are_those_of_the_dense_formula(variant, dead, monkeypatch):
-    monkeypatch.setattr(sae_choice, "TILE", 64 * 7)  # several tiles, of which the last is smaller
-    monkeypatch.setattr(sae_choice, "WIDEST", 64)
+    monkeypatch.setattr(topk, "TILE", 64 * 7)  # several tiles, of which the last is smaller
+    monkeypatch.setattr(topk, "WIDEST", 64)
     sae, x = shaken(variant=variant), vectors()
     sae.silent[torch.randperm(FEATURES, generator=torch.Generator().manual_seed(1))[:dead]] = 100
     expected, auxiliary, s, weights = dense_sae.losses(sae, x)

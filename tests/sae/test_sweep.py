@@ -1,14 +1,134 @@
 """The grid that is trained, the vectors that are held out, and the tables of both."""
 
+import re
+import shutil
+
 import pandas as pd
 import pytest
 import torch
 
-from vaelab import collect, models, prompts, sae_grid, store
-from vaelab.collect import CollectConfig
-from vaelab.denoise import Sampling
-from vaelab.sae import SAE
-from vaelab.store import BlockShape
+from vaelab import models, store
+from vaelab.activations import collect
+from vaelab.activations.collect import CollectConfig
+from vaelab.activations.denoiser import Sampling
+from vaelab.core.io import write_json
+from vaelab.data import prompts
+from vaelab.sae import baselines, sweep
+from vaelab.sae.model import SAE
+from vaelab.store.format import BlockShape
+
+# sae_runs: Autoencoders that a run left, read again beside their baselines.
+
+
+SOURCE = {"model": "sd2", "dataset": "world", "split": "train"}
+BLOCK, OTHER, WIDTH = "up.1.1", "up.1.2", 16
+SIZES = [(2, 8), (2, 24), (4, 8), (4, 24)]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, small_pipeline):
+    """The folder of a run with two blocks and two seeds, as notebook 31 leaves it."""
+    folder = tmp_path_factory.mktemp("run")
+    pipeline, asked = small_pipeline("sd2"), prompts.load_prompts("world", count=2)
+    config = CollectConfig((BLOCK, OTHER), Sampling(1, 2.0), halves="both")
+    layout, per_prompt, _ = collect.probe(pipeline, asked.texts, config)
+    kept = collect.collect(
+        pipeline, asked.texts, config, folder / "activations", layout=layout, items_per_prompt=per_prompt,
+        settings=SOURCE,
+    )  # fmt: skip
+    others = sweep.other_prompts(kept.settings, "world", "train", 1)
+    sweep.hold_out(kept, pipeline, "sd2", others, folder / "held_out", blocks=[BLOCK, OTHER], batch_size=1)
+    wanted = sweep.grid(layout, [BLOCK, OTHER], [2, 4], [8, 24], [5, 6])
+    saes = {name: SAE(one.config, one.seed) for name, one in wanted.items()}
+    sweep.keep(saes, wanted, kept, folder / "saes")
+    rows = [{"block": one.block, "k": one.config.k, "n_features": one.config.n_features, "seed": one.seed, "name": name}
+            for name, one in wanted.items()]  # fmt: skip
+    write_json(folder / "results.json", {"notebook": "31_train_sae", "tables": {"saes": rows}})
+    return folder
+
+
+@pytest.fixture
+def found(finished, small_pipeline):
+    return sweep.read(str(finished), "sd2", small_pipeline("sd2"))
+
+
+def test_what_was_kept_is_read(found, finished):
+    assert found.blocks == [BLOCK, OTHER] and found.sizes() == SIZES and found.source.items() >= SOURCE.items()
+    assert found.widths == {BLOCK: WIDTH, OTHER: WIDTH} and found.held_out.rows(BLOCK) == 2 * 16 * 16
+    chosen = found.dictionaries([OTHER], (4, 24), others=True, seed=1)
+    assert list(chosen) == [(OTHER, "sae", *size) for size in [SIZES[3], *SIZES[:3]]] + [
+        (OTHER, who, 4, 24) for who in ("zero", "mean", "random", "pca")
+    ]
+    first_seed = SAE(chosen[OTHER, "sae", 2, 8].config, seed=5)
+    assert torch.equal(chosen[OTHER, "sae", 2, 8].features(), first_seed.features())
+    kept = store.open(finished / "activations")
+    measured = baselines.moments(sweep.vectors(kept, OTHER))
+    pca, again = chosen[OTHER, "pca", 4, 24], baselines.PrincipalComponents(measured, 4)
+    assert torch.equal(pca.features(), again.features()) and torch.equal(pca.mean, again.mean)
+    assert len(found.dictionaries([BLOCK, OTHER], (4, 24), others=False, seed=1)) == 10
+
+
+def test_one_size_and_some_names_are_selected(found):
+    chosen = found.dictionaries([BLOCK], (2, 8), others=True, seed=1)
+    assert list(sweep.select(chosen, ["sae", "pca"], (2, 8))) == [(BLOCK, "sae", 2, 8), (BLOCK, "pca", 2, 8)]
+    with pytest.raises(ValueError, match=r"by_step: unknown name 'zeros'.*zero"):
+        sweep.select(chosen, ["zeros"], (2, 8))
+
+
+def test_each_is_measured_on_its_blocks_held_out_vectors(found):
+    chosen = found.dictionaries([BLOCK, OTHER], (2, 8), others=False, seed=1)
+    table = sweep.measure_each(chosen, found.held_out)
+    assert table[sweep.NAMES].to_numpy().tolist() == [list(key) for key in chosen]
+    metrics = sweep.metrics(table.assign(lpips="not measured"), (2, 8))
+    assert {f"{BLOCK}.explained_variance", f"{OTHER}.pca.l0", f"{BLOCK}.zero.dead_fraction"} <= metrics.keys()
+    assert metrics[f"{OTHER}.pca.l0"] == 2 and metrics[f"{OTHER}.mean.l0"] == 0
+    assert abs(metrics[f"{BLOCK}.mean.explained_variance"]) < 0.1
+    assert not any("lpips" in name for name in metrics)
+    assert sweep.metrics(table, (4, 24)) == {}
+
+
+def test_what_does_not_fit_is_refused(found, finished, small_pipeline, pipeline_folder, tmp_path):
+    pipeline, retrained = small_pipeline("sd2"), models.load_pipeline(str(pipeline_folder("sd2")), device="cpu")
+    with torch.no_grad():
+        for weight in retrained.unet.up_blocks.parameters():
+            weight.mul_(1.5)
+    with pytest.raises(ValueError, match="holds no finished run of 31_train_sae; run it first"):
+        sweep.read("outputs/31_train_sae/never", "sd2", pipeline)
+    write_json(tmp_path / "results.json", {"notebook": "30_collect_activations", "tables": {}})
+    with pytest.raises(ValueError, match=r"^saes: .* holds no finished run of 31_train_sae"):
+        sweep.read(str(tmp_path), "sd2", pipeline)
+    with pytest.raises(ValueError, match="saes: of the model 'sd2'; expected 'embedded'"):
+        sweep.read(str(finished), "embedded", pipeline)
+    with pytest.raises(ValueError, match=re.escape("the run has none of 7 and 8; it has 2 and 8, 2 and 24")):
+        found.dictionaries([BLOCK], (7, 8), others=False, seed=0)
+    with pytest.raises(ValueError, match=r"blocks \(of the autoencoders\): unknown name 'up.1.0'.*up.1.1"):
+        found.dictionaries(["up.1.0"], (2, 8), others=False, seed=0)
+    with pytest.raises(ValueError, match=r"saes: .*held_out was made with other weights than 'sd2' has now"):
+        sweep.read(str(finished), "sd2", retrained)
+    other_side = shutil.copytree(finished, tmp_path / "run")
+    write_json(other_side / "saes" / "source.json", {**found.source, "side": "output"})
+    with pytest.raises(ValueError, match="trained on the output of blocks; only an update"):
+        sweep.read(str(other_side), "sd2", pipeline)
+
+
+def test_a_reconstruction_goes_into_the_model(found, small_pipeline):
+    from vaelab import activations
+    from vaelab.sae import interventions
+
+    asked = prompts.load_prompts("world", count=2).texts
+    chosen, sampling = found.dictionaries([BLOCK], (2, 8), others=False, seed=1), activations.Sampling(2, 2.0)
+    pipeline = small_pipeline("sd2")
+    made = {
+        who: interventions.drawn(pipeline, asked, block, baselines.reconstruction(one), sampling)
+        for (block, who, *_), one in chosen.items()
+    }
+    whole = activations.generate_all(pipeline, asked, sampling)
+    assert all(torch.isfinite(one).all() and not torch.equal(one, whole) for one in made.values())
+    assert not torch.equal(made["zero"], made["mean"])
+    every_component = baselines.PrincipalComponents(baselines.moments(sweep.vectors(found.held_out, BLOCK)), WIDTH)
+    same = interventions.drawn(pipeline, asked, BLOCK, baselines.reconstruction(every_component), sampling)
+    torch.testing.assert_close(same, whole, rtol=0, atol=1e-4)
+
 
 LAYOUT = {"down.1.1": BlockShape((8, 8), 32), "up.0.1": BlockShape((8, 8), 16)}
 BLOCK = "up.1.1"
@@ -16,7 +136,7 @@ ITEM = {"prompt": "a star", "seed": 0, "timestep": 9}
 
 
 def test_the_grid_has_every_combination_once_of_each_blocks_width():
-    wanted = sae_grid.grid(LAYOUT, list(LAYOUT), [2, 4], [8, 64], [0, 3], aux_weight=0.5)
+    wanted = sweep.grid(LAYOUT, list(LAYOUT), [2, 4], [8, 64], [0, 3], aux_weight=0.5)
     assert len(wanted) == 16
     one = wanted["up.0.1-k4-n64-s3"]
     assert (one.block, one.seed) == ("up.0.1", 3)
@@ -37,16 +157,16 @@ def test_the_grid_has_every_combination_once_of_each_blocks_width():
 )
 def test_a_wrong_grid_is_refused(given, message):
     with pytest.raises(ValueError, match=message):
-        sae_grid.grid(LAYOUT, *given)
+        sweep.grid(LAYOUT, *given)
 
 
 def test_held_out_prompts_are_others():
     source = {"prompts": 5, "dataset": "world", "split": "train"}
-    same_split = sae_grid.other_prompts(source, "world", "train", 3)
+    same_split = sweep.other_prompts(source, "world", "train", 3)
     assert same_split.rows == [5, 6, 7] and same_split.scenes == prompts.load_prompts("world", count=8).scenes[5:]
-    assert sae_grid.other_prompts(source, "world", "test", 3).rows == [0, 1, 2]
+    assert sweep.other_prompts(source, "world", "test", 3).rows == [0, 1, 2]
     with pytest.raises(ValueError, match="max_images: must be at least 1"):
-        sae_grid.other_prompts(source, "world", "test", 0)
+        sweep.other_prompts(source, "world", "test", 0)
 
 
 def test_a_data_set_that_was_used_up_is_refused(tmp_path):
@@ -54,7 +174,7 @@ def test_a_data_set_that_was_used_up_is_refused(tmp_path):
     name = str(tmp_path / "prompts.txt")
     source = {"prompts": 2, "dataset": name, "split": "train"}
     with pytest.raises(ValueError, match="has no prompt of 'train' but those that"):
-        sae_grid.other_prompts(source, name, "train", 3)
+        sweep.other_prompts(source, name, "train", 3)
 
 
 @pytest.fixture
@@ -70,8 +190,8 @@ def kept(tmp_path, small_pipeline):
 
 
 def test_held_out_vectors_are_made_as_the_stores_were_of_other_prompts_and_noise(kept, tmp_path, small_pipeline):
-    asked = sae_grid.other_prompts(kept.settings, "world", "train", 3)
-    made = sae_grid.hold_out(
+    asked = sweep.other_prompts(kept.settings, "world", "train", 3)
+    made = sweep.hold_out(
         kept, small_pipeline("sd2"), "sd2", asked, tmp_path / "held_out", blocks=[BLOCK], batch_size=3
     )
     assert made.layout == kept.layout and made.precision == "float32"
@@ -86,48 +206,48 @@ def test_a_store_of_another_model_or_of_nobody_knows_what_is_refused(kept, tmp_p
     given = {"blocks": [BLOCK], "batch_size": 2}
     asked = prompts.load_prompts("world", count=1)
     with pytest.raises(ValueError, match="activations: of the model 'sd2'; expected 'embedded'"):
-        sae_grid.hold_out(kept, small_pipeline("sd2"), "embedded", asked, tmp_path / "out", **given)
+        sweep.hold_out(kept, small_pipeline("sd2"), "embedded", asked, tmp_path / "out", **given)
     changed = models.load_pipeline(str(pipeline_folder("sd2")), device="cpu")
     with torch.no_grad():
         for weight in changed.unet.parameters():
             weight.mul_(1.5)
     with pytest.raises(ValueError, match="made with other weights than 'sd2' has now: its first item"):
-        sae_grid.hold_out(kept, changed, "sd2", asked, tmp_path / "out", **given)
+        sweep.hold_out(kept, changed, "sd2", asked, tmp_path / "out", **given)
     with store.create(tmp_path / "foreign", LAYOUT, settings={"model": "sd2"}) as writer:
         writer.add({name: torch.zeros(1, 8, 8, one.width) for name, one in LAYOUT.items()}, [ITEM])
     with pytest.raises(ValueError, match="does not say how it was collected"):
-        sae_grid.hold_out(store.open(tmp_path / "foreign"), None, "sd2", asked, tmp_path / "out", **given)
+        sweep.hold_out(store.open(tmp_path / "foreign"), None, "sd2", asked, tmp_path / "out", **given)
 
 
 def test_so_many_vectors_and_each_once(kept):
     rows = kept.rows(BLOCK)
-    whole = torch.cat(list(sae_grid.vectors(kept, BLOCK)))
+    whole = torch.cat(list(sweep.vectors(kept, BLOCK)))
     assert whole.shape == (rows, kept.layout[BLOCK].width)
     stored = kept.maps(BLOCK, range(len(kept.items))).flatten(0, -2)
     assert torch.equal(whole.sort(0).values, stored.sort(0).values)
-    assert torch.equal(torch.cat(list(sae_grid.vectors(kept, BLOCK, 7))), whole[:7])
+    assert torch.equal(torch.cat(list(sweep.vectors(kept, BLOCK, 7))), whole[:7])
 
 
 def test_autoencoders_are_measured_on_their_own_block_and_averaged_over_seeds(kept):
-    wanted = sae_grid.grid(kept.layout, [BLOCK], [2], [16, 32], [0, 1])
+    wanted = sweep.grid(kept.layout, [BLOCK], [2], [16, 32], [0, 1])
     saes = {name: SAE(one.config, one.seed) for name, one in wanted.items()}
-    table = sae_grid.measure(saes, wanted, kept)
+    table = sweep.measure(saes, wanted, kept)
     assert table["name"].tolist() == list(wanted) and table["seed"].tolist() == [0, 1, 0, 1]
     name = f"{BLOCK}-k2-n32-s1"
-    x = torch.cat(list(sae_grid.vectors(kept, BLOCK))).double()
+    x = torch.cat(list(sweep.vectors(kept, BLOCK))).double()
     left = (x - saes[name](x.float()).double()).square().sum() / (x - x.mean(0)).square().sum()
     row = table.set_index("name").loc[name]
     assert row["explained_variance"] == pytest.approx(1 - left.item(), abs=1e-6) and row["l0"] <= 2
-    means = sae_grid.over_seeds(table, ["explained_variance", "l0", "dead_fraction"])
+    means = sweep.over_seeds(table, ["explained_variance", "l0", "dead_fraction"])
     assert means["seeds"].tolist() == [2, 2]
     first = table["explained_variance"][:2]
     assert means["explained_variance"][0] == pytest.approx(first.mean())
     assert means["spread"][0] == pytest.approx(first.max() - first.min())
-    assert f"{BLOCK}.k2.n16.explained_variance" in sae_grid.by_size(means)
+    assert f"{BLOCK}.k2.n16.explained_variance" in sweep.by_size(means)
 
 
 def test_a_history_is_told_apart():
-    wanted = sae_grid.grid(LAYOUT, ["up.0.1"], [2], [8, 16], [0])
+    wanted = sweep.grid(LAYOUT, ["up.0.1"], [2], [8, 16], [0])
     history = pd.DataFrame({"step": [1, 1], "sae": list(wanted), "loss": [1.0, 2.0]})
-    told = sae_grid.described(history, wanted)
+    told = sweep.described(history, wanted)
     assert told[["block", "k", "n_features", "seed"]].to_numpy().tolist() == [["up.0.1", 2, 8, 0], ["up.0.1", 2, 16, 0]]

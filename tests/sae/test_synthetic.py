@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from vaelab.planted import Planted, recovery
-from vaelab.sae import SAE, SAEConfig
+from vaelab.sae.model import SAE, SAEConfig
+from vaelab.sae.synthetic import Planted, recovery
 
 
 def test_vectors_are_sparse_sums_of_the_dictionary():

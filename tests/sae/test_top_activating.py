@@ -2,10 +2,12 @@ import numpy as np
 import pytest
 import torch
 
-from vaelab import features, purity, store
-from vaelab.features import NONE, Tally, summarise
-from vaelab.sae import SAE, Codes, SAEConfig
-from vaelab.store import BlockShape
+from vaelab import store
+from vaelab.probing import purity
+from vaelab.sae import top_activating
+from vaelab.sae.model import SAE, Codes, SAEConfig
+from vaelab.sae.top_activating import NONE, Tally, summarise
+from vaelab.store.format import BlockShape
 
 TOP = 3
 
@@ -66,7 +68,7 @@ def test_the_table_describes_a_features_activations():
         row = table.iloc[feature]
         expected = (*(one.item() for one in (active.mean(), active.std(correction=0), active.max())), len(active) / 92)
         assert (row["mean"], row["deviation"], row["largest"], row["density"]) == pytest.approx(expected)
-    assert table.iloc[11].drop("feature").tolist() == [0] * (5 + len(features.QUANTILES))
+    assert table.iloc[11].drop("feature").tolist() == [0] * (5 + len(top_activating.QUANTILES))
 
 
 @pytest.mark.parametrize("batch", [7, 400])
@@ -97,10 +99,10 @@ def test_quantiles_are_numpys_but_for_the_width_of_a_bin(batch):
 
 
 def test_bins_rise_with_the_values_and_hold_their_middles():
-    middles = features.middles()
-    assert features.bins(middles).tolist() == list(range(features.BINS)) and (middles.diff() > 0).all()
-    assert features.bins(torch.tensor([2.0**-30, -(2.0**-30), 2.0**30, -(2.0**30)])).tolist() == [
-        features.BINS // 2, features.BINS // 2 - 1, features.BINS - 1, 0,
+    middles = top_activating.middles()
+    assert top_activating.bins(middles).tolist() == list(range(top_activating.BINS)) and (middles.diff() > 0).all()
+    assert top_activating.bins(torch.tensor([2.0**-30, -(2.0**-30), 2.0**30, -(2.0**30)])).tolist() == [
+        top_activating.BINS // 2, top_activating.BINS // 2 - 1, top_activating.BINS - 1, 0,
     ]  # fmt: skip
 
 
@@ -166,4 +168,4 @@ def test_planted_features_have_the_purity_they_were_made_with(tmp_path, position
 def test_wrong_input_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"^top: must be at least 1"):
         Tally(4, 0)
-    assert features.Tally(4, 2).summary().most_active(3).tolist() == []
+    assert top_activating.Tally(4, 2).summary().most_active(3).tolist() == []

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from vaelab import sae_choice
-from vaelab.sae_choice import choose_above, choose_of_batch, choose_top, largest, top
+from vaelab.sae import topk
+from vaelab.sae.topk import choose_above, choose_of_batch, choose_top, largest, top
 
 N, FEATURES, D = 30, 640, 16
 
@@ -10,8 +10,8 @@ N, FEATURES, D = 30, 640, 16
 @pytest.fixture(params=["one tile", "many tiles"])
 def tiles(request, monkeypatch):
     if request.param == "many tiles":
-        monkeypatch.setattr(sae_choice, "WIDEST", 150)
-        monkeypatch.setattr(sae_choice, "TILE", 150 * 7)
+        monkeypatch.setattr(topk, "WIDEST", 150)
+        monkeypatch.setattr(topk, "TILE", 150 * 7)
 
 
 def given(n=N, features=FEATURES):

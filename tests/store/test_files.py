@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import xxhash
 
-from vaelab.storage import Folder
+from vaelab.store.files import Folder
 
 DATA = bytes(range(200))
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 from collecting import COUNT, LAYOUT, fill, truth
 
-from vaelab import planning, shards, store
-from vaelab.store import BlockShape
+from vaelab import store
+from vaelab.store import format, planning
+from vaelab.store.format import BlockShape
 
 
 def test_a_plan_has_the_size_of_the_papers_collection():
@@ -22,7 +23,7 @@ def test_a_plan_is_what_is_then_written(tmp_path, precision):
     told = store.plan(LAYOUT, COUNT, precision)
     fill(tmp_path, truth(dtype=getattr(torch, precision)), precision=precision)
     sizes = {
-        block: sum(path.stat().st_size - shards.HEADER for path in tmp_path.glob(f"*.{block.replace('/', '_')}.safe*"))
+        block: sum(path.stat().st_size - format.HEADER for path in tmp_path.glob(f"*.{block.replace('/', '_')}.safe*"))
         for block in LAYOUT
     }
     assert told.bytes == sizes and told.total_bytes == sum(sizes.values())

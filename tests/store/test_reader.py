@@ -10,8 +10,70 @@ import torch
 from collecting import COUNT, LAYOUT, begin, captures, correlation, damage, fill, truth
 from safetensors.torch import load_file
 
-from vaelab import shards, store
-from vaelab.store import BlockShape
+from vaelab import store
+from vaelab.store import format, reader
+from vaelab.store.format import BlockShape
+from vaelab.store.reader import KEPT, Buffers
+
+# buffers: Memory that is used again, and never while somebody still looks at it.
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_memory_is_used_again_once_nothing_refers_to_it(dtype):
+    buffers = Buffers()
+    first = buffers.empty(5, 3, dtype)
+    assert first.shape == (5, 3) and first.dtype == dtype
+    place = first.data_ptr()
+    assert buffers.empty(5, 3, dtype).data_ptr() != place
+    del first
+    assert buffers.empty(4, 3, dtype).data_ptr() == place
+    assert buffers.empty(4, 3, dtype).data_ptr() == place
+
+
+def test_a_part_of_a_tensor_keeps_all_of_its_memory():
+    buffers = Buffers()
+    row = buffers.empty(5, 3, torch.float32).fill_(7)[2].view(3, 1)
+    for _ in range(2 * KEPT):
+        buffers.empty(5, 3, torch.float32).fill_(0)
+    assert (row == 7).all()
+    factor = torch.ones(3, 1, requires_grad=True)
+    product = (factor * row).sum()
+    del row  # from here on the graph alone needs it
+    for _ in range(2 * KEPT):
+        buffers.empty(5, 3, torch.float32).fill_(0)
+    product.backward()
+    assert (factor.grad == 7).all()
+
+
+def test_those_who_collect_tensors_have_each_for_themselves():
+    buffers = Buffers()
+    all_of_them = [buffers.empty(2, 2, torch.float32).fill_(i) for i in range(3 * KEPT)]
+    assert [int(one[0, 0]) for one in all_of_them] == list(range(3 * KEPT))
+    assert len(buffers._kept) == KEPT
+
+
+def test_what_is_too_small_is_not_used_and_nothing_needs_no_memory():
+    buffers = Buffers()
+    buffers.empty(2, 2, torch.float32)
+    assert buffers.empty(3, 2, torch.float32).shape == (3, 2)
+    assert buffers.empty(0, 8, torch.float32).shape == (0, 8) and len(buffers._kept) == 2
+
+
+def test_items_come_in_the_order_asked_for(url):
+    items = store.open(url).items
+    assert len(items) == COUNT
+    assert items[-1] == captures()[-1] and items[2:9:3] == captures()[2:9:3]
+    with pytest.raises(IndexError):
+        items[COUNT]
+
+
+@pytest.mark.parametrize("text", [b"[]", b"[{}]]]", b""])
+def test_items_that_change_while_the_store_is_open_are_named(url, text):
+    opened = store.open(url)
+    damage(url, "shard-00001.items.json", lambda data: text)
+    assert opened.items[2] == captures()[2]
+    with pytest.raises(ValueError, match=r"shard-00001.items.json was changed since it was written"):
+        opened.describe("up.0", 10)
 
 
 def flat(block):
@@ -23,7 +85,7 @@ def flat(block):
 @pytest.mark.parametrize("step", [1, 2, 5, 11])
 def test_what_is_written_is_read_back_whatever_the_steps(tmp_path, precision, step):
     maps = truth(dtype=getattr(torch, precision))
-    opened = store.open(fill(tmp_path, maps, step=step, precision=precision))
+    opened = reader.open(fill(tmp_path, maps, step=step, precision=precision))
     assert opened.complete and opened.precision == precision and opened.layout == LAYOUT
     assert opened.settings == {"model": "embedded", "steps": [1, 4]}
     assert list(opened.items) == captures()
@@ -34,14 +96,14 @@ def test_what_is_written_is_read_back_whatever_the_steps(tmp_path, precision, st
 
 
 def test_maps_come_in_the_order_asked_for(url):
-    opened = store.open(url)
+    opened = reader.open(url)
     for block, value in truth().items():
         assert torch.equal(opened.maps(block, [10, 0, 4, 4]), value[[10, 0, 4, 4]])
         assert opened.maps(block, []).shape == (0, *value.shape[1:])
 
 
 def test_a_row_is_described_by_its_item_block_and_position(url):
-    opened = store.open(url)
+    opened = reader.open(url)
     for block, shape in LAYOUT.items():
         for row in range(opened.rows(block)):
             told = opened.describe(block, row)
@@ -62,7 +124,7 @@ def test_data_files_are_ordinary_safetensors(written):
 def test_numbers_are_stored_in_the_precision_whatever_they_came_in(tmp_path):
     maps = {block: value.double() + 1e-4 for block, value in truth().items()}
     maps["down.2.1"] = maps["down.2.1"].permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1).requires_grad_()
-    opened = store.open(fill(tmp_path, maps))
+    opened = reader.open(fill(tmp_path, maps))
     for block, value in maps.items():
         assert torch.equal(opened.maps(block, range(COUNT)), value.half())
 
@@ -70,7 +132,7 @@ def test_numbers_are_stored_in_the_precision_whatever_they_came_in(tmp_path):
 def test_a_store_without_an_item(tmp_path):
     with begin(tmp_path):
         pass
-    opened = store.open(tmp_path)
+    opened = reader.open(tmp_path)
     assert opened.complete and opened.rows("up.0") == len(opened.items) == 0
     assert list(opened.batches("up.0", 4, seed=0)) == []
     with pytest.raises(ValueError, match=r"holds no row of 'up.0'"):
@@ -80,7 +142,7 @@ def test_a_store_without_an_item(tmp_path):
 @pytest.mark.parametrize("form", ["file://{}/store", "zip://::{}/store.zip", "simplecache::file://{}/store"])
 def test_any_url_will_do(written, form):
     shutil.make_archive(written, "zip", written)
-    opened = store.open(form.format(written.parent))
+    opened = reader.open(form.format(written.parent))
     opened.verify()
     _, rows, numbers = gathered(opened.batches("down.2.1", 7, seed=0, buffer_rows=30, with_rows=True))
     assert torch.equal(rows, flat("down.2.1")[numbers].float()) and len(set(numbers.tolist())) == 66
@@ -101,7 +163,7 @@ def gathered(batches):
 @pytest.mark.parametrize("buffer_rows", [1, 20, 37, 10**6])
 @pytest.mark.parametrize("batch_size", [1, 4, 7, 1000])
 def test_a_pass_gives_every_row_once(url, block, buffer_rows, batch_size):
-    opened, total = store.open(url), len(flat(block))
+    opened, total = reader.open(url), len(flat(block))
     stream = opened.batches(block, batch_size, seed=3, buffer_rows=buffer_rows, with_rows=True)
     sizes, rows, numbers = gathered(stream)
     assert sizes == [batch_size] * (total // batch_size) + [total % batch_size] * (total % batch_size > 0)
@@ -111,7 +173,7 @@ def test_a_pass_gives_every_row_once(url, block, buffer_rows, batch_size):
 
 def test_the_order_is_fixed_by_seed_and_epoch_alone(url, written):
     def order(seed=0, epoch=0, batch_size=5, where=url):
-        stream = store.open(where).batches(
+        stream = reader.open(where).batches(
             "down.2.1", batch_size, seed, epoch=epoch, buffer_rows=40, with_rows=True, dtype=torch.float16
         )
         return gathered(stream)[2].tolist()
@@ -126,14 +188,14 @@ def test_the_order_is_fixed_by_seed_and_epoch_alone(url, written):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_batches_come_in_the_dtype_asked_for(written, dtype):
-    (batch,) = store.open(written).batches("up.0", 100, seed=0, dtype=dtype)
+    (batch,) = reader.open(written).batches("up.0", 100, seed=0, dtype=dtype)
     assert batch.dtype == dtype
 
 
 def test_rows_of_a_group_are_really_mixed(tmp_path):
     layout = {"a": BlockShape((4, 4), 1)}
     fill(tmp_path, truth(layout, 320), layout=layout, items_per_shard=20, step=40)
-    opened = store.open(tmp_path)
+    opened = reader.open(tmp_path)
     assert opened.rows("a") == 16 * 320
     whole = gathered(opened.batches("a", 64, seed=0, with_rows=True))[2].numpy()
     assert abs(correlation(whole)) < 0.05
@@ -153,7 +215,7 @@ def rows_of(stream, count):
 
 @pytest.mark.parametrize("batch_size", [1, 4, 9, 70, 150])
 def test_shuffled_is_pass_after_pass_without_a_gap(url, batch_size):
-    opened = store.open(url)
+    opened = reader.open(url)
     stream = opened.shuffled("down.2.1", batch_size, seed=5, buffer_rows=30)()
     got = torch.cat([next(stream) for _ in range(-(-4 * 66 // batch_size))])
     one_by_one = [opened.batches("down.2.1", 1, seed=5, epoch=e, buffer_rows=30) for e in range(4)]
@@ -166,7 +228,7 @@ def test_shuffled_is_pass_after_pass_without_a_gap(url, batch_size):
 @pytest.mark.parametrize("start", [0, 1, 6, 25])
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_shuffled_can_be_taken_up_anywhere_and_shared(url, start, world):
-    make = store.open(url).shuffled("down.2.1", 4, seed=1, buffer_rows=30)
+    make = reader.open(url).shuffled("down.2.1", 4, seed=1, buffer_rows=30)
     alone = rows_of(make(), (start + 9) * world)
     for rank in range(world):
         assert rows_of(make(start=start, rank=rank, world=world), 9) == alone[start * world + rank :: world][:9]
@@ -174,9 +236,9 @@ def test_shuffled_can_be_taken_up_anywhere_and_shared(url, start, world):
 
 def test_taking_up_far_on_reads_no_more_than_two_groups(written, monkeypatch):
     read = []
-    rows = store.map_rows
-    monkeypatch.setattr(store, "map_rows", lambda *args: (read.append(args[3]), rows(*args))[1])
-    stream = store.open(written).shuffled("down.2.1", 6, seed=0, buffer_rows=1)(start=10**6)
+    rows = format.map_rows
+    monkeypatch.setattr(reader, "map_rows", lambda *args: (read.append(args[3]), rows(*args))[1])
+    stream = reader.open(written).shuffled("down.2.1", 6, seed=0, buffer_rows=1)(start=10**6)
     next(stream)
     stream.close()
     assert len(read) == 2
@@ -184,7 +246,7 @@ def test_taking_up_far_on_reads_no_more_than_two_groups(written, monkeypatch):
 
 def test_a_group_is_let_go_when_it_has_been_given_out(written, monkeypatch):
     alive, most = weakref.WeakSet(), []
-    group = store.Store._group
+    group = reader.Store._group
 
     def watched(self, *args):
         parts, order = group(self, *args)
@@ -192,15 +254,14 @@ def test_a_group_is_let_go_when_it_has_been_given_out(written, monkeypatch):
         most.append(len(alive))
         return parts, order
 
-    monkeypatch.setattr(store.Store, "_group", watched)
-    assert sum(map(len, store.open(written).batches("down.2.1", 5, seed=0, buffer_rows=1))) == 66
+    monkeypatch.setattr(reader.Store, "_group", watched)
+    assert sum(map(len, reader.open(written).batches("down.2.1", 5, seed=0, buffer_rows=1))) == 66
     assert len(most) == 4 and max(most) <= 2
     assert not alive
 
 
 def test_training_goes_on_from_a_checkpoint_on_a_store(written, tmp_path):
-    from vaelab.configs import TrainConfig
-    from vaelab.training import train
+    from vaelab.training.loop import TrainConfig, train
 
     class Mean(torch.nn.Module):
         def __init__(self):
@@ -210,7 +271,7 @@ def test_training_goes_on_from_a_checkpoint_on_a_store(written, tmp_path):
         def forward(self, batch):
             return {"loss": (batch - self.mean).square().mean()}
 
-    batches = store.open(written).shuffled("down.2.1", 8, seed=0)
+    batches = reader.open(written).shuffled("down.2.1", 8, seed=0)
     once, twice, config = Mean(), Mean(), TrainConfig(steps=12, device="cpu", checkpoint_every=5)
     train(once, batches, config)
 
@@ -236,7 +297,7 @@ FILES = ["index.json", "shard-00001.json", "shard-00003.json", "shard-00001.item
 def test_a_missing_or_truncated_file_is_named_when_a_store_is_opened(url, name, change):
     damage(url, name, change)
     with pytest.raises(ValueError, match=rf"{name} (is missing|is truncated|is foreign or cut short|was changed)"):
-        store.open(url)
+        reader.open(url)
 
 
 @pytest.mark.parametrize("name", ["shard-00001.json", "shard-00001.items.json", "shard-00000.mid_attn.safetensors"])
@@ -257,16 +318,16 @@ def test_a_changed_byte_is_found(url, name, capsys):
 
         damage(url, name, flip)
         with pytest.raises(ValueError, match=name):
-            store.open(url).verify()
+            reader.open(url).verify()
         damage(url, name, flip)
-    store.open(url).verify()
+    reader.open(url).verify()
 
 
 def test_every_changed_file_is_named_at_once(written):
     for name in FILES[-3:]:
         damage(written, name, lambda data: data[:-1] + bytes([data[-1] ^ 1]))
     with pytest.raises(ValueError, match=".*".join(sorted(FILES[-3:]))):
-        store.open(written).verify()
+        reader.open(written).verify()
 
 
 @pytest.mark.parametrize("text", [b"[]", b'{"format": "other"}', b"\xff\xfe", b"{}"])
@@ -274,7 +335,7 @@ def test_every_changed_file_is_named_at_once(written):
 def test_a_foreign_json_is_named(url, name, text):
     damage(url, name, lambda data: text)
     with pytest.raises(ValueError, match=f"{name} is foreign"):
-        store.open(url)
+        reader.open(url)
 
 
 @pytest.mark.parametrize("name", FILES[:2])
@@ -282,7 +343,7 @@ def test_a_newer_version_is_refused(written, name):
     record = json.loads((written / name).read_text()) | {"version": 2}
     (written / name).write_text(json.dumps(record))
     with pytest.raises(ValueError, match=f"{name} is of version 2, this lab reads 1"):
-        store.open(written)
+        reader.open(written)
     with pytest.raises(ValueError, match=f"{name} is of version 2"):
         begin(written)
 
@@ -292,18 +353,18 @@ def test_a_shard_of_another_store_is_named(written, tmp_path):
     for path in (tmp_path / "other").glob("shard-00001.*"):
         shutil.copy(path, written)
     with pytest.raises(ValueError, match=r"shard-00001.json is foreign"):
-        store.open(written)
+        reader.open(written)
 
 
 def test_a_shard_in_anothers_place_is_named(written):
     for name in ("json", "items.json", "up.0.safetensors"):
         shutil.copy(written / f"shard-00000.{name}", written / f"shard-00001.{name}")
     with pytest.raises(ValueError, match=r"shard-00001.json is foreign"):
-        store.open(written)
+        reader.open(written)
 
 
 def test_data_of_another_shard_is_named_when_it_is_read(url):
-    opened = store.open(url)
+    opened = reader.open(url)
     system, path = fsspec.url_to_fs(url)
     system.pipe_file(f"{path}/shard-00001.up.0.safetensors", system.cat_file(f"{path}/shard-00000.up.0.safetensors"))
     with pytest.raises(ValueError, match=r"shard-00001.up.0.safetensors is foreign"):
@@ -314,7 +375,7 @@ def test_data_of_another_shard_is_named_when_it_is_read(url):
     ("change", "told"), [(lambda data: None, "is missing"), (lambda data: data[:-1], "is truncated: 1 bytes")]
 )
 def test_a_file_that_goes_while_the_store_is_open_is_named(url, change, told):
-    opened = store.open(url)
+    opened = reader.open(url)
     damage(url, "shard-00003.up.0.safetensors", change)
     for read in (lambda: list(opened.batches("up.0", 4, seed=0)), lambda: opened.maps("up.0", [10])):
         with pytest.raises(ValueError, match=f"shard-00003.up.0.safetensors {told}"):
@@ -326,29 +387,29 @@ def test_a_shard_too_many_is_no_part_of_the_store(written):
         for path in written.glob(f"shard-0000{number}.*"):
             path.unlink()
     with pytest.raises(ValueError, match=r"shard-00001.json is missing"):
-        store.open(written)
+        reader.open(written)
 
 
 @pytest.mark.parametrize("items", [9, 10, 12])
 def test_an_index_that_tells_of_other_items_is_refused(written, items):
     index = json.loads((written / "index.json").read_text())
     del index["sha256"]
-    (written / "index.json").write_text(json.dumps(shards.signed({**index, "items": items})))
+    (written / "index.json").write_text(json.dumps(format.signed({**index, "items": items})))
     with pytest.raises(ValueError, match=rf"index.json tells of {items} items, but the 4 shards beside it hold 11"):
-        store.open(written)
+        reader.open(written)
 
 
 @pytest.mark.parametrize("where", ["nowhere", "memory://nowhere"])
 def test_no_store_at_all(tmp_path, where):
     where = where if "://" in where else str(tmp_path / where)
     with pytest.raises(ValueError, match=rf"{where}/index.json is missing"):
-        store.open(where)
+        reader.open(where)
 
 
 def test_what_is_no_store_is_told_with_the_parameter_that_named_it(written, tmp_path):
     with pytest.raises(ValueError, match=r"^activations: .* is no store .*index.json is missing.* of a finished run"):
-        store.open(tmp_path, parameter="activations")
-    assert len(store.open(written, parameter="activations").items) == COUNT
+        reader.open(tmp_path, parameter="activations")
+    assert len(reader.open(written, parameter="activations").items) == COUNT
 
 
 @pytest.mark.parametrize(("shape", "told"), [(((0,), 3), "positions"), (((2,), 0), "width")])
@@ -358,8 +419,8 @@ def test_a_block_without_rows_is_refused(shape, told):
 
 
 def test_the_longest_name_of_a_block_fits(tmp_path):
-    layout = {"\N{GRINNING FACE}" * shards.LONGEST: BlockShape((2,), 3)}
-    opened = store.open(fill(tmp_path, truth(layout), layout=layout))
+    layout = {"\N{GRINNING FACE}" * format.LONGEST: BlockShape((2,), 3)}
+    opened = reader.open(fill(tmp_path, truth(layout), layout=layout))
     assert torch.equal(opened.maps(next(iter(layout)), range(COUNT)), next(iter(truth(layout).values())))
 
 
@@ -381,4 +442,4 @@ def test_the_longest_name_of_a_block_fits(tmp_path):
 )
 def test_what_a_store_does_not_have_is_refused_at_once(written, ask, told):
     with pytest.raises(ValueError, match=told):
-        ask(store.open(written))
+        ask(reader.open(written))

@@ -6,7 +6,7 @@ import torch
 from collecting import correlation
 
 from vaelab import store
-from vaelab.shuffling import Order
+from vaelab.store.shuffling import Order
 
 
 def test_every_group_of_every_pass_has_an_order_of_its_own():

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import xxhash
 from collecting import (
     COUNT,
     KILLED,
@@ -24,8 +25,200 @@ from collecting import (
 )
 from helpers import CHILDREN, files_of_at_most
 
-from vaelab import lasting, shards, store, writing
-from vaelab.store import BlockShape
+from vaelab import store
+from vaelab.store import format, writer
+from vaelab.store import writer as store_writer
+from vaelab.store.format import BlockShape
+from vaelab.store.writer import Background, SummedFile, send, sync_names
+
+DATA = bytes(range(256)) * 40
+
+
+# the thread
+
+
+def test_jobs_are_done_in_their_order_by_one_other_thread():
+    background, done = Background(10), []
+    for number in range(50):
+        background.do(lambda number=number: done.append((number, threading.current_thread())), holds=number % 3)
+    background.wait()
+    assert [number for number, _ in done] == list(range(50))
+    (thread,) = {thread for _, thread in done}
+    assert thread is not threading.current_thread() and thread.is_alive()
+    assert background.close() is None and not thread.is_alive()
+
+
+def test_waiting_and_closing_end_when_the_last_job_has():
+    for end in ("wait", "close"):
+        background, done = Background(10), []
+        for _ in range(3):
+            background.do(lambda done=done: (time.sleep(0.02), done.append(1)))
+        getattr(background, end)()
+        assert len(done) == 3
+        background.close()
+
+
+@pytest.mark.parametrize(
+    ("holds", "at_once"), [((4, 4, 2), 3), ((4, 4, 3), 2), ((10, 1), 1), ((99, 99), 1), ((0,) * 9, 9)]
+)
+def test_jobs_that_wait_hold_no_more_than_they_may(holds, at_once):
+    background, gate, taken = Background(10), threading.Event(), []
+
+    def hand_on():
+        for number, size in enumerate(holds):
+            background.do(gate.wait, holds=size)
+            taken.append(number)
+
+    thread = threading.Thread(target=hand_on)
+    thread.start()
+    thread.join(0.1)
+    assert len(taken) == at_once and thread.is_alive() == (at_once < len(holds))
+    gate.set()
+    thread.join()
+    background.wait()
+    assert len(taken) == len(holds)
+    background.close()
+
+
+def test_after_a_job_that_failed_no_other_is_done_and_every_call_says_so():
+    background, gate, done = Background(10), threading.Event(), []
+
+    def fail():
+        gate.wait()
+        raise OSError(5, "Input/output error")
+
+    background.do(done.append, 1)
+    background.do(fail)
+    background.do(done.append, 2)
+    gate.set()
+    for _ in range(2):
+        with pytest.raises(OSError, match="Input/output error"):
+            background.wait()
+        with pytest.raises(OSError, match="Input/output error"):
+            background.do(done.append, 3)
+    assert isinstance(background.close(), OSError)
+    assert done == [1]
+
+
+def test_nobody_waits_for_room_behind_a_job_that_failed():
+    background = Background(10)
+    background.do(lambda: 1 / 0, holds=10)
+    with pytest.raises(ZeroDivisionError):
+        background.do(print, holds=10)
+    background.close()
+
+
+# the file
+
+
+@pytest.mark.parametrize("piece", [writer.PIECE, 1000])
+@pytest.mark.parametrize("pieces", [1, 3, 17])
+def test_a_file_is_what_was_written_and_so_is_its_checksum(tmp_path, monkeypatch, pieces, piece):
+    monkeypatch.setattr(writer, "PIECE", piece)
+    file, size = SummedFile(tmp_path / "file"), -(-len(DATA) // pieces)
+    for start in range(0, len(DATA), size):
+        file.write(memoryview(DATA)[start : start + size])
+    assert not file.closed
+    assert file.finish() == {"xxh128": xxhash.xxh3_128(DATA).hexdigest(), "bytes": len(DATA)}
+    assert file.closed and (tmp_path / "file").read_bytes() == DATA
+
+
+def test_a_head_that_is_written_anew_counts_in_the_checksum(tmp_path):
+    file = SummedFile(tmp_path / "file")
+    file.write(DATA)
+    file.rewrite(b"head")
+    whole = b"head" + DATA[4:]
+    assert file.finish() == {"xxh128": xxhash.xxh3_128(whole).hexdigest(), "bytes": len(DATA)}
+    assert (tmp_path / "file").read_bytes() == whole
+
+
+def test_a_file_is_synced_when_it_is_finished_and_not_before(tmp_path, monkeypatch):
+    synced, fsync = [], os.fsync
+    monkeypatch.setattr(
+        os, "fsync", lambda descriptor: (synced.append(os.fstat(descriptor).st_size), fsync(descriptor))
+    )
+    file = SummedFile(tmp_path / "file")
+    file.write(DATA)
+    assert not synced
+    file.finish()
+    assert synced == [len(DATA)]
+
+
+def test_a_file_that_is_left_stays_as_it_is(tmp_path):
+    file = SummedFile(tmp_path / "file")
+    file.write(b"half")
+    for _ in range(2):
+        file.close()
+    assert file.closed and (tmp_path / "file").read_bytes() == b"half"
+
+
+def test_a_full_disk_is_an_error_that_names_the_file(tmp_path):
+    with files_of_at_most(5000):
+        file = SummedFile(tmp_path / "file")
+        with pytest.raises(OSError, match=r"File too large: '.*file'$"):
+            file.write(DATA)  # of which a part was written
+        file.close()
+    assert (tmp_path / "file").read_bytes() == DATA[:5000]
+
+
+@pytest.mark.parametrize("call", ["rewrite", "finish"])
+def test_what_the_system_refuses_names_the_file(tmp_path, monkeypatch, call):
+    file = SummedFile(tmp_path / "file")
+    file.write(DATA)
+
+    def refuse(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, {"rewrite": "pwrite", "finish": "fsync"}[call], refuse)
+    with pytest.raises(OSError, match=r"No space left on device: '.*file'$"):
+        file.finish() if call == "finish" else file.rewrite(b"head")
+    assert not file.closed
+    file.close()
+
+
+def test_names_of_a_folder_that_cannot_be_synced(tmp_path, monkeypatch):
+    sync_names(tmp_path)
+    closed, close = [], os.close
+
+    def refuse(descriptor):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    monkeypatch.setattr(os, "close", lambda descriptor: (closed.append(descriptor), close(descriptor)))
+    with pytest.raises(OSError, match=f"Input/output error: '{tmp_path}'"):
+        sync_names(tmp_path)
+    assert len(closed) == 1
+
+
+def test_the_disk_is_asked_for_each_part_once(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        writer,
+        "_sync_file_range",
+        lambda descriptor, begin, size, flags: asked.append((begin.value, size.value, flags)),
+    )
+    file = SummedFile(tmp_path / "file")
+    for size in (4096, 0, 10, 300):
+        file.write(DATA[:size])
+    file.close()
+    assert asked == [(0, 4096, 2), (4096, 10, 2), (4106, 300, 2)]
+
+
+@pytest.mark.skipif(writer._sync_file_range is None, reason="only Linux can be asked")
+def test_linux_understands_what_it_is_asked(tmp_path):
+    with open(tmp_path / "file", "wb", buffering=0) as file:
+        file.write(DATA)
+        ask = writer._sync_file_range
+        assert ask(file.fileno(), writer.ctypes.c_int64(0), writer.ctypes.c_int64(len(DATA)), 2) == 0
+        assert ask(file.fileno(), writer.ctypes.c_int64(-1), writer.ctypes.c_int64(1), 2) == -1
+
+
+def test_a_system_that_cannot_be_asked_writes_all_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(writer, "_sync_file_range", None)
+    file = SummedFile(tmp_path / "file")
+    file.write(DATA)
+    send(0, 0, 1)
+    assert file.finish()["bytes"] == len(DATA) and (tmp_path / "file").read_bytes() == DATA
 
 
 def part(begin, end):
@@ -99,7 +292,7 @@ def test_a_last_shard_that_was_not_owned_to_is_collected_again(written):
     index = json.loads((written / "index.json").read_text())
     del index["sha256"]
     whole = contents(written)
-    (written / "index.json").write_text(json.dumps(shards.signed({**index, "items": None})))
+    (written / "index.json").write_text(json.dumps(format.signed({**index, "items": None})))
     with begin(written) as writer:
         assert writer.items_done == 9
         writer.add({block: value[9:] for block, value in truth().items()}, captures()[9:])
@@ -145,7 +338,7 @@ def test_an_error_in_the_background_is_raised(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     begin(tmp_path)._abandon(None)
-    monkeypatch.setattr(writing, "write_json", full)
+    monkeypatch.setattr(store_writer, "write_json", full)
     for stop in (3, COUNT):
         with pytest.raises(OSError, match="No space left"):
             fill(tmp_path, step=3, stop=stop)
@@ -184,7 +377,7 @@ def test_a_disk_that_fails_is_an_error(tmp_path, monkeypatch):
     fsync = os.fsync
 
     def failing(descriptor):
-        if os.fstat(descriptor).st_size > shards.HEADER:
+        if os.fstat(descriptor).st_size > format.HEADER:
             raise OSError(5, "Input/output error")
         fsync(descriptor)
 
@@ -197,8 +390,10 @@ def test_a_disk_that_fails_is_an_error(tmp_path, monkeypatch):
 def test_nothing_is_added_after_a_write_that_failed(tmp_path, monkeypatch):
     part = {block: value[:4] for block, value in truth().items()}, captures()[:4]
     with begin(tmp_path) as writer:
-        name = shards.data_file
-        monkeypatch.setattr(writing, "data_file", lambda shard, block: name(shard, block) if not shard else "no/such")
+        name = format.data_file
+        monkeypatch.setattr(
+            store_writer, "data_file", lambda shard, block: name(shard, block) if not shard else "no/such"
+        )
         with pytest.raises(FileNotFoundError):
             writer.add(*part)
         with pytest.raises(ValueError, match="is closed"):
@@ -212,7 +407,7 @@ def test_clearing_away_may_be_cut_off_too(written):
     del index["sha256"]
     whole = contents(written)
     for step in range(1, 100):
-        (written / "index.json").write_text(json.dumps(shards.signed({**index, "items": None})))
+        (written / "index.json").write_text(json.dumps(format.signed({**index, "items": None})))
         process = CHILDREN.Process(target=die_at, args=(written, COUNT, step, LAYOUT))
         process.start()
         process.join()
@@ -364,8 +559,8 @@ def test_an_item_that_says_too_little_is_refused(tmp_path, item, told):
 @pytest.fixture
 def slow(monkeypatch):
     """Files whose writing waits for ``slow.set()``."""
-    gate, write = threading.Event(), lasting.SummedFile.write
-    monkeypatch.setattr(lasting.SummedFile, "write", lambda self, data: (gate.wait(), write(self, data))[1])
+    gate, write = threading.Event(), store_writer.SummedFile.write
+    monkeypatch.setattr(store_writer.SummedFile, "write", lambda self, data: (gate.wait(), write(self, data))[1])
     yield gate
     gate.set()
 
@@ -399,12 +594,12 @@ def test_what_was_added_is_written_though_it_was_overwritten_before(tmp_path, sl
 @pytest.mark.parametrize("waiting", [1, 60, 10**9])
 def test_a_store_is_the_same_whatever_may_wait(tmp_path, monkeypatch, waiting):
     expected = contents(fill(tmp_path / "expected"))
-    monkeypatch.setattr(writing, "WAITING", waiting)
+    monkeypatch.setattr(store_writer, "WAITING", waiting)
     assert contents(fill(tmp_path / "this")) == expected
 
 
 def test_adding_waits_when_too_much_waits_to_be_written(tmp_path, monkeypatch, slow):
-    monkeypatch.setattr(writing, "WAITING", 3 * sum(value[0].nbytes for value in truth().values()))
+    monkeypatch.setattr(store_writer, "WAITING", 3 * sum(value[0].nbytes for value in truth().values()))
     added = []
 
     def add():
@@ -475,7 +670,7 @@ def test_a_full_disk_reaches_the_caller_with_the_file_and_can_be_gone_on_from(tm
     with begin(folder) as writer:
         writer.add(*part(0, 3))
         writer._background.wait()
-        with files_of_at_most(shards.HEADER + LARGEST), pytest.raises(OSError) as caught:
+        with files_of_at_most(format.HEADER + LARGEST), pytest.raises(OSError) as caught:
             for start in range(3, COUNT, step):
                 writer.add(*part(start, start + step))
             writer.close()
@@ -494,7 +689,7 @@ def test_a_full_disk_reaches_the_caller_with_the_file_and_can_be_gone_on_from(tm
 def test_a_manifest_that_finds_no_room_is_named(tmp_path):
     layout = {f"block {number}": BlockShape((), 1) for number in range(80)}
     writer = begin(tmp_path, layout)
-    with files_of_at_most(shards.HEADER + LARGEST), pytest.raises(OSError, match="File too large") as caught, writer:
+    with files_of_at_most(format.HEADER + LARGEST), pytest.raises(OSError, match="File too large") as caught, writer:
         writer.add(truth(layout, 3), captures(3))
     assert caught.value.filename == str(tmp_path / "shard-00000.json")
     assert len(list(tmp_path.glob("*.safetensors"))) == 80 and len(store.open(tmp_path).items) == 0
@@ -518,7 +713,7 @@ def test_maps_of_any_layout_come_as_rows(shape):
     maps = torch.randn(shape)
     naive = [maps[item][place] for item in range(len(maps)) for place in np.ndindex(shape[1:-1])]
     for given in (maps, maps.movedim(-1, 1).contiguous().movedim(1, -1), torch.stack([maps, -maps], 1)[:, 0]):
-        rows = writing.rowwise(given)
+        rows = store_writer.rowwise(given)
         assert rows.is_contiguous() and rows.shape == (len(naive), shape[-1])
         assert all(torch.equal(row, expected) for row, expected in zip(rows, naive, strict=True))
 
@@ -537,5 +732,5 @@ def test_numbers_that_are_not_finite_are_seen_by_their_bits(dtype):
     assert {True, False} == set(truth)
     among = torch.tensor([[-1.0, 0.0, 2.0]] * len(numbers), dtype=dtype)
     among[:, 1] = numbers
-    assert [writing.finite(row) for row in numbers[:, None]] == truth
-    assert [writing.finite(row) for row in among] == truth
+    assert [store_writer.finite(row) for row in numbers[:, None]] == truth
+    assert [store_writer.finite(row) for row in among] == truth

@@ -2,10 +2,11 @@ from dataclasses import replace
 
 import pytest
 
-from vaelab import causes, data
-from vaelab.configs import TrainConfig
-from vaelab.files import read_json
-from vaelab.study import StudyConfig
+from vaelab import data
+from vaelab.core.io import read_json
+from vaelab.training.loop import TrainConfig
+from vaelab.vae import causes
+from vaelab.vae.finetune import StudyConfig
 
 CONFIG = StudyConfig(
     TrainConfig(steps=2, learning_rate=1e-3, weight_decay=0.5, device="cpu"), batch_size=2, track_every=9

@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from vaelab import comparison
-from vaelab.files import write_json
-from vaelab.study import VAERun
+from vaelab.core.io import write_json
+from vaelab.vae import compare
+from vaelab.vae.finetune import VAERun
 
 
 def a_run(condition, seed, mse, suppressed=(5, 7)):
@@ -20,7 +20,7 @@ RUNS = [a_run("baseline", i, m) for i, m in enumerate(BASE)] + [a_run("nudge", i
 
 
 def test_differences_are_paired_by_seed_whatever_the_order_of_the_runs():
-    rows = comparison.paired_differences(RUNS[::-1], "glyphs").set_index(["condition", "measure"])
+    rows = compare.paired_differences(RUNS[::-1], "glyphs").set_index(["condition", "measure"])
     row = rows.loc["nudge", "mse"]
     expected = stats.ttest_rel(NUDGED, BASE).confidence_interval(0.95)
     assert row["difference"] == pytest.approx(np.mean(np.subtract(NUDGED, BASE)))
@@ -30,23 +30,23 @@ def test_differences_are_paired_by_seed_whatever_the_order_of_the_runs():
 
 
 def test_one_seed_has_a_difference_and_no_interval():
-    row = comparison.paired_differences([RUNS[0], RUNS[3]], "d").iloc[0]
+    row = compare.paired_differences([RUNS[0], RUNS[3]], "d").iloc[0]
     assert row["difference"] == pytest.approx(0.01)
     assert np.isnan(row["low"]) and np.isnan(row["high"])
 
 
 def test_frames_have_condition_and_seed():
-    table = comparison.frame(RUNS, "validation")
+    table = compare.frame(RUNS, "validation")
     assert len(table) == 12
     assert (
         table.loc[(table["condition"] == "nudge") & (table["seed"] == 2) & (table["step"] == 9), "mse"].item() == 0.33
     )
-    near_zero = comparison.near_zero_frame(RUNS)
+    near_zero = compare.near_zero_frame(RUNS)
     assert set(near_zero["layer"]) == {"conv"} and len(near_zero) == 6
 
 
 def test_summary_is_the_means_over_seeds():
-    values = comparison.summary(RUNS)
+    values = compare.summary(RUNS)
     assert values["suppressed.start"] == 5
     assert values["baseline.mse"] == pytest.approx(0.2)
     assert values["nudge.suppressed"] == 7
@@ -65,41 +65,41 @@ def stored(tmp_path):
 
 
 def test_a_stored_study_is_read_back(stored):
-    study = comparison.read_comparison(str(stored))
+    study = compare.read_comparison(str(stored))
     assert study.dataset == "imagenette"
     assert sorted(study.runs) == sorted(RUNS)
     assert study.weights("nudge") == stored / "runs" / "nudge-seed0" / "vae"
-    assert comparison.suppressed_metrics([study]) == {"imagenette.suppressed.start": 5, "imagenette.suppressed.end": 7}
+    assert compare.suppressed_metrics([study]) == {"imagenette.suppressed.start": 5, "imagenette.suppressed.end": 7}
 
 
 def test_two_studies_of_one_data_set_are_refused(stored):
     with pytest.raises(ValueError, match="one run of each data set"):
-        comparison.read_comparisons([str(stored), str(stored)])
+        compare.read_comparisons([str(stored), str(stored)])
 
 
 def test_an_unfinished_study_is_refused(stored):
     (stored / "results.json").unlink()
     with pytest.raises(ValueError, match="run it first"):
-        comparison.read_comparison(str(stored))
+        compare.read_comparison(str(stored))
 
 
 def test_a_study_of_one_seed_is_refused(stored):
     write_json(stored / "results.json", {"params": {"seeds": [0], "conditions": ["baseline"], "dataset": "d"}})
     with pytest.raises(ValueError, match="one seed"):
-        comparison.read_comparison(str(stored))
+        compare.read_comparison(str(stored))
 
 
 def test_beside_the_paper_its_own_data_or_what_stands_for_it():
-    table = comparison.beside_paper(comparison.paired_differences(RUNS, "glyphs")).set_index("measure")
+    table = compare.beside_paper(compare.paired_differences(RUNS, "glyphs")).set_index("measure")
     assert table.loc["mse", "paper's data"] == "Google Fonts"
     assert table.loc["mse", "paper %"] == pytest.approx(100 * (2.470 - 2.451) / 2.451)
-    assert comparison.beside_paper(comparison.paired_differences(RUNS, "mine"))["paper %"].isna().all()
+    assert compare.beside_paper(compare.paired_differences(RUNS, "mine"))["paper %"].isna().all()
 
 
 def test_the_verdict_names_what_differs_and_says_where_nothing_does():
     clear = [a_run("baseline", i, 1.0 + i / 1e3) for i in range(3)] + [
         a_run("nudge", i, 2.0 + i / 1e3 + i**2 / 1e4) for i in range(3)
     ]
-    assert "mse +1e+02 %" in comparison.verdict(comparison.paired_differences(clear, "d")).data
-    assert "Of 4 intervals" in comparison.verdict(comparison.paired_differences(RUNS, "d")).data
-    assert "no measure differs" in comparison.verdict(comparison.paired_differences(RUNS, "d")).data
+    assert "mse +1e+02 %" in compare.verdict(compare.paired_differences(clear, "d")).data
+    assert "Of 4 intervals" in compare.verdict(compare.paired_differences(RUNS, "d")).data
+    assert "no measure differs" in compare.verdict(compare.paired_differences(RUNS, "d")).data

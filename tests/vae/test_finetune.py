@@ -12,11 +12,13 @@ import train_small_vae
 from helpers import CHILDREN, ONE_THREAD, SILENT, save_silenced, without_groupnorm
 from safetensors.torch import load_file
 
-from vaelab import channels, models, study
-from vaelab.configs import TrainConfig
-from vaelab.data import load_images
-from vaelab.nudge import NudgeConfig
-from vaelab.study import StudyConfig, compare, train_vae
+from vaelab import models
+from vaelab.data.images import load_images
+from vaelab.training import loop
+from vaelab.training.loop import TrainConfig
+from vaelab.vae import channels, finetune, objective
+from vaelab.vae.finetune import StudyConfig, compare, train_vae
+from vaelab.vae.nudge import NudgeConfig
 
 SCRIPT = Path(__file__).with_name("train_small_vae.py")
 PLANTED = sorted((layer, channel) for layer, indices in SILENT.items() for channel in indices)
@@ -151,8 +153,8 @@ def test_baseline_scales_move_by_the_optimizer_alone(model, pictures, tmp_path):
     assert run.interventions == []
     assert {row["nudged"] for row in run.tracked} == {0}
     plain = models.load_vae(model, device="cpu")
-    study.train(
-        study.VAEObjective(plain.requires_grad_(True), setting.kl_weight),
+    loop.train(
+        objective.VAEObjective(plain.requires_grad_(True), setting.kl_weight),
         pictures[0].shuffled(setting.batch_size, setting.train.seed),
         setting.train,
     )
@@ -196,7 +198,7 @@ def test_finished_run_is_read_back_and_not_trained_again(model, pictures, tmp_pa
     first = train_vae(model, "nudge", config(), pictures, tmp_path)
     assert [path.name for path in tmp_path.glob("*") if path.name != "model"] == ["run.json"]
     with monkeypatch.context() as patched:
-        patched.setattr(study, "train", None)
+        patched.setattr(finetune, "train", None)
         assert train_vae(model, "nudge", config(), pictures, tmp_path) == first
 
 
@@ -249,7 +251,7 @@ def test_from_scratch_the_seed_makes_the_weights(model, pictures, tmp_path):
 
 
 def test_decayless_scales_are_spared(model, pictures, tmp_path):
-    names = study.decayless_scales(models.load_vae(model, device="cpu"))
+    names = finetune.decayless_scales(models.load_vae(model, device="cpu"))
     setting = {"steps": 2, "weight_decay": 0.5, "learning_rate": 0.1, "clip_norm": 0}
 
     def scales(folder, undecayed):

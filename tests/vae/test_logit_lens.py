@@ -2,8 +2,9 @@ import numpy as np
 import pytest
 import torch
 
-from vaelab import data, lens, models
-from vaelab.configs import TrainConfig
+from vaelab import data, models
+from vaelab.training.loop import TrainConfig
+from vaelab.vae import logit_lens
 
 
 @pytest.fixture
@@ -22,20 +23,20 @@ CONFIG = TrainConfig(steps=250, learning_rate=1e-2, device="cpu", seed=0)
 
 
 def test_shapes_and_range():
-    decoder = lens.MiniDecoder(6, 4, width=5)
+    decoder = logit_lens.MiniDecoder(6, 4, width=5)
     pictures = decoder(torch.randn(2, 6, 8, 8))
     assert pictures.shape == (2, 1, 3, 32, 32)
     assert pictures.min() >= 0 and pictures.max() <= 1
-    assert lens.MiniDecoder(1, 1, groups=3)(torch.randn(2, 3, 8, 8)).shape == (2, 3, 3, 8, 8)
+    assert logit_lens.MiniDecoder(1, 1, groups=3)(torch.randn(2, 3, 8, 8)).shape == (2, 3, 3, 8, 8)
 
 
 def test_upsampling_must_be_a_power_of_two():
     with pytest.raises(ValueError, match="upsampling"):
-        lens.MiniDecoder(4, 3)
+        logit_lens.MiniDecoder(4, 3)
 
 
 def test_grouped_decoders_are_as_independent_as_separate_ones():
-    decoder = lens.MiniDecoder(1, 2, width=4, groups=3)
+    decoder = logit_lens.MiniDecoder(1, 2, width=4, groups=3)
     maps = torch.randn(2, 3, 4, 4)
     changed = maps.clone()
     changed[:, 1] += 1
@@ -45,14 +46,14 @@ def test_grouped_decoders_are_as_independent_as_separate_ones():
 
 
 def test_a_full_map_that_holds_the_picture_is_read_and_shuffling_destroys_it(planted):
-    trained = lens.fit(*planted, CONFIG, width=8)
+    trained = logit_lens.fit(*planted, CONFIG, width=8)
     assert trained.score.r2[0] > 0.9
     assert trained.shuffled.r2[0] < 0.1
     assert trained.score.psnr[0] > trained.shuffled.psnr[0] + 5
 
 
 def test_single_channels_are_scored_each_for_what_it_holds(planted):
-    trained = lens.fit(*planted, CONFIG, channels=[0, 1, 2, 3], width=8)
+    trained = logit_lens.fit(*planted, CONFIG, channels=[0, 1, 2, 3], width=8)
     bright, small, noise, constant = trained.score.r2
     assert bright > 0.9 and small > 0.9
     assert noise < 0.1 and constant < 0.1
@@ -61,8 +62,8 @@ def test_single_channels_are_scored_each_for_what_it_holds(planted):
 
 def test_scores_are_their_formulas(planted):
     learning, (maps, pictures) = planted
-    trained = lens.fit(learning, (maps, pictures), TrainConfig(steps=5, device="cpu"), width=4)
-    read_off = (lens.read(trained, maps)[:, 0] + 1) / 2
+    trained = logit_lens.fit(learning, (maps, pictures), TrainConfig(steps=5, device="cpu"), width=4)
+    read_off = (logit_lens.read(trained, maps)[:, 0] + 1) / 2
     mse = (read_off - pictures).double().square().mean()
     nothing = (learning[1].mean(dim=0) - pictures).double().square().mean()
     assert trained.score.r2[0] == pytest.approx(float(1 - mse / nothing), abs=1e-5)
@@ -71,13 +72,13 @@ def test_scores_are_their_formulas(planted):
 
 def test_channels_beyond_the_layer_are_refused(planted):
     with pytest.raises(ValueError, match="channels: the layer has channels 0 to 3"):
-        lens.fit(*planted, CONFIG, channels=[4])
+        logit_lens.fit(*planted, CONFIG, channels=[4])
 
 
 def test_extremes_are_the_most_and_least_active():
     maps = torch.tensor([3.0, -9.0, 0.1, 1.0, 0.0]).view(1, 5, 1, 1).expand(2, 5, 2, 2)
-    assert lens.extremes(maps, 2) == [1, 0, 2, 4]
-    assert sorted(lens.extremes(maps, 9)) == [0, 1, 2, 3, 4]
+    assert logit_lens.extremes(maps, 2) == [1, 0, 2, 4]
+    assert sorted(logit_lens.extremes(maps, 9)) == [0, 1, 2, 3, 4]
 
 
 LAYER = "encoder.down_blocks.0.resnets.0.norm2"
@@ -85,28 +86,28 @@ LAYER = "encoder.down_blocks.0.resnets.0.norm2"
 
 def test_activations_come_with_their_own_pictures(tiny_vae):
     images = data.load_images("digits", resolution=16, max_images=5)
-    maps, pictures = lens.activations(tiny_vae, LAYER, images, batch_size=2)
+    maps, pictures = logit_lens.activations(tiny_vae, LAYER, images, batch_size=2)
     assert len(maps) == len(pictures) == 5
     assert torch.allclose(pictures * 2 - 1, images.stack())
-    alone, _ = lens.activations(tiny_vae, LAYER, images, batch_size=1)
+    alone, _ = logit_lens.activations(tiny_vae, LAYER, images, batch_size=1)
     assert torch.allclose(maps, alone, atol=1e-5)
 
 
 def test_a_layer_that_gives_no_map_is_refused(tiny_vae):
     images = data.load_images("digits", resolution=16, max_images=2)
     with pytest.raises(ValueError, match=r"gives \(B, C, H, W\)"):
-        lens.activations(tiny_vae, "encoder.mid_block.attentions.0.group_norm", images, 2)
+        logit_lens.activations(tiny_vae, "encoder.mid_block.attentions.0.group_norm", images, 2)
 
 
 def test_through_the_model(tiny_vae):
     pixels = torch.rand(2, 3, 16, 16) * 2 - 1
-    whole = lens.through_model(tiny_vae, LAYER, pixels, None, keep=True)
+    whole = logit_lens.through_model(tiny_vae, LAYER, pixels, None, keep=True)
     assert torch.equal(whole, models.reconstruct(tiny_vae, pixels))
-    alone = lens.through_model(tiny_vae, LAYER, pixels, 1, keep=True)
-    without = lens.through_model(tiny_vae, LAYER, pixels, 1, keep=False)
+    alone = logit_lens.through_model(tiny_vae, LAYER, pixels, 1, keep=True)
+    without = logit_lens.through_model(tiny_vae, LAYER, pixels, 1, keep=False)
     assert not torch.allclose(alone, whole, atol=1e-4) and not torch.allclose(without, whole, atol=1e-6)
     with pytest.raises(ValueError, match="channel"):
-        lens.through_model(tiny_vae, LAYER, pixels, 99, keep=True)
+        logit_lens.through_model(tiny_vae, LAYER, pixels, 99, keep=True)
 
 
 def test_holding_a_silent_channel_changes_nothing(tiny_vae):
@@ -114,5 +115,5 @@ def test_holding_a_silent_channel_changes_nothing(tiny_vae):
     with torch.no_grad():
         norm.weight[2] = norm.bias[2] = 0
     pixels = torch.rand(2, 3, 16, 16) * 2 - 1
-    without = lens.through_model(tiny_vae, LAYER, pixels, 2, keep=False)
+    without = logit_lens.through_model(tiny_vae, LAYER, pixels, 2, keep=False)
     assert np.allclose(without.numpy(), models.reconstruct(tiny_vae, pixels).detach().numpy())

@@ -3,8 +3,8 @@ import pytest
 import torch
 from torch import nn
 
-from vaelab.channels import ActivityTracker, Moments, Suppressed, channel_moments, classify
-from vaelab.nudge import Intervention, NudgeConfig, nudge, random_active
+from vaelab.vae.channels import ActivityTracker, Moments, Suppressed, channel_moments, classify
+from vaelab.vae.nudge import Intervention, NudgeConfig, nudge, random_active
 
 SCALES = [0.9, 0.0, -0.02, 1.95, 0.3, -1.99, 0.0004, -0.0]
 TOUCHED = (1, 2, 3, 5, 6, 7)

@@ -8,7 +8,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from helpers import without_groupnorm
 from skimage.metrics import structural_similarity
 
-from vaelab.vae import VAEObjective, evaluate, latent_scale
+from vaelab.vae.objective import VAEObjective, evaluate, latent_scale
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import pytest
 import torch
 from matplotlib import pyplot as plt
 
-from vaelab import channel_plots
+from vaelab.vae import plots
 
 
 @pytest.fixture(autouse=True)
@@ -15,9 +15,9 @@ def closed():
 
 def test_suppressed_tiles_are_framed_and_no_others():
     maps = {"model": torch.randn(6, 4, 4), "other": torch.zeros(6, 4, 4)}
-    figure = channel_plots.activation_grids(maps, {"model": [1, 4], "other": []}, torch.zeros(3, 8, 8), columns=3)
+    figure = plots.activation_grids(maps, {"model": [1, 4], "other": []}, torch.zeros(3, 8, 8), columns=3)
     _, model, other = figure.axes
-    step = 4 + channel_plots.GAP
+    step = 4 + plots.GAP
     assert [patch.get_xy() for patch in model.patches] == [(step - 0.5, -0.5), (step - 0.5, step - 0.5)]
     assert not other.patches
     assert model.get_title() == "model: 2 of 6 suppressed"
@@ -25,9 +25,9 @@ def test_suppressed_tiles_are_framed_and_no_others():
 
 def test_each_tile_is_scaled_to_its_own_range_and_a_flat_one_is_grey():
     activation = torch.stack([torch.arange(4.0).view(2, 2), 1e-6 * torch.arange(4.0).view(2, 2), torch.ones(2, 2)])
-    figure = channel_plots.activation_grids({"m": activation}, {"m": []}, torch.zeros(3, 8, 8), columns=2)
+    figure = plots.activation_grids({"m": activation}, {"m": []}, torch.zeros(3, 8, 8), columns=2)
     shown = figure.axes[1].images[0].get_array()
-    step = 2 + channel_plots.GAP
+    step = 2 + plots.GAP
     ramp = [[0, 1 / 3], [2 / 3, 1]]
     assert np.allclose(shown[:2, :2], ramp) and np.allclose(shown[:2, step : step + 2], ramp)
     assert np.allclose(shown[step : step + 2, :2], 0.5)
@@ -36,14 +36,14 @@ def test_each_tile_is_scaled_to_its_own_range_and_a_flat_one_is_grey():
 
 def test_interventions_are_ticks():
     tracked = pd.DataFrame([{"step": s, "condition": "nudge", "seed": 0, "suppressed": 9} for s in (0, 10, 20)])
-    axis = channel_plots.suppressed_over_steps(tracked, [5, 15]).axes[0]
+    axis = plots.suppressed_over_steps(tracked, [5, 15]).axes[0]
     (ticks,) = [line for line in axis.lines if line.get_label() == "intervention"]
     assert list(ticks.get_xdata()) == [5, 15]
 
 
 def test_near_zero_weights_shows_the_largest_layers():
     table = pd.DataFrame([{"step": 0, "layer": f"l{i}", "fraction": i / 10} for i in range(6)])
-    axis = channel_plots.near_zero_weights(table, top=2).axes[0]
+    axis = plots.near_zero_weights(table, top=2).axes[0]
     assert {text.get_text() for text in axis.get_legend().get_texts()} == {"l5", "l4"}
 
 
@@ -56,9 +56,9 @@ def channel_table():
 def test_layer_bars_count_what_is_silent():
     table = channel_table()
     table.loc[2, "mean_abs"] = 0.0
-    labels = [text.get_text() for text in channel_plots.layer_bars(table, 1e-3).axes[0].get_yticklabels()]
+    labels = [text.get_text() for text in plots.layer_bars(table, 1e-3).axes[0].get_yticklabels()]
     assert labels == ["a (1/4)", "b (0/4)"]
 
 
 def test_scale_scatter_draws_every_channel():
-    assert len(channel_plots.scale_scatter(channel_table(), 1e-3).axes[0].collections[0].get_offsets()) == 8
+    assert len(plots.scale_scatter(channel_table(), 1e-3).axes[0].collections[0].get_offsets()) == 8

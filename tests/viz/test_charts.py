@@ -5,7 +5,7 @@ import torch
 
 matplotlib.use("agg")
 
-from vaelab import plots
+from vaelab.viz import charts
 
 STUDY = pd.DataFrame(
     [
@@ -20,12 +20,12 @@ STUDY = pd.DataFrame(
 @pytest.fixture(autouse=True)
 def close_figures():
     yield
-    plots.plt.close("all")
+    charts.plt.close("all")
 
 
 def test_pictures_are_shown_as_they_are():
     pictures = torch.stack([torch.full((3, 4, 4), -1.0), torch.full((3, 4, 4), 1.0)])
-    figure = plots.picture_grid({"a row": pictures})
+    figure = charts.picture_grid({"a row": pictures})
     first, second = (axis.images[0].get_array() for axis in figure.axes)
     assert first.max() == 0 and second.min() == 1
     assert figure.axes[0].texts[0].get_text() == "a row"
@@ -34,20 +34,20 @@ def test_pictures_are_shown_as_they_are():
 def test_a_grids_captions_stand_under_their_columns():
     pictures = torch.zeros(3, 3, 4, 4)
     captions = ["a large red circle on the left", "a star"]
-    figure = plots.picture_grid({"one": pictures, "other": pictures}, captions=captions)
+    figure = charts.picture_grid({"one": pictures, "other": pictures}, captions=captions)
     texts = [[text.get_text() for text in axis.texts] for axis in figure.axes]
     assert texts == [["one"], [], [], ["other", "a large red circle\non the left"], ["a star"], []]
 
 
 def test_a_curve_for_every_condition_and_a_thin_line_for_every_seed():
-    axis = plots.curves(STUDY, "mse", "MSE", log=True).axes[0]
+    axis = charts.curves(STUDY, "mse", "MSE", log=True).axes[0]
     assert axis.get_yscale() == "log"
     assert [line.get_linewidth() for line in axis.lines].count(0.6) == 4
 
 
 def test_losses_has_the_three_panels_of_figure_3():
     table = STUDY.assign(reconstruction=0.5, mse=0.25, kl=100.0)
-    axes = plots.losses(table, table, 0.01).axes
+    axes = charts.losses(table, table, 0.01).axes
     assert [axis.get_ylabel() for axis in axes] == ["training MSE", "held-out MSE", "held-out total loss"]
     assert [axis.lines[0].get_ydata()[0] for axis in axes] == [0.5, 0.25, 1.25]
 
@@ -55,11 +55,11 @@ def test_losses_has_the_three_panels_of_figure_3():
 def test_forest_has_a_panel_a_measure_and_survives_a_missing_condition():
     row = {"dataset": "d", "condition": "nudge", "percent": 1.0, "percent_low": -1.0, "percent_high": 2.0}
     table = pd.DataFrame([{**row, "measure": "mse"}, {**row, "measure": "kl"}])
-    assert [axis.get_title() for axis in plots.forest(table).axes] == ["mse", "kl"]
+    assert [axis.get_title() for axis in charts.forest(table).axes] == ["mse", "kl"]
 
 
 def test_bars_and_distributions_show_every_value():
-    axis = plots.bars(STUDY, "condition", "suppressed", None, "count").axes[0]
+    axis = charts.bars(STUDY, "condition", "suppressed", None, "count").axes[0]
     assert sum(len(points.get_offsets()) for points in axis.collections) == len(STUDY)
-    axis = plots.distributions(STUDY, "condition", "suppressed").axes[0]
+    axis = charts.distributions(STUDY, "condition", "suppressed").axes[0]
     assert sum(len(points.get_offsets()) for points in axis.collections) == len(STUDY)

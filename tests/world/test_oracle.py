@@ -6,9 +6,9 @@ import pandas as pd
 import pytest
 import torch
 
-from vaelab import oracle
-from vaelab.oracle import accuracy, judge, read
-from vaelab.world import (
+from vaelab.world import oracle
+from vaelab.world.oracle import accuracy, judge, read
+from vaelab.world.scenes import (
     COLOURS,
     FACTORS,
     POSITIONS,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vaelab import world
-from vaelab.world import (
+from vaelab.world.scenes import (
     CENTRES,
     COLOURS,
     FACTORS,

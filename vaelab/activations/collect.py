@@ -19,9 +19,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from vaelab import denoise, devices, store
-from vaelab.checks import at_least, one_of
-from vaelab.denoise import Sampling
+from vaelab import store
+from vaelab.activations import denoiser
+from vaelab.activations.denoiser import Sampling
+from vaelab.core import devices
+from vaelab.core.validate import at_least, one_of
 from vaelab.hooks import SIDES
 
 HALVES = ("guided", "both")
@@ -63,7 +65,7 @@ class CollectConfig:
 
     def captured(self, pipeline: Any) -> list[int]:
         """The steps that are captured, in order; there may be more of them than were asked of the sampler."""
-        return sorted(self.steps) or list(range(denoise.passes(pipeline, self.sampling)))
+        return sorted(self.steps) or list(range(denoiser.passes(pipeline, self.sampling)))
 
 
 class Captures(NamedTuple):
@@ -90,7 +92,7 @@ def captures(
     captured = config.captured(pipeline)
     for first in range(start, len(prompts), config.batch_size):
         numbers = range(first, min(first + config.batch_size, len(prompts)))
-        features = denoise.from_prompts(
+        features = denoiser.from_prompts(
             pipeline, [prompts[i] for i in numbers], [config.seed + i for i in numbers], config.blocks,
             config.sampling, side=config.side, steps=captured,
         )  # fmt: skip
@@ -179,7 +181,7 @@ def collect(
 
 
 def vectors(pipeline: Any, prompts: Sequence[str], config: CollectConfig, block: str) -> Iterator[Tensor]:
-    """One block's rows (n, d), batch by batch, for :func:`vaelab.store.shuffle_stream`: made and
+    """One block's rows (n, d), batch by batch, for :func:`vaelab.store.shuffling.shuffle_stream`: made and
     used without touching the disk."""
     for batch in captures(pipeline, prompts, config):
         yield batch.maps[block].flatten(0, 2)

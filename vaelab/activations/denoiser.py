@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vaelab import blocks as block_names
-from vaelab.blocks import PICTURE, denoiser
-from vaelab.checks import at_least
-from vaelab.conditioning import add_noise, by_class, classes, condition, encode, last_timestep, patch, predict
+from vaelab.core.validate import at_least
 from vaelab.hooks import capture
+from vaelab.models import block_names
+from vaelab.models.block_names import PICTURE, denoiser
+from vaelab.models.conditioning import add_noise, by_class, classes, condition, encode, last_timestep, patch, predict
 
 __all__ = [
     "Features", "Sampling", "add_noise", "condition", "encode", "from_pictures", "from_prompts", "generate",
@@ -122,7 +122,7 @@ def from_prompts(
         pipeline: a diffusers pipeline.
         prompts: B prompts; class numbers or names for a class-conditional model.
         seeds: one a prompt: its features do not depend on the batch that it is in.
-        blocks: short names (see :func:`vaelab.blocks.blocks`) or module paths.
+        blocks: short names (see :func:`vaelab.models.block_names.blocks`) or module paths.
         sampling: steps, guidance and size.
         side: ``update``, ``output`` or ``input`` of the block.
         steps: at which steps, counted from 0, kept in rising order; None for all (see :func:`passes`).
@@ -164,9 +164,9 @@ def from_pictures(
         pixels: (B, 3, H, W) in [-1, 1].
         seeds: one a picture; they fix its noise, which is the same at every timestep.
         timesteps: from 0 (the picture) to the scheduler's last (noise).
-        blocks: short names (see :func:`vaelab.blocks.blocks`) or module paths.
+        blocks: short names (see :func:`vaelab.models.block_names.blocks`) or module paths.
         prompts: one a picture; class numbers or names for a class-conditional model; None for none, see
-            :func:`vaelab.conditioning.condition`.
+            :func:`vaelab.models.conditioning.condition`.
         side: ``output``, ``input`` or ``update`` of the block.
 
     Raises:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vaelab.checks import at_least, one_of
+from vaelab.core.validate import at_least, one_of
 
 Step = Callable[[int], None]
 """Takes one step on the batch of that number."""

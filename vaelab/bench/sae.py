@@ -20,19 +20,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vaelab import sae_peers
-from vaelab.bench import interleaved
-from vaelab.checks import project_root
-from vaelab.collect import CollectConfig, vectors
-from vaelab.configs import TrainConfig
-from vaelab.files import read_json, write_json
-from vaelab.planted import Planted, recovery
-from vaelab.prompts import load_prompts
-from vaelab.sae import SAE, SCREENED, VARIANTS, SAEConfig
-from vaelab.sae_choice import choose_top
-from vaelab.sae_kernels import linear
-from vaelab.sae_peers import LONG_AGO, PEERS, Setting, Step
-from vaelab.sae_training import SAEObjective, UnitLength, Wanted, train_saes
+from vaelab.activations.collect import CollectConfig, vectors
+from vaelab.bench import peers as bench_peers
+from vaelab.bench.peers import LONG_AGO, PEERS, Setting, Step
+from vaelab.core.io import read_json, write_json
+from vaelab.core.paths import project_root
+from vaelab.core.timing import interleaved
+from vaelab.data.prompts import load_prompts
+from vaelab.sae.kernels import linear
+from vaelab.sae.model import SAE, SCREENED, VARIANTS, SAEConfig
+from vaelab.sae.synthetic import Planted, recovery
+from vaelab.sae.topk import choose_top
+from vaelab.sae.train import SAEObjective, UnitLength, Wanted, train_saes
+from vaelab.training.loop import TrainConfig
 
 PEERS_FOLDER = ".peers"
 """Under the project's folder: where ``make peers`` installs the others' libraries."""
@@ -40,7 +40,7 @@ OURS = {"float32": False, "bf16": True}
 
 
 def ours(setting: Setting, *, screen: bool = False, dead: bool = False) -> Step:
-    """A step of ours, as :func:`vaelab.training.train` takes it: forward, both losses, backward, the
+    """A step of ours, as :func:`vaelab.training.loop.train` takes it: forward, both losses, backward, the
     decoder's projection and normalisation, Adam.
 
     Args:
@@ -79,13 +79,13 @@ def gemm(setting: Setting, product: Any = F.linear) -> Step:
 
 def build(name: str, setting: Setting) -> Step:
     """A system by its name: ``gemm`` (torch's), ``gemm_best`` (the kernel that ours uses), ``float32`` and
-    ``bf16`` (ours), or one of :data:`vaelab.sae_peers.PEERS`; with ``_dead``, with dead features."""
+    ``bf16`` (ours), or one of :data:`vaelab.bench.peers.PEERS`; with ``_dead``, with dead features."""
     plain = name.removesuffix("_dead")
     if plain in ("gemm", "gemm_best"):
         return gemm(setting, F.linear if plain == "gemm" else linear)
     if plain in OURS:
         return ours(setting, screen=OURS[plain], dead=plain != name)
-    return sae_peers.peer(plain, setting, dead=plain != name)
+    return bench_peers.peer(plain, setting, dead=plain != name)
 
 
 def _in_child(names: Sequence[str], setting: Setting, rounds: int) -> Any:
@@ -96,7 +96,7 @@ def _in_child(names: Sequence[str], setting: Setting, rounds: int) -> Any:
             "names": list(names), "setting": asdict(setting), "rounds": rounds,
             "peers": str(project_root() / PEERS_FOLDER), "out": str(out),
         }  # fmt: skip
-        command = [sys.executable, "-m", "vaelab.bench_sae", json.dumps(given)]
+        command = [sys.executable, "-m", "vaelab.bench.sae", json.dumps(given)]
         ran = subprocess.run(command, capture_output=True, text=True, cwd=project_root())
         if not out.exists():
             raise RuntimeError(f"timing {', '.join(names)} ended with {ran.returncode}: {ran.stderr[-2000:]}")

@@ -7,58 +7,27 @@ reference is run twice a round, so that its difference to itself says what a dif
 import copy
 import functools
 import tempfile
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import islice, product
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from vaelab import denoise, devices
-from vaelab.checks import at_least
-from vaelab.collect import CollectConfig, collect, probe
-from vaelab.conditioning import condition, encode, predict
-from vaelab.data import Images
-from vaelab.labelled import Pictures
-from vaelab.layer_features import LayerConfig
-from vaelab.prompts import load_prompts
-from vaelab.study import ChannelWatcher, StudyConfig
-from vaelab.vae import VAEObjective
-
-
-def interleaved(
-    actions: Mapping[str, Callable[[int], object]], rounds: int, *, device: torch.device, warmup: int = 2, seed: int = 0
-) -> pd.DataFrame:
-    """Time several actions in turns.
-
-    Args:
-        actions: called with the round's number.
-        rounds: how often each is timed.
-        device: whose queue must be empty before a clock is read.
-        warmup: rounds that do not count.
-        seed: fixes the order within the rounds.
-
-    Returns:
-        A row a round, a column an action, in seconds.
-    """
-    at_least("rounds", rounds, 1)
-    rng = np.random.default_rng(seed)
-    rows = []
-    for number in range(warmup + rounds):
-        row = {}
-        for name in rng.permutation(list(actions)):
-            devices.synchronize(device)
-            began = time.perf_counter()
-            actions[str(name)](number)
-            devices.synchronize(device)
-            row[str(name)] = time.perf_counter() - began
-        rows.append(row)
-    return pd.DataFrame(rows[warmup:])[list(actions)]
+from vaelab import activations
+from vaelab.activations.collect import CollectConfig, collect, probe
+from vaelab.core import devices
+from vaelab.core.timing import interleaved
+from vaelab.data.images import Images
+from vaelab.data.labelled import Pictures
+from vaelab.data.prompts import load_prompts
+from vaelab.models.conditioning import condition, encode, predict
+from vaelab.probing.layer_features import LayerConfig
+from vaelab.vae.finetune import ChannelWatcher, StudyConfig
+from vaelab.vae.objective import VAEObjective
 
 
 def tracking_seconds(vae: nn.Module, images: Images, config: StudyConfig, rounds: int) -> pd.DataFrame:
@@ -120,7 +89,7 @@ def collect_seconds(pipeline: Any, prompts: int, config: CollectConfig, rounds: 
     layout, per_prompt, _ = probe(pipeline, texts, config)
 
     def plain(number: int) -> None:
-        denoise.generate_all(pipeline, texts, config.sampling, batch_size=config.batch_size, seed=number)
+        activations.generate_all(pipeline, texts, config.sampling, batch_size=config.batch_size, seed=number)
 
     def collecting(number: int) -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -155,7 +124,7 @@ def sweep_seconds(
     seeds, blocks = list(range(len(pixels))), list(config.blocks)
 
     def swept(timesteps: Sequence[int], wanted: list[str]) -> None:
-        denoise.from_pictures(pipeline, pixels, seeds, timesteps, wanted, side=config.side)
+        activations.from_pictures(pipeline, pixels, seeds, timesteps, wanted, side=config.side)
 
     @torch.no_grad()
     def encoding() -> Tensor:
@@ -180,11 +149,3 @@ def sweep_seconds(
     named = {f"sweep.{name}.seconds_per_image": middle[name] for name in actions}
     named["sweep.whole_passes"] = (middle["together"] - middle["encoding"]) / middle["whole_pass"]
     return seconds, {**named, "sweep.times_quicker": middle["one_at_a_time"] / middle["together"]}
-
-
-def paired_percent(seconds: pd.DataFrame, name: str, reference: str) -> tuple[float, float, float]:
-    """How much longer ``name`` takes than ``reference``, in percent: the median over rounds of
-    the paired difference over the reference's median, and its first and third quartile."""
-    difference = 100 * (seconds[name] - seconds[reference]) / seconds[reference].median()
-    low, middle, high = np.percentile(difference, [25, 50, 75])
-    return float(middle), float(low), float(high)

@@ -28,10 +28,9 @@ import torch
 from torch import Tensor
 
 from vaelab import store
-from vaelab.checks import at_least, one_of
-from vaelab.lasting import sync_names
-from vaelab.store import BlockShape
-from vaelab.writing import rowwise
+from vaelab.core.validate import at_least, one_of
+from vaelab.store.format import BlockShape
+from vaelab.store.writer import rowwise, sync_names
 
 BLOCK = "down.2.1"
 SIDE = 16

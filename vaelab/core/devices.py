@@ -2,7 +2,7 @@
 
 import torch
 
-from vaelab.checks import one_of
+from vaelab.core.validate import one_of
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from vaelab.checks import local
+from vaelab.core.paths import local
 
 
 def find(name: str | Path, *, revision: str | None = None, subfolder: str = "", parameter: str = "sae") -> Path:

@@ -4,7 +4,7 @@ The first three come with the libraries and stand for the channel-suppression pa
 data: natural pictures, upscaled low-resolution pictures, and low-entropy glyphs. Each set is made in
 seconds, the same on every machine, as an ordinary ``datasets.Dataset`` with the columns ``image`` and
 ``label`` and the splits ``train`` and ``test``; of the world the label is the ground's texture, and
-:func:`vaelab.world.dataset` has all the others.
+:func:`vaelab.world.scenes.dataset` has all the others.
 """
 
 import functools
@@ -20,7 +20,7 @@ import PIL.ImageDraw
 import PIL.ImageFont
 
 from vaelab import world
-from vaelab.checks import one_of
+from vaelab.core.validate import one_of
 
 if TYPE_CHECKING:
     import datasets

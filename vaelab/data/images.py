@@ -15,9 +15,10 @@ import PIL.Image
 import torch
 from torch import Tensor
 
-from vaelab import embedded_data
-from vaelab.checks import at_least, local, nearest, unknown
-from vaelab.preprocessing import BROKEN, collate, decode, preprocess
+from vaelab.core.paths import local
+from vaelab.core.validate import at_least, nearest, unknown
+from vaelab.data import bundled
+from vaelab.data.transforms import BROKEN, collate, decode, preprocess
 
 if TYPE_CHECKING:
     import datasets
@@ -105,7 +106,7 @@ class Images:
         return torch.stack(taken)
 
     def shuffled(self, batch_size: int, seed: int) -> Callable[..., Iterator[dict[str, Tensor]]]:
-        """Endless shuffled batches for :func:`vaelab.training.train`; epoch e's order is fixed
+        """Endless shuffled batches for :func:`vaelab.training.loop.train`; epoch e's order is fixed
         by (seed, e) alone, so that a run can be taken up at any batch."""
         at_least("batch_size", batch_size, 1)
         batch_size = min(batch_size, len(self))
@@ -202,17 +203,17 @@ def _parts(dataset: str) -> list[str]:
 
 
 def _rows(dataset: str, split: str, revision: str | None) -> "datasets.Dataset":
-    if dataset in embedded_data.NAMES:
-        return embedded_data.load(dataset, split)
+    if dataset in bundled.NAMES:
+        return bundled.load(dataset, split)
     path = local(dataset)
     if path is not None:
         return _local_rows(path, dataset, split)
     name, _, subset = dataset.partition(":")
     moved = f" Try {MOVED[name]}." if name in MOVED else ""
     if dataset.count("/") != 1 or dataset.startswith((".", "/", "~")):
-        known = [*embedded_data.NAMES, *(name for name in MOVED if "/" in name)]
+        known = [*bundled.NAMES, *(name for name in MOVED if "/" in name)]
         raise ValueError(
-            f"dataset: {dataset!r} is neither embedded ({', '.join(embedded_data.NAMES)}), a local folder or "
+            f"dataset: {dataset!r} is neither embedded ({', '.join(bundled.NAMES)}), a local folder or "
             "file, nor a hub id (owner/name)." + (moved or f" Did you mean {nearest(dataset, known, 1)[0]!r}?")
         )
     import datasets

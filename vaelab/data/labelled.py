@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vaelab import data, world
-from vaelab.checks import at_least, one_of
-from vaelab.preprocessing import preprocess
+from vaelab import world
+from vaelab.core.validate import at_least, one_of
+from vaelab.data import images as data_images
+from vaelab.data.transforms import preprocess
 
 SLICE = re.compile(r"(\w+)(?:\[(\d*):(\d*)\])?")
 
@@ -85,7 +86,7 @@ def load(
     """Load labelled pictures.
 
     Args:
-        dataset: ``world``, or any name of :func:`vaelab.data.load_images`, whose classes are the factor ``label``.
+        dataset: ``world``, or any name of :func:`vaelab.data.images.load_images`, whose classes are the factor ``label``.
         split: its split, or a slice such as ``train[200:400]``.
         resolution: side R of the square pictures, in pixels.
         max_images: how many; of the world the first, else drawn by ``seed``; 0 takes all.
@@ -98,7 +99,7 @@ def load(
     """
     if dataset == "world":
         return _scenes(split, resolution, max_images)
-    images = data.load_images(
+    images = data_images.load_images(
         dataset, split=split, resolution=resolution, max_images=max_images, seed=seed, revision=revision
     )
 

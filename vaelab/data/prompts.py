@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from vaelab import world
-from vaelab.checks import at_least, local, nearest, one_of
-from vaelab.world import Scene
+from vaelab.core.paths import local
+from vaelab.core.validate import at_least, nearest, one_of
+from vaelab.world.scenes import Scene
 
 if TYPE_CHECKING:
     import datasets

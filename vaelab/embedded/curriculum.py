@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from vaelab import hooks, models
-from vaelab.checks import at_least
-from vaelab.text_model import tokenize
-from vaelab.world import CENTRES, POSITIONS, SIDE, Scene, render, sample
+from vaelab.core.validate import at_least
+from vaelab.embedded.text_encoder import tokenize
+from vaelab.world.scenes import CENTRES, POSITIONS, SIDE, Scene, render, sample
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer

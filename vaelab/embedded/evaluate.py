@@ -9,11 +9,12 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from vaelab import denoise, models, oracle
-from vaelab.conditioning import by_class
-from vaelab.denoise import Sampling
-from vaelab.prompts import Prompts, load_prompts
-from vaelab.world import Scene, Thing
+from vaelab import activations, models
+from vaelab.activations.denoiser import Sampling
+from vaelab.data.prompts import Prompts, load_prompts
+from vaelab.models.conditioning import by_class
+from vaelab.world import oracle
+from vaelab.world.scenes import Scene, Thing
 
 
 class Asked(NamedTuple):
@@ -61,16 +62,18 @@ def drawings(pipeline: Any, sampling: Sampling, count: int, seed: int = 0) -> Dr
     """Pictures of prompts of combinations that were kept from training; of a class-conditional model, of classes."""
     if by_class(pipeline):
         numbers, scenes = classes_asked(pipeline, count, seed)
-        return Drawings(denoise.generate_all(pipeline, numbers, sampling, seed=seed), [one.prompt for one in scenes])
+        return Drawings(
+            activations.generate_all(pipeline, numbers, sampling, seed=seed), [one.prompt for one in scenes]
+        )
     texts = load_prompts("world", split="test", count=count).texts
-    return Drawings(denoise.generate_all(pipeline, texts, sampling, seed=seed), texts)
+    return Drawings(activations.generate_all(pipeline, texts, sampling, seed=seed), texts)
 
 
 def table(asked: Sequence[Scene], pictures: Mapping[str, Tensor]) -> pd.DataFrame:
     """The accuracy of every factor, for several sets of pictures of the same N scenes.
 
     Returns:
-        Columns ``who`` and those of :func:`vaelab.oracle.accuracy`.
+        Columns ``who`` and those of :func:`vaelab.world.oracle.accuracy`.
     """
     parts = [oracle.accuracy(oracle.judge(asked, made)).assign(who=who) for who, made in pictures.items()]
     whole = pd.concat(parts, ignore_index=True)
@@ -98,7 +101,7 @@ def by_steps(
     """The accuracy of every factor with other numbers of denoising steps: ``steps`` and a column a factor."""
     rows = []
     for count in sorted(set(steps)):
-        made = denoise.generate_all(
+        made = activations.generate_all(
             pipeline, asked.texts, replace(sampling, steps=count), batch_size=batch_size, seed=seed
         )
         accuracy = oracle.accuracy(oracle.judge(asked.scenes, made)).set_index("factor")["accuracy"]

@@ -18,8 +18,19 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from vaelab.checks import at_least
-from vaelab.world import COLOURS, FACTORS, GROUNDS, POSITIONS, SCENE_FACTORS, SHAPES, SIZES, TEXTURES, Scene, sample
+from vaelab.core.validate import at_least
+from vaelab.world.scenes import (
+    COLOURS,
+    FACTORS,
+    GROUNDS,
+    POSITIONS,
+    SCENE_FACTORS,
+    SHAPES,
+    SIZES,
+    TEXTURES,
+    Scene,
+    sample,
+)
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer

@@ -13,13 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vaelab import devices
-from vaelab.checks import at_least
-from vaelab.configs import TrainConfig
-from vaelab.lessons import exactly_placed, pixel_weights, scaled_latents, stream, weighted_error
-from vaelab.text_to_image import attention_written_out, new_scheduler
-from vaelab.training import Trained, train
-from vaelab.world import COLOURS, SHAPES, Scene, allowed, render
+from vaelab.core import devices
+from vaelab.core.validate import at_least
+from vaelab.embedded.curriculum import exactly_placed, pixel_weights, scaled_latents, stream, weighted_error
+from vaelab.embedded.train_unet import attention_written_out, new_scheduler
+from vaelab.training.loop import TrainConfig, Trained, train
+from vaelab.world.scenes import COLOURS, SHAPES, Scene, allowed, render
 
 BATCH = 32
 NO_CLASS = 1000

@@ -3,7 +3,7 @@
 A latent diffusion model (Rombach et al. 2022) with cross-attention in every stage of its U-Net, made
 so that few steps suffice: v-prediction (Salimans and Ho 2022) on a schedule whose last timestep is
 pure noise (Lin et al. 2023), guided without a classifier (Ho and Salimans 2022). What it is taught,
-and in which order, is in :mod:`vaelab.lessons`.
+and in which order, is in :mod:`vaelab.embedded.curriculum`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,13 +16,12 @@ import torch
 from torch import nn
 
 from vaelab import models
-from vaelab.checks import at_least
-from vaelab.configs import TrainConfig
-from vaelab.lessons import LESSONS, DenoisingObjective, pictures, prompted
-from vaelab.text_model import ReadingObjective, new_text_model, new_tokenizer, readings
-from vaelab.training import Trained, train
-from vaelab.vae import VAEObjective
-from vaelab.world import SIDE, render, sample
+from vaelab.core.validate import at_least
+from vaelab.embedded.curriculum import LESSONS, DenoisingObjective, pictures, prompted
+from vaelab.embedded.text_encoder import ReadingObjective, new_text_model, new_tokenizer, readings
+from vaelab.training.loop import TrainConfig, Trained, train
+from vaelab.vae.objective import VAEObjective
+from vaelab.world.scenes import SIDE, render, sample
 
 if TYPE_CHECKING:
     from diffusers import DDIMScheduler

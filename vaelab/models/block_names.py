@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vaelab.checks import unknown
+from vaelab.core.validate import unknown
 from vaelab.hooks import capture
 
 PROMPT_TOKENS = 77

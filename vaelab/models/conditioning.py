@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vaelab import models
-from vaelab.blocks import denoiser
+from vaelab.models import loading
+from vaelab.models.block_names import denoiser
 
 DIT, FLUX = "DiTTransformer2DModel", "FluxTransformer2DModel"
 FLUX_PATCH = 2
@@ -55,7 +55,7 @@ def encode(pipeline: Any, pixels: Tensor) -> Tensor:
     if vae is None:
         return nn.functional.interpolate(pixels, size=model.config.sample_size, mode="bilinear", antialias=True)
     with _wide_enough(vae):
-        latents = models.latent(vae, pixels.to(vae.dtype))
+        latents = loading.latent(vae, pixels.to(vae.dtype))
     multiple = pixels.shape[-1] // latents.shape[-1] * patch(model)
     if any(side % multiple for side in pixels.shape[-2:]):
         height, width = pixels.shape[-2:]

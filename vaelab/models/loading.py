@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vaelab import devices
-from vaelab.blocks import DENOISERS, EXAMPLES, Block, blocks, denoiser
-from vaelab.checks import one_of, unknown
-from vaelab.locations import embedded_dit_path, embedded_path, embedded_vae_path, locate, moved, pipeline_folder
+from vaelab.core import devices
+from vaelab.core.validate import one_of, unknown
+from vaelab.models.block_names import DENOISERS, EXAMPLES, Block, blocks, denoiser
+from vaelab.models.registry import embedded_dit_path, embedded_path, embedded_vae_path, locate, moved, pipeline_folder
 
 __all__ = [
     "Block", "blocks", "check_precision", "decode", "denoiser", "embedded_dit_path", "embedded_path",

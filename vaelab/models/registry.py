@@ -8,7 +8,8 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vaelab.checks import local, nearest
+from vaelab.core.paths import local
+from vaelab.core.validate import nearest
 
 EMBEDDED = ("embedded", "embedded-dit")
 MOVED = {
@@ -20,17 +21,17 @@ MOVED = {
 
 def embedded_path() -> Path:
     """The folder of the embedded text-to-image model, a diffusers ``StableDiffusionPipeline``."""
-    return Path(__file__).parent / "embedded" / "pipeline"
+    return Path(__file__).parent.parent / "embedded" / "weights" / "pipeline"
 
 
 def embedded_dit_path() -> Path:
     """The folder of the embedded class-conditional model, a diffusers ``DiTPipeline``."""
-    return Path(__file__).parent / "embedded" / "dit"
+    return Path(__file__).parent.parent / "embedded" / "weights" / "dit"
 
 
 def embedded_vae_path() -> Path:
     """The folder of the embedded autoencoder with silent channels."""
-    return Path(__file__).parent / "embedded" / "vae"
+    return Path(__file__).parent.parent / "embedded" / "weights" / "vae"
 
 
 class Place(NamedTuple):

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vaelab import devices, folders
+from vaelab.core import devices, hub
 
 HOLE = re.compile(r"\{(\w+)\}")
 
@@ -78,7 +78,7 @@ def load(
     """
     from transformers import AutoProcessor, CLIPModel
 
-    folder = folders.find(name, revision=revision, parameter="clip")
+    folder = hub.find(name, revision=revision, parameter="clip")
     try:
         model = CLIPModel.from_pretrained(folder, dtype=torch.float32)
         processor = AutoProcessor.from_pretrained(folder)

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vaelab.checks import at_least, unknown
-from vaelab.store import Store
-from vaelab.training import Batches
+from vaelab.core.validate import at_least, unknown
+from vaelab.store.reader import Store
+from vaelab.training.loop import Batches
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Examples:
             yield {"maps": maps, "labels": self.labels[begin : begin + batch_size]}
 
     def shuffled(self, block: str, batch_size: int, seed: int) -> Batches:
-        """Endless shuffled batches for :func:`vaelab.training.train`, of each picture a view drawn anew in
+        """Endless shuffled batches for :func:`vaelab.training.loop.train`, of each picture a view drawn anew in
         every epoch; epoch e is fixed by (seed, e) alone. The last batch of one is filled with its first
         pictures."""
         at_least("batch_size", batch_size, 1)
@@ -82,7 +82,7 @@ class Examples:
 
     def vector_batches(self, blocks: Sequence[str], batch_size: int, seed: int) -> Batches:
         """Endless shuffled batches (batch_size, d) of the pooled vectors of the pictures as they are, by block,
-        for :func:`vaelab.sae_training.train_saes`. Pass follows upon pass without a gap; pass e is fixed by
+        for :func:`vaelab.sae.train.train_saes`. Pass follows upon pass without a gap; pass e is fixed by
         (seed, e) alone. The vectors of all pictures are held in memory, as they are stored.
 
         Raises:
@@ -110,7 +110,7 @@ class Examples:
 
 
 def read(kept: Store, factor: str = "") -> Examples:
-    """The labelled pictures of a store that :mod:`vaelab.layer_features` wrote.
+    """The labelled pictures of a store that :mod:`vaelab.probing.layer_features` wrote.
 
     Args:
         kept: the store; each item has ``image``, ``view`` and ``labels``.

@@ -19,11 +19,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from vaelab.checks import at_least
-from vaelab.configs import TrainConfig
-from vaelab.examples import Examples
-from vaelab.files import atomic
-from vaelab.training import Watcher, train
+from vaelab.core.io import atomic
+from vaelab.core.validate import at_least
+from vaelab.probing.dataset import Examples
+from vaelab.training.loop import TrainConfig, Watcher, train
 
 BEST = "best.safetensors"
 
@@ -68,7 +67,7 @@ class DiffC(nn.Module):
         self.fc = nn.Linear(width, classes)
 
     def forward(self, maps: Tensor) -> Tensor:
-        """Classify maps (B, h, w, d), as :mod:`vaelab.denoise` gives them."""
+        """Classify maps (B, h, w, d), as :mod:`vaelab.activations.denoiser` gives them."""
         x = maps.permute(0, 3, 1, 2)
         for convolution in (self.conv1, self.conv2, self.conv3, self.conv4):
             x = F.relu(convolution(x))

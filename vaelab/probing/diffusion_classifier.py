@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vaelab.blocks import denoiser
-from vaelab.conditioning import FLUX, add_noise, by_class, condition, encode, is_flow, last_timestep, predict
+from vaelab.models.block_names import denoiser
+from vaelab.models.conditioning import FLUX, add_noise, by_class, condition, encode, is_flow, last_timestep, predict
 
 NOT_BY_PICTURE = ("txt_ids",)
 """What of the conditions has no entry for each picture."""

@@ -17,16 +17,18 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from vaelab import blocks as block_names
-from vaelab import clip_names, denoise, devices, store
-from vaelab.blocks import denoiser
-from vaelab.checks import at_least, one_of, unknown
-from vaelab.clip_names import ClipNames
-from vaelab.conditioning import by_class
-from vaelab.examples import Examples
+from vaelab import activations, store
+from vaelab.core import devices
+from vaelab.core.validate import at_least, one_of, unknown
+from vaelab.data.labelled import Picture, Pictures, crop_and_flip
 from vaelab.hooks import SIDES
-from vaelab.labelled import Picture, Pictures, crop_and_flip
-from vaelab.probe import class_share
+from vaelab.models import block_names
+from vaelab.models.block_names import denoiser
+from vaelab.models.conditioning import by_class
+from vaelab.probing import clip as probing_clip
+from vaelab.probing.clip import ClipNames
+from vaelab.probing.dataset import Examples
+from vaelab.probing.linear import class_share
 
 MAPS = ".maps"
 
@@ -114,9 +116,9 @@ def namer(pipeline: Any, pictures: Pictures, config: LayerConfig) -> ClipNames |
     """
     if not config.clip:
         return None
-    texts = clip_names.texts(config.prompt, pictures.classes)
+    texts = probing_clip.texts(config.prompt, pictures.classes)
     device = str(denoiser(pipeline).device)
-    return clip_names.load(config.clip, texts, device=device, revision=config.clip_revision or None)
+    return probing_clip.load(config.clip, texts, device=device, revision=config.clip_revision or None)
 
 
 def captures(
@@ -155,7 +157,7 @@ def _captured(
     ]
     labels = [picture.labels for _, picture in readable]
     inferred = names(torch.stack([picture.pixels for _, picture in readable])) if names else None
-    features = denoise.from_pictures(
+    features = activations.from_pictures(
         pipeline, torch.stack(pixels), seeds, config.timesteps, config.blocks, side=config.side,
         prompts=prompts(pipeline, pictures, config.prompt, inferred or labels),
     )  # fmt: skip
@@ -254,7 +256,7 @@ def inferred_right(kept: store.Store) -> dict[str, float]:
 
 
 def shares(by_factor: Mapping[str, Examples], blocks: Sequence[str], timesteps: Sequence[int]) -> pd.DataFrame:
-    """How loud each factor is, see :func:`vaelab.probe.class_share`.
+    """How loud each factor is, see :func:`vaelab.probing.linear.class_share`.
 
     Args:
         by_factor: the same pictures with the classes of each factor.

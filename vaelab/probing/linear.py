@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vaelab.checks import at_least
+from vaelab.core.stats import wilson
 
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """C of the logistic regressions that are tried: the smaller, the more regularised."""
@@ -39,21 +39,6 @@ class Probe(NamedTuple):
     """The chosen C."""
     validation: float
     """Its accuracy on the validation examples."""
-
-
-def wilson(right: int, count: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's interval of a share, within [0, 1] also where none or all are right.
-
-    Args:
-        right: how many are.
-        count: of how many, at least 1.
-        z: normal quantile; 1.96 is 95 %.
-    """
-    at_least("count", count, 1)
-    share, room = right / count, z * z / count
-    middle = (share + room / 2) / (1 + room)
-    half = z / (1 + room) * (share * (1 - share) / count + room / (4 * count)) ** 0.5
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def score(predicted: Sequence[int] | np.ndarray, truth: Sequence[int] | np.ndarray, learned: Any) -> Accuracy:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from scipy.stats import rankdata
 from torch import Tensor
 
-from vaelab.checks import at_least
+from vaelab.core.validate import at_least
 
 COLOURS = 3
 SMALLEST = 1e-9

@@ -14,15 +14,116 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
-from vaelab import purity, store
-from vaelab.checks import at_least, one_of, unknown
-from vaelab.examples import Examples, read
-from vaelab.features import Summary, summarise
-from vaelab.labelled import Pictures
-from vaelab.layer_features import refuse_other_pictures
-from vaelab.sae import SAE, SAEConfig
-from vaelab.sae_training import Wanted
-from vaelab.store import Layout, Store
+from vaelab import store
+from vaelab.core.validate import at_least, one_of, unknown
+from vaelab.data.labelled import Pictures
+from vaelab.probing.dataset import Examples, read
+from vaelab.probing.layer_features import refuse_other_pictures
+from vaelab.sae.model import SAE, SAEConfig
+from vaelab.sae.top_activating import Summary, summarise
+from vaelab.sae.train import Wanted
+from vaelab.store.format import Layout
+from vaelab.store.reader import Store
+
+# purity: How pure features are: whether the pictures that activate one most are of one class.
+#
+# Kim et al. ("Revelio", section 4.2) take sigma_label, the standard deviation of the class *numbers* of
+# the ten pictures, averaged over the thousand most active features. It depends on how classes happen to
+# be numbered, so beside it stand what does not: the entropy of the classes, the share of the most
+# frequent one, and a permutation test of the entropy.
+#
+
+
+class Purity(NamedTuple):
+    """Means over features, and what they would be if features knew nothing of the classes."""
+
+    sigma_label: float
+    """The paper's measure; lower is purer, in class numbers."""
+    entropy: float
+    """Of the classes of a feature's pictures, in bits; 0 is pure."""
+    majority: float
+    """Share of the most frequent class; 1 is pure."""
+    permutation_p: float
+    """How often labels that are dealt anew to the pictures give as low an entropy."""
+    sigma_label_chance: float
+    """Mean over the permutations, as the next two."""
+    entropy_chance: float
+    majority_chance: float
+    features: int
+    """How many they are means of."""
+
+
+def sigma_labels(classes: np.ndarray) -> np.ndarray:
+    """Standard deviation (F,), that of a population, of the class numbers (F, n) of each feature's pictures."""
+    return classes.std(axis=1)
+
+
+def entropies(classes: np.ndarray) -> np.ndarray:
+    """Entropy (F,) of the classes (F, n) of each feature's pictures, in bits."""
+    shares = np.sort(_shares(classes), axis=1)  # so that sums do not depend on the classes' order
+    return -(shares * np.log2(np.where(shares > 0, shares, 1))).sum(axis=1) + 0.0
+
+
+def majorities(classes: np.ndarray) -> np.ndarray:
+    """Share (F,) of the most frequent class (F, n) of each feature's pictures."""
+    return _shares(classes).max(axis=1)
+
+
+def measure(labels: np.ndarray, top: np.ndarray, *, permutations: int = 200, seed: int = 0) -> Purity:
+    """The purity of features.
+
+    The test permutes the labels among all pictures, so that pictures which several features share
+    stay shared.
+
+    Args:
+        labels: (N,) class numbers of all pictures, from 0.
+        top: (F, n) for each feature the numbers of its n pictures.
+        permutations: of the test; its p is at least 1 / (permutations + 1).
+        seed: fixes them.
+
+    Raises:
+        ValueError: no feature, a picture or a label that does not exist.
+    """
+    labels, top = np.asarray(labels), np.asarray(top)
+    at_least("permutations", permutations, 1)
+    if top.ndim != 2 or not top.size:
+        raise ValueError(f"top: expected pictures (F, n) of one or more features, got {top.shape}")
+    if top.min() < 0 or top.max() >= len(labels) or labels.min() < 0:
+        raise ValueError(f"top: {len(labels)} pictures, and labels from 0 on; got picture {top.min()} or {top.max()}")
+    found = _means(labels[top])
+    rng = np.random.default_rng(seed)
+    dealt = np.array([_means(rng.permutation(labels)[top]) for _ in range(permutations)])
+    as_low = int((dealt[:, 1] <= found[1] + 1e-12).sum())
+    return Purity(*found, (1 + as_low) / (1 + permutations), *map(float, dealt.mean(axis=0)), len(top))
+
+
+def _means(classes: np.ndarray) -> tuple[float, float, float]:
+    return tuple(float(one(classes).mean()) for one in (sigma_labels, entropies, majorities))
+
+
+def _shares(classes: np.ndarray) -> np.ndarray:
+    """Share of every class (F, C) among classes (F, n)."""
+    features, count = classes.shape
+    kinds = int(classes.max()) + 1
+    places = np.arange(features)[:, None] * kinds + classes
+    return np.bincount(places.ravel(), minlength=features * kinds).reshape(features, kinds) / count
+
+
+def renumbered(labels: np.ndarray, top: np.ndarray, *, times: int = 50, seed: int = 0) -> tuple[float, float]:
+    """The least and the most that sigma_label can be found to be when the same classes are numbered anew.
+
+    Args:
+        labels: (N,) class numbers, from 0.
+        top: (F, n) pictures of each feature.
+        times: random numberings that are tried.
+        seed: fixes them.
+    """
+    at_least("times", times, 1)
+    labels, rng = np.asarray(labels), np.random.default_rng(seed)
+    kinds = int(labels.max()) + 1
+    found = [float(sigma_labels(rng.permutation(kinds)[labels[top]]).mean()) for _ in range(times)]
+    return min(found), max(found)
+
 
 MEASURES = ("sigma_label", "entropy", "majority", "permutation_p")
 
@@ -49,7 +150,7 @@ def wanted(
         expansion: features a channel.
         k: active features of a picture.
         seed: of the first weights.
-        options: of every :class:`vaelab.sae.SAEConfig`.
+        options: of every :class:`vaelab.sae.model.SAEConfig`.
 
     Raises:
         ValueError: a layer that the store does not have, or whose items are maps.
@@ -135,7 +236,7 @@ def table(
         seed: fixes them.
 
     Returns:
-        A row a layer and factor: ``layer``, ``factor``, the fields of :class:`vaelab.purity.Purity`, the
+        A row a layer and factor: ``layer``, ``factor``, the fields of :class:`vaelab.probing.purity.Purity`, the
         range of sigma_label under other numberings of the classes (``sigma_label_low``,
         ``sigma_label_high``), and ``gain``, by how much the entropy is below that of chance: 0 is
         chance, 1 is pure.
@@ -144,8 +245,8 @@ def table(
     for layer, one in found.items():
         for factor, examples in by_factor.items():
             labels = examples.labels.numpy()
-            measured = purity.measure(labels, one.pictures, permutations=permutations, seed=seed)
-            low, high = purity.renumbered(labels, one.pictures, seed=seed)
+            measured = measure(labels, one.pictures, permutations=permutations, seed=seed)
+            low, high = renumbered(labels, one.pictures, seed=seed)
             gain = 1 - measured.entropy / measured.entropy_chance if measured.entropy_chance else 0.0
             rows.append({
                 "layer": layer, "factor": factor, **measured._asdict(), "sigma_label_low": low,
@@ -164,13 +265,13 @@ def metrics(rows: pd.DataFrame, factor: str) -> dict[str, float]:
     named = {}
     for row in rows.to_dict("records"):
         if row["factor"] == factor:
-            named |= {f"{row['layer']}.{measure}": row[measure] for measure in MEASURES}
-        named |= {f"{row['layer']}.{row['factor']}.{measure}": row[measure] for measure in MEASURES}
+            named |= {f"{row['layer']}.{name}": row[name] for name in MEASURES}
+        named |= {f"{row['layer']}.{row['factor']}.{name}": row[name] for name in MEASURES}
     return named
 
 
 def grid(one: Tops, pictures: Pictures, examples: Examples, count: int, seed: int) -> dict[str, Tensor]:
-    """The pictures of a few of the most active features, for :func:`vaelab.plots.picture_grid`.
+    """The pictures of a few of the most active features, for :func:`vaelab.viz.charts.picture_grid`.
 
     Args:
         one: of a layer.
@@ -180,9 +281,9 @@ def grid(one: Tops, pictures: Pictures, examples: Examples, count: int, seed: in
         seed: fixes them.
     """
     drawn = np.sort(np.random.default_rng(seed).permutation(len(one.features))[:count])
-    entropies = purity.entropies(examples.labels.numpy()[one.pictures[drawn]])
+    each_entropy = entropies(examples.labels.numpy()[one.pictures[drawn]])
     images = [[examples.kept.items[examples.items[i][0]]["image"] for i in one.pictures[row]] for row in drawn]
     return {
         f"feature {one.features[row]}, {entropy:.1f} bit": pictures.stack(shown)
-        for row, entropy, shown in zip(drawn, entropies, images, strict=True)
+        for row, entropy, shown in zip(drawn, each_entropy, images, strict=True)
     }

@@ -16,16 +16,19 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from vaelab import clip_names, denoise, diffc, examples, store
-from vaelab.blocks import denoiser
-from vaelab.diffc import DiffC, DiffCConfig
-from vaelab.diffusion_classifier import DiffusionClassifier, class_texts
-from vaelab.examples import Examples
-from vaelab.labelled import Picture, Pictures
-from vaelab.layer_features import MAPS, LayerConfig, namer, parts, pooled, prompts, refuse_other_pictures
-from vaelab.probe import Accuracy, linear_probe, score
-from vaelab.readout_tables import best, fitting
-from vaelab.store import Store
+from vaelab import store
+from vaelab.activations import denoiser as activations_denoiser
+from vaelab.data.labelled import Picture, Pictures
+from vaelab.models.block_names import denoiser
+from vaelab.probing import clip as probing_clip
+from vaelab.probing import dataset, diffc
+from vaelab.probing.dataset import Examples
+from vaelab.probing.diffc import DiffC, DiffCConfig
+from vaelab.probing.diffusion_classifier import DiffusionClassifier, class_texts
+from vaelab.probing.layer_features import MAPS, LayerConfig, namer, parts, pooled, prompts, refuse_other_pictures
+from vaelab.probing.linear import Accuracy, linear_probe, score
+from vaelab.probing.tables import best, fitting
+from vaelab.store.reader import Store
 
 ALIKE = ("classes", "prompt", "clip", "side", "resolution")
 """Settings in which what is tested must be like what is learned from."""
@@ -91,7 +94,7 @@ def tasks(
         refuse_without_maps(kept, fitting(pooled(kept), diffc_layers) or pooled(kept))
     made = {}
     for factor in dict.fromkeys(factors or pictures.classes):
-        made[factor] = Task(*examples.read(kept, factor).split(share, seed), examples.read(tested, factor))
+        made[factor] = Task(*dataset.read(kept, factor).split(share, seed), dataset.read(tested, factor))
         refuse_unlearned(made[factor], factor)
     return made
 
@@ -127,7 +130,7 @@ def probes(by_factor: Mapping[str, Task]) -> pd.DataFrame:
 
     Returns:
         A row each: ``layer``, ``factor``, ``classifier``, the fields of
-        :class:`vaelab.probe.Accuracy`, ``validation`` (the accuracy it was chosen by) and ``chosen``
+        :class:`vaelab.probing.linear.Accuracy`, ``validation`` (the accuracy it was chosen by) and ``chosen``
         (the strength C).
     """
     rows, layers = [], pooled(next(iter(by_factor.values())).learn.kept)
@@ -220,7 +223,7 @@ def side_by_side(
         template: CLIP's text of a class, with ``{}`` for its name.
 
     Returns:
-        A row each: ``classifier``, ``factor``, the fields of :class:`vaelab.probe.Accuracy` (Diff-C's are of all
+        A row each: ``classifier``, ``factor``, the fields of :class:`vaelab.probing.linear.Accuracy` (Diff-C's are of all
         test pictures), ``accuracy_on_these`` (the same pictures for all), ``passes`` of the denoiser and
         ``seconds_per_image``.
     """
@@ -236,7 +239,7 @@ def side_by_side(
     if clip:
         device = str(denoiser(classifier.pipeline).device)
         texts = {factor: class_texts(pictures.classes[factor], template)}
-        names = clip_names.load(clip, texts, device=device, revision=clip_revision or None)
+        names = probing_clip.load(clip, texts, device=device, revision=clip_revision or None)
         found, seconds = timed(lambda picture: names(picture.pixels[None])[0][factor], few)
         measured = score(found, truth, task.learn.labels)
         rows.append(_timed_row("clip", factor, measured, measured.accuracy, 0.0, seconds))
@@ -269,7 +272,7 @@ def as_it_comes(
     def maps(picture: Picture) -> Tensor:
         pixels, seeds = picture.pixels[None], [kept.items[places[picture.image]]["seed"]]
         told = prompts(pipeline, pictures, settings["prompt"], names(pixels) if names else [picture.labels])
-        seen = denoise.from_pictures(pipeline, pixels, seeds, [timestep], [block], prompts=told, side=side)
+        seen = activations_denoiser.from_pictures(pipeline, pixels, seeds, [timestep], [block], prompts=told, side=side)
         return next(iter(seen.maps.values()))[0].float()
 
     @torch.no_grad()

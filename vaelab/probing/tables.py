@@ -6,9 +6,10 @@ from pathlib import PurePath
 
 import pandas as pd
 
-from vaelab.checks import resolve, unknown
-from vaelab.files import read_json
-from vaelab.layer_features import placed
+from vaelab.core.io import read_json
+from vaelab.core.paths import resolve
+from vaelab.core.validate import unknown
+from vaelab.probing.layer_features import placed
 
 MEASURES = {"probe": "linear probe,\ntest accuracy", "diffc": "Diff-C,\ntest accuracy"}
 PURITY = "purity: share of\nthe commonest class"
@@ -74,7 +75,7 @@ def at_the_best(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def knowledge(rows: pd.DataFrame, purity: pd.DataFrame | None = None) -> dict[str, pd.DataFrame]:
-    """The map of knowledge for :func:`vaelab.readout_plots.knowledge`: for each measure ``block``, ``timestep``,
+    """The map of knowledge for :func:`vaelab.probing.plots.knowledge`: for each measure ``block``, ``timestep``,
     ``factor``, ``value`` and ``chance``.
 
     Args:
@@ -90,7 +91,7 @@ def knowledge(rows: pd.DataFrame, purity: pd.DataFrame | None = None) -> dict[st
 
 
 def purities(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """The table of :func:`vaelab.label_purity.table` as a measure of :func:`knowledge`."""
+    """The table of :func:`vaelab.probing.purity.table` as a measure of :func:`knowledge`."""
     chance = placed(table.drop(columns="chance", errors="ignore"))
     return {PURITY: chance.rename(columns={"majority": "value", "majority_chance": "chance"})}
 
@@ -154,7 +155,7 @@ def metrics(rows: pd.DataFrame, compared: pd.DataFrame) -> Mapping[str, float]:
 
     Args:
         rows: of probes and Diff-Cs.
-        compared: from :func:`vaelab.readout.side_by_side`.
+        compared: from :func:`vaelab.probing.suite.side_by_side`.
     """
     named = {
         f"{row['layer']}.{row['classifier']}.{row['factor']}.{name}": row[name]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vaelab import hooks, models
-from vaelab.checks import at_least, one_of
+from vaelab.core.validate import at_least, one_of
 
 FEATURES = ("embedded", "inception")
 LAYER = "encoder.conv_norm_out"
@@ -123,7 +123,7 @@ def _embedded(device: str) -> Features:
 def _inception(device: str) -> Features:
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    from vaelab import devices
+    from vaelab.core import devices
 
     try:
         network = FrechetInceptionDistance(feature=2048, normalize=True).inception.to(devices.pick(device)).eval()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vaelab import models
-from vaelab.checks import at_least, one_of
+from vaelab.core.validate import at_least, one_of
 
 MASKS = ("none", "soft", "normalised", "topk")
 DECODER_READS = ("latent", "masked")

@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vaelab import noise_loss, sampling
-from vaelab.checks import at_least
-from vaelab.data import Images
-from vaelab.latents import PruningObjective
-from vaelab.vae import evaluate
+from vaelab.core.validate import at_least
+from vaelab.data.images import Images
+from vaelab.pruning import fid as pruning_fid
+from vaelab.pruning import noise_loss
+from vaelab.pruning.masks import PruningObjective
+from vaelab.vae.objective import evaluate
 
 AT_ONCE = 64
 
@@ -53,7 +54,7 @@ class Measures(NamedTuple):
     mean_mask: float
     """Mean of all that the latents are multiplied by."""
     channels_off: int
-    """Channels that are below the noise at every timestep, see :func:`vaelab.noise_loss.audible`."""
+    """Channels that are below the noise at every timestep, see :func:`vaelab.pruning.noise_loss.audible`."""
     latent_scale: float
     """Standard deviation of the latents before the mask, over pictures and places, root mean square
     over channels."""
@@ -83,7 +84,7 @@ def measure(
     images: Images,
     config: MeasuringConfig,
     seed: int,
-    judge: sampling.Judge | None = None,
+    judge: pruning_fid.Judge | None = None,
 ) -> tuple[Measures, list[dict[str, float]]]:
     """Measure a trained objective on held-out pictures, with randomness fixed by ``seed``.
 
@@ -124,7 +125,7 @@ def drawn(
     objective: PruningObjective, config: MeasuringConfig, shape: tuple[int, ...], resolution: int, seed: int
 ) -> Tensor:
     """``config.fid_images`` pictures (N, 3, R, R) decoded from samples of the denoiser, on the CPU."""
-    latents = sampling.draw(
+    latents = pruning_fid.draw(
         objective.unet, objective.scheduler, shape, config.fid_images, steps=config.sampler_steps, batch_size=AT_ONCE,
         seed=seed,
     )  # fmt: skip

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vaelab.checks import at_least
+from vaelab.core.validate import at_least
 
 BISECTIONS = 80
 

@@ -9,7 +9,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from vaelab.plots import PALETTE, SILENT
+from vaelab.viz.charts import PALETTE, SILENT
 
 GREY = PALETTE["start"]
 QUALITY = {

@@ -1,8 +1,9 @@
 """What taking channels of a latent away saves in time and memory, measured."""
 
+import copy
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -10,11 +11,65 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from vaelab import bench, removal
-from vaelab.data import Images
-from vaelab.latents import PruningObjective
-from vaelab.masked_measures import latents_of
-from vaelab.removal import Narrowed
+from vaelab.core import timing
+from vaelab.data.images import Images
+from vaelab.pruning.masks import PruningObjective
+from vaelab.pruning.metrics import latents_of
+
+# removal: Taking channels of a latent away for good.
+#
+# A channel that is off for every picture need not be encoded, denoised or decoded: the convolutions that
+# write and read the latent lose its weights. All that lies between them stays.
+#
+
+
+class Narrowed(NamedTuple):
+    """A VAE and a denoiser whose latent has the kept channels only."""
+
+    vae: nn.Module
+    unet: nn.Module
+
+
+def remove(vae: nn.Module, unet: nn.Module, kept: Sequence[int]) -> Narrowed:
+    """Copies of an ``AutoencoderKL`` and its ``UNet2DModel`` without the channels that are not ``kept``.
+
+    The narrow decoder gives of (B, k, h, w) what the whole one gives of the same with zeros in the other
+    channels, the narrow encoder's posterior is the whole one's in the kept channels, and so for the
+    denoiser.
+
+    Raises:
+        ValueError: a channel there is not, or none kept.
+    """
+    channels = vae.config.latent_channels
+    strange = [channel for channel in kept if not 0 <= channel < channels]
+    if strange or not kept or len(set(kept)) < len(kept):
+        raise ValueError(f"kept: expected different channels from 0 to {channels - 1}, got {list(kept)}")
+    index = torch.tensor(sorted(kept))
+    vae, unet = copy.deepcopy(vae), copy.deepcopy(unet)
+    writer = (vae, "quant_conv") if vae.quant_conv is not None else (vae.encoder, "conv_out")
+    reader = (vae, "post_quant_conv") if vae.post_quant_conv is not None else (vae.decoder, "conv_in")
+    _narrow(*writer, outputs=torch.cat([index, channels + index]))  # means, then log variances
+    _narrow(*reader, inputs=index)
+    _narrow(unet, "conv_in", inputs=index)
+    _narrow(unet, "conv_out", outputs=index)
+    vae.register_to_config(latent_channels=len(index))
+    unet.register_to_config(in_channels=len(index), out_channels=len(index))
+    return Narrowed(vae, unet)
+
+
+def _narrow(
+    owner: nn.Module, name: str, *, inputs: Tensor | slice = slice(None), outputs: Tensor | slice = slice(None)
+) -> None:
+    whole = getattr(owner, name)
+    weight = whole.weight.detach()[outputs][:, inputs]
+    narrow = nn.Conv2d(
+        weight.shape[1], weight.shape[0], whole.kernel_size, whole.stride, whole.padding, bias=whole.bias is not None
+    ).to(weight)
+    narrow.weight.data.copy_(weight)
+    if whole.bias is not None:
+        narrow.bias.data.copy_(whole.bias.detach()[outputs])
+    setattr(owner, name, narrow)
+
 
 PARTS = ("denoise", "decode")
 TIMESTEP = 500
@@ -47,12 +102,12 @@ def savings(vae: nn.Module, unet: nn.Module, order: Sequence[int], latents: Tens
     """
     whole, device, rows = Narrowed(vae, unet), latents.device, []
     models = {"whole": whole, "twin": whole}
-    models |= {str(count): removal.remove(vae, unet, order[:count]) for count in range(len(order) - 1, 0, -1)}
+    models |= {str(count): remove(vae, unet, order[:count]) for count in range(len(order) - 1, 0, -1)}
     for part in PARTS:
         actions = {name: _action(part, model, latents) for name, model in models.items()}
-        seconds = bench.interleaved(actions, rounds, device=device)
+        seconds = timing.interleaved(actions, rounds, device=device)
         for name, model in models.items():
-            longer, low, high = bench.paired_percent(seconds, name, "whole")
+            longer, low, high = timing.paired_percent(seconds, name, "whole")
             own = model.unet if part == "denoise" else model.vae.decoder
             rows.append({
                 "part": part, "kept": len(order) if name in ("whole", "twin") else int(name), "twin": name == "twin",

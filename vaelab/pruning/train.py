@@ -16,15 +16,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from vaelab import models
-from vaelab.checkpoints import refuse_other_settings
-from vaelab.checks import at_least, one_of
-from vaelab.configs import NOT_SIGNED, TrainConfig, configured
-from vaelab.data import Images
-from vaelab.files import atomic, read_json, write_json
-from vaelab.latents import LatentConfig, PruningObjective
-from vaelab.masked_measures import MeasuringConfig, measure
-from vaelab.sampling import Judge
-from vaelab.training import Watcher, train
+from vaelab.core.config import configured
+from vaelab.core.io import atomic, read_json, write_json
+from vaelab.core.validate import at_least, one_of
+from vaelab.data.images import Images
+from vaelab.pruning.fid import Judge
+from vaelab.pruning.masks import LatentConfig, PruningObjective
+from vaelab.pruning.metrics import MeasuringConfig, measure
+from vaelab.training.checkpoint import refuse_other_settings
+from vaelab.training.loop import NOT_SIGNED, TrainConfig, Watcher, train
 
 AUTOENCODERS = ("scratch", "finetuned", "frozen")
 TRACKED_PICTURES = 128
@@ -88,14 +88,14 @@ class PrunedRun(NamedTuple):
     setting: str
     seed: int
     history: list[dict[str, float]]
-    """Training losses, see :class:`vaelab.training.Trained`."""
+    """Training losses, see :class:`vaelab.training.loop.Trained`."""
     masks: list[dict[str, Any]]
     """The mean mask of held-out pictures: a row a tracked step, class and channel: ``step``, ``class``,
     ``channel``, ``mask``; the class ``all`` is every picture."""
     spectrum: list[dict[str, float]]
     """A row a timestep and channel: ``timestep``, ``channel``, ``snr``, ``error``, ``closed_form``."""
     measures: dict[str, Any]
-    """The fields of :class:`vaelab.masked_measures.Measures`."""
+    """The fields of :class:`vaelab.pruning.metrics.Measures`."""
 
 
 class Scheduled(Watcher):
@@ -208,7 +208,7 @@ def train_pruned(
     """Train and measure one setting, going on from what an interrupted call left.
 
     Args:
-        model: as in :func:`vaelab.models.load_vae`.
+        model: as in :func:`vaelab.models.loading.load_vae`.
         setting: what to call it.
         config: its ``train.seed`` is the run's seed.
         pictures: to train on, and to measure on.

@@ -3,9 +3,9 @@
 Nothing here is needed to run a notebook: ``papermill notebook out -f params`` does. This adds the
 checks before the kernel starts, the runs that a run reads, the HTML beside it and the front page::
 
-    python -m vaelab.runs run params/10_finetune_vae/demo.yaml
-    python -m vaelab.runs all demo --jobs 2
-    python -m vaelab.runs index
+    python -m vaelab.runner.cli run params/10_finetune_vae/demo.yaml
+    python -m vaelab.runner.cli all demo --jobs 2
+    python -m vaelab.runner.cli index
 """
 
 import argparse
@@ -22,9 +22,10 @@ from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
-from vaelab.checks import at_least, nearest, project_root, unknown
-from vaelab.files import read_json
-from vaelab.report import check_value
+from vaelab.core.io import read_json
+from vaelab.core.paths import project_root
+from vaelab.core.validate import at_least, nearest, unknown
+from vaelab.runner.report import check_value
 
 ALONE = ("90_benchmarks",)
 
@@ -134,7 +135,7 @@ def to_html(notebook: Path) -> Path:
     import nbformat
     from nbconvert import HTMLExporter
 
-    from vaelab.files import atomic
+    from vaelab.core.io import atomic
 
     nb = nbformat.read(notebook, as_version=4)
     for cell in nb.cells:
@@ -209,7 +210,7 @@ def _in_a_process(path: Path, threads: int) -> tuple[float, str | None]:
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     began = time.perf_counter()
     ended = subprocess.run(
-        [sys.executable, "-m", "vaelab.runs", "run", str(path)], env=environment, capture_output=True, text=True
+        [sys.executable, "-m", "vaelab.runner.cli", "run", str(path)], env=environment, capture_output=True, text=True
     )
     return time.perf_counter() - began, None if ended.returncode == 0 else ended.stderr[-3000:]
 
@@ -222,7 +223,7 @@ def _show_output() -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; see the module's first lines."""
-    parser = argparse.ArgumentParser(prog="python -m vaelab.runs", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m vaelab.runner.cli", description=__doc__.split("\n")[0])
     verbs = parser.add_subparsers(dest="verb", required=True)
     verbs.add_parser("run", help="run one params file").add_argument("params", type=Path)
     everything = verbs.add_parser("all", help="run every notebook's params file of one name, then the front page")
@@ -233,7 +234,7 @@ def main(arguments: list[str] | None = None) -> int:
     _show_output()
     from papermill.exceptions import PapermillExecutionError
 
-    from vaelab import frontpage
+    from vaelab.runner import index
 
     try:
         failed = run_all(chosen.name, chosen.jobs) if chosen.verb == "all" else []
@@ -246,7 +247,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     finally:
-        page = frontpage.write(project_root() / "outputs")
+        page = index.write(project_root() / "outputs")
     print(f"front page: {page.relative_to(project_root())}")
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)

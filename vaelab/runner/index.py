@@ -5,7 +5,7 @@ from html import escape
 from pathlib import Path
 from urllib.parse import quote
 
-from vaelab.files import atomic, read_json
+from vaelab.core.io import atomic, read_json
 
 PICTURES, NUMBERS = 3, 8
 SMOKE = "smoke"

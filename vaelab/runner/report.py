@@ -14,13 +14,14 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
-from vaelab.checks import at_least, project_root, resolve, unknown
-from vaelab.files import read_json, write_json
+from vaelab.core.io import read_json, write_json
+from vaelab.core.paths import project_root, resolve
+from vaelab.core.validate import at_least, unknown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -145,7 +146,7 @@ def _refuse_nonsense(params: Mapping[str, Any]) -> None:
             for value in given:
                 at_least(name, value, least)
     if {"device", "precision"} & params.keys():
-        from vaelab import devices
+        from vaelab.core import devices
 
         devices.pick(params.get("device", "auto"))
         devices.dtype(params.get("precision", "float32"))
@@ -183,7 +184,7 @@ def environment(device: str) -> dict[str, Any]:
     """Versions and device, without a path or a host's name."""
     import torch
 
-    from vaelab import devices
+    from vaelab.core import devices
 
     chosen = devices.pick(device)
     versions = {name: _version(name) for name in REPORTED}
@@ -196,32 +197,6 @@ def environment(device: str) -> dict[str, Any]:
         "cores": os.cpu_count(),
         **versions,
     }
-
-
-class Interval(NamedTuple):
-    """A mean with its confidence interval."""
-
-    mean: float
-    low: float
-    high: float
-
-
-def paired_interval(first: Any, second: Any, level: float = 0.95) -> Interval:
-    """The mean of ``second - first`` over pairs, with Student's t interval.
-
-    Args:
-        first: (N,) values, N >= 2, in the order of ``second``.
-        second: (N,) values.
-        level: the interval's coverage if the differences are normal.
-    """
-    from scipy import stats
-
-    differences = np.asarray(second, dtype=float) - np.asarray(first, dtype=float)
-    if differences.ndim != 1 or len(differences) < 2:
-        raise ValueError(f"seeds: an interval needs at least two pairs, got {differences.shape}")
-    half = stats.t.ppf((1 + level) / 2, len(differences) - 1) * stats.sem(differences)
-    mean = float(differences.mean())
-    return Interval(mean, mean - float(half), mean + float(half))
 
 
 def _open_folder(folder: Path) -> list[str]:

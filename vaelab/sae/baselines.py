@@ -9,8 +9,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from vaelab.checks import at_least
-from vaelab.sae import Codes
+from vaelab.core.validate import at_least
+from vaelab.sae.model import Codes
 
 
 class Dictionary(Protocol):

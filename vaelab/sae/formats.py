@@ -1,4 +1,4 @@
-"""Sparse autoencoders that others trained: their folders read into :class:`vaelab.sae.SAE`.
+"""Sparse autoencoders that others trained: their folders read into :class:`vaelab.sae.model.SAE`.
 
 - ``sdxl-unbox`` (Surkov et al.): ``config.json``, ``state_dict.pth``, and beside them ``mean.pt`` and
   ``std.pt`` of each feature's activation;
@@ -21,8 +21,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from vaelab.folders import find
-from vaelab.sae import FORMAT, SAE, SAEConfig
+from vaelab.core.hub import find
+from vaelab.sae.model import FORMAT, SAE, SAEConfig
 
 
 class Loaded(NamedTuple):
@@ -51,7 +51,7 @@ def load(
 
     Raises:
         ValueError: no such folder, one of another format, or an autoencoder that does something that
-            :class:`vaelab.sae.SAE` does not, which is named.
+            :class:`vaelab.sae.model.SAE` does not, which is named.
     """
     folder = find(name, revision=revision, subfolder=subfolder)
     kind = format_of(folder)

@@ -4,6 +4,7 @@ picture (Surkov et al., "Unpacking SDXL Turbo", appendix D, Table 2).
 The function may be an autoencoder's reconstruction or anything else that maps (N, d) to (N, d).
 """
 
+import importlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import count
 from typing import Any, NamedTuple
@@ -13,14 +14,115 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from vaelab import denoise, oracle
-from vaelab.ablate import change
-from vaelab.blocks import PICTURE, denoiser, resolve
-from vaelab.denoise import Sampling
+from vaelab import activations
+from vaelab.activations.denoiser import Sampling
+from vaelab.core import devices
+from vaelab.core.validate import one_of
+from vaelab.data.prompts import Prompts
 from vaelab.hooks import edit
-from vaelab.perceptual import Perceptual
-from vaelab.prompts import Prompts
-from vaelab.world import SIDE, Scene
+from vaelab.models.block_names import PICTURE, denoiser, example, paths, resolve
+from vaelab.world import oracle
+from vaelab.world.scenes import SIDE, Scene
+
+# ablate: Switching blocks off one at a time, and what the picture loses (Surkov et al., appendix C).
+# perceptual: LPIPS (Zhang et al., 2018), an optional extra: its networks and their weights do not come with the lab.
+
+
+NETS = ("alex", "vgg", "squeeze")
+
+
+class Perceptual(NamedTuple):
+    """LPIPS, or why there is none; made by :func:`load`."""
+
+    model: Any
+    """The network, or None."""
+    why: str | None
+    """Why there is no network; None where there is one."""
+
+    @torch.no_grad()
+    def distance(self, before: Tensor, after: Tensor, batch_size: int = 16) -> list[float]:
+        """LPIPS of N pairs of pictures (N, 3, H, W) in [-1, 1]; not numbers where there is no network."""
+        if self.model is None:
+            return [float("nan")] * len(before)
+        device = next(self.model.parameters()).device
+        parts = zip(before.split(batch_size), after.split(batch_size), strict=True)
+        return [one for x, y in parts for one in self.model(x.to(device), y.to(device)).flatten().tolist()]
+
+
+def load(net: str = "alex", device: str | torch.device = "auto") -> Perceptual:
+    """The network of the ``lpips`` package, if it is there and its weights can be had.
+
+    Args:
+        net: ``alex`` (the package's own choice, and here the paper's, which names none), ``vgg`` or ``squeeze``.
+        device: where it runs.
+    """
+    one_of("lpips_net", net, NETS)
+    try:
+        package = importlib.import_module("lpips")
+        model = package.LPIPS(net=net, verbose=False)
+    except ModuleNotFoundError as error:
+        return Perceptual(None, f"not measured: {error.name} is not installed (pip install vaelab[lpips])")
+    except (ImportError, OSError, RuntimeError) as error:  # a torchvision of another torch; no network
+        return Perceptual(None, f"not measured: {error}")
+    return Perceptual(model.eval().requires_grad_(False).to(devices.pick(device)), None)
+
+
+def switched_off(
+    pipeline: Any, prompts: Sequence[str | int], block: str, sampling: Sampling, *, batch_size: int = 16, seed: int = 0
+) -> Tensor:
+    """Pictures (N, 3, H, W) in [-1, 1] made with a block's update left out at every step: the block
+    gives out what it took in. Number i is drawn with ``seed + i``."""
+    path = resolve(pipeline, block)[block]
+    with edit(denoiser(pipeline), {path: torch.zeros_like}, side="update", entry=PICTURE):
+        return activations.generate_all(pipeline, prompts, sampling, batch_size=batch_size, seed=seed)
+
+
+def transformer_blocks(pipeline: Any) -> list[str]:
+    """The blocks whose update can be switched off: a U-Net's cross-attention transformers, or all
+    of a transformer's."""
+    return [name for name in paths(pipeline) if name != "bottleneck" and not name.startswith("up_ft")]
+
+
+def chosen(pipeline: Any, names: Sequence[str]) -> list[str]:
+    """The blocks of these names and globs, or all of :func:`transformer_blocks` where there is none.
+
+    Raises:
+        ValueError: an unknown block, or one that gives out another shape than it takes in, so that it has no update.
+    """
+    found = resolve(pipeline, names or transformer_blocks(pipeline))
+    example(pipeline, list(found.values()), side="update")
+    return list(found)
+
+
+def change(before: Tensor, after: Tensor) -> Tensor:
+    """Manhattan distance of pictures (B, 3, H, W) in [-1, 1], mean over pixels of the sum over the
+    three channels in units of 0 to 255 (Surkov et al., Table 2): (B,)."""
+    return (before - after).abs().sum(1).mean((1, 2)) * 127.5
+
+
+def compare(pictures: Mapping[str, Tensor], baseline: Tensor, scenes: Sequence[Scene] | None) -> pd.DataFrame:
+    """What switching off each block did.
+
+    Args:
+        pictures: for each block (N, 3, H, W) in [-1, 1], made without it.
+        baseline: (N, 3, H, W), made with all.
+        scenes: what was asked for, of the world; None for other prompts.
+
+    Returns:
+        A row a block: ``block``, ``manhattan`` (mean over pictures), and for scenes each factor's
+        change of accuracy, a share of the pictures.
+    """
+    before = _accuracy(scenes, baseline) if scenes else pd.Series(dtype=float)
+    rows = []
+    for block, changed in pictures.items():
+        lost = (_accuracy(scenes, changed) - before).to_dict() if scenes else {}
+        rows.append({"block": block, "manhattan": change(baseline, changed).mean().item(), **lost})
+    return pd.DataFrame(rows)
+
+
+def _accuracy(scenes: Sequence[Scene], pictures: Tensor) -> pd.Series:
+    return oracle.accuracy(oracle.judge(scenes, pictures)).set_index("factor")["accuracy"]
+
 
 Replace = Callable[[Tensor], Tensor]
 """Vectors (N, d) in float32 to vectors (N, d)."""
@@ -65,14 +167,14 @@ def drawn(
         replace: from the update D_out - D_in of every position, (n, d) in float32, to what takes
             its place; where it gives back what it got, the picture is the same bit for bit.
         sampling: steps, guidance and size.
-        steps: at which steps, counted from 0; None for all (see :func:`vaelab.denoise.passes`).
+        steps: at which steps, counted from 0; None for all (see :func:`vaelab.activations.denoiser.passes`).
         batch_size: prompts at once.
         seed: of the first picture.
 
     Raises:
         ValueError: an unknown block, a step that is not made, or a replacement of another shape.
     """
-    path, made = resolve(pipeline, block)[block], denoise.passes(pipeline, sampling)
+    path, made = resolve(pipeline, block)[block], activations.passes(pipeline, sampling)
     wanted = set(range(made) if steps is None else steps)
     if not wanted <= set(range(made)):
         raise ValueError(f"replaced_steps: expected numbers from 0 to {made - 1}, got {sorted(wanted)}")
@@ -82,7 +184,7 @@ def drawn(
         return _by_vectors(replace, update) if next(calls) % made in wanted else update
 
     with edit(denoiser(pipeline), {path: at_its_steps}, side="update", entry=PICTURE):
-        return denoise.generate_all(pipeline, prompts, sampling, batch_size=batch_size, seed=seed)
+        return activations.generate_all(pipeline, prompts, sampling, batch_size=batch_size, seed=seed)
 
 
 def _by_vectors(replace: Replace, update: Tensor) -> Tensor:
@@ -119,7 +221,7 @@ class Trial:
     pictures: Tensor
     """(N, 3, H, W) in [-1, 1]."""
     steps: int
-    """Passes of the denoiser, see :func:`vaelab.denoise.passes`."""
+    """Passes of the denoiser, see :func:`vaelab.activations.denoiser.passes`."""
 
     def __init__(
         self, pipeline: Any, asked: Prompts, sampling: Sampling, perceptual: Perceptual, *, batch_size: int = 16,
@@ -136,12 +238,12 @@ class Trial:
             seed: of the first picture.
             keep: pictures of a replacement that are kept.
         """
-        denoise.refuse_size(pipeline, sampling, SIDE if asked.of_the_world else None)
+        activations.refuse_size(pipeline, sampling, SIDE if asked.of_the_world else None)
         self._drawing = {"sampling": sampling, "batch_size": batch_size, "seed": seed}
         self._pipeline, self._texts, self._keep, self.perceptual = pipeline, asked.texts, keep, perceptual
         self.pictures, self.steps = (
-            denoise.generate_all(pipeline, asked.texts, **self._drawing),
-            denoise.passes(pipeline, sampling),
+            activations.generate_all(pipeline, asked.texts, **self._drawing),
+            activations.passes(pipeline, sampling),
         )
         self._scenes = asked.scenes if asked.of_the_world else None
         self._readings = oracle.read(self.pictures) if self._scenes else None

@@ -11,8 +11,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from vaelab.baselines import Dictionary
-from vaelab.checks import at_least
+from vaelab.core.validate import at_least
+from vaelab.sae.baselines import Dictionary
 
 DENSE = 0.1
 """A feature that is active in more than this share of the vectors is dense."""

@@ -8,7 +8,7 @@ With the features f_1 ... f_n (rows of ``decoder``, of unit length), for a vecto
 
 From Surkov et al. ("Unpacking SDXL Turbo", equations 2, 3, 16 and 17 with appendix A), who follow
 Gao et al. (2024), and Kim et al. ("Revelio", equations 3 and 4: ``k_sae``). What makes a training step
-quick is in :mod:`vaelab.sae_choice` and :mod:`vaelab.sae_kernels`.
+quick is in :mod:`vaelab.sae.topk` and :mod:`vaelab.sae.kernels`.
 """
 
 import dataclasses
@@ -21,13 +21,13 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from vaelab.checks import at_least, one_of
-from vaelab.files import atomic, read_json, write_json
-from vaelab.folders import find
-from vaelab.sae_choice import Chosen, choose_above, choose_of_batch, choose_top, largest
-from vaelab.sae_kernels import Block, Decode, Encode, Entries, JumpReLU, SquaredNorm, Step, variance_of
+from vaelab.core.hub import find
+from vaelab.core.io import atomic, read_json, write_json
+from vaelab.core.validate import at_least, one_of
+from vaelab.sae.kernels import Block, Decode, Encode, Entries, JumpReLU, SquaredNorm, Step, variance_of
+from vaelab.sae.topk import Chosen, choose_above, choose_of_batch, choose_top, largest
 
-FORMAT, VERSION = "vaelab.sae", 1
+FORMAT, VERSION = "vaelab.sae.model", 1
 VARIANTS = ("topk", "k_sae", "batchtopk", "matryoshka", "jumprelu", "relu_l1")
 SCREENED = 6
 """Candidates beyond k that are computed again in float32 where bfloat16 makes the choice."""
@@ -314,7 +314,7 @@ class SAE(nn.Module):
             raise ValueError(f"{name}: no config.json; expected the folder of an autoencoder of this lab")
         told = read_json(folder / "config.json")
         if not isinstance(told, dict) or told.pop("format", None) != FORMAT:
-            raise ValueError(f"{name}: config.json is not of an autoencoder of this lab; see vaelab.sae_formats.load")
+            raise ValueError(f"{name}: config.json is not of an autoencoder of this lab; see vaelab.sae.formats.load")
         if told.pop("version") > VERSION:
             raise ValueError(f"{name} was written by a newer version of this lab; update it to read this")
         strange = set(told) - {field.name for field in dataclasses.fields(SAEConfig)}

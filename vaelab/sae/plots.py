@@ -9,7 +9,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from vaelab import plots  # whose theme these have too
+from vaelab import viz
 
 MEASURES = {
     "loss": "loss",
@@ -133,7 +133,7 @@ def change_bars(outcomes: Mapping[tuple, Any], hue: str, title: str = "") -> Fig
     parts = [one.effects.assign(group=str(group), **{hue: str(colour)}) for (group, colour), one in outcomes.items()]
     ylabel = "Manhattan distance per pixel"
     whole = pd.concat(parts, ignore_index=True)
-    figure = plots.bars(whole, "group", "manhattan", hue, ylabel, title)
+    figure = viz.bars(whole, "group", "manhattan", hue, ylabel, title)
     figure.axes[0].set_yscale("symlog", linthresh=SMALL_CHANGE)
     figure.axes[0].yaxis.set_major_formatter("{x:g}")
     figure.axes[0].set_ylim(0, 1.5 * max(SMALL_CHANGE, whole["manhattan"].max()))

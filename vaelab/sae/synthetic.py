@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vaelab.checks import at_least
+from vaelab.core.validate import at_least
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Planted:
         return torch.Generator().manual_seed(int(state >> 1))
 
     def batches(self, batch_size: int, block: str = "planted") -> Callable[..., Iterator[dict[str, Tensor]]]:
-        """Endless batches under the name of a block, for :func:`vaelab.sae_training.train_saes`."""
+        """Endless batches under the name of a block, for :func:`vaelab.sae.train.train_saes`."""
 
         def batches(start: int = 0, rank: int = 0, world: int = 1) -> Iterator[dict[str, Tensor]]:
             number = start * world + rank

@@ -2,7 +2,7 @@
 
 One pass over the store, in memory that depends on the number of features and not on that of pictures: quantiles
 come from a histogram of each feature's activations, with eight bins between a power of two and the next. Codes
-are read after the choice of the active ones (:meth:`vaelab.sae.SAE.encode`), as in Kim et al. ("Revelio",
+are read after the choice of the active ones (:meth:`vaelab.sae.model.SAE.encode`), as in Kim et al. ("Revelio",
 equation 3 and section 4.2: the pictures that activate a feature most).
 """
 
@@ -13,9 +13,9 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from vaelab.checks import at_least
-from vaelab.sae import SAE, Codes
-from vaelab.store import Store
+from vaelab.core.validate import at_least
+from vaelab.sae.model import SAE, Codes
+from vaelab.store.reader import Store
 
 NONE = -1
 """The item of a place that no picture has taken."""

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vaelab.sae_kernels import Entries, linear
+from vaelab.sae.kernels import Entries, linear
 
 TILE = 2**22
 """Pre-activations that are made at a time."""

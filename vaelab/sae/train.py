@@ -8,8 +8,8 @@ Kim et al., appendix F: ``k_sae``, k = 32, 64 d features, 4e-4 after a warm-up o
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
-from itertools import chain, product
+from dataclasses import asdict, replace
+from itertools import chain, count, islice, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,13 +17,78 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from vaelab.checks import unknown
-from vaelab.configs import TrainConfig
+from vaelab.activations.collect import CollectConfig, captures
+from vaelab.core.validate import at_least, unknown
 from vaelab.hooks import on_gradient
-from vaelab.sae import SAE, SAEConfig, refuse_not_finite, refuse_other_width
-from vaelab.sae_choice import choose_of_batch
-from vaelab.sae_kernels import row_products
-from vaelab.training import Batches, Watcher, train
+from vaelab.sae.kernels import row_products
+from vaelab.sae.model import SAE, SAEConfig, refuse_not_finite, refuse_other_width
+from vaelab.sae.topk import choose_of_batch
+from vaelab.store.reader import Store
+from vaelab.store.shuffling import shuffle_stream
+from vaelab.training.loop import Batches, TrainConfig, Watcher, train
+
+# sae_batches: What sparse autoencoders are trained on: batches of the activations of several blocks, from a store
+# or drawn as they are used.
+
+
+def from_store(kept: Store, blocks: Sequence[str], batch_size: int, seed: int) -> Batches:
+    """Endless shuffled batches (batch_size, d) of blocks of a store, for :func:`vaelab.sae.train.train_saes`.
+
+    Raises:
+        ValueError: no such block, a store that holds no item, or batches of none.
+    """
+    at_least("vectors", batch_size, 1)
+    if not len(kept.items):
+        raise ValueError(f"activations: {kept.url} holds no item (was it dry_run?); nothing can be learned from it")
+    each = {block: kept.shuffled(block, batch_size, seed) for block in blocks}
+
+    def batches(start: int = 0, rank: int = 0, world: int = 1) -> Iterator[dict[str, Tensor]]:
+        streams = [shuffled(start=start, rank=rank, world=world) for shuffled in each.values()]
+        return (dict(zip(each, parts, strict=True)) for parts in zip(*streams, strict=True))
+
+    return batches
+
+
+def streaming(
+    pipeline: Any, prompts: Sequence[str], config: CollectConfig, *, batch_size: int, buffer_rows: int, seed: int
+) -> Batches:
+    """Endless shuffled batches (batch_size, d) of blocks, drawn as they are used and never stored.
+
+    Prompts are drawn again and again, with other seeds each time. What is drawn depends on the seeds
+    alone: a training that is gone on with draws anew what it has used before, and passes over it.
+
+    Args:
+        pipeline: a diffusers pipeline.
+        prompts: all of them.
+        config: what is captured; its blocks must have maps of one size.
+        batch_size: vectors of each block.
+        buffer_rows: vectors of each block that are mixed.
+        seed: fixes the mixing.
+
+    Raises:
+        ValueError: no prompt; when batches are taken, blocks with maps of different sizes.
+    """
+    if not prompts:
+        raise ValueError("prompts: none to draw")
+    widths: dict[str, int] = {}
+
+    def drawn() -> Iterator[Tensor]:
+        for turn in count():
+            now = replace(config, seed=config.seed + turn * len(prompts))
+            for batch in captures(pipeline, prompts, now):
+                sizes = {name: tuple(maps.shape[1:-1]) for name, maps in batch.maps.items()}
+                if len(set(sizes.values())) > 1:
+                    raise ValueError(f"blocks: expected maps of one size, got {sizes}")
+                widths.update({name: maps.shape[-1] for name, maps in batch.maps.items()})
+                yield torch.cat([maps.flatten(0, -2) for maps in batch.maps.values()], 1)
+
+    def batches(start: int = 0, rank: int = 0, world: int = 1) -> Iterator[dict[str, Tensor]]:
+        mixed = shuffle_stream(drawn(), batch_size, buffer_rows=buffer_rows, seed=seed)
+        for rows in islice(mixed, start * world + rank, None, world):
+            yield dict(zip(widths, rows.split(list(widths.values()), 1), strict=True))
+
+    return batches
+
 
 SAMPLE = 2**14
 """Vectors of a block, at most, from which medians, spreads and first thresholds are taken."""
@@ -55,7 +120,7 @@ class TrainedSAEs(NamedTuple):
 
 
 class SAEObjective(nn.Module):
-    """The sum of the losses of several autoencoders on a batch of their blocks, for :func:`vaelab.training.train`.
+    """The sum of the losses of several autoencoders on a batch of their blocks, for :func:`vaelab.training.loop.train`.
 
     Each one's gradients are its own, so they are trained as if alone. What a decoder's gradient
     would do to the lengths of the features is taken out of it as it is made.
@@ -108,7 +173,7 @@ class SAEObjective(nn.Module):
         Under autocast, bfloat16 finds the candidates of each top-k; all else is done in float32.
 
         Raises:
-            ValueError: a block that is not in the batch, or as :meth:`vaelab.sae.SAE.encode`.
+            ValueError: a block that is not in the batch, or as :meth:`vaelab.sae.model.SAE.encode`.
         """
         device = self.scales.device.type
         screen = torch.is_autocast_enabled(device)
@@ -180,8 +245,8 @@ def train_saes(
 
     Args:
         wanted: by name; a name goes into the history.
-        batches: gives dicts of a batch (N, d) for each block: those of :mod:`vaelab.sae_batches`,
-            or any such function of :func:`vaelab.training.train`.
+        batches: gives dicts of a batch (N, d) for each block: those of :mod:`vaelab.sae.train`,
+            or any such function of :func:`vaelab.training.loop.train`.
         config: how to train; ``clip_norm`` must be 0, for clipping would let one autoencoder's
             gradient shrink another's step. ``precision: bfloat16`` makes choices quicker, see
             :class:`SAEObjective`.

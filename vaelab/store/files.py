@@ -12,7 +12,7 @@ import xxhash
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-from vaelab.checks import resolve
+from vaelab.core.paths import resolve
 
 CONNECTIONS = 4
 """Files read at a time from a remote folder."""

@@ -23,9 +23,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vaelab import devices
-from vaelab.checks import at_least
-from vaelab.storage import Folder
+from vaelab.core import devices
+from vaelab.core.validate import at_least
+from vaelab.store.files import Folder
 
 FORMAT = "vaelab activations"
 VERSION = 1

@@ -5,8 +5,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
-from vaelab.checks import at_least, resolve
-from vaelab.shards import Layout, Spec
+from vaelab.core.paths import resolve
+from vaelab.core.validate import at_least
+from vaelab.store.format import Layout, Spec
 
 UNITS = ("B", "kB", "MB", "GB", "TB")
 

@@ -11,12 +11,14 @@
     for batch in store.open("outputs/activations").batches("down.2.1", 4096, seed=0):
         ...  # (4096, 1280) float32
 
-What the files are is told in :mod:`vaelab.shards`.
+What the files are is told in :mod:`vaelab.store.format`.
 """
 
+import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from itertools import count, groupby
 from operator import itemgetter
 from pathlib import Path
@@ -27,14 +29,80 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from vaelab.buffers import Buffers
-from vaelab.checks import at_least, unknown
-from vaelab.items import Items
-from vaelab.planning import Plan, plan
-from vaelab.shards import BlockShape, Layout, map_rows, read_index, read_rows, read_shards
-from vaelab.shuffling import Group, Order, shuffle_stream
-from vaelab.storage import CONNECTIONS, Folder
-from vaelab.writing import Writer, create
+from vaelab.core.validate import at_least, unknown
+from vaelab.store.files import CONNECTIONS, Folder
+from vaelab.store.format import BlockShape, Layout, items_file, map_rows, read_index, read_rows, read_shards
+from vaelab.store.planning import Plan, plan
+from vaelab.store.shuffling import Group, Order, shuffle_stream
+from vaelab.store.writer import Writer, create
+
+# items: The items of a store: what was captured, read as it is asked for.
+# buffers: Memory that is used again, for tensors that come and go in a loop.
+
+
+KEPT = 4
+"""Blocks of memory that are remembered, for another use."""
+UNUSED = 2
+"""References to memory that only its list has: that one, and the question's own."""
+
+
+class Buffers:
+    """Empty tensors whose memory is used again once nothing refers to it any more.
+
+    Large memory that is given back goes back to the system, and new memory costs a page fault every
+    4 kB: of a pass over a store at memory's speed that is half of the time. A few blocks are kept; where
+    all of them are still in use, as by someone who collects the tensors, new memory is taken and the
+    oldest block forgotten: it goes when its tensors do.
+    """
+
+    def __init__(self) -> None:
+        self._kept: list[np.ndarray] = []
+
+    def empty(self, rows: int, width: int, dtype: torch.dtype) -> Tensor:
+        """A tensor (rows, width) of any content on the CPU, as :func:`torch.empty`'s."""
+        size = rows * width * dtype.itemsize
+        if not size:
+            return torch.empty(rows, width, dtype=dtype)
+        memory = self._free(size)
+        return torch.frombuffer(memory, dtype=dtype, count=rows * width).reshape(rows, width)
+
+    def _free(self, size: int) -> np.ndarray:
+        for i in range(len(self._kept)):
+            if self._kept[i].nbytes >= size and sys.getrefcount(self._kept[i]) <= UNUSED:
+                return self._kept[i]
+        fresh = np.empty(size, np.uint8)
+        self._kept = [*self._kept[1 - KEPT :], fresh]
+        return fresh
+
+
+class Items(Sequence):
+    """The items of a store, read shard by shard when they are asked for."""
+
+    def __init__(self, folder: Folder, counts: list[int], per_shard: int):
+        self._length, self._per_shard = sum(counts), per_shard
+        self._shard = lru_cache(maxsize=8)(lambda shard: self._read(folder, items_file(shard), counts[shard]))
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        place = range(len(self))[index]
+        return dict(self._shard(place // self._per_shard)[place % self._per_shard])
+
+    @staticmethod
+    def _read(folder: Folder, file: str, count: int) -> list[dict[str, Any]]:
+        try:
+            items = json.loads(folder.read(file))
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{folder.name(file)} was changed since it was written: it is not JSON ({error})"
+            ) from error
+        if len(items) != count:
+            raise ValueError(f"{folder.name(file)} was changed since it was written: {len(items)} items, not {count}")
+        return items
+
 
 __all__ = ["BlockShape", "Layout", "Plan", "Store", "Writer", "create", "open", "plan", "shuffle_stream"]
 
@@ -176,7 +244,7 @@ class Store:
         dtype: torch.dtype = torch.float32,
         buffer_rows: int = BUFFER_ROWS,
     ) -> Callable[..., Iterator[Tensor]]:
-        """Endless shuffled batches (batch_size, width) for :func:`vaelab.training.train`.
+        """Endless shuffled batches (batch_size, width) for :func:`vaelab.training.loop.train`.
 
         Pass follows upon pass without a gap, each as :meth:`batches` gives it: every row is used
         once in each, whatever the batch size. Ranks take turns, batch by batch, and each reads all

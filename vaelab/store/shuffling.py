@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vaelab.checks import at_least
+from vaelab.core.validate import at_least
 
 Group = tuple[int, int]
 """A pass's number, and the number of a group of shards in it."""

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vaelab.files import atomic
+from vaelab.core.io import atomic
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 

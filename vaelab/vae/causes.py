@@ -12,9 +12,9 @@ from typing import Any
 import pandas as pd
 
 from vaelab import models
-from vaelab.checks import at_least, one_of
-from vaelab.data import Images
-from vaelab.study import StudyConfig, VAERun, decayless_scales, train_vae
+from vaelab.core.validate import at_least, one_of
+from vaelab.data.images import Images
+from vaelab.vae.finetune import StudyConfig, VAERun, decayless_scales, train_vae
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def _narrowed(model: str, width: float) -> dict[str, Any]:
 
 
 def _channels(model: str, width: float) -> int:
-    from vaelab.channels import groupnorms
+    from vaelab.vae.channels import groupnorms
 
     vae = models.load_vae(model, device="cpu", changes=_narrowed(model, width), groupnorm=True)
     return sum(layer.num_channels for layer in groupnorms(vae).values())

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from vaelab.checks import resolve
-from vaelab.data import short_name
-from vaelab.files import read_json
-from vaelab.report import Interval, paired_interval
-from vaelab.study import VAERun
+from vaelab.core.io import read_json
+from vaelab.core.paths import resolve
+from vaelab.core.stats import Interval, paired_interval
+from vaelab.data.images import short_name
+from vaelab.vae.finetune import VAERun
 
 MEASURES = ("mse", "kl", "psnr", "ssim")
 PAPER_TABLE_1 = {

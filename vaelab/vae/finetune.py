@@ -15,15 +15,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from vaelab import channels, models
-from vaelab.checkpoints import refuse_other_settings
-from vaelab.checks import at_least, one_of
-from vaelab.configs import NOT_SIGNED, TrainConfig, configured
-from vaelab.data import Images
-from vaelab.files import read_json, write_json
-from vaelab.nudge import NudgeConfig, nudge, random_active
-from vaelab.training import Watcher, train
-from vaelab.vae import VAEObjective, evaluate
+from vaelab import models
+from vaelab.core.config import configured
+from vaelab.core.io import read_json, write_json
+from vaelab.core.validate import at_least, one_of
+from vaelab.data.images import Images
+from vaelab.training.checkpoint import refuse_other_settings
+from vaelab.training.loop import NOT_SIGNED, TrainConfig, Watcher, train
+from vaelab.vae import channels
+from vaelab.vae.nudge import NudgeConfig, nudge, random_active
+from vaelab.vae.objective import VAEObjective, evaluate
 
 CONDITIONS = ("baseline", "nudge", "control")
 
@@ -162,14 +163,14 @@ class VAERun(NamedTuple):
     condition: str
     seed: int
     history: list[dict[str, float]]
-    """Training losses, see :class:`vaelab.training.Trained`."""
+    """Training losses, see :class:`vaelab.training.loop.Trained`."""
     tracked: list[dict[str, Any]]
     """A row for every tracked step: ``step``, ``suppressed``, ``nudged``, ``near_zero``."""
     interventions: list[dict[str, Any]]
     """A row for every touched channel: ``step``, ``layer``, ``channel``, ``before``, ``after``."""
     validation: list[dict[str, float]]
     """A row for every validation, the first before training: ``step``, the fields of
-    :class:`vaelab.vae.Reconstruction`, ``suppressed``."""
+    :class:`vaelab.vae.objective.Reconstruction`, ``suppressed``."""
 
 
 def train_vae(
@@ -186,7 +187,7 @@ def train_vae(
     """Train ``model`` under one condition, going on from what an interrupted call left.
 
     Args:
-        model: as in :func:`vaelab.models.load_vae`.
+        model: as in :func:`vaelab.models.loading.load_vae`.
         condition: ``baseline``; ``nudge``; ``control``, the same nudge on active channels.
         config: what is trained, watched and done; its ``train.seed`` is the run's seed.
         pictures: to train on, and to measure on.
@@ -262,7 +263,7 @@ def compare(
 
 
 def decayless_scales(model: nn.Module) -> tuple[str, ...]:
-    """The names that :class:`vaelab.configs.TrainConfig` must leave undecayed for weight decay to
+    """The names that :class:`vaelab.training.loop.TrainConfig` must leave undecayed for weight decay to
     spare GroupNorm's scales and shifts."""
     return tuple(f"vae.{layer}.{part}" for layer in channels.groupnorms(model) for part in ("weight", "bias"))
 

@@ -15,11 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from vaelab import models
-from vaelab.checks import at_least
-from vaelab.configs import TrainConfig
-from vaelab.data import Images
+from vaelab.core.validate import at_least
+from vaelab.data.images import Images
 from vaelab.hooks import capture, edit
-from vaelab.training import train
+from vaelab.training.loop import TrainConfig, train
 
 EPSILON = 1e-12
 

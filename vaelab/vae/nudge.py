@@ -12,10 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vaelab.channels import Activity, Suppressed
-from vaelab.checks import at_least, one_of
+from vaelab.core.validate import at_least, one_of
 from vaelab.hooks import unwrap
-from vaelab.mechanism import folded_normal_mean
+from vaelab.vae.channels import Activity, Suppressed, folded_normal_mean
 
 STRATEGIES = ("multiply", "add", "reset", "adaptive")
 MOMENTS = ("keep", "reset")
@@ -82,7 +81,7 @@ def nudge(
 
     Args:
         model: whose parameters are changed in place.
-        targets: from :func:`vaelab.channels.classify` or :func:`random_active`.
+        targets: from :func:`vaelab.vae.channels.classify` or :func:`random_active`.
         config: what to do.
         activity: the moments the targets were classified by; ``adaptive`` needs them.
         threshold: theta_act that ``adaptive`` raises m_c to.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vaelab import models
-from vaelab.checks import at_least
+from vaelab.core.validate import at_least
 
 
 class Reconstruction(NamedTuple):

@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
-from vaelab.plots import PALETTE, SILENT, curves, displayable
+from vaelab.viz.charts import PALETTE, SILENT, curves
+from vaelab.viz.grids import displayable
 
 GAP = 3
 
@@ -102,7 +103,7 @@ def layer_bars(table: pd.DataFrame, threshold: float, title: str = "") -> Figure
     """For every layer the distribution of m_c and its suppressed share.
 
     Args:
-        table: from :func:`vaelab.channels.channel_table`.
+        table: from :func:`vaelab.vae.channels.channel_table`.
         threshold: theta_act, drawn as a line.
         title: the figure's.
     """
@@ -129,7 +130,7 @@ def scale_scatter(table: pd.DataFrame, threshold: float, title: str = "") -> Fig
     """Draw m_c against |gamma|, coloured by |beta|, to see whether the scale is the mechanism.
 
     Args:
-        table: from :func:`vaelab.channels.channel_table`.
+        table: from :func:`vaelab.vae.channels.channel_table`.
         threshold: theta_act, drawn for both axes.
         title: the figure's.
     """

@@ -1,45 +1,16 @@
 """Figures from tensors and tables; nothing here knows a model. Every function returns a Figure."""
 
-import textwrap
-from collections.abc import Mapping, Sequence
-
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
-from torch import Tensor
 
 SILENT = "#c8102e"
 SMALL_PERCENT = 0.1
 PALETTE = {"baseline": "#555555", "nudge": "#3b76af", "control": "#e08e2b", "start": "#b8b8b8"}
 
 sns.set_theme(style="whitegrid", context="notebook", rc={"axes.spines.top": False, "axes.spines.right": False})
-
-
-def picture_grid(rows: Mapping[str, Tensor], title: str = "", captions: Sequence[str] = ()) -> Figure:
-    """Pictures in labelled rows.
-
-    Args:
-        rows: for each label pictures (N, 3, H, W) in [-1, 1].
-        title: the figure's.
-        captions: a text under each column.
-    """
-    columns = max(len(pictures) for pictures in rows.values())
-    figure, axes = plt.subplots(
-        len(rows), columns, figsize=(1.1 * columns + 1.4, 1.1 * len(rows) + 0.4), squeeze=False, layout="constrained"
-    )
-    for line, (label, pictures) in zip(axes, rows.items(), strict=True):
-        for axis in line:
-            axis.axis("off")
-        for axis, picture in zip(line, displayable(pictures), strict=False):
-            axis.imshow(picture, interpolation="nearest")
-        line[0].text(-0.12, 0.5, label, transform=line[0].transAxes, ha="right", va="center", fontsize=9)
-    for axis, caption in zip(axes[-1], captions, strict=False):
-        text = "\n".join(textwrap.wrap(caption, 20))
-        axis.text(0.5, -0.06, text, transform=axis.transAxes, ha="center", va="top", fontsize=5.5)
-    figure.suptitle(title, fontsize=11)
-    return figure
 
 
 def curves(table: pd.DataFrame, y: str, ylabel: str, *, log: bool = False, title: str = "") -> Figure:
@@ -170,11 +141,6 @@ def _lines(axis: plt.Axes, table: pd.DataFrame, y: str) -> None:
     sns.lineplot(table, x="step", y=y, hue="condition", palette=palette, ax=axis, errorbar=None, linewidth=2)
     for (condition, _), part in table.groupby(["condition", "seed"], sort=False):
         axis.plot(part["step"], part[y], color=palette[condition], linewidth=0.6, alpha=0.5)
-
-
-def displayable(pictures: Tensor) -> np.ndarray:
-    """Pictures (N, 3, H, W) in [-1, 1] as (N, H, W, 3) in [0, 1]."""
-    return ((pictures.detach().float().cpu().clamp(-1, 1) + 1) / 2).permute(0, 2, 3, 1).numpy()
 
 
 def _palette(conditions: pd.Series) -> dict[str, str]:

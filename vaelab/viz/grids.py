@@ -10,8 +10,6 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from vaelab.plots import displayable
-
 
 def captioned(pictures: Tensor, captions: Sequence[str], columns: int = 6, title: str = "") -> Figure:
     """Pictures with a text under each.
@@ -104,3 +102,33 @@ def matrix(table: pd.DataFrame, label: str, title: str = "", *, diverging: bool 
     axis.set(xlabel="", ylabel="")
     axis.set_title(title, fontsize=11)
     return figure
+
+
+def picture_grid(rows: Mapping[str, Tensor], title: str = "", captions: Sequence[str] = ()) -> Figure:
+    """Pictures in labelled rows.
+
+    Args:
+        rows: for each label pictures (N, 3, H, W) in [-1, 1].
+        title: the figure's.
+        captions: a text under each column.
+    """
+    columns = max(len(pictures) for pictures in rows.values())
+    figure, axes = plt.subplots(
+        len(rows), columns, figsize=(1.1 * columns + 1.4, 1.1 * len(rows) + 0.4), squeeze=False, layout="constrained"
+    )
+    for line, (label, pictures) in zip(axes, rows.items(), strict=True):
+        for axis in line:
+            axis.axis("off")
+        for axis, picture in zip(line, displayable(pictures), strict=False):
+            axis.imshow(picture, interpolation="nearest")
+        line[0].text(-0.12, 0.5, label, transform=line[0].transAxes, ha="right", va="center", fontsize=9)
+    for axis, caption in zip(axes[-1], captions, strict=False):
+        text = "\n".join(textwrap.wrap(caption, 20))
+        axis.text(0.5, -0.06, text, transform=axis.transAxes, ha="center", va="top", fontsize=5.5)
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def displayable(pictures: Tensor) -> np.ndarray:
+    """Pictures (N, 3, H, W) in [-1, 1] as (N, H, W, 3) in [0, 1]."""
+    return ((pictures.detach().float().cpu().clamp(-1, 1) + 1) / 2).permute(0, 2, 3, 1).numpy()

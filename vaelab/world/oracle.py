@@ -17,7 +17,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from vaelab.world import (
+from vaelab.world.scenes import (
     CENTRES,
     COLOURS,
     FACTORS,

@@ -18,7 +18,7 @@ import PIL.ImageDraw
 import torch
 from torch import Tensor
 
-from vaelab.checks import at_least, one_of
+from vaelab.core.validate import at_least, one_of
 
 if TYPE_CHECKING:
     import datasets

@@ -1,0 +1,1 @@
+"""Shared basics: validation, paths, files, devices, configuration, statistics, timing."""

@@ -1,0 +1,1 @@
+"""The shipped models, how they were trained, and how well they draw."""

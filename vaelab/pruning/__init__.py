@@ -1,0 +1,1 @@
+"""Wing 2: PeLAP-A, adaptive pruning of latent channels."""

@@ -1,0 +1,1 @@
+"""Wing 1: suppressed channels of a variational autoencoder."""
