@@ -1,5 +1,5 @@
-"""Runs of notebooks: parameters, results, and the front page."""
+"""Runs of notebooks: parameters, results, output folders, the command line and the front page."""
 
-from vaelab.runner.report import Run, start
+from vaelab.runner.run import Run, read_results, start
 
-__all__ = ["Run", "start"]
+__all__ = ["Run", "read_results", "start"]

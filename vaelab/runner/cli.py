@@ -1,15 +1,15 @@
-"""Running params files: ``params/<notebook>/<run>.yaml`` gives ``outputs/<notebook>/<run>.ipynb``.
+"""The command line: ``params/<notebook>/<run>.yaml`` gives ``outputs/<notebook>/<run>.ipynb``.
 
-Nothing here is needed to run a notebook: ``papermill notebook out -f params`` does. This adds the
-checks before the kernel starts, the runs that a run reads, the HTML beside it and the front page::
+Plain ``papermill notebook out -f params`` runs a notebook as well. The command line adds validation before a kernel
+starts, the runs that a run reads, an HTML page beside the notebook, and the front page::
 
-    python -m vaelab.runner.cli run params/10_finetune_vae/demo.yaml
-    python -m vaelab.runner.cli all demo --jobs 2
-    python -m vaelab.runner.cli index
+    vaelab run params/10_finetune_vae/demo.yaml
+    vaelab run params/10_finetune_vae/demo.yaml --overwrite
+    vaelab all demo --jobs 2
+    vaelab index
 """
 
 import argparse
-import ast
 import logging
 import os
 import re
@@ -22,12 +22,14 @@ from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
-from vaelab.core.io import read_json
 from vaelab.core.paths import project_root
 from vaelab.core.validate import at_least, nearest, unknown
-from vaelab.runner.report import check_value
+from vaelab.runner.output import RESULTS, Lock, recover
+from vaelab.runner.parameters import changed, declared, validate
+from vaelab.runner.run import read_results
 
 ALONE = ("90_benchmarks",)
+"""Notebooks that measure speed: nothing runs beside them."""
 
 
 def notebook_of(params_file: Path) -> Path:
@@ -39,25 +41,12 @@ def notebook_of(params_file: Path) -> Path:
     return notebook
 
 
-def declared(notebook: Path) -> dict[str, str]:
-    """The parameters of a notebook and their kinds, from the cell tagged ``parameters``."""
-    import nbformat
-
-    cells = nbformat.read(notebook, as_version=4).cells
-    source = next(cell.source for cell in cells if "parameters" in cell.metadata.get("tags", []))
-    return {
-        statement.target.id: ast.unparse(statement.annotation)
-        for statement in ast.parse(source).body
-        if isinstance(statement, ast.AnnAssign)
-    }
-
-
 def load_params(params_file: Path) -> dict[str, Any]:
-    """The parameters of a run, checked against its notebook.
+    """The parameters of a run, validated against its notebook.
 
     Raises:
-        ValueError: no such file, an unknown parameter, a wrong type, or an ``output_dir`` that
-            is not the one the file's path names.
+        ValueError: no such file, an unknown parameter, a wrong type or size, or an ``output_dir`` that is not the one
+            the file's path names.
     """
     import yaml
 
@@ -72,7 +61,7 @@ def load_params(params_file: Path) -> dict[str, Any]:
         if name not in kinds:
             raise unknown(f"{params_file}: parameters", name, kinds)
         try:
-            check_value(name, value, kinds[name])
+            validate(name, value, kinds[name])
         except ValueError as error:
             raise ValueError(f"{params_file}: {error}") from error
     expected = f"outputs/{params_file.parent.name}/{params_file.stem}"
@@ -93,41 +82,79 @@ def needs(params: dict[str, Any]) -> list[Path]:
     return found
 
 
+def output_of(params_file: Path) -> Path:
+    """The output folder of a params file's run."""
+    return project_root() / "outputs" / params_file.parent.name / params_file.stem
+
+
 def finished(params_file: Path) -> bool:
-    """Whether the run of a params file has written its results, with the parameters it has now."""
-    results = project_root() / "outputs" / params_file.parent.name / params_file.stem / "results.json"
-    if not results.exists():
-        return False
-    stored = read_json(results).get("params", {})
-    return all(name in stored and stored[name] == value for name, value in load_params(params_file).items())
-
-
-def run(params_file: Path) -> None:
-    """Run one params file, after the unfinished runs that it reads.
+    """Whether the run of a params file is finished with the parameters the file has now.
 
     Raises:
-        ValueError: see :func:`load_params`.
+        ValueError: it is finished with other parameters that decide its results, or its results are damaged.
+    """
+    folder = output_of(params_file)
+    recover(folder)
+    if not (folder / RESULTS).exists():
+        return False
+    differing = changed(read_results(folder), load_params(params_file))
+    if differing:
+        raise ValueError(
+            f"{label(params_file)} is finished, but was made with another {', '.join(differing)} than "
+            f"{params_file.parent.name}/{params_file.name} has now; run it again with --overwrite, or restore the file"
+        )
+    return True
+
+
+def run(params_file: Path, *, overwrite: bool = False) -> bool:
+    """Run one params file, after the unfinished runs that it reads.
+
+    Args:
+        params_file: a file under ``params/``.
+        overwrite: whether to replace the run's results where it is finished.
+
+    Returns:
+        Whether it ran; False where it is finished already.
+
+    Raises:
+        ValueError: see :func:`load_params` and :func:`finished`.
         papermill.exceptions.PapermillExecutionError: a cell raised; the notebook shows where.
     """
-    import papermill
-
     params_file = Path(params_file).absolute()
     params = load_params(params_file)
+    overwrite = overwrite or params.get("overwrite", False)
+    if not overwrite and not params.get("dry_run", False) and finished(params_file):
+        return False
     for needed in needs(params):
         if not finished(needed):
-            print(
-                f"{label(params_file)} reads {label(needed)}, which has not been run as it now stands: running it first"
-            )
+            print(f"{label(params_file)} reads {label(needed)}, which is not finished: running it first", flush=True)
             run(needed)
-    folder = project_root() / "outputs" / params_file.parent.name
-    folder.mkdir(parents=True, exist_ok=True)
-    output, page = (folder / f"{params_file.stem}{ending}" for ending in (".ipynb", ".html"))
-    page.unlink(missing_ok=True)
+    folder = output_of(params_file)
+    (folder / ".run").mkdir(parents=True, exist_ok=True)
+    lock = Lock(folder / ".run" / "notebook.lock", label(params_file))
+    try:
+        _execute(params_file, {**params, "overwrite": True} if overwrite else params)
+    finally:
+        lock.release()
+    return True
+
+
+def _execute(params_file: Path, params: dict[str, Any]) -> None:
+    """Execute the notebook; a finished run's notebook and page are replaced only when the new ones are whole."""
+    import papermill
+
+    output = output_of(params_file).with_name(f"{params_file.stem}.ipynb")
+    replaces = (output_of(params_file) / RESULTS).exists()
+    target = output.with_name(f"{params_file.stem}.new.ipynb") if replaces else output
     # relative, since papermill writes both paths into the executed notebook
-    source, target = (path.relative_to(project_root()) for path in (notebook_of(params_file), output))
+    source, place = (path.relative_to(project_root()) for path in (notebook_of(params_file), target))
     with chdir(project_root()):
-        papermill.execute_notebook(source, target, params, progress_bar=False, log_output=True)
-    to_html(output)
+        papermill.execute_notebook(source, place, params, progress_bar=False, log_output=True)
+    if not (output_of(params_file) / RESULTS).exists():
+        return  # a dry run
+    page = to_html(target)
+    os.replace(page, output.with_suffix(".html"))
+    os.replace(target, output)
 
 
 def to_html(notebook: Path) -> Path:
@@ -160,59 +187,79 @@ def matching(name: str) -> list[Path]:
     return [path for path in found if path.stem == name or path.stem.startswith(f"{name}-")]
 
 
-def run_all(name: str, jobs: int) -> list[str]:
-    """Run every params file of one name, ``jobs`` at a time, each after those it reads.
+def run_all(name: str, jobs: int, *, overwrite: bool = False) -> list[str]:
+    """Run every unfinished params file of one name, ``jobs`` at a time, each after those it reads.
 
-    What measures speed runs alone, last. Returns the runs that failed.
+    Notebooks that measure speed run alone, last.
+
+    Args:
+        name: such as ``demo``, which also selects ``demo-digits``.
+        jobs: runs at a time.
+        overwrite: whether to run finished ones again.
+
+    Returns:
+        The runs that failed.
     """
     at_least("jobs", jobs, 1)
-    todo = matching(name)
-    if not todo:
+    selected = matching(name)
+    if not selected:
         raise ValueError(f"no params file called {name!r}")
-    waits = {path: {p for p in needs(load_params(path)) if p in todo} for path in todo}
-    alone = [path for path in todo if path.parent.name in ALONE]
     failed: set[Path] = set()
+    todo = []
+    for path in selected:
+        try:
+            if overwrite or not finished(path):
+                todo.append(path)
+        except ValueError as error:
+            failed.add(path)
+            print(f"{label(path)}  FAILED\n{error}", flush=True)
+    waits = {path: {p for p in needs(load_params(path)) if p in todo or p in failed} for path in todo}
+    alone = [path for path in todo if path.parent.name in ALONE]
+    skipped = len(selected) - len(todo) - len(failed)
+    print(f"{len(todo)} runs, {jobs} at a time; {skipped} are finished already", flush=True)
     ended = 0
-    print(f"{len(todo)} runs, {jobs} at a time", flush=True)
     for batch, width in (([path for path in todo if path not in alone], jobs), (alone, 1)):
-        for path, seconds, error in _scheduled(batch, waits, failed, width):
+        for path, seconds, error in _scheduled(batch, waits, failed, width, overwrite):
             ended += 1
             print(f"[{ended:2}/{len(todo)}] {seconds:6.1f} s  {label(path)}{'  FAILED' if error else ''}", flush=True)
             if error is not None:
                 failed.add(path)
                 print(error, flush=True)
-    return [label(path) for path in todo if path in failed]
+    return [label(path) for path in selected if path in failed]
 
 
-def _scheduled(todo: list[Path], waits: dict, failed: set, jobs: int) -> Iterator[tuple[Path, float, str | None]]:
+def _scheduled(
+    todo: list[Path], waits: dict[Path, set[Path]], failed: set[Path], jobs: int, overwrite: bool
+) -> Iterator[tuple[Path, float, str | None]]:
     """Yield each run as it ends, with its seconds and its error or None; a run whose needs failed
     ends at once."""
-    left, done, going = list(todo), set(), {}
+    left, done, running = list(todo), set(), {}
     threads = max(1, (os.cpu_count() or 1) // jobs)
     with ThreadPoolExecutor(jobs) as pool:
-        while left or going:
+        while left or running:
             for path in [p for p in left if waits[p] & failed]:
                 left.remove(path)
                 yield path, 0.0, f"not run: it reads {', '.join(label(p) for p in waits[path] & failed)}"
             ready = [p for p in left if not (waits[p] & set(todo)) - done]
-            for path in ready[: jobs - len(going)]:
+            for path in ready[: jobs - len(running)]:
                 left.remove(path)
-                going[pool.submit(_in_a_process, path, threads)] = path
-            if going:
-                ended: set[Future] = wait(going, return_when=FIRST_COMPLETED).done
+                running[pool.submit(_in_a_process, path, threads, overwrite)] = path
+            if running:
+                ended: set[Future] = wait(running, return_when=FIRST_COMPLETED).done
                 for future in ended:
-                    path = going.pop(future)
+                    path = running.pop(future)
                     done.add(path)
                     yield path, *future.result()
 
 
-def _in_a_process(path: Path, threads: int) -> tuple[float, str | None]:
+def _in_a_process(path: Path, threads: int, overwrite: bool) -> tuple[float, str | None]:
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    began = time.perf_counter()
+    words = ["run", str(path), *(["--overwrite"] if overwrite else [])]
+    started = time.perf_counter()
     ended = subprocess.run(
-        [sys.executable, "-m", "vaelab.runner.cli", "run", str(path)], env=environment, capture_output=True, text=True
+        [sys.executable, "-m", "vaelab.runner.cli", *words], env=environment, capture_output=True, text=True
     )
-    return time.perf_counter() - began, None if ended.returncode == 0 else ended.stderr[-3000:]
+    return time.perf_counter() - started, None if ended.returncode == 0 else ended.stderr[-3000:]
 
 
 def _show_output() -> None:
@@ -223,12 +270,15 @@ def _show_output() -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; see the module's first lines."""
-    parser = argparse.ArgumentParser(prog="python -m vaelab.runner.cli", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="vaelab", description=__doc__.split("\n")[0])
     verbs = parser.add_subparsers(dest="verb", required=True)
-    verbs.add_parser("run", help="run one params file").add_argument("params", type=Path)
+    one = verbs.add_parser("run", help="run one params file")
+    one.add_argument("params", type=Path)
     everything = verbs.add_parser("all", help="run every notebook's params file of one name, then the front page")
     everything.add_argument("name")
     everything.add_argument("--jobs", type=int, default=max(1, min(2, os.cpu_count() or 1)))
+    for verb in (one, everything):
+        verb.add_argument("--overwrite", action="store_true", help="replace what is finished")
     verbs.add_parser("index", help="write the front page")
     chosen = parser.parse_args(arguments)
     _show_output()
@@ -236,14 +286,16 @@ def main(arguments: list[str] | None = None) -> int:
 
     from vaelab.runner import index
 
+    failed = []
     try:
-        failed = run_all(chosen.name, chosen.jobs) if chosen.verb == "all" else []
-        if chosen.verb == "run":
-            run(chosen.params)
+        if chosen.verb == "all":
+            failed = run_all(chosen.name, chosen.jobs, overwrite=chosen.overwrite)
+        elif chosen.verb == "run" and not run(chosen.params, overwrite=chosen.overwrite):
+            print(f"{label(chosen.params.absolute())} is finished already; --overwrite runs it again")
     except PapermillExecutionError as error:
         print(f"{error.ename}: {error.evalue}", file=sys.stderr)
         return 1
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     finally:

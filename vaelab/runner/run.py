@@ -1,0 +1,271 @@
+"""A run of a notebook: its validated parameters, its figures and tables, and ``results.json``, written last.
+
+Every notebook says ``run = runner.start("10_finetune_vae", globals())`` after its parameters,
+shows its results, and ends with ``run.save()``.
+"""
+
+import ast
+import importlib.metadata
+import math
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from vaelab.core.io import read_json, write_json
+from vaelab.core.paths import resolve
+from vaelab.core.validate import unknown
+from vaelab.runner.output import RESULTS, OutputFolder
+from vaelab.runner.parameters import changed, fingerprints, portable, validate
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+REPORTED = ("vaelab", "torch", "diffusers", "accelerate", "datasets", "transformers", "torchmetrics", "numpy")
+INTERACTIVE = "interactive"
+"""An output folder of this name is rewritten by every run: JupyterLab's default."""
+
+
+class Run:
+    """One execution of one notebook; made by :func:`start`."""
+
+    def __init__(self, notebook: str, params: dict[str, Any], execution_only: Iterable[str], output: OutputFolder,
+                 *, stage_all: bool, stage_results: bool):  # fmt: skip
+        self.notebook, self.params = notebook, params
+        self.metrics: dict[str, float] = {}
+        self.tables: dict[str, pd.DataFrame] = {}
+        self._execution_only, self._output = sorted(execution_only), output
+        self._stage_all, self._stage_results = stage_all, stage_results or stage_all
+        self._files: list[str] = []
+        self._started = time.perf_counter()
+
+    @property
+    def folder(self) -> Path:
+        """The output folder."""
+        return self._output.folder
+
+    @property
+    def dry(self) -> bool:
+        """Whether the run only estimates what it would take, and writes nothing else."""
+        return bool(self.params.get("dry_run", False))
+
+    def metric(self, name: str, value: float) -> float:
+        """Record a number.
+
+        Raises:
+            ValueError: the value is not a finite number.
+        """
+        if not math.isfinite(value):
+            raise ValueError(f"metric {name!r} is {value}; a result must be a finite number")
+        self.metrics[name] = value if isinstance(value, int) else float(value)
+        return self.metrics[name]
+
+    def record(self, metrics: Mapping[str, float]) -> None:
+        """Record several numbers, see :meth:`metric`."""
+        for name, value in metrics.items():
+            self.metric(name, value)
+
+    def table(self, name: str, table: pd.DataFrame) -> pd.DataFrame:
+        """Record a table, and return it to be shown."""
+        self.tables[name] = table
+        return table
+
+    def figure(self, name: str, figure: "Figure") -> "Figure":
+        """Save a figure as ``name.png`` beside the results, and return it to be shown."""
+        import matplotlib.pyplot as plt
+
+        if not self.dry:
+            path = self._output.place(f"{name}.png", staged=self._stage_results)
+            figure.savefig(path, dpi=110, bbox_inches="tight")
+            self._files += [path.name] if path.name not in self._files else []
+        plt.close(figure)
+        return figure
+
+    def workspace(self, name: str) -> Path:
+        """A folder for what must survive a kill, such as checkpoints and stores.
+
+        An unfinished run that is started again finds in it what it left there. A run that overwrites a finished
+        one gets an empty folder, which takes the finished one's place in :meth:`save`.
+
+        Raises:
+            ValueError: a dry run asks for one, or the output folder holds something of that name that no run made.
+        """
+        if self.dry:
+            raise ValueError(f"dry_run: a dry run writes nothing, but asks for a place for {name!r}")
+        path = self._output.place(name, staged=self._stage_all)
+        path.mkdir(exist_ok=True)
+        self._files += [name] if name not in self._files else []
+        return path
+
+    def save(self) -> str:
+        """Write ``results.json``, which marks the run as finished; returns its path, relative to the project.
+
+        A dry run writes ``.run/dry_run.json`` instead and stays unfinished.
+        """
+        results = {
+            "notebook": self.notebook,
+            "params": {name: portable(value) for name, value in self.params.items()},
+            "fingerprints": fingerprints(self.params, self._execution_only),
+            "execution_only": self._execution_only,
+            "metrics": self.metrics,
+            "tables": {name: rows(table) for name, table in self.tables.items()},
+            "seconds": round(time.perf_counter() - self._started, 3),
+            "environment": environment(self.params.get("device", "auto")),
+            "files": self._files,
+        }
+        if self.dry:
+            write_json(self.folder / ".run" / "dry_run.json", results)
+            return portable(str(self.folder / ".run" / "dry_run.json"))
+        write_json(self._output.place(RESULTS, staged=self._stage_results), results)
+        if self._stage_results:
+            self._output.commit(replace_all=self._stage_all)
+        self._output.release()
+        return portable(str(self.folder / RESULTS))
+
+
+def start(notebook: str, namespace: Mapping[str, Any], *, execution_only: Iterable[str] = ()) -> Run:
+    """Begin a run: validate the parameters and open the output folder.
+
+    A finished run is replaced only where ``overwrite`` is true, and then in :meth:`Run.save`, when the new one is
+    whole. In an output folder called ``interactive`` results and figures are replaced by every run; a workspace is
+    used again. Tables are shown with four digits from here on, and stored with all.
+
+    Args:
+        notebook: the notebook's name without its ending.
+        namespace: the notebook's ``globals()``; its annotated names are the parameters.
+        execution_only: parameters of this notebook that say how the run executes and do not decide its results,
+            besides :data:`vaelab.runner.parameters.EXECUTION_ONLY`.
+
+    Raises:
+        ValueError: a parameter the notebook does not have, one of the wrong type or size, a device or precision that
+            does not exist, a finished run without ``overwrite``, or another process that uses the folder.
+        OSError: an output folder that cannot be written to.
+    """
+    declared = namespace["__annotations__"]
+    validate("output_dir", namespace["output_dir"], str)
+    for name in _injected(namespace):
+        if name not in declared:
+            raise unknown(f"{notebook}'s parameters", name, declared)
+    for name in execution_only:
+        if name not in declared:
+            raise unknown(f"{notebook}'s execution_only", name, declared)
+    params = {name: namespace[name] for name in declared}
+    for name, value in params.items():
+        validate(name, value, declared[name])
+    _validate_device(params)
+    pd.set_option("display.float_format", "{:.4g}".format)
+    folder = resolve(params["output_dir"])
+    if params.get("dry_run", False):
+        return Run(notebook, params, execution_only, OutputFolder(folder, lock=False),
+                   stage_all=False, stage_results=False)  # fmt: skip
+    output = OutputFolder(folder)
+    identity = {"notebook": notebook, **fingerprints(params, execution_only)}
+    overwrite = params.get("overwrite", False)
+    if output.finished and not overwrite and folder.name != INTERACTIVE:
+        output.release()
+        raise ValueError(_finished_message(folder, params))
+    stage_all = overwrite and (output.finished or (bool(output.made) and not output.begun_as(identity)))
+    if stage_all:
+        output.stage(identity)
+    else:
+        output.begin(identity)
+    return Run(notebook, params, execution_only, output, stage_all=stage_all, stage_results=output.finished)
+
+
+def rows(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """A table as plain JSON rows; a value that is not a finite number is null."""
+    return [{str(key): _plain(value) for key, value in row.items()} for row in table.to_dict("records")]
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Versions and device, without a path or a host's name."""
+    import torch
+
+    from vaelab.core import devices
+
+    chosen = devices.pick(device)
+    versions = {name: _version(name) for name in REPORTED}
+    return {
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "device": chosen.type,
+        "device_name": devices.name(chosen),
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        **versions,
+    }
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    """The results of the finished run in an output folder.
+
+    Raises:
+        ValueError: there are none, or the file is damaged; the error names it.
+    """
+    file = folder / RESULTS
+    if not file.is_file():
+        raise ValueError(f"{portable(str(folder))!r} holds no finished run")
+    try:
+        results = read_json(file)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{portable(str(file))!r} is damaged: {error}") from error
+    if not isinstance(results, dict) or not isinstance(results.get("metrics", {}), dict):
+        raise ValueError(f"{portable(str(file))!r} is damaged: it does not hold the results of a run")
+    return results
+
+
+def _finished_message(folder: Path, params: Mapping[str, Any]) -> str:
+    try:
+        differing = changed(read_results(folder), params)
+    except ValueError:
+        differing = []
+    made_with = f", made with another {', '.join(differing)}" if differing else ""
+    return (
+        f"output_dir: {portable(str(folder))!r} holds a finished run{made_with}; give overwrite: true "
+        "(vaelab run --overwrite) to replace it, or another output_dir"
+    )
+
+
+def _validate_device(params: Mapping[str, Any]) -> None:
+    from vaelab.core import devices
+    from vaelab.core.validate import one_of
+
+    if "device" in params:
+        devices.pick(params["device"])
+    for name in params:
+        if name == "precision" or name.endswith("_precision"):
+            one_of(name, params[name], devices.PRECISIONS)
+
+
+def _injected(namespace: Mapping[str, Any]) -> list[str]:
+    """The names that papermill assigned in its cell, which begins with ``# Parameters``."""
+    cells = [cell for cell in namespace.get("In", []) if cell.lstrip().startswith("# Parameters")]
+    return [
+        target.id
+        for cell in cells
+        for statement in ast.parse(cell).body
+        if isinstance(statement, ast.Assign)
+        for target in statement.targets
+        if isinstance(target, ast.Name)
+    ]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _version(package: str) -> str | None:
+    if package == "vaelab":
+        return sys.modules["vaelab"].__version__
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
