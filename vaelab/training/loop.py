@@ -9,7 +9,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from tqdm import tqdm
 from vaelab.core import devices
 from vaelab.core.validate import at_least, one_of
 from vaelab.training import checkpoint as training_checkpoint
+from vaelab.training.batches import Batches
 from vaelab.training.checkpoint import Progress
 
 # configs: How something is trained, and configurations made of a notebook's parameters.
@@ -99,9 +100,6 @@ class TrainConfig:
         final = self.final_rate or 0.0
         share = left if self.schedule == "linear" else (1 - math.cos(math.pi * left)) / 2
         return final + (self.learning_rate - final) * share
-
-
-Batches = Callable[..., Iterator[Any]]
 
 
 class Watcher:
