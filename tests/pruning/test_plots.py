@@ -34,7 +34,7 @@ def test_the_artefact_shows_every_run_the_control_and_the_paper():
         {"setting": ["a", "a", "b"], "scale": [1.0, 0.5, 0.1], "diffusion_loss": [0.3, 0.2, 0.1],
          "masked_recon_mse": [1.0, 2.0, 3.0]}
     )  # fmt: skip
-    control = pd.DataFrame({"latent_scale": [1.0, 0.0], "told_loss": [0.3, 0.01]})
+    control = pd.DataFrame({"latent_scale": [1.0, 0.0], "matched_loss": [0.3, 0.01]})
     curve = (np.array([0.1, 1.0]), np.array([0.2, 0.4]))
     left, right = plots.artefact(measured, control, curve, {"x": (0.024, 20.0), "y": (0.023, 19.0)}).axes
     assert lines(left)["a"].get_xydata().tolist() == [[1.0, 0.3], [0.5, 0.2]]

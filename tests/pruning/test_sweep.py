@@ -139,7 +139,7 @@ def test_the_control_is_the_denoisers_loss_on_scaled_latents(swept, held_out):
     found = sweep.control("embedded", "unmasked", settings["unmasked"], SEEDS, held_out, folder, [1.0, 0.5, 0.0])
     first = next(run for run in runs if run.setting == "unmasked")
     assert found.loc[0, "diffusion_loss"] == pytest.approx(first.measures["diffusion_loss"], rel=1e-6)
-    assert found.loc[0, "told_loss"] == pytest.approx(first.measures["diffusion_loss"], rel=1e-3)
+    assert found.loc[0, "matched_loss"] == pytest.approx(first.measures["diffusion_loss"], rel=1e-3)
     assert found.loc[0, "closed_form_loss"] == pytest.approx(first.measures["closed_form_loss"], rel=1e-6)
     assert found.loc[1, "latent_scale"] == pytest.approx(found.loc[0, "latent_scale"] / 2)
     nothing = found[found["scale"] == 0]

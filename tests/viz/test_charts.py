@@ -5,7 +5,7 @@ import torch
 
 matplotlib.use("agg")
 
-from vaelab.viz import charts
+from vaelab.viz import charts, grids
 
 STUDY = pd.DataFrame(
     [
@@ -25,7 +25,7 @@ def close_figures():
 
 def test_pictures_are_shown_as_they_are():
     pictures = torch.stack([torch.full((3, 4, 4), -1.0), torch.full((3, 4, 4), 1.0)])
-    figure = charts.picture_grid({"a row": pictures})
+    figure = grids.picture_grid({"a row": pictures})
     first, second = (axis.images[0].get_array() for axis in figure.axes)
     assert first.max() == 0 and second.min() == 1
     assert figure.axes[0].texts[0].get_text() == "a row"
@@ -34,7 +34,7 @@ def test_pictures_are_shown_as_they_are():
 def test_a_grids_captions_stand_under_their_columns():
     pictures = torch.zeros(3, 3, 4, 4)
     captions = ["a large red circle on the left", "a star"]
-    figure = charts.picture_grid({"one": pictures, "other": pictures}, captions=captions)
+    figure = grids.picture_grid({"one": pictures, "other": pictures}, captions=captions)
     texts = [[text.get_text() for text in axis.texts] for axis in figure.axes]
     assert texts == [["one"], [], [], ["other", "a large red circle\non the left"], ["a star"], []]
 

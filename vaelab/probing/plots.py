@@ -9,11 +9,13 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 from vaelab import viz
+from vaelab.viz.text import plain_text
 
 APART = 0.28
 AT_CHANCE, ALL = "#f2f0eb", "#14506e"
 
 
+@plain_text
 def knowledge(tables: Mapping[str, pd.DataFrame], title: str = "") -> Figure:
     """The map of knowledge: what each layer and timestep knows of each factor, a row of panels a measure.
 
@@ -56,6 +58,7 @@ def knowledge(tables: Mapping[str, pd.DataFrame], title: str = "") -> Figure:
     return figure
 
 
+@plain_text
 def accuracies(table: pd.DataFrame, title: str = "") -> Figure:
     """Accuracies with their intervals, a line a layer and factor, and a mark where chance is.
 

@@ -10,6 +10,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 from vaelab.viz.charts import PALETTE, SILENT
+from vaelab.viz.text import plain_text
 
 GREY = PALETTE["start"]
 QUALITY = {
@@ -19,6 +20,7 @@ QUALITY = {
 }
 
 
+@plain_text
 def masks_over_steps(masks: pd.DataFrame, settings: Sequence[str], title: str = "") -> Figure:
     """The mean mask over training: above, a line a channel; below, a line a class; a column a setting.
 
@@ -50,6 +52,7 @@ def masks_over_steps(masks: pd.DataFrame, settings: Sequence[str], title: str = 
     return figure
 
 
+@plain_text
 def artefact(
     measured: pd.DataFrame,
     control: pd.DataFrame,
@@ -61,7 +64,7 @@ def artefact(
 
     Args:
         measured: a row a run: ``setting``, ``scale``, ``diffusion_loss``, ``masked_recon_mse``.
-        control: one denoiser on scaled latents: ``latent_scale``, ``told_loss``.
+        control: one denoiser on scaled latents: ``latent_scale``, ``matched_loss``.
         closed_form: scales (N,) and the loss (N,) of a latent without structure of that scale.
         paper: the paper's diffusion losses and errors by name; the losses are drawn as lines.
         title: the figure's.
@@ -71,7 +74,7 @@ def artefact(
     colours = dict(zip(names, sns.color_palette("viridis", len(names)), strict=True))
     left.plot(*closed_form, color="#444444", linewidth=1.2, label="closed form, no structure")
     shown = control[control["latent_scale"] > 0].sort_values("latent_scale")
-    left.plot(shown["latent_scale"], shown["told_loss"], "s", color=SILENT, markersize=5,
+    left.plot(shown["latent_scale"], shown["matched_loss"], "s", color=SILENT, markersize=5,
               label="one denoiser, its latents scaled")  # fmt: skip
     losses = [loss for loss, _ in paper.values()]
     for loss in losses:
@@ -90,6 +93,7 @@ def artefact(
     return figure
 
 
+@plain_text
 def spectrum(table: pd.DataFrame, settings: Sequence[str], title: str = "") -> Figure:
     """The noise-prediction error against the signal-to-noise ratio, on which scaling only moves a latent.
 
@@ -115,6 +119,7 @@ def spectrum(table: pd.DataFrame, settings: Sequence[str], title: str = "") -> F
     return figure
 
 
+@plain_text
 def trade_off(by_kept: pd.DataFrame, unmasked: pd.DataFrame, title: str = "") -> Figure:
     """Quality against the number of channels kept, a panel a measure, every run a point.
 

@@ -238,7 +238,7 @@ def control(
 
     Returns:
         A row a seed and scale: ``seed``, ``scale``, ``latent_scale``, the standard deviation that it gives,
-        ``diffusion_loss`` of the denoiser as it is, ``told_loss`` when it is asked at the timestep of the same
+        ``diffusion_loss`` of the denoiser as it is, ``matched_loss`` when it is asked at the timestep of the same
         signal-to-noise ratio (:func:`vaelab.pruning.noise_loss.at_scale`), and ``closed_form_loss``.
     """
     found = []
@@ -255,7 +255,7 @@ def control(
             found.append({
                 "seed": seed, "scale": scale, "latent_scale": float(variance.mean().sqrt()),
                 "diffusion_loss": _loss(noise_loss.errors(predict, scale * seen, scheduler, timesteps, **options)),
-                "told_loss": _loss(noise_loss.errors(told, scale * seen, scheduler, timesteps, **options)),
+                "matched_loss": _loss(noise_loss.errors(told, scale * seen, scheduler, timesteps, **options)),
                 "closed_form_loss": _loss(noise_loss.closed_form(variance, abar)),
             })  # fmt: skip
     return pd.DataFrame(found)

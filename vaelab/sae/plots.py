@@ -10,6 +10,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 from vaelab import viz
+from vaelab.viz.text import plain_text
 
 MEASURES = {
     "loss": "loss",
@@ -21,6 +22,7 @@ MEASURES = {
 SMALL_CHANGE = 0.1
 
 
+@plain_text
 def training(history: pd.DataFrame, title: str = "") -> Figure:
     """Loss, explained variance, L0 and dead fraction over steps: a row a measure, a column a block.
 
@@ -82,6 +84,7 @@ class Live:
         self._drawn = time.perf_counter()
 
 
+@plain_text
 def by_size(table: pd.DataFrame, title: str = "") -> Figure:
     """Explained variance and dead features against k: a panel a block, a line for each n_features,
     of several seeds with their range.
@@ -120,6 +123,7 @@ def _colours(values: pd.Series) -> dict:
     return dict(zip(names, sns.color_palette("viridis", len(names)).as_hex(), strict=True))
 
 
+@plain_text
 def change_bars(outcomes: Mapping[tuple, Any], hue: str, title: str = "") -> Figure:
     """Manhattan distance per pixel of every picture, and the means, on an axis that is linear up to
     ``SMALL_CHANGE`` and logarithmic beyond: a few pictures change a hundred times as much as most.

@@ -13,10 +13,12 @@ from torch import Tensor
 
 from vaelab.viz.charts import PALETTE, SILENT, curves
 from vaelab.viz.grids import displayable
+from vaelab.viz.text import plain_text
 
 GAP = 3
 
 
+@plain_text
 def activation_grids(
     maps: Mapping[str, Tensor], silent: Mapping[str, Sequence[int]], picture: Tensor, columns: int = 8, title: str = ""
 ) -> Figure:
@@ -63,6 +65,7 @@ def _mosaic(maps: np.ndarray, columns: int) -> np.ndarray:
     return canvas
 
 
+@plain_text
 def suppressed_over_steps(tracked: pd.DataFrame, interventions: Sequence[int], title: str = "") -> Figure:
     """Suppressed channels over training, with a tick for each intervention (paper, Figure 5).
 
@@ -81,6 +84,7 @@ def suppressed_over_steps(tracked: pd.DataFrame, interventions: Sequence[int], t
     return figure
 
 
+@plain_text
 def near_zero_weights(table: pd.DataFrame, top: int = 8, title: str = "") -> Figure:
     """Share of near-zero weights of the layers where it is largest, over training (paper, Figure 1).
 
@@ -99,6 +103,7 @@ def near_zero_weights(table: pd.DataFrame, top: int = 8, title: str = "") -> Fig
     return figure
 
 
+@plain_text
 def layer_bars(table: pd.DataFrame, threshold: float, title: str = "") -> Figure:
     """For every layer the distribution of m_c and its suppressed share.
 
@@ -126,6 +131,7 @@ def layer_bars(table: pd.DataFrame, threshold: float, title: str = "") -> Figure
     return figure
 
 
+@plain_text
 def scale_scatter(table: pd.DataFrame, threshold: float, title: str = "") -> Figure:
     """Draw m_c against |gamma|, coloured by |beta|, to see whether the scale is the mechanism.
 

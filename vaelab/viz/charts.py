@@ -6,6 +6,8 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
+from vaelab.viz.text import plain_text
+
 SILENT = "#c8102e"
 SMALL_PERCENT = 0.1
 PALETTE = {"baseline": "#555555", "nudge": "#3b76af", "control": "#e08e2b", "start": "#b8b8b8"}
@@ -13,6 +15,7 @@ PALETTE = {"baseline": "#555555", "nudge": "#3b76af", "control": "#e08e2b", "sta
 sns.set_theme(style="whitegrid", context="notebook", rc={"axes.spines.top": False, "axes.spines.right": False})
 
 
+@plain_text
 def curves(table: pd.DataFrame, y: str, ylabel: str, *, log: bool = False, title: str = "") -> Figure:
     """A curve a condition over steps: the mean over seeds, thin lines for the single ones.
 
@@ -30,6 +33,7 @@ def curves(table: pd.DataFrame, y: str, ylabel: str, *, log: bool = False, title
     return figure
 
 
+@plain_text
 def losses(history: pd.DataFrame, validation: pd.DataFrame, kl_weight: float, title: str = "") -> Figure:
     """Training reconstruction, held-out reconstruction and held-out total loss (paper, Figure 3).
 
@@ -54,6 +58,7 @@ def losses(history: pd.DataFrame, validation: pd.DataFrame, kl_weight: float, ti
     return figure
 
 
+@plain_text
 def forest(table: pd.DataFrame, title: str = "") -> Figure:
     """Paired differences with their intervals, a panel a measure, on an axis that is linear up to
     ``SMALL_PERCENT`` and logarithmic beyond.
@@ -94,6 +99,7 @@ def forest(table: pd.DataFrame, title: str = "") -> Figure:
     return figure
 
 
+@plain_text
 def bars(table: pd.DataFrame, x: str, y: str, hue: str | None, ylabel: str, title: str = "") -> Figure:
     """Means with every single value as a point.
 
@@ -111,7 +117,7 @@ def bars(table: pd.DataFrame, x: str, y: str, hue: str | None, ylabel: str, titl
     sns.stripplot(
         table, x=x, y=y, hue=hue, palette=colours, dodge=bool(hue), ax=axis, size=5, legend=False, jitter=False
     )
-    if hue:
+    if axis.get_legend():  # there is none where the colours say what stands under the bars already
         sns.move_legend(axis, "center left", bbox_to_anchor=(1.0, 0.5), fontsize=9)  # inside it would hide a bar
     axis.set(xlabel="", ylabel=ylabel)
     axis.tick_params(axis="x", rotation=20)
@@ -119,6 +125,7 @@ def bars(table: pd.DataFrame, x: str, y: str, hue: str | None, ylabel: str, titl
     return figure
 
 
+@plain_text
 def distributions(table: pd.DataFrame, x: str, y: str, title: str = "") -> Figure:
     """Every single value of each group, with its median and quartiles.
 

@@ -10,7 +10,10 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from vaelab.viz.text import plain_text
 
+
+@plain_text
 def captioned(pictures: Tensor, captions: Sequence[str], columns: int = 6, title: str = "") -> Figure:
     """Pictures with a text under each.
 
@@ -41,6 +44,7 @@ def captioned(pictures: Tensor, captions: Sequence[str], columns: int = 6, title
     return figure
 
 
+@plain_text
 def masked(picture: Tensor, masks: np.ndarray, labels: Sequence[str], title: str = "") -> Figure:
     """One picture, and beside it each of its masks with its label.
 
@@ -62,6 +66,7 @@ def masked(picture: Tensor, masks: np.ndarray, labels: Sequence[str], title: str
     return figure
 
 
+@plain_text
 def strength(pictures: Tensor, maps: Mapping[str, Tensor], title: str = "") -> Figure:
     """The length of each position's vector beside the pictures, each map scaled to its own range.
 
@@ -86,6 +91,7 @@ def strength(pictures: Tensor, maps: Mapping[str, Tensor], title: str = "") -> F
     return figure
 
 
+@plain_text
 def matrix(table: pd.DataFrame, label: str, title: str = "", *, diverging: bool = False) -> Figure:
     """A heat map with its numbers written in.
 
@@ -104,6 +110,7 @@ def matrix(table: pd.DataFrame, label: str, title: str = "", *, diverging: bool 
     return figure
 
 
+@plain_text
 def picture_grid(rows: Mapping[str, Tensor], title: str = "", captions: Sequence[str] = ()) -> Figure:
     """Pictures in labelled rows.
 

@@ -1,0 +1,54 @@
+"""Text from data in figures: file names, class names and prompts are drawn letter by letter.
+
+matplotlib reads whatever stands between two dollar signs as a formula and raises an error where it is none, when the
+figure is drawn: after everything was computed. A name that begins with an underscore it leaves out of the legend.
+"""
+
+import functools
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+UNESCAPED_DOLLAR = re.compile(r"(?<!\\)\$")
+ZERO_WIDTH_SPACE = "\u200b"
+
+
+def plain(value: Any) -> Any:
+    """``value`` with every string in it made safe to draw: dollar signs are escaped, a zero-width space comes before a
+    leading underscore, and bytes of a file name that are no UTF-8 become question marks.
+
+    Strings are found in tables (cells and labels), series, mappings, lists and tuples; anything else comes back as it
+    is. Applying this twice is the same as applying it once.
+    """
+    if isinstance(value, str):
+        text = UNESCAPED_DOLLAR.sub(r"\\$", value).encode(errors="replace").decode()
+        return ZERO_WIDTH_SPACE + text if text.startswith("_") else text
+    if isinstance(value, pd.DataFrame):
+        columns = [plain(value.iloc[:, number]) for number in range(value.shape[1])]
+        return pd.concat(columns, axis=1) if columns else value
+    if isinstance(value, pd.Series):
+        value = value.rename(plain(value.name))
+        if not pd.api.types.is_numeric_dtype(value.index.dtype):
+            value = value.rename(index=plain)
+        if isinstance(value.dtype, pd.CategoricalDtype):
+            return value.cat.rename_categories(plain)
+        return value if pd.api.types.is_numeric_dtype(value) else value.map(plain)
+    if isinstance(value, Mapping):
+        return {plain(key): plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        entries = [plain(entry) for entry in value]
+        return type(value)(*entries) if hasattr(value, "_fields") else type(value)(entries)
+    return value
+
+
+def plain_text(function: Callable[..., Figure]) -> Callable[..., Figure]:
+    """Decorator of a function that draws: all text in its arguments is shown as it is, see :func:`plain`."""
+
+    @functools.wraps(function)
+    def drawn(*arguments: Any, **options: Any) -> Figure:
+        return function(*plain(arguments), **plain(options))
+
+    return drawn
