@@ -1,11 +1,17 @@
-"""Files that are whole or not there: written beside their place, synced, then renamed into it. And locks."""
+"""Atomic files: written beside their place, synced, then renamed into it. And locks."""
 
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
+
+DRAFT = ".draft-"
+"""How the folders of drafts begin."""
+_cleaned: set[Path] = set()
 
 
 @contextmanager
@@ -23,18 +29,72 @@ def naming(path: str | Path) -> Iterator[None]:
 def atomic(path: str | Path) -> Iterator[Path]:
     """Yield a path to write to; on success it becomes ``path``, on an exception it is removed.
 
-    A reader sees the old file or the new one, never a part, whatever kills the writer.
+    A reader sees the old file or the new one, never a part, whatever kills the writer. The draft lies in a folder
+    of its own beside ``path``, which its process holds a lock on. A process's first call for a folder removes the
+    drafts that killed processes left there.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
+    if (parent := path.parent.resolve()) not in _cleaned:
+        remove_dead_drafts(parent)
+        _cleaned.add(parent)
+    place, lock = _draft_folder(path.parent)
+    draft = place / path.name
     try:
         yield draft
         with naming(path), open(draft, "rb") as file:
             os.fsync(file.fileno())
         os.replace(draft, path)
     finally:
-        draft.unlink(missing_ok=True)
+        shutil.rmtree(place, ignore_errors=True)
+        os.close(lock)
+
+
+def remove_dead_drafts(folder: str | Path) -> None:
+    """Remove the drafts of :func:`atomic` in a folder whose processes have ended.
+
+    The system frees a draft's lock when its process ends, however it ends. A draft whose lock is held, or which a
+    file system without locks cannot answer for, stays.
+    """
+    for place in Path(folder).glob(f"{DRAFT}*"):
+        if place.is_symlink() or not place.is_dir():
+            continue
+        try:
+            lock = os.open(place, os.O_RDONLY)
+        except FileNotFoundError:  # it has just become its file
+            continue
+        try:
+            _flock(lock)
+            shutil.rmtree(place, ignore_errors=True)
+        except OSError:
+            pass
+        finally:
+            os.close(lock)
+
+
+def _draft_folder(parent: Path) -> tuple[Path, int]:
+    """A new folder for a draft, and the descriptor that holds its lock."""
+    while True:
+        place = Path(tempfile.mkdtemp(prefix=DRAFT, dir=parent))
+        try:
+            lock = os.open(place, os.O_RDONLY)
+        except FileNotFoundError:
+            continue  # another process took it for a dead one's before it was locked
+        try:
+            _flock(lock)
+            if os.path.samestat(os.fstat(lock), place.stat()):
+                return place, lock
+        except (BlockingIOError, FileNotFoundError):
+            pass  # likewise
+        except OSError:
+            return place, lock  # a file system without locks
+        os.close(lock)
+
+
+def _flock(descriptor: int) -> None:
+    import fcntl  # not on Windows
+
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -44,12 +104,10 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def locked(path: str | Path) -> BinaryIO | None:
-    """A file that one process holds at a time, until it closes it or is killed; None where another holds it."""
-    import fcntl  # not on Windows
-
-    lock = open(path, "wb")  # noqa: SIM115
+    """A lock file that one process holds at a time, until it closes it or ends; None where another holds it."""
+    lock = open(path, "ab")  # noqa: SIM115
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _flock(lock.fileno())
     except BlockingIOError:
         lock.close()
         return None
