@@ -4,9 +4,9 @@ import torch
 from small_latents import small_config
 
 from vaelab import data
-from vaelab.pruning import fid, noise_loss
+from vaelab.pruning import fid, noise_loss, slimming, sweep
 from vaelab.pruning.metrics import MeasuringConfig, drawn, latents_of, measure
-from vaelab.pruning.train import build
+from vaelab.pruning.train import MaskWatcher, build
 
 MEASURING = MeasuringConfig(loss_timesteps=4, sampler_steps=3)
 
@@ -93,3 +93,25 @@ def test_a_wrong_configuration_is_refused():
     for name, value in (("loss_timesteps", 0), ("fid_images", -1), ("sampler_steps", 0)):
         with pytest.raises(ValueError, match=f"{name}: must be at least"):
             MeasuringConfig(**{name: value})
+
+
+@pytest.mark.parametrize(
+    "evaluate",
+    [
+        lambda one, images: measure(one, images, MEASURING, 0),
+        lambda one, images: latents_of(one, images, 0),
+        lambda one, images: drawn(one, MeasuringConfig(fid_images=2, sampler_steps=1), (4, 8, 8), 16, 0),
+        lambda one, images: sweep.pictures({"a": one}, images, small_config(), count=2),
+        lambda one, images: slimming.of_trained(one, images, 1, 0),
+        lambda one, images: MaskWatcher(one, images, 1).measure(0),
+    ],
+    ids=["measure", "latents_of", "drawn", "pictures", "savings", "MaskWatcher"],
+)
+def test_evaluation_learns_nothing_and_leaves_every_module_in_its_mode(images, evaluate):
+    one = objective(mask="normalised", standardise=True).train()
+    one.vae.eval()  # as who freezes a part of it has it
+    modes = [part.training for part in one.modules()]
+    before = {name: value.clone() for name, value in one.state_dict().items()}
+    evaluate(one, images)
+    assert [part.training for part in one.modules()] == modes
+    assert all(torch.equal(value, before[name]) for name, value in one.state_dict().items())

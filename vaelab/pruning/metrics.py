@@ -13,6 +13,7 @@ from vaelab.data.images import Images
 from vaelab.pruning import fid as pruning_fid
 from vaelab.pruning import noise_loss
 from vaelab.pruning.masks import PruningObjective
+from vaelab.training import evaluation_mode
 from vaelab.vae.objective import evaluate
 
 AT_ONCE = 64
@@ -69,12 +70,13 @@ class Measures(NamedTuple):
 @torch.no_grad()
 def latents_of(objective: PruningObjective, images: Images, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """Samples of the posteriors of all ``images`` (N, c, h, w), the same as the denoiser gets them, and their
-    masks (N, c)."""
+    masks (N, c); in evaluation mode, in which neither the standardisation nor the usual gain learns from them."""
     generator, device = torch.Generator().manual_seed(seed), next(objective.parameters()).device
     parts = []
-    for batch in images.batches(AT_ONCE):
-        latents = objective.latents(batch["pixels"].to(device), generator)
-        parts.append((objective.standard(latents), *objective.seen(latents)))
+    with evaluation_mode(objective):
+        for batch in images.batches(AT_ONCE):
+            latents = objective.latents(batch["pixels"].to(device), generator)
+            parts.append((objective.standard(latents), *objective.seen(latents)))
     before, seen, mask = (torch.cat(part).float() for part in zip(*parts, strict=True))
     return before, seen, mask
 
@@ -92,7 +94,13 @@ def measure(
         The measures, and the loss over the signal-to-noise ratio: a row a timestep and channel with
         ``timestep``, ``channel``, ``snr``, ``error``, ``closed_form``.
     """
-    objective.eval()
+    with evaluation_mode(objective):
+        return _evaluated(objective, images, config, seed, judge)
+
+
+def _evaluated(
+    objective: PruningObjective, images: Images, config: MeasuringConfig, seed: int, judge: pruning_fid.Judge | None
+) -> tuple[Measures, list[dict[str, float]]]:
     before, seen, mask = latents_of(objective, images, seed)
     scheduler = objective.scheduler
     timesteps = noise_loss.grid(scheduler, config.loss_timesteps)
@@ -102,7 +110,7 @@ def measure(
     variance, abar = noise_loss.variances(seen).cpu(), noise_loss.signal_share(scheduler, timesteps)
     closed = noise_loss.closed_form(variance, abar)
     plain = evaluate(objective.vae, images.batches(AT_ONCE))
-    masked = evaluate(_ThroughTheMask(objective), images.batches(AT_ONCE))
+    masked = evaluate(_ThroughTheMask(objective).eval(), images.batches(AT_ONCE))
     values, fid = 3 * images.resolution**2, None
     if config.fid_images and judge:
         fid = judge.distance(drawn(objective, config, tuple(seen.shape[1:]), images.resolution, seed))
@@ -125,13 +133,13 @@ def drawn(
     objective: PruningObjective, config: MeasuringConfig, shape: tuple[int, ...], resolution: int, seed: int
 ) -> Tensor:
     """``config.fid_images`` pictures (N, 3, R, R) decoded from samples of the denoiser, on the CPU."""
-    latents = pruning_fid.draw(
-        objective.unet, objective.scheduler, shape, config.fid_images, steps=config.sampler_steps, batch_size=AT_ONCE,
-        seed=seed,
-    )  # fmt: skip
-    parts = [
-        objective.decode(part, torch.Size((len(part), 3, resolution, resolution))) for part in latents.split(AT_ONCE)
-    ]
+    with evaluation_mode(objective):
+        latents = pruning_fid.draw(
+            objective.unet, objective.scheduler, shape, config.fid_images, steps=config.sampler_steps,
+            batch_size=AT_ONCE, seed=seed,
+        )  # fmt: skip
+        sizes = (torch.Size((len(part), 3, resolution, resolution)) for part in latents.split(AT_ONCE))
+        parts = [objective.decode(part, size) for part, size in zip(latents.split(AT_ONCE), sizes, strict=True)]
     return torch.cat(parts).float().clamp(-1, 1).cpu()
 
 

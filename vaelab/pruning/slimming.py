@@ -15,6 +15,7 @@ from vaelab.core import timing
 from vaelab.data.images import Images
 from vaelab.pruning.masks import PruningObjective
 from vaelab.pruning.metrics import latents_of
+from vaelab.training import evaluation_mode
 
 # removal: Taking channels of a latent away for good.
 #
@@ -100,9 +101,14 @@ def savings(vae: nn.Module, unet: nn.Module, order: Sequence[int], latents: Tens
         ``saved_low`` and ``saved_high``, the time against the whole model in percent of it, median and
         quartiles of the paired differences.
     """
-    whole, device, rows = Narrowed(vae, unet), latents.device, []
+    with evaluation_mode(vae, unet):
+        return _compared(Narrowed(vae, unet), order, latents, rounds)
+
+
+def _compared(whole: Narrowed, order: Sequence[int], latents: Tensor, rounds: int) -> pd.DataFrame:
+    device, rows = latents.device, []
     models = {"whole": whole, "twin": whole}
-    models |= {str(count): remove(vae, unet, order[:count]) for count in range(len(order) - 1, 0, -1)}
+    models |= {str(count): remove(*whole, order[:count]) for count in range(len(order) - 1, 0, -1)}
     for part in PARTS:
         actions = {name: _action(part, model, latents) for name, model in models.items()}
         seconds = timing.interleaved(actions, rounds, device=device)

@@ -24,6 +24,7 @@ from vaelab.pruning.fid import Judge
 from vaelab.pruning.masks import PruningObjective
 from vaelab.pruning.metrics import AT_ONCE, drawn, latents_of
 from vaelab.pruning.train import PrunedRun, PruningConfig, build, load_pruned, train_pruned
+from vaelab.training import evaluation_mode
 
 # conclusions: What the runs of a sweep of PeLAP-A's lambda say together: numbers with intervals over seeds, the paper's
 # two runs beside ours, and a conclusion in plain words that is computed from them.
@@ -270,15 +271,16 @@ def pictures(
     shown = images.stack(count)
     found = {"held out": shown}
     for name, objective in objectives.items():
-        latents = models.latent(objective.vae, shown.to(objective.vae.device)) * objective.vae.config.scaling_factor
-        seen = objective.seen(latents).latents
-        few = replace(config.measuring, fid_images=count)
-        found[f"{name}, latent"] = models.decode(
-            objective.vae, latents / objective.vae.config.scaling_factor, shown.shape
-        )
-        if objective.config.mask != "none":
-            found[f"{name}, masked"] = objective.decode(seen, shown.shape)
-        found[f"{name}, drawn"] = drawn(objective, few, tuple(seen.shape[1:]), images.resolution, config.train.seed)
+        with evaluation_mode(objective):
+            latents = models.latent(objective.vae, shown.to(objective.vae.device)) * objective.vae.config.scaling_factor
+            seen = objective.seen(latents).latents
+            few = replace(config.measuring, fid_images=count)
+            found[f"{name}, latent"] = models.decode(
+                objective.vae, latents / objective.vae.config.scaling_factor, shown.shape
+            )
+            if objective.config.mask != "none":
+                found[f"{name}, masked"] = objective.decode(seen, shown.shape)
+            found[f"{name}, drawn"] = drawn(objective, few, tuple(seen.shape[1:]), images.resolution, config.train.seed)
     return found
 
 

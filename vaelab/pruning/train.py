@@ -23,8 +23,9 @@ from vaelab.data.images import Images
 from vaelab.pruning.fid import Judge
 from vaelab.pruning.masks import LatentConfig, PruningObjective
 from vaelab.pruning.metrics import MeasuringConfig, measure
-from vaelab.training.checkpoint import refuse_other_settings
-from vaelab.training.loop import NOT_SIGNED, TrainConfig, Watcher, train
+from vaelab.training import evaluation_mode
+from vaelab.training.checkpoint import require_same_settings
+from vaelab.training.loop import EXECUTION_ONLY, TrainConfig, Watcher, train
 
 AUTOENCODERS = ("scratch", "finetuned", "frozen")
 TRACKED_PICTURES = 128
@@ -130,12 +131,11 @@ class MaskWatcher(Watcher):
     def measure(self, step: int) -> None:
         """Measure now."""
         objective = self._objective
-        was_training, device = objective.training, next(objective.parameters()).device
-        objective.eval()
+        device = next(objective.parameters()).device
         batch = next(self._images.batches(min(TRACKED_PICTURES, len(self._images))))
-        latents = models.latent(objective.vae, batch["pixels"].to(device)) * objective.vae.config.scaling_factor
-        mask = objective.seen(latents).mask.float().cpu()
-        objective.train(was_training)
+        with evaluation_mode(objective):
+            latents = models.latent(objective.vae, batch["pixels"].to(device)) * objective.vae.config.scaling_factor
+            mask = objective.seen(latents).mask.float().cpu()
         groups = {"all": torch.ones(len(mask), dtype=torch.bool)}
         groups |= {name: batch["label"] == number for number, name in enumerate(self._classes)}
         self.rows += [
@@ -223,7 +223,7 @@ def train_pruned(
     settings = _settings(model, revision, setting, config, pictures)
     if finished.exists() and weights.exists():
         stored = read_json(finished)
-        refuse_other_settings(finished, stored.pop("settings"), settings)
+        require_same_settings(finished, stored.pop("settings"), settings)
         return PrunedRun(**stored)
     learning, held_out = pictures
     objective = build(model, config, learning.resolution, revision)
@@ -280,7 +280,7 @@ def _settings(
     """All that decides the outcome, as it comes back from JSON."""
     decides = asdict(config)
     decides |= decides.pop("train") | decides.pop("latent") | decides.pop("measuring")
-    for name in NOT_SIGNED:
+    for name in EXECUTION_ONLY:
         decides.pop(name)
     data = [f"{images.name} x {len(images)} at {images.resolution}" for images in pictures]
     return json.loads(json.dumps({**decides, "model": model, "revision": revision, "setting": setting, "data": data}))
