@@ -56,6 +56,7 @@ def test_demo_and_smoke_runs_need_no_hub(path):
         ({"learning_rate": "5e-5"}, "5.0e-5"),
         ({"seeds": 3}, "seeds: expected a list"),
         ({"steps": 2.5}, "steps: expected int"),
+        ({"steps": 0}, "steps: must be above 0, got 0"),
         ({"output_dir": "outputs/elsewhere"}, "output_dir must be"),
     ],
 )

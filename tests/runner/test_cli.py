@@ -1,5 +1,6 @@
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,37 +10,58 @@ import pytest
 
 from vaelab.runner import cli, index
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PARAMETERS = """output_dir: str = "outputs/20_two/interactive"  # folder
 fail: bool = False  # whether to
 runs: list[str] = []  # to read
+overwrite: bool = False
 """
 BODY = """
 from pathlib import Path
+from vaelab import runner
+run = runner.start("20_two", globals())
 assert not fail, "it was to fail"
 assert all((Path(folder) / "results.json").exists() for folder in runs)
-Path(output_dir).mkdir(parents=True, exist_ok=True)
-(Path(output_dir) / "results.json").write_text(
-    '{"metrics": {"<b>n</b>": 0.123456}, "files": ["a b.png"], "seconds": 1.0, "environment": {}}'
-)
+(run.workspace("kept") / "file").write_text("made")
+run.metric("<b>n</b>", 0.123456)
 print("\\r begun\\r ended")
+run.save()
 """
 
 
-@pytest.fixture
-def project(tmp_path, monkeypatch):
+def new_project(folder):
     """A project of two notebooks, of which the second reads what the first made."""
     for name in ("10_one", "20_two"):
         kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
         nb = nbformat.v4.new_notebook(metadata={"kernelspec": kernel})
         nb.cells = [nbformat.v4.new_code_cell(PARAMETERS), nbformat.v4.new_code_cell(BODY)]
         nb.cells[0].metadata["tags"] = ["parameters"]
-        (tmp_path / "notebooks").mkdir(exist_ok=True)
-        nbformat.write(nb, tmp_path / "notebooks" / f"{name}.ipynb")
-    write_params(tmp_path, "10_one", "demo", "")
-    write_params(tmp_path, "20_two", "demo", "runs: [outputs/10_one/demo]")
-    (tmp_path / "outputs").mkdir()
+        (folder / "notebooks").mkdir(exist_ok=True)
+        nbformat.write(nb, folder / "notebooks" / f"{name}.ipynb")
+    write_params(folder, "10_one", "demo", "")
+    write_params(folder, "20_two", "demo", "runs: [outputs/10_one/demo]")
+    (folder / "outputs").mkdir()
+    return folder
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    return new_project(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """The project after its second notebook was run, and what the command said."""
+    folder = new_project(tmp_path_factory.mktemp("ran"))
+    return folder, command(folder, "run", "params/20_two/demo.yaml")
+
+
+@pytest.fixture
+def finished(ran, tmp_path, monkeypatch):
+    """A copy of the project, in which both runs are finished."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(ran[0], tmp_path, dirs_exist_ok=True)
     return tmp_path
 
 
@@ -61,10 +83,10 @@ def environment():
     return {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
-def test_the_path_is_the_name_and_what_is_read_is_run_first(project):
-    ran = command(project, "run", "params/20_two/demo.yaml")
-    assert ran.returncode == 0, ran.stderr
-    assert "running it first" in ran.stdout
+def test_the_path_is_the_name_and_what_is_read_is_run_first(ran):
+    project, process = ran
+    assert process.returncode == 0, process.stderr
+    assert "running it first" in process.stdout
     for name in ("10_one", "20_two"):
         for made in ("demo.ipynb", "demo.html", "demo/results.json"):
             assert (project / "outputs" / name / made).exists()
@@ -99,15 +121,74 @@ def test_all_runs_go_on_past_a_failure_but_not_what_reads_it(project):
     assert not (project / "outputs" / "20_two" / "demo" / "results.json").exists()
 
 
-def test_a_run_whose_params_file_changed_is_no_longer_finished(project):
-    params = write_params(project, "10_one", "demo", "")
-    assert not cli.finished(params)
-    folder = project / "outputs" / "10_one" / "demo"
-    folder.mkdir(parents=True)
-    stored = {"params": {"output_dir": "outputs/10_one/demo", "fail": False, "runs": []}}
-    (folder / "results.json").write_text(json.dumps(stored))
-    assert cli.finished(params)
-    assert not cli.finished(write_params(project, "10_one", "demo", "fail: true"))
+def inodes(folder):
+    return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.rglob("*")
+            if path.is_file() and ".run" not in path.parts}  # fmt: skip
+
+
+def test_finished_run_is_not_run_again_without_overwrite(finished):
+    before = inodes(finished / "outputs")
+    again = command(finished, "run", "params/10_one/demo.yaml")
+    assert again.returncode == 0 and "10_one/demo is finished already; --overwrite" in again.stdout
+    assert "0 runs, 1 at a time; 2 are finished already" in command(finished, "all", "demo", "--jobs", "1").stdout
+    page = finished / "outputs" / "index.html"
+    assert {**inodes(finished / "outputs"), page: 0} == {**before, page: 0}
+
+
+def test_overwrite_replaces_what_the_run_made(finished):
+    before = inodes(finished / "outputs" / "10_one")
+    assert command(finished, "run", "params/10_one/demo.yaml", "--overwrite").returncode == 0
+    after = inodes(finished / "outputs" / "10_one")
+    assert after.keys() == before.keys() and all(after[path] != before[path] for path in before)
+
+
+def test_failed_overwrite_leaves_the_finished_run_and_its_notebook(finished):
+    before = inodes(finished / "outputs" / "10_one")
+    write_params(finished, "10_one", "demo", "fail: true")
+    failed = command(finished, "run", "params/10_one/demo.yaml", "--overwrite")
+    assert failed.returncode == 1 and "it was to fail" in failed.stderr
+    after = inodes(finished / "outputs" / "10_one")
+    assert (finished / "outputs" / "10_one" / "demo.new.ipynb") in after
+    assert {path: after[path] for path in before} == before
+
+
+def test_run_that_is_finished_with_other_parameters_is_neither_taken_nor_replaced(finished):
+    before = inodes(finished / "outputs" / "10_one")
+    write_params(finished, "10_one", "demo", "runs: [outputs/10_one/other]")
+    write_params(finished, "20_two", "new", "runs: [outputs/10_one/demo]")
+    for params in ("params/10_one/demo.yaml", "params/20_two/new.yaml"):
+        refused = command(finished, "run", params)
+        assert refused.returncode == 2
+        assert "10_one/demo is finished, but was made with another runs than" in refused.stderr
+    assert inodes(finished / "outputs" / "10_one") == before
+    assert not (finished / "outputs" / "20_two" / "new").exists()
+
+
+def test_damaged_results_are_named_and_cost_the_front_page_one_row(finished):
+    damaged = finished / "outputs" / "10_one" / "demo" / "results.json"
+    damaged.write_text('{"metrics": ')
+    refused = command(finished, "run", "params/10_one/demo.yaml")
+    assert refused.returncode == 2 and "outputs/10_one/demo/results.json' is damaged" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    page = (finished / "outputs" / "index.html").read_text()
+    assert page.count("its results cannot be read: ") == 1 and "&lt;b&gt;n&lt;/b&gt;" in page
+
+
+def test_two_commands_on_one_run_are_told_apart(project):
+    params = write_params(project, "10_one", "slow", "")
+    nb = nbformat.read(project / "notebooks" / "10_one.ipynb", as_version=4)
+    nb.cells.insert(1, nbformat.v4.new_code_cell("import time; time.sleep(30)"))
+    nbformat.write(nb, project / "notebooks" / "10_one.ipynb")
+    line = [sys.executable, "-m", "vaelab.runner.cli", "run", str(params)]
+    first = subprocess.Popen(line, cwd=project, env=environment(), stdout=subprocess.DEVNULL)
+    lock = project / "outputs" / "10_one" / "slow" / ".run" / "notebook.lock"
+    while not (lock.exists() and lock.read_text()):
+        assert first.poll() is None
+    second = command(project, "run", "params/10_one/slow.yaml")
+    first.kill()
+    first.wait()
+    assert second.returncode == 2
+    assert f"10_one/slow is in use by process {first.pid} since" in second.stderr
 
 
 def test_matching_takes_a_name_and_its_variants_only(project):
