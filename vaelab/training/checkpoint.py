@@ -1,39 +1,131 @@
-"""A training's state as one safetensors file: whole or not there, and never a pickle."""
+"""A training's state on disk: a checkpoint, replaced as a whole, and a log, which only grows.
+
+::
+
+    checkpoint.safetensors   weights, AdamW's moments, settings, progress: written beside its place, then renamed
+    log.jsonl                one row a line: the history and what watchers recorded
+
+The log is appended and synced before each checkpoint, and the checkpoint says how many of its bytes
+belong to it. A run that is resumed cuts the log to these, so that each row is in it once. Both files
+carry a checksum, which is verified when they are read.
+"""
 
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+import xxhash
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
-from vaelab.core.io import atomic
+from vaelab.core.io import atomic, naming
 
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+FORMAT = "vaelab training 2"
+CHECKPOINT = "checkpoint.safetensors"
+LOG = "log.jsonl"
+
+Rows = list[dict[str, Any]]
+"""Records of plain JSON, in the order in which they were made."""
 
 
 @dataclass
 class Progress:
-    """How far a training has come, beside its weights and its optimizer's moments."""
+    """How far a training has come, beside its weights, its optimizer's moments and its log."""
 
     step: int = 0
     """Steps taken."""
-    history: list[dict[str, float]] = field(default_factory=list)
-    """The rows of the log so far."""
     sums: dict[str, Tensor] = field(default_factory=dict)
-    """Losses since the last row, each a scalar."""
+    """Losses summed since the last row of the history, each a scalar."""
     watchers: list[dict[str, Any]] = field(default_factory=list)
     """The state of each watcher, plain JSON."""
     scaler: dict[str, Any] | None = None
     """The state of float16's loss scaler, where there is one."""
 
 
+class TrainingLog:
+    """The rows of a training as ``log.jsonl`` in its folder.
+
+    Args:
+        path: the file.
+        logs: the lists of rows by name; they grow during training and are filled by :meth:`restore`.
+    """
+
+    def __init__(self, path: Path, logs: Mapping[str, Rows]):
+        self.path, self._logs = path, logs
+        self._written = dict.fromkeys(logs, 0)
+        self._bytes, self._digest = 0, xxhash.xxh3_128()
+
+    def append(self) -> dict[str, Any]:
+        """Append and sync the rows that are new; return what :meth:`restore` needs to find this state again."""
+        lines = []
+        for name, rows in self._logs.items():
+            lines += [json.dumps({"log": name, "row": row}) for row in rows[self._written[name] :]]
+            self._written[name] = len(rows)
+        text = "".join(f"{line}\n" for line in lines).encode()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with naming(self.path), open(self.path, "r+b" if self._bytes else "wb") as file:
+            file.truncate(self._bytes)
+            file.seek(self._bytes)
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        self._bytes += len(text)
+        self._digest.update(text)
+        return {"bytes": self._bytes, "xxh128": self._digest.hexdigest()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Fill the lists from the file, up to the state that :meth:`append` returned.
+
+        What a killed run wrote after that is cut off by the next :meth:`append`.
+
+        Raises:
+            ValueError: the file is missing, damaged, or holds a log of another name.
+        """
+        content = _bytes_of(self.path, state["bytes"]) if state["bytes"] else b""
+        self._digest = xxhash.xxh3_128(content)
+        if len(content) != state["bytes"] or self._digest.hexdigest() != state["xxh128"]:
+            raise ValueError(f"{self.path} is missing or damaged: it is not the log that {CHECKPOINT} belongs to")
+        self._bytes = len(content)
+        for rows in self._logs.values():
+            rows.clear()
+        for line in content.splitlines():
+            record = json.loads(line)
+            if record["log"] not in self._logs:
+                raise ValueError(f"{self.path} holds rows of {record['log']!r}, which no watcher of this run records")
+            self._logs[record["log"]].append(record["row"])
+        self._written = {name: len(rows) for name, rows in self._logs.items()}
+
+
+def read_log(path: Path) -> dict[str, Rows]:
+    """The rows of a finished training's log, by name.
+
+    Raises:
+        ValueError: the file is missing or damaged.
+    """
+    logs: dict[str, Rows] = {}
+    try:
+        for line in path.read_bytes().splitlines():
+            record = json.loads(line)
+            logs.setdefault(record["log"], []).append(record["row"])
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} is missing") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: line {sum(map(len, logs.values())) + 1} is no row of a log") from error
+    return logs
+
+
 def save(
-    path: Path, objective: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, signature: dict[str, Any]
+    path: Path, objective: nn.Module, optimizer: torch.optim.Optimizer, documents: dict[str, Any], progress: Progress
 ) -> None:
     """Write the weights, AdamW's moments and the progress, atomically.
 
@@ -41,55 +133,148 @@ def save(
         path: the file.
         objective: the module in training; a moment is stored under its parameter's name.
         optimizer: its AdamW.
+        documents: plain JSON by name: ``signature``, the settings that a run must share to resume, and ``log``.
         progress: how far it has come.
-        signature: the settings, plain JSON, that a run must share to go on from here.
-    """
-    tensors = {f"model/{name}": value for name, value in objective.state_dict().items()}
-    for name, state in _named_state(objective, optimizer):
-        tensors |= {f"optimizer/{key}/{name}": state[key] for key in MOMENTS if key in state}
-    tensors |= {f"sums/{name}": value for name, value in progress.sums.items()}
-    told = {**{key: value for key, value in vars(progress).items() if key != "sums"}, "sums": list(progress.sums)}
-    with atomic(path) as draft:
-        # a copy each: safetensors refuses tensors that share memory
-        tensors = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
-        save_file(tensors, draft, metadata={"progress": json.dumps(told), "signature": json.dumps(signature)})
-
-
-def restore(path: Path, objective: nn.Module, optimizer: torch.optim.Optimizer, signature: dict[str, Any]) -> Progress:
-    """Read what :func:`save` wrote into the module and its optimizer.
 
     Raises:
-        ValueError: a foreign file, or one whose settings are others than ``signature``.
+        FloatingPointError: a weight is NaN or infinite; the file there is not replaced.
     """
-    with safe_open(path, framework="pt", device="cpu") as file:
-        told = file.metadata() or {}
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    if not {"progress", "signature"} <= told.keys():
-        raise ValueError(f"{path} is no checkpoint of this lab")
-    refuse_other_settings(path, json.loads(told["signature"]), signature)
+    inner = _unwrapped(optimizer)
+    tensors = {f"model/{name}": value for name, value in objective.state_dict().items()}
+    # without the condition torch would take a first step to make a state to return
+    states = get_optimizer_state_dict(objective, inner)["state"] if inner.state else {}
+    tensors |= {f"optimizer/{key}/{name}": value for name, state in states.items() for key, value in state.items()}
+    tensors |= {f"sums/{name}": value for name, value in progress.sums.items()}
+    bad = not_finite(tensors, _may_be_infinite(objective))
+    if bad:
+        raise FloatingPointError(
+            f"{bad} is NaN or infinite after step {progress.step}; {path} was not replaced. Try a lower learning_rate"
+        )
+    described = {key: value for key, value in vars(progress).items() if key != "sums"}
+    write_tensors(path, tensors, {**documents, "progress": {**described, "sums": list(progress.sums)}})
+
+
+def restore(
+    path: Path, objective: nn.Module, optimizer: torch.optim.Optimizer, signature: dict[str, Any]
+) -> tuple[Progress, dict[str, Any]]:
+    """Read what :func:`save` wrote into the module and its optimizer; return the progress and the documents.
+
+    Raises:
+        ValueError: a damaged or foreign file, one whose settings are others than ``signature``, or
+            one with a weight that is NaN or infinite.
+    """
+    tensors, documents = read_tensors(path)
+    if not {"progress", "signature", "log"} <= documents.keys():
+        raise ValueError(f"{path} is no checkpoint of a training")
+    require_same_settings(path, documents["signature"], signature)
+    bad = not_finite(tensors, _may_be_infinite(objective))
+    if bad:
+        raise ValueError(f"{path} cannot be resumed from: {bad} is NaN or infinite")
+    # the optimizer first: torch steps it once, at a learning rate of 0, to make the state that it then replaces
+    _restore_optimizer(objective, _unwrapped(optimizer), tensors)
     objective.load_state_dict({n.removeprefix("model/"): t for n, t in tensors.items() if n.startswith("model/")})
+    progress = documents["progress"]
     device = next(objective.parameters()).device
-    fused = optimizer.param_groups[0]["fused"]
-    for name, state in _named_state(objective, optimizer):
-        for key in MOMENTS:
-            if (stored := tensors.get(f"optimizer/{key}/{name}")) is not None:
-                state[key] = stored.to(device) if fused or key != "step" else stored
-    progress = json.loads(told["progress"])
     sums = {name: tensors[f"sums/{name}"].to(device) for name in progress.pop("sums")}
-    return Progress(**progress, sums=sums)
+    return Progress(**progress, sums=sums), documents
 
 
-def refuse_other_settings(path: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], documents: Mapping[str, Any]) -> None:
+    """Write tensors and JSON documents as one safetensors file with a checksum, atomically.
+
+    Documents are stored as tensors of bytes: safetensors limits its header, not its tensors.
+    """
+    # a copy each: safetensors refuses tensors that share memory
+    stored = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
+    for name, document in documents.items():
+        stored[f"json/{name}"] = torch.frombuffer(bytearray(json.dumps(document).encode()), dtype=torch.uint8)
+    with atomic(path) as draft:
+        # one entry: safetensors writes several in any order, and then equal checkpoints would differ
+        save_file(stored, draft, metadata={FORMAT: _checksum(stored)})
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what :func:`write_tensors` wrote: tensors on the CPU, and documents.
+
+    Raises:
+        ValueError: a missing, damaged or foreign file.
+    """
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} is missing") from error
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or no safetensors file ({error})") from error
+    if FORMAT not in metadata:
+        raise ValueError(f"{path} is no checkpoint of this version of the lab")
+    if metadata[FORMAT] != _checksum(tensors):
+        raise ValueError(f"{path} is damaged: its checksum is not that of its content")
+    names = [name for name in tensors if name.startswith("json/")]
+    return tensors, {name.removeprefix("json/"): json.loads(tensors.pop(name).numpy().tobytes()) for name in names}
+
+
+def not_finite(tensors: Mapping[str, Tensor], may_be_infinite: frozenset[str] = frozenset()) -> str | None:
+    """The first tensor with a NaN or an infinity; of ``may_be_infinite``, the first with a NaN."""
+    for name, value in tensors.items():
+        if value.is_floating_point() or value.is_complex():
+            bad = value.isnan() if name in may_be_infinite else ~value.isfinite()
+            if bad.any():
+                return name
+    return None
+
+
+def require_same_settings(path: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
     """Raise ValueError, naming what differs, where ``path`` was made with other settings than ``here``."""
-    differing = [key for key in here if there.get(key) != here[key]]
+    differing = [key for key in {**here, **there} if there.get(key) != here.get(key)]
     if differing:
-        what = ", ".join(f"{key} {there.get(key)!r} there, {here[key]!r} here" for key in differing)
+        what = ", ".join(f"{key} {there.get(key)!r} there, {here.get(key)!r} here" for key in differing)
         raise ValueError(f"{path} was made with other settings ({what}); delete it, or train in another folder")
 
 
-def _named_state(objective: nn.Module, optimizer: Any) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    names = {id(parameter): name for name, parameter in objective.named_parameters()}
-    inner = getattr(optimizer, "optimizer", optimizer)
-    for group in inner.param_groups:
-        for parameter in group["params"]:
-            yield names[id(parameter)], inner.state.setdefault(parameter, {})
+def _restore_optimizer(objective: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    states: dict[str, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        if name.startswith("optimizer/"):
+            _, key, parameter = name.split("/", 2)
+            states.setdefault(parameter, {})[key] = value
+    if not states:
+        return
+    # a parameter without a gradient has no state, and strict would refuse that
+    options = StateDictOptions(strict=False)
+    groups = get_optimizer_state_dict(objective, optimizer, options=options)["param_groups"]
+    set_optimizer_state_dict(objective, optimizer, {"state": states, "param_groups": groups}, options=options)
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            if value.dim():
+                # fused AdamW pairs a parameter with its moments by their places in memory
+                state[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
+def _unwrapped(optimizer: Any) -> torch.optim.Optimizer:
+    return getattr(optimizer, "optimizer", optimizer)  # out of accelerate's
+
+
+def _may_be_infinite(objective: nn.Module) -> frozenset[str]:
+    """Buffers, as attention masks of -inf, and AdamW's second moment, which a huge gradient overflows."""
+    buffers = {f"model/{name}" for name, _ in objective.named_buffers(remove_duplicate=False)}
+    moments = {f"optimizer/exp_avg_sq/{name}" for name, _ in objective.named_parameters()}
+    return frozenset(buffers | moments)
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    digest = xxhash.xxh3_128()
+    for name in sorted(tensors):
+        value = tensors[name]
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _bytes_of(path: Path, count: int) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read(count)
+    except FileNotFoundError:
+        return b""

@@ -1,8 +1,8 @@
-"""The one training loop, on accelerate, for everything the lab trains.
+"""The training loop, on accelerate, for everything the lab trains.
 
-A step's randomness depends on the seed and the step's number alone, and a checkpoint is one file
-that is written whole or not at all: a run that was killed and started again ends in the same
-weights, bit for bit on a CPU, as one that was left alone.
+A step's randomness depends on the seed and the step's number alone, and a checkpoint is replaced as a
+whole. A run that was killed and resumed therefore ends in the same weights, bit for bit on a CPU, as
+one that was not interrupted.
 """
 
 import json
@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,73 +22,80 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from vaelab.core import devices
-from vaelab.core.validate import at_least, one_of
-from vaelab.training import checkpoint as training_checkpoint
+from vaelab.core.validate import at_least, one_of, unknown
+from vaelab.training import checkpoint
 from vaelab.training.batches import Batches
-from vaelab.training.checkpoint import Progress
-
-# configs: How something is trained, and configurations made of a notebook's parameters.
-
+from vaelab.training.checkpoint import CHECKPOINT, LOG, Progress, Rows, TrainingLog
 
 TRACKERS = ("tensorboard", "wandb")
 SCHEDULES = ("constant", "linear", "cosine")
-MIXED = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
-NOT_SIGNED = ("device", "checkpoint_every", "trackers")
+MIXED_PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
+"""What accelerate calls the precisions."""
+EXECUTION_ONLY = ("device", "checkpoint_every", "trackers")
+"""Fields of :class:`TrainConfig` that do not decide the result: a run may be resumed with others."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How something is trained; AdamW throughout."""
+    """How something is trained. The optimizer is AdamW (Loshchilov and Hutter, 2019)."""
 
     steps: int
-    """Optimizer steps."""
+    """Optimizer steps, at least 1."""
     learning_rate: float = 1e-4
-    """Peak step size of AdamW."""
+    """Peak learning rate, above 0."""
     weight_decay: float = 0.0
-    """Decoupled weight decay: a step takes learning_rate * weight_decay of a weight away."""
+    """Decoupled weight decay: each step subtracts learning_rate * weight_decay * weight."""
     undecayed: tuple[str, ...] = ()
-    """Names of the parameters that weight decay leaves alone."""
+    """Names of the parameters without weight decay."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's decay rates of its two moments."""
+    """AdamW's decay rates of its two moments, each in [0, 1)."""
     warmup: int = 0
     """Steps over which the learning rate rises linearly from 0."""
     schedule: str = "constant"
-    """After the warm-up: ``constant``, or ``linear`` or ``cosine``, which reach their end just after the last step."""
+    """The learning rate after the warm-up: ``constant``, ``linear`` or ``cosine``. The latter two reach
+    ``final_rate`` one step after the last."""
     horizon: int = 0
-    """The step whose end that is; 0 for the last. A run that is to be gone on from ends before."""
+    """The step after which the schedule ends, if that is later than ``steps``; 0 for ``steps``."""
     final_rate: float | None = None
-    """The learning rate at that end; None for 0."""
+    """The learning rate at the end of the schedule; None for 0."""
     accumulation: int = 1
-    """Batches to a step."""
+    """Batches per step, at least 1."""
     clip_norm: float = 1.0
     """Largest norm of the gradient; 0 does not clip."""
     precision: str = "float32"
-    """Of the forward pass; the weights stay in float32."""
+    """Of the forward pass (autocast); the weights stay as they are."""
     device: str = "auto"
     """Where to train."""
     seed: int = 0
     """Fixes everything random inside a step."""
     log_every: int = 10
-    """Steps to a row of the history, whose values are means over them."""
+    """Steps per row of the history, whose values are means over these steps."""
     checkpoint_every: int = 0
     """Steps between checkpoints; 0 writes one at the end only."""
     trackers: tuple[str, ...] = ()
     """accelerate's trackers to log to: ``tensorboard``, ``wandb``."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "accumulation", "log_every"):
-            at_least(name, getattr(self, name), 1)
-        if self.horizon:
-            at_least("horizon", self.horizon, self.steps)
-        for name in ("weight_decay", "warmup", "clip_norm", "checkpoint_every"):
-            at_least(name, getattr(self, name), 0)
-        at_least("learning_rate", self.learning_rate, 0, exclusive=True)
+        least = {"steps": 1, "accumulation": 1, "log_every": 1, "warmup": 0, "checkpoint_every": 0, "seed": 0}
+        for name, minimum in least.items():
+            _whole(name, getattr(self, name), minimum)
+        _whole("horizon", self.horizon, self.steps if self.horizon else 0)
+        for name in ("weight_decay", "clip_norm", "learning_rate"):
+            _finite(name, getattr(self, name))
+            at_least(name, getattr(self, name), 0, exclusive=name == "learning_rate")
+        if self.final_rate is not None:
+            _finite("final_rate", self.final_rate)
+            if not 0 <= self.final_rate <= self.learning_rate:
+                raise ValueError(f"final_rate: must lie between 0 and learning_rate, got {self.final_rate!r}")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas: expected two numbers from 0 to below 1, got {self.betas!r}")
+        for name in ("undecayed", "trackers"):
+            if isinstance(getattr(self, name), str):
+                raise ValueError(f"{name}: expected a list of names, got {getattr(self, name)!r}")
         one_of("schedule", self.schedule, SCHEDULES)
-        if not 0 <= (self.final_rate or 0) <= self.learning_rate:
-            raise ValueError(f"final_rate: must lie between 0 and learning_rate, got {self.final_rate!r}")
         for tracker in self.trackers:
             one_of("trackers", tracker, TRACKERS)
-        one_of("precision", self.precision, MIXED)
+        one_of("precision", self.precision, MIXED_PRECISION)
 
     def rate(self, step: int) -> float:
         """The learning rate of optimizer step ``step``, which counts from 1."""
@@ -103,10 +111,7 @@ class TrainConfig:
 
 
 class Watcher:
-    """What looks at a training run from outside, or reaches into it. Steps count from 1.
-
-    Its ``state`` must be plain JSON: it travels in the checkpoints.
-    """
+    """A callback that observes a training run or changes it. Steps count from 1."""
 
     def around(self, step: int) -> AbstractContextManager:
         """A context for the forward and backward pass of a step."""
@@ -115,26 +120,34 @@ class Watcher:
     def after(self, step: int, optimizer: torch.optim.Optimizer) -> None:
         """Called when the step has been taken, before the next one."""
 
-    def logged(self, history: list[dict[str, float]]) -> None:
+    def logged(self, history: Rows) -> None:
         """Called when a row has been added to the history."""
 
+    def logs(self) -> dict[str, Rows]:
+        """The lists of rows that this watcher appends to, by name; rows are plain JSON.
+
+        They are written to the log file, which has no limit. A resumed run finds them as they were at
+        its checkpoint. A row that has been added must not be changed.
+        """
+        return {}
+
     def state(self) -> dict[str, Any]:
-        """What a checkpoint must hold for this watcher to go on from it."""
+        """What else, as plain JSON, a checkpoint must hold for this watcher to be resumed."""
         return {}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from what ``state`` gave."""
+        """Resume from what :meth:`state` returned; the lists of :meth:`logs` are restored already."""
 
 
 class Trained(NamedTuple):
-    """What :func:`train` gives back; the weights are in the module it was given."""
+    """What :func:`train` returns; the weights are in the module it was given."""
 
-    history: list[dict[str, float]]
+    history: Rows
     """A row for every ``log_every`` steps: ``step``, ``learning_rate`` and the mean losses."""
     seconds: float
     """Time spent in this process."""
     resumed_at: int
-    """The step of the checkpoint that was gone on from, 0 for none."""
+    """The step of the checkpoint that the run was resumed from, 0 for none."""
 
 
 def train(
@@ -151,42 +164,37 @@ def train(
 
     Args:
         objective: a module whose call on a batch returns a dict of scalar tensors with the key
-            ``loss``; what of it requires gradients is trained.
+            ``loss``; its parameters that require gradients are trained.
         batches: called with ``start`` (batches to skip), ``rank`` and ``world`` (of a
-            distributed run), gives the batches from there on: dicts of tensors, tensors or tuples.
+            distributed run), iterates over the batches from there on: dicts of tensors, tensors or
+            tuples. See :mod:`vaelab.training.batches`.
         config: how to train.
-        folder: where checkpoints go, as ``checkpoint.safetensors``, and are gone on from. None
-            keeps none.
+        folder: where the checkpoint and the log are written, and resumed from where they exist.
+            None writes neither.
         watchers: see :class:`Watcher`.
-        settings: what else, as plain JSON, a checkpoint must agree on to be gone on from.
+        settings: what else, as plain JSON, decides the result: a checkpoint made with other
+            settings is not resumed.
         title: the progress bar's.
 
     Raises:
-        ValueError: the folder's checkpoint was made with other settings.
-        FloatingPointError: a loss that is not finite, with its step.
+        ValueError: the folder's checkpoint is damaged or was made with other settings.
+        FloatingPointError: a loss that is not finite, with its step; or a weight, when a checkpoint is due.
     """
     watchers = list(watchers)
     accelerator = _accelerator(config, folder)
     optimizer = _optimizer(objective, config, accelerator.device)
     module, optimizer = accelerator.prepare(objective, optimizer)
-    signature = _signature(config, settings)
-    checkpoint = Path(folder, "checkpoint.safetensors") if folder else None
-    if checkpoint and accelerator.is_main_process:
-        for left_by_a_kill in checkpoint.parent.glob(".*.draft"):
-            left_by_a_kill.unlink()
-    progress = Progress()
-    if checkpoint and checkpoint.exists():
-        progress = training_checkpoint.restore(checkpoint, objective, optimizer, signature)
-        for watcher, state in zip(watchers, progress.watchers, strict=True):
-            watcher.restore(state)
-        if progress.scaler and accelerator.scaler:
-            accelerator.scaler.load_state_dict(progress.scaler)
-    start, history, sums = progress.step, progress.history, progress.sums
+    history: Rows = []
+    saved = _Saved(folder, objective, optimizer, accelerator, watchers, history, _signature(config, settings))
+    progress = saved.resume()
+    start, sums = progress.step, progress.sums
     if config.trackers:
         accelerator.init_trackers(
             "vaelab", config={**asdict(config), "undecayed": None, "betas": None, "trackers": None}
         )
-    stream = batches(start=start * config.accumulation, rank=accelerator.process_index, world=accelerator.num_processes)
+    stream = iter(
+        batches(start=start * config.accumulation, rank=accelerator.process_index, world=accelerator.num_processes)
+    )
     began = time.perf_counter()
     bar = tqdm(
         total=config.steps, initial=start, desc=title, file=sys.stdout, mininterval=2, ncols=100,
@@ -216,11 +224,8 @@ def train(
             if config.trackers:
                 accelerator.log({key: value for key, value in row.items() if key != "step"}, step=step)
         bar.update()
-        due = step == config.steps or (config.checkpoint_every and step % config.checkpoint_every == 0)
-        if checkpoint and due and accelerator.is_main_process:
-            scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
-            progress = Progress(step, history, sums, [watcher.state() for watcher in watchers], scaler)
-            training_checkpoint.save(checkpoint, objective, optimizer, progress, signature)
+        if step == config.steps or (config.checkpoint_every and step % config.checkpoint_every == 0):
+            saved.write(step, sums)
     bar.close()
     if config.trackers:
         accelerator.end_training()
@@ -228,6 +233,54 @@ def train(
     accelerator.unwrap_model(module, keep_fp32_wrapper=False)  # which is what ends its autocast
     objective.eval()
     return Trained(history, time.perf_counter() - began, start)
+
+
+class _Saved:
+    """The checkpoint and the log of one training, where it has a folder."""
+
+    def __init__(
+        self,
+        folder: str | Path | None,
+        objective: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        accelerator: Any,
+        watchers: list[Watcher],
+        history: Rows,
+        signature: dict[str, Any],
+    ):
+        self._folder = Path(folder) if folder else None
+        self._objective, self._optimizer, self._accelerator = objective, optimizer, accelerator
+        self._watchers, self._signature = watchers, signature
+        logs = {"history": history}
+        for number, watcher in enumerate(watchers):
+            logs |= {f"{type(watcher).__name__} {number}: {name}": rows for name, rows in watcher.logs().items()}
+        self._log = TrainingLog(Path(folder, LOG), logs) if folder else None
+
+    def resume(self) -> Progress:
+        """Read the checkpoint, where there is one, into the objective, the optimizer and the watchers."""
+        if not self._folder:
+            return Progress()
+        path = self._folder / CHECKPOINT
+        if not path.exists():
+            return Progress()
+        progress, documents = checkpoint.restore(path, self._objective, self._optimizer, self._signature)
+        if len(progress.watchers) != len(self._watchers):
+            raise ValueError(f"{path} has {len(progress.watchers)} watchers; this run has {len(self._watchers)}")
+        self._log.restore(documents["log"])
+        for watcher, state in zip(self._watchers, progress.watchers, strict=True):
+            watcher.restore(state)
+        if progress.scaler and self._accelerator.scaler:
+            self._accelerator.scaler.load_state_dict(progress.scaler)
+        return progress
+
+    def write(self, step: int, sums: dict[str, Tensor]) -> None:
+        """Append to the log, then replace the checkpoint; on the main process only."""
+        if not self._folder or not self._accelerator.is_main_process:
+            return
+        scaler = self._accelerator.scaler.state_dict() if self._accelerator.scaler else None
+        progress = Progress(step, sums, [watcher.state() for watcher in self._watchers], scaler)
+        documents = {"signature": self._signature, "log": self._log.append()}
+        checkpoint.save(self._folder / CHECKPOINT, self._objective, self._optimizer, documents, progress)
 
 
 def _micro_step(accelerator: Any, module: nn.Module, optimizer: Any, batch: Any, config: TrainConfig) -> dict:
@@ -278,14 +331,14 @@ def _accelerator(config: TrainConfig, folder: str | Path | None) -> Any:
         AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(
         cpu=device.type == "cpu",
-        mixed_precision=MIXED[config.precision],
+        mixed_precision=MIXED_PRECISION[config.precision],
         gradient_accumulation_steps=config.accumulation,
         log_with=list(config.trackers) or None,
         project_dir=str(folder) if folder else None,
     )
     if len(accelerator.log_with) < len(config.trackers):
         raise ValueError(
-            f"trackers: {', '.join(config.trackers)} asked for, not all installed (pip install vaelab[trackers])"
+            f"trackers: not all of {', '.join(config.trackers)} are installed (pip install vaelab[trackers])"
         )
     if accelerator.device.type != device.type:
         raise ValueError(f"device: accelerate chose {accelerator.device}, not {device}")
@@ -296,7 +349,7 @@ def _optimizer(objective: nn.Module, config: TrainConfig, device: torch.device) 
     trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}
     strange = set(config.undecayed) - set(trained)
     if strange:
-        raise ValueError(f"undecayed: no trained parameter is called {sorted(strange)[0]!r}")
+        raise unknown("undecayed", sorted(strange)[0], trained)
     groups = [
         {"params": [p for name, p in trained.items() if name not in config.undecayed]},
         {"params": [p for name, p in trained.items() if name in config.undecayed], "weight_decay": 0.0},
@@ -311,5 +364,16 @@ def _optimizer(objective: nn.Module, config: TrainConfig, device: torch.device) 
 
 
 def _signature(config: TrainConfig, settings: dict[str, Any] | None) -> dict[str, Any]:
-    signed = {key: value for key, value in asdict(config).items() if key not in NOT_SIGNED}
+    signed = {key: value for key, value in asdict(config).items() if key not in EXECUTION_ONLY}
     return json.loads(json.dumps({**signed, **(settings or {})}))
+
+
+def _whole(name: str, value: Any, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise ValueError(f"{name}: must be a whole number, got {value!r}")
+    at_least(name, value, minimum)
+
+
+def _finite(name: str, value: Any) -> None:
+    if isinstance(value, bool | str) or not math.isfinite(value):
+        raise ValueError(f"{name}: must be a finite number, got {value!r}")

@@ -20,8 +20,8 @@ from vaelab.core.config import configured
 from vaelab.core.io import read_json, write_json
 from vaelab.core.validate import at_least, one_of
 from vaelab.data.images import Images
-from vaelab.training.checkpoint import refuse_other_settings
-from vaelab.training.loop import NOT_SIGNED, TrainConfig, Watcher, train
+from vaelab.training.checkpoint import Rows, require_same_settings
+from vaelab.training.loop import EXECUTION_ONLY, TrainConfig, Watcher, train
 from vaelab.vae import channels
 from vaelab.vae.nudge import NudgeConfig, nudge, random_active
 from vaelab.vae.objective import VAEObjective, evaluate
@@ -106,13 +106,9 @@ class ChannelWatcher(Watcher):
         row = {"step": step, "suppressed": channels.count(suppressed), "nudged": len(log), "near_zero": near_zero}
         self.rows.append(row)
 
-    def state(self) -> dict[str, Any]:
-        """Both logs."""
-        return {"rows": self.rows, "interventions": self.interventions}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go on with both logs."""
-        self.rows, self.interventions = state["rows"], state["interventions"]
+    def logs(self) -> dict[str, Rows]:
+        """Both lists."""
+        return {"tracked": self.rows, "interventions": self.interventions}
 
     def _tracked(self, step: int) -> bool:
         return step % self._config.track_every == 0 or step == 1 or self._is_intervention_step(step)
@@ -148,13 +144,9 @@ class Validator(Watcher):
         suppressed = channels.classify(self._vae, tracker.read(), threshold=config.threshold, relative=config.relative)
         self.rows.append({"step": step, **result._asdict(), "suppressed": channels.count(suppressed)})
 
-    def state(self) -> dict[str, Any]:
-        """The rows so far."""
-        return {"rows": self.rows}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go on with the rows."""
-        self.rows = state["rows"]
+    def logs(self) -> dict[str, Rows]:
+        """The rows."""
+        return {"validation": self.rows}
 
 
 class VAERun(NamedTuple):
@@ -279,7 +271,7 @@ def _settings(
     """All that decides the outcome, as it comes back from JSON."""
     decides = asdict(config)
     decides |= decides.pop("train") | decides.pop("nudge")
-    for name in NOT_SIGNED:
+    for name in EXECUTION_ONLY:
         decides.pop(name)
     data = [f"{images.name} x {len(images)} at {images.resolution}" for images in pictures]
     named = {"model": model, "revision": revision, "condition": condition, "data": data, "changes": changes}
@@ -288,5 +280,5 @@ def _settings(
 
 def _reload(path: Path, settings: dict[str, Any]) -> VAERun:
     stored = read_json(path)
-    refuse_other_settings(path, stored.pop("settings"), settings)
+    require_same_settings(path, stored.pop("settings"), settings)
     return VAERun(**stored)
