@@ -1,6 +1,6 @@
-"""Small stores to be written, in the test's process or in one that is killed.
+"""Small stores that tests write, in their own process or in one that is killed.
 
-Apart from the tests because such a process imports it: it is there at once without pytest.
+A module of its own, since the killed processes import it without pytest.
 """
 
 import os
@@ -21,7 +21,7 @@ COUNT = 11
 
 
 def truth(layout=LAYOUT, count=COUNT, dtype=torch.float16):
-    """What a store should give back: every block's maps, as stored."""
+    """The maps of every block that a store should give back."""
     generator = torch.Generator().manual_seed(0)
     return {
         block: torch.randn(count, *shape.positions, shape.width, generator=generator).to(dtype)
@@ -39,7 +39,7 @@ def begin(folder, layout=LAYOUT, **options):
 
 
 def fill(folder, maps=None, *, step=2, stop=None, **options):
-    """Write a store in steps of ``step`` items from where it is."""
+    """Write or resume a store in steps of ``step`` items."""
     maps = maps or truth()
     items = captures(len(next(iter(maps.values()))))
     with begin(folder, **options) as writer:
@@ -50,7 +50,7 @@ def fill(folder, maps=None, *, step=2, stop=None, **options):
 
 
 def damage(url, name, change):
-    """Change one file of a store, wherever it is; None deletes it."""
+    """Change one file of a store at any URL; None deletes it."""
     system, path = fsspec.url_to_fs(f"{url}/{name}")
     data = system.cat_file(path)
     system.rm(path)
@@ -59,12 +59,12 @@ def damage(url, name, change):
 
 
 def correlation(numbers):
-    """Rank correlation of the rows' numbers with the order they came in."""
+    """Rank correlation of the rows' numbers with their order."""
     return float(np.corrcoef(np.arange(len(numbers)), np.argsort(np.argsort(numbers)))[0, 1])
 
 
 KILLED = {"a.0": BlockShape((2,), 8), "b": BlockShape((), 3)}
-"""What the killed collections take."""
+"""The layout of collections that are killed."""
 
 
 def collect(folder, count):
@@ -74,7 +74,7 @@ def collect(folder, count):
 
 
 def die_at(folder, count, step, layout=KILLED):
-    """Be gone, without a word, before the ``step``-th thing done to the disk."""
+    """Exit without cleanup before the ``step``-th operation on the disk."""
     torch.set_num_threads(1)
     done = 0
 
@@ -92,17 +92,17 @@ def die_at(folder, count, step, layout=KILLED):
         (os, "fsync"),
         (os, "replace"),
         (os, "unlink"),
-        (store_writer, "_seal"),
-        (store_writer, "sync_names"),
+        (store_writer, "_finish_shard"),
+        (store_writer, "sync_folder"),
     ):
         setattr(module, name, counted(getattr(module, name)))
     fill(folder, truth(layout, count), layout=layout)
 
 
 def die_writing(folder, count, number):
-    """Be gone when the ``number``-th piece of a file has been written by half."""
+    """Exit without cleanup when half of the ``number``-th piece of a file has been written."""
     torch.set_num_threads(1)
-    left, write = number, store_writer.SummedFile.write
+    left, write = number, store_writer.ChecksummedFile.write
 
     def half(self, data):
         nonlocal left
@@ -112,5 +112,5 @@ def die_writing(folder, count, number):
             os._exit(9)
         write(self, data)
 
-    store_writer.SummedFile.write = half
+    store_writer.ChecksummedFile.write = half
     fill(folder, truth(KILLED, count), layout=KILLED)

@@ -13,53 +13,51 @@ from safetensors.torch import load_file
 from vaelab import store
 from vaelab.store import format, reader
 from vaelab.store.format import BlockShape
-from vaelab.store.reader import KEPT, Buffers
-
-# buffers: Memory that is used again, and never while somebody still looks at it.
+from vaelab.store.reader import MAX_BUFFERS, BufferPool
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_memory_is_used_again_once_nothing_refers_to_it(dtype):
-    buffers = Buffers()
-    first = buffers.empty(5, 3, dtype)
+def test_pooled_memory_is_reused_once_nothing_refers_to_it(dtype):
+    pool = BufferPool()
+    first = pool.empty(5, 3, dtype)
     assert first.shape == (5, 3) and first.dtype == dtype
     place = first.data_ptr()
-    assert buffers.empty(5, 3, dtype).data_ptr() != place
+    assert pool.empty(5, 3, dtype).data_ptr() != place
     del first
-    assert buffers.empty(4, 3, dtype).data_ptr() == place
-    assert buffers.empty(4, 3, dtype).data_ptr() == place
+    assert pool.empty(4, 3, dtype).data_ptr() == place
+    assert pool.empty(4, 3, dtype).data_ptr() == place
 
 
-def test_a_part_of_a_tensor_keeps_all_of_its_memory():
-    buffers = Buffers()
-    row = buffers.empty(5, 3, torch.float32).fill_(7)[2].view(3, 1)
-    for _ in range(2 * KEPT):
-        buffers.empty(5, 3, torch.float32).fill_(0)
+def test_a_view_keeps_the_memory_of_its_tensor():
+    pool = BufferPool()
+    row = pool.empty(5, 3, torch.float32).fill_(7)[2].view(3, 1)
+    for _ in range(2 * MAX_BUFFERS):
+        pool.empty(5, 3, torch.float32).fill_(0)
     assert (row == 7).all()
     factor = torch.ones(3, 1, requires_grad=True)
     product = (factor * row).sum()
     del row  # from here on the graph alone needs it
-    for _ in range(2 * KEPT):
-        buffers.empty(5, 3, torch.float32).fill_(0)
+    for _ in range(2 * MAX_BUFFERS):
+        pool.empty(5, 3, torch.float32).fill_(0)
     product.backward()
     assert (factor.grad == 7).all()
 
 
-def test_those_who_collect_tensors_have_each_for_themselves():
-    buffers = Buffers()
-    all_of_them = [buffers.empty(2, 2, torch.float32).fill_(i) for i in range(3 * KEPT)]
-    assert [int(one[0, 0]) for one in all_of_them] == list(range(3 * KEPT))
-    assert len(buffers._kept) == KEPT
+def test_tensors_that_are_collected_do_not_share_memory():
+    pool = BufferPool()
+    all_of_them = [pool.empty(2, 2, torch.float32).fill_(i) for i in range(3 * MAX_BUFFERS)]
+    assert [int(one[0, 0]) for one in all_of_them] == list(range(3 * MAX_BUFFERS))
+    assert len(pool._blocks) == MAX_BUFFERS
 
 
-def test_what_is_too_small_is_not_used_and_nothing_needs_no_memory():
-    buffers = Buffers()
-    buffers.empty(2, 2, torch.float32)
-    assert buffers.empty(3, 2, torch.float32).shape == (3, 2)
-    assert buffers.empty(0, 8, torch.float32).shape == (0, 8) and len(buffers._kept) == 2
+def test_memory_that_is_too_small_is_not_reused_and_an_empty_tensor_takes_none():
+    pool = BufferPool()
+    pool.empty(2, 2, torch.float32)
+    assert pool.empty(3, 2, torch.float32).shape == (3, 2)
+    assert pool.empty(0, 8, torch.float32).shape == (0, 8) and len(pool._blocks) == 2
 
 
-def test_items_come_in_the_order_asked_for(url):
+def test_items_are_indexed_and_sliced(url):
     items = store.open(url).items
     assert len(items) == COUNT
     assert items[-1] == captures()[-1] and items[2:9:3] == captures()[2:9:3]
@@ -68,11 +66,11 @@ def test_items_come_in_the_order_asked_for(url):
 
 
 @pytest.mark.parametrize("text", [b"[]", b"[{}]]]", b""])
-def test_items_that_change_while_the_store_is_open_are_named(url, text):
+def test_an_items_file_that_changes_while_the_store_is_open_is_named(url, text):
     opened = store.open(url)
     damage(url, "shard-00001.items.json", lambda data: text)
     assert opened.items[2] == captures()[2]
-    with pytest.raises(ValueError, match=r"shard-00001.items.json was changed since it was written"):
+    with pytest.raises(ValueError, match=r"shard-00001.items.json was changed after it was written"):
         opened.describe("up.0", 10)
 
 
@@ -95,7 +93,7 @@ def test_what_is_written_is_read_back_whatever_the_steps(tmp_path, precision, st
         assert got.dtype == value.dtype and torch.equal(got, value)
 
 
-def test_maps_come_in_the_order_asked_for(url):
+def test_maps_are_in_the_order_of_the_items(url):
     opened = reader.open(url)
     for block, value in truth().items():
         assert torch.equal(opened.maps(block, [10, 0, 4, 4]), value[[10, 0, 4, 4]])
@@ -106,11 +104,11 @@ def test_a_row_is_described_by_its_item_block_and_position(url):
     opened = reader.open(url)
     for block, shape in LAYOUT.items():
         for row in range(opened.rows(block)):
-            told = opened.describe(block, row)
-            item = told["seed"] // 7
-            assert told == {**captures()[item], "block": block, "position": told["position"]}
-            assert torch.equal(truth()[block][(item, *told["position"])], flat(block)[row])
-            assert len(told["position"]) == len(shape.positions)
+            expected = opened.describe(block, row)
+            item = expected["seed"] // 7
+            assert expected == {**captures()[item], "block": block, "position": expected["position"]}
+            assert torch.equal(truth()[block][(item, *expected["position"])], flat(block)[row])
+            assert len(expected["position"]) == len(shape.positions)
 
 
 def test_data_files_are_ordinary_safetensors(written):
@@ -121,7 +119,7 @@ def test_data_files_are_ordinary_safetensors(written):
         assert torch.equal(torch.cat(parts), flat(block))
 
 
-def test_numbers_are_stored_in_the_precision_whatever_they_came_in(tmp_path):
+def test_numbers_of_any_dtype_are_stored_in_the_precision(tmp_path):
     maps = {block: value.double() + 1e-4 for block, value in truth().items()}
     maps["down.2.1"] = maps["down.2.1"].permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1).requires_grad_()
     opened = reader.open(fill(tmp_path, maps))
@@ -140,7 +138,7 @@ def test_a_store_without_an_item(tmp_path):
 
 
 @pytest.mark.parametrize("form", ["file://{}/store", "zip://::{}/store.zip", "simplecache::file://{}/store"])
-def test_any_url_will_do(written, form):
+def test_a_store_is_read_from_any_url(written, form):
     shutil.make_archive(written, "zip", written)
     opened = reader.open(form.format(written.parent))
     opened.verify()
@@ -186,10 +184,10 @@ def test_the_order_is_fixed_by_seed_and_epoch_alone(url, written):
     assert first != list(range(len(first)))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_batches_come_in_the_dtype_asked_for(written, dtype):
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, None])
+def test_batches_have_the_given_dtype_or_the_stored_one(written, dtype):
     (batch,) = reader.open(written).batches("up.0", 100, seed=0, dtype=dtype)
-    assert batch.dtype == dtype
+    assert batch.dtype == (dtype or torch.float16)
 
 
 def test_rows_of_a_group_are_really_mixed(tmp_path):
@@ -227,14 +225,14 @@ def test_shuffled_is_pass_after_pass_without_a_gap(url, batch_size):
 
 @pytest.mark.parametrize("start", [0, 1, 6, 25])
 @pytest.mark.parametrize("world", [1, 2, 3])
-def test_shuffled_can_be_taken_up_anywhere_and_shared(url, start, world):
+def test_shuffled_batches_resume_anywhere_and_are_shared_by_ranks(url, start, world):
     make = reader.open(url).shuffled("down.2.1", 4, seed=1, buffer_rows=30)
     alone = rows_of(make(), (start + 9) * world)
     for rank in range(world):
         assert rows_of(make(start=start, rank=rank, world=world), 9) == alone[start * world + rank :: world][:9]
 
 
-def test_taking_up_far_on_reads_no_more_than_two_groups(written, monkeypatch):
+def test_resuming_far_on_reads_no_more_than_two_groups(written, monkeypatch):
     read = []
     rows = format.map_rows
     monkeypatch.setattr(reader, "map_rows", lambda *args: (read.append(args[3]), rows(*args))[1])
@@ -244,7 +242,7 @@ def test_taking_up_far_on_reads_no_more_than_two_groups(written, monkeypatch):
     assert len(read) == 2
 
 
-def test_a_group_is_let_go_when_it_has_been_given_out(written, monkeypatch):
+def test_a_group_is_freed_when_it_has_been_given_out(written, monkeypatch):
     alive, most = weakref.WeakSet(), []
     group = reader.Store._group
 
@@ -260,7 +258,7 @@ def test_a_group_is_let_go_when_it_has_been_given_out(written, monkeypatch):
     assert not alive
 
 
-def test_training_goes_on_from_a_checkpoint_on_a_store(written, tmp_path):
+def test_training_on_a_store_resumes_from_a_checkpoint(written, tmp_path):
     from vaelab.training.loop import TrainConfig, train
 
     class Mean(torch.nn.Module):
@@ -284,8 +282,7 @@ def test_training_goes_on_from_a_checkpoint_on_a_store(written, tmp_path):
     assert torch.equal(once.mean, twice.mean)
 
 
-# what is wrong is named
-
+# damage
 
 FILES = ["index.json", "shard-00001.json", "shard-00003.json", "shard-00001.items.json",
          "shard-00000.mid_attn.safetensors", "shard-00003.down.2.1.safetensors"]  # fmt: skip
@@ -296,31 +293,66 @@ FILES = ["index.json", "shard-00001.json", "shard-00003.json", "shard-00001.item
                          ids=["missing", "truncated", "emptied"])  # fmt: skip
 def test_a_missing_or_truncated_file_is_named_when_a_store_is_opened(url, name, change):
     damage(url, name, change)
-    with pytest.raises(ValueError, match=rf"{name} (is missing|is truncated|is foreign or cut short|was changed)"):
+    with pytest.raises(ValueError, match=rf"{name} (is missing|is truncated|is foreign or truncated|was changed)"):
         reader.open(url)
 
 
 @pytest.mark.parametrize("name", ["shard-00001.json", "shard-00001.items.json", "shard-00000.mid_attn.safetensors"])
-def test_nobody_goes_on_with_a_damaged_store(written, name):
+def test_a_damaged_store_is_not_resumed(written, name):
     damage(written, name, lambda data: None)
     with pytest.raises(ValueError, match=f"{name} is missing"):
         begin(written)
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_changed_byte_is_found(url, name, capsys):
+def test_verify_finds_a_changed_byte(url, name, capsys):
     for place in (0, 40, -60, -2):
-
-        def flip(data, place=place):
-            data = bytearray(data)
-            data[place] ^= 1
-            return bytes(data)
-
-        damage(url, name, flip)
+        damage(url, name, lambda data, place=place: flip(data, place))
         with pytest.raises(ValueError, match=name):
             reader.open(url).verify()
-        damage(url, name, flip)
+        damage(url, name, lambda data, place=place: flip(data, place))
     reader.open(url).verify()
+
+
+def flip(data, place):
+    data = bytearray(data)
+    data[place] ^= 1
+    return bytes(data)
+
+
+@pytest.mark.parametrize("place", [format.HEADER_BYTES, -40, -1])
+def test_a_changed_byte_of_the_rows_is_found_when_they_are_read(url, place):
+    damage(url, "shard-00001.down.2.1.safetensors", lambda data: flip(data, place))
+    message = r"shard-00001.down.2.1.safetensors was changed after it was written"
+    with pytest.raises(ValueError, match=message):
+        list(reader.open(url).batches("down.2.1", 7, seed=0, buffer_rows=30))
+    with pytest.raises(ValueError, match=message):
+        next(reader.open(url).shuffled("down.2.1", 66, seed=0)())
+    opened = reader.open(url)
+    assert opened.maps("down.2.1", [0, 1, 2, 4]).shape[0] == 4  # a third of the damaged shard is not checked
+    if opened._folder.local:
+        with pytest.raises(ValueError, match=message):
+            opened.maps("down.2.1", [3, 4])
+    list(opened.batches("up.0", 7, seed=0))
+
+
+@pytest.mark.parametrize("place", [3, 40, -5])
+def test_a_changed_byte_of_the_items_is_found_when_they_are_read(url, place):
+    damage(url, "shard-00001.items.json", lambda data: flip(data, place))
+    opened = reader.open(url)
+    assert opened.items[2] == captures()[2]
+    with pytest.raises(ValueError, match=r"shard-00001.items.json was changed after it was written"):
+        opened.items[3]
+
+
+def test_a_data_file_is_compared_with_its_checksum_once(written, monkeypatch):
+    opened, checked = reader.open(written), []
+    xxh3_128 = reader.xxhash.xxh3_128
+    monkeypatch.setattr(reader.xxhash, "xxh3_128", lambda data: (checked.append(1), xxh3_128(data))[1])
+    for epoch in range(3):
+        list(opened.batches("down.2.1", 7, seed=0, epoch=epoch))
+    opened.maps("down.2.1", range(COUNT))
+    assert len(checked) == 4
 
 
 def test_every_changed_file_is_named_at_once(written):
@@ -342,9 +374,9 @@ def test_a_foreign_json_is_named(url, name, text):
 def test_a_newer_version_is_refused(written, name):
     record = json.loads((written / name).read_text()) | {"version": 2}
     (written / name).write_text(json.dumps(record))
-    with pytest.raises(ValueError, match=f"{name} is of version 2, this lab reads 1"):
+    with pytest.raises(ValueError, match=f"{name} has version 2, and this lab reads version 1"):
         reader.open(written)
-    with pytest.raises(ValueError, match=f"{name} is of version 2"):
+    with pytest.raises(ValueError, match=f"{name} has version 2"):
         begin(written)
 
 
@@ -356,7 +388,7 @@ def test_a_shard_of_another_store_is_named(written, tmp_path):
         reader.open(written)
 
 
-def test_a_shard_in_anothers_place_is_named(written):
+def test_a_shard_in_the_place_of_another_is_named(written):
     for name in ("json", "items.json", "up.0.safetensors"):
         shutil.copy(written / f"shard-00000.{name}", written / f"shard-00001.{name}")
     with pytest.raises(ValueError, match=r"shard-00001.json is foreign"):
@@ -372,17 +404,17 @@ def test_data_of_another_shard_is_named_when_it_is_read(url):
 
 
 @pytest.mark.parametrize(
-    ("change", "told"), [(lambda data: None, "is missing"), (lambda data: data[:-1], "is truncated: 1 bytes")]
+    ("change", "expected"), [(lambda data: None, "is missing"), (lambda data: data[:-1], "is truncated: 1 bytes")]
 )
-def test_a_file_that_goes_while_the_store_is_open_is_named(url, change, told):
+def test_a_file_that_disappears_while_the_store_is_open_is_named(url, change, expected):
     opened = reader.open(url)
     damage(url, "shard-00003.up.0.safetensors", change)
     for read in (lambda: list(opened.batches("up.0", 4, seed=0)), lambda: opened.maps("up.0", [10])):
-        with pytest.raises(ValueError, match=f"shard-00003.up.0.safetensors {told}"):
+        with pytest.raises(ValueError, match=f"shard-00003.up.0.safetensors {expected}"):
             read()
 
 
-def test_a_shard_too_many_is_no_part_of_the_store(written):
+def test_a_shard_after_a_gap_is_refused(written):
     for number in (1, 2):
         for path in written.glob(f"shard-0000{number}.*"):
             path.unlink()
@@ -391,41 +423,43 @@ def test_a_shard_too_many_is_no_part_of_the_store(written):
 
 
 @pytest.mark.parametrize("items", [9, 10, 12])
-def test_an_index_that_tells_of_other_items_is_refused(written, items):
+def test_an_index_with_another_number_of_items_is_refused(written, items):
     index = json.loads((written / "index.json").read_text())
     del index["sha256"]
-    (written / "index.json").write_text(json.dumps(format.signed({**index, "items": items})))
-    with pytest.raises(ValueError, match=rf"index.json tells of {items} items, but the 4 shards beside it hold 11"):
+    (written / "index.json").write_text(json.dumps(format.with_checksum({**index, "items": items})))
+    with pytest.raises(ValueError, match=rf"index.json lists {items} items, but its 4 shards hold 11"):
         reader.open(written)
 
 
 @pytest.mark.parametrize("where", ["nowhere", "memory://nowhere"])
-def test_no_store_at_all(tmp_path, where):
+def test_a_folder_without_a_store_is_refused(tmp_path, where):
     where = where if "://" in where else str(tmp_path / where)
     with pytest.raises(ValueError, match=rf"{where}/index.json is missing"):
         reader.open(where)
 
 
-def test_what_is_no_store_is_told_with_the_parameter_that_named_it(written, tmp_path):
-    with pytest.raises(ValueError, match=r"^activations: .* is no store .*index.json is missing.* of a finished run"):
+def test_an_error_begins_with_the_parameter_that_named_the_store(written, tmp_path):
+    with pytest.raises(
+        ValueError, match=r"^activations: .* is not a readable store .*index.json is missing.* a finished run"
+    ):
         reader.open(tmp_path, parameter="activations")
     assert len(reader.open(written, parameter="activations").items) == COUNT
 
 
-@pytest.mark.parametrize(("shape", "told"), [(((0,), 3), "positions"), (((2,), 0), "width")])
-def test_a_block_without_rows_is_refused(shape, told):
-    with pytest.raises(ValueError, match=f"{told}: must be at least 1"):
+@pytest.mark.parametrize(("shape", "expected"), [(((0,), 3), "positions"), (((2,), 0), "width")])
+def test_a_block_without_rows_is_refused(shape, expected):
+    with pytest.raises(ValueError, match=f"{expected}: must be at least 1"):
         BlockShape(*shape)
 
 
 def test_the_longest_name_of_a_block_fits(tmp_path):
-    layout = {"\N{GRINNING FACE}" * format.LONGEST: BlockShape((2,), 3)}
+    layout = {"\N{GRINNING FACE}" * format.MAX_NAME_LENGTH: BlockShape((2,), 3)}
     opened = reader.open(fill(tmp_path, truth(layout), layout=layout))
     assert torch.equal(opened.maps(next(iter(layout)), range(COUNT)), next(iter(truth(layout).values())))
 
 
 @pytest.mark.parametrize(
-    ("ask", "told"),
+    ("ask", "expected"),
     [
         (lambda opened: opened.rows("down.2"), "block: unknown name 'down.2'; the nearest of 3: down.2.1"),
         (lambda opened: opened.batches("x", 1, seed=0), "block: unknown name 'x'"),
@@ -440,6 +474,6 @@ def test_the_longest_name_of_a_block_fits(tmp_path):
         (lambda opened: opened.maps("up.0", [0, 11]), "items: there are items 0 to 10, got 11"),
     ],
 )
-def test_what_a_store_does_not_have_is_refused_at_once(written, ask, told):
-    with pytest.raises(ValueError, match=told):
+def test_unknown_names_and_numbers_out_of_range_are_refused_at_once(written, ask, expected):
+    with pytest.raises(ValueError, match=expected):
         ask(reader.open(written))

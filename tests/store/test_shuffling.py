@@ -6,11 +6,11 @@ import torch
 from collecting import correlation
 
 from vaelab import store
-from vaelab.store.shuffling import Order
+from vaelab.store.shuffling import ShuffledOrder
 
 
 def test_every_group_of_every_pass_has_an_order_of_its_own():
-    order = Order([50] * 6, buffer_rows=100, seed=0)
+    order = ShuffledOrder([50] * 6, buffer_rows=100, seed=0)
     groups = [(number, group) for number in range(3) for group in range(3)]
     assert len({tuple(order.permutation(group).tolist()) for group in groups}) == 9
     passes = [[shard for group in range(3) for shard in order.shards((number, group))] for number in range(3)]

@@ -14,6 +14,7 @@ from collecting import (
     COUNT,
     KILLED,
     LAYOUT,
+    PER_SHARD,
     SETTINGS,
     begin,
     captures,
@@ -29,18 +30,15 @@ from vaelab import store
 from vaelab.store import format, writer
 from vaelab.store import writer as store_writer
 from vaelab.store.format import BlockShape
-from vaelab.store.writer import Background, SummedFile, send, sync_names
+from vaelab.store.writer import BackgroundThread, ChecksummedFile, sync_folder
 
 DATA = bytes(range(256)) * 40
 
 
-# the thread
-
-
-def test_jobs_are_done_in_their_order_by_one_other_thread():
-    background, done = Background(10), []
+def test_jobs_run_in_their_order_in_one_other_thread():
+    background, done = BackgroundThread(10), []
     for number in range(50):
-        background.do(lambda number=number: done.append((number, threading.current_thread())), holds=number % 3)
+        background.submit(lambda number=number: done.append((number, threading.current_thread())), size=number % 3)
     background.wait()
     assert [number for number, _ in done] == list(range(50))
     (thread,) = {thread for _, thread in done}
@@ -50,9 +48,9 @@ def test_jobs_are_done_in_their_order_by_one_other_thread():
 
 def test_waiting_and_closing_end_when_the_last_job_has():
     for end in ("wait", "close"):
-        background, done = Background(10), []
+        background, done = BackgroundThread(10), []
         for _ in range(3):
-            background.do(lambda done=done: (time.sleep(0.02), done.append(1)))
+            background.submit(lambda done=done: (time.sleep(0.02), done.append(1)))
         getattr(background, end)()
         assert len(done) == 3
         background.close()
@@ -61,12 +59,12 @@ def test_waiting_and_closing_end_when_the_last_job_has():
 @pytest.mark.parametrize(
     ("holds", "at_once"), [((4, 4, 2), 3), ((4, 4, 3), 2), ((10, 1), 1), ((99, 99), 1), ((0,) * 9, 9)]
 )
-def test_jobs_that_wait_hold_no_more_than_they_may(holds, at_once):
-    background, gate, taken = Background(10), threading.Event(), []
+def test_jobs_that_wait_hold_no_more_than_the_limit(holds, at_once):
+    background, gate, taken = BackgroundThread(10), threading.Event(), []
 
     def hand_on():
         for number, size in enumerate(holds):
-            background.do(gate.wait, holds=size)
+            background.submit(gate.wait, size=size)
             taken.append(number)
 
     thread = threading.Thread(target=hand_on)
@@ -80,42 +78,39 @@ def test_jobs_that_wait_hold_no_more_than_they_may(holds, at_once):
     background.close()
 
 
-def test_after_a_job_that_failed_no_other_is_done_and_every_call_says_so():
-    background, gate, done = Background(10), threading.Event(), []
+def test_after_a_job_that_failed_no_other_runs_and_every_call_raises():
+    background, gate, done = BackgroundThread(10), threading.Event(), []
 
     def fail():
         gate.wait()
         raise OSError(5, "Input/output error")
 
-    background.do(done.append, 1)
-    background.do(fail)
-    background.do(done.append, 2)
+    background.submit(done.append, 1)
+    background.submit(fail)
+    background.submit(done.append, 2)
     gate.set()
     for _ in range(2):
         with pytest.raises(OSError, match="Input/output error"):
             background.wait()
         with pytest.raises(OSError, match="Input/output error"):
-            background.do(done.append, 3)
+            background.submit(done.append, 3)
     assert isinstance(background.close(), OSError)
     assert done == [1]
 
 
-def test_nobody_waits_for_room_behind_a_job_that_failed():
-    background = Background(10)
-    background.do(lambda: 1 / 0, holds=10)
+def test_no_call_waits_behind_a_job_that_failed():
+    background = BackgroundThread(10)
+    background.submit(lambda: 1 / 0, size=10)
     with pytest.raises(ZeroDivisionError):
-        background.do(print, holds=10)
+        background.submit(print, size=10)
     background.close()
-
-
-# the file
 
 
 @pytest.mark.parametrize("piece", [writer.PIECE, 1000])
 @pytest.mark.parametrize("pieces", [1, 3, 17])
-def test_a_file_is_what_was_written_and_so_is_its_checksum(tmp_path, monkeypatch, pieces, piece):
+def test_a_file_and_its_checksum_are_of_what_was_written(tmp_path, monkeypatch, pieces, piece):
     monkeypatch.setattr(writer, "PIECE", piece)
-    file, size = SummedFile(tmp_path / "file"), -(-len(DATA) // pieces)
+    file, size = ChecksummedFile(tmp_path / "file"), -(-len(DATA) // pieces)
     for start in range(0, len(DATA), size):
         file.write(memoryview(DATA)[start : start + size])
     assert not file.closed
@@ -123,8 +118,8 @@ def test_a_file_is_what_was_written_and_so_is_its_checksum(tmp_path, monkeypatch
     assert file.closed and (tmp_path / "file").read_bytes() == DATA
 
 
-def test_a_head_that_is_written_anew_counts_in_the_checksum(tmp_path):
-    file = SummedFile(tmp_path / "file")
+def test_a_rewritten_head_counts_in_the_checksum(tmp_path):
+    file = ChecksummedFile(tmp_path / "file")
     file.write(DATA)
     file.rewrite(b"head")
     whole = b"head" + DATA[4:]
@@ -137,15 +132,15 @@ def test_a_file_is_synced_when_it_is_finished_and_not_before(tmp_path, monkeypat
     monkeypatch.setattr(
         os, "fsync", lambda descriptor: (synced.append(os.fstat(descriptor).st_size), fsync(descriptor))
     )
-    file = SummedFile(tmp_path / "file")
+    file = ChecksummedFile(tmp_path / "file")
     file.write(DATA)
     assert not synced
     file.finish()
     assert synced == [len(DATA)]
 
 
-def test_a_file_that_is_left_stays_as_it_is(tmp_path):
-    file = SummedFile(tmp_path / "file")
+def test_a_closed_file_stays_as_it_is(tmp_path):
+    file = ChecksummedFile(tmp_path / "file")
     file.write(b"half")
     for _ in range(2):
         file.close()
@@ -154,7 +149,7 @@ def test_a_file_that_is_left_stays_as_it_is(tmp_path):
 
 def test_a_full_disk_is_an_error_that_names_the_file(tmp_path):
     with files_of_at_most(5000):
-        file = SummedFile(tmp_path / "file")
+        file = ChecksummedFile(tmp_path / "file")
         with pytest.raises(OSError, match=r"File too large: '.*file'$"):
             file.write(DATA)  # of which a part was written
         file.close()
@@ -162,8 +157,8 @@ def test_a_full_disk_is_an_error_that_names_the_file(tmp_path):
 
 
 @pytest.mark.parametrize("call", ["rewrite", "finish"])
-def test_what_the_system_refuses_names_the_file(tmp_path, monkeypatch, call):
-    file = SummedFile(tmp_path / "file")
+def test_an_error_of_the_system_names_the_file(tmp_path, monkeypatch, call):
+    file = ChecksummedFile(tmp_path / "file")
     file.write(DATA)
 
     def refuse(*args):
@@ -176,8 +171,8 @@ def test_what_the_system_refuses_names_the_file(tmp_path, monkeypatch, call):
     file.close()
 
 
-def test_names_of_a_folder_that_cannot_be_synced(tmp_path, monkeypatch):
-    sync_names(tmp_path)
+def test_a_folder_that_cannot_be_synced_is_named(tmp_path, monkeypatch):
+    sync_folder(tmp_path)
     closed, close = [], os.close
 
     def refuse(descriptor):
@@ -186,39 +181,8 @@ def test_names_of_a_folder_that_cannot_be_synced(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", refuse)
     monkeypatch.setattr(os, "close", lambda descriptor: (closed.append(descriptor), close(descriptor)))
     with pytest.raises(OSError, match=f"Input/output error: '{tmp_path}'"):
-        sync_names(tmp_path)
+        sync_folder(tmp_path)
     assert len(closed) == 1
-
-
-def test_the_disk_is_asked_for_each_part_once(tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.setattr(
-        writer,
-        "_sync_file_range",
-        lambda descriptor, begin, size, flags: asked.append((begin.value, size.value, flags)),
-    )
-    file = SummedFile(tmp_path / "file")
-    for size in (4096, 0, 10, 300):
-        file.write(DATA[:size])
-    file.close()
-    assert asked == [(0, 4096, 2), (4096, 10, 2), (4106, 300, 2)]
-
-
-@pytest.mark.skipif(writer._sync_file_range is None, reason="only Linux can be asked")
-def test_linux_understands_what_it_is_asked(tmp_path):
-    with open(tmp_path / "file", "wb", buffering=0) as file:
-        file.write(DATA)
-        ask = writer._sync_file_range
-        assert ask(file.fileno(), writer.ctypes.c_int64(0), writer.ctypes.c_int64(len(DATA)), 2) == 0
-        assert ask(file.fileno(), writer.ctypes.c_int64(-1), writer.ctypes.c_int64(1), 2) == -1
-
-
-def test_a_system_that_cannot_be_asked_writes_all_the_same(tmp_path, monkeypatch):
-    monkeypatch.setattr(writer, "_sync_file_range", None)
-    file = SummedFile(tmp_path / "file")
-    file.write(DATA)
-    send(0, 0, 1)
-    assert file.finish()["bytes"] == len(DATA) and (tmp_path / "file").read_bytes() == DATA
 
 
 def part(begin, end):
@@ -226,7 +190,7 @@ def part(begin, end):
 
 
 def threads():
-    return [thread for thread in threading.enumerate() if thread.name.startswith("lasting")]
+    return [thread for thread in threading.enumerate() if thread.name.startswith("vaelab-store")]
 
 
 def manifests(folder):
@@ -254,7 +218,7 @@ def test_what_is_added_may_be_overwritten_afterwards(tmp_path):
     assert list(store.open(tmp_path).items) == captures()
 
 
-def test_left_by_an_exception_a_store_is_gone_on_from_at_its_last_whole_shard(tmp_path, written):
+def test_after_an_exception_a_store_resumes_at_its_last_whole_shard(tmp_path, written):
     maps, items = truth(), captures()
     with pytest.raises(RuntimeError), begin(tmp_path / "other") as writer:
         assert writer.items_done == 0
@@ -272,7 +236,7 @@ def test_left_by_an_exception_a_store_is_gone_on_from_at_its_last_whole_shard(tm
     assert contents(tmp_path / "other") == contents(written)
 
 
-def test_what_a_kill_left_is_cleared_away(tmp_path, written):
+def test_an_unfinished_shard_is_removed_and_nothing_else(tmp_path, written):
     folder = tmp_path / "other"
     with pytest.raises(RuntimeError), begin(folder) as writer:
         writer.add({block: value[:7] for block, value in truth().items()}, captures()[:7])
@@ -280,23 +244,46 @@ def test_what_a_kill_left_is_cleared_away(tmp_path, written):
     assert (folder / "shard-00002.up.0.safetensors").exists()
     (folder / "shard-00003.up.0.safetensors").write_bytes(b"half")
     (folder / "shard-00002.items.json").write_bytes(b"[")
-    (folder / ".shard-00002.json.123.draft").write_bytes(b"{")
     (folder / "notes.txt").write_text("mine")
+    (folder / "shard-00002.tar").write_text("mine")
+    (folder / "shard-00002.another.safetensors").write_text("mine")
     with begin(folder) as writer:
         assert writer.items_done == 6
-        assert not list(folder.glob("shard-0000[23]*")) and not list(folder.glob(".*.draft"))
+        left = {path.name for path in folder.glob("shard-0000[23]*")}
+        assert left == {"shard-00002.tar", "shard-00002.another.safetensors"}
     assert (folder / "notes.txt").exists()
 
 
-def test_a_last_shard_that_was_not_owned_to_is_collected_again(written):
+def test_a_last_shard_that_the_index_does_not_list_is_collected_again(written):
     index = json.loads((written / "index.json").read_text())
     del index["sha256"]
     whole = contents(written)
-    (written / "index.json").write_text(json.dumps(format.signed({**index, "items": None})))
+    (written / "index.json").write_text(json.dumps(format.with_checksum({**index, "items": None})))
     with begin(written) as writer:
         assert writer.items_done == 9
         writer.add({block: value[9:] for block, value in truth().items()}, captures()[9:])
     assert contents(written) == whole
+
+
+def test_a_complete_store_is_opened_without_writing(written):
+    def state():
+        return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in (written, *written.iterdir())}
+
+    before = state()
+    with begin(written, items_per_shard=5) as writer:
+        assert writer.complete and writer.items_done == COUNT and writer.spec.items_per_shard == PER_SHARD
+    assert state() == before
+
+
+@pytest.mark.parametrize("per_shard", [1, 2, 5, 100])
+def test_a_store_is_resumed_with_its_own_shard_size(tmp_path, written, per_shard):
+    with pytest.raises(RuntimeError), begin(tmp_path / "other") as writer:
+        writer.add(*part(0, 8))
+        raise RuntimeError
+    with begin(tmp_path / "other", items_per_shard=per_shard) as writer:
+        assert writer.items_done == 6
+        writer.add(*part(6, COUNT))
+    assert contents(tmp_path / "other") == contents(written)
 
 
 def test_a_complete_store_takes_nothing_more(written):
@@ -309,20 +296,19 @@ def test_a_complete_store_takes_nothing_more(written):
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         ({"settings": SETTINGS | {"steps": (1, 2)}}, r"settings steps \[1, 4\] there, \[1, 2\] here"),
         ({"settings": {"model": "embedded"}}, r"settings steps \[1, 4\] there, 'missing' here"),
         ({"settings": SETTINGS | {"seed": None}}, "settings seed 'missing' there, None here"),
         ({"precision": "bfloat16"}, "precision 'float16' there, 'bfloat16' here"),
-        ({"items_per_shard": 4}, "items_per_shard 3 there, 4 here"),
         ({"layout": LAYOUT | {"up.0": BlockShape((3,), 3)}}, r"layout of up.0 .*'width': 2.*'width': 3"),
         ({"layout": {"up.0": LAYOUT["up.0"]}}, "layout of down.2.1 .* here, layout of mid/attn"),
     ],
 )
-def test_other_settings_are_refused_with_what_differs(written, options, told):
+def test_other_settings_are_refused_with_their_differences(written, options, message):
     before = contents(written)
-    with pytest.raises(ValueError, match=f"made with other settings .*{told}"):
+    with pytest.raises(ValueError, match=f"made with other settings .*{message}"):
         begin(written, **options)
     assert contents(written) == before
 
@@ -349,7 +335,7 @@ def test_an_error_in_the_background_is_raised(tmp_path, monkeypatch):
     assert len(store.open(tmp_path).items) == 0
 
 
-def test_a_shard_is_on_the_disk_before_its_manifest_is(tmp_path, monkeypatch):
+def test_a_shard_is_synced_before_its_manifest(tmp_path, monkeypatch):
     fsync, replace, order = os.fsync, os.replace, []
 
     def synced(descriptor):
@@ -377,7 +363,7 @@ def test_a_disk_that_fails_is_an_error(tmp_path, monkeypatch):
     fsync = os.fsync
 
     def failing(descriptor):
-        if os.fstat(descriptor).st_size > format.HEADER:
+        if os.fstat(descriptor).st_size > format.HEADER_BYTES:
             raise OSError(5, "Input/output error")
         fsync(descriptor)
 
@@ -401,13 +387,13 @@ def test_nothing_is_added_after_a_write_that_failed(tmp_path, monkeypatch):
     assert not store.open(tmp_path).complete
 
 
-def test_clearing_away_may_be_cut_off_too(written):
-    """At any step of it, what is left is still gone on from."""
+def test_the_cleanup_may_be_killed_too(written):
+    """A kill at any step of the cleanup leaves a store that can be resumed."""
     index = json.loads((written / "index.json").read_text())
     del index["sha256"]
     whole = contents(written)
     for step in range(1, 100):
-        (written / "index.json").write_text(json.dumps(format.signed({**index, "items": None})))
+        (written / "index.json").write_text(json.dumps(format.with_checksum({**index, "items": None})))
         process = CHILDREN.Process(target=die_at, args=(written, COUNT, step, LAYOUT))
         process.start()
         process.join()
@@ -421,7 +407,7 @@ def test_clearing_away_may_be_cut_off_too(written):
 # kills
 
 
-def test_a_collection_killed_ten_times_ends_as_one_left_alone(tmp_path):
+def test_a_collection_killed_ten_times_ends_as_an_undisturbed_one(tmp_path):
     count, rng, folder, seen = 180, random.Random(0), tmp_path / "killed", []
     fill(tmp_path / "alone", truth(KILLED, count), layout=KILLED)
     for _ in range(10):
@@ -443,7 +429,7 @@ def test_a_collection_killed_ten_times_ends_as_one_left_alone(tmp_path):
     assert contents(folder) == contents(tmp_path / "alone")
 
 
-def test_a_collection_that_dies_at_any_step_ends_as_one_left_alone(tmp_path):
+def test_a_collection_killed_at_any_step_ends_as_an_undisturbed_one(tmp_path):
     fill(tmp_path / "alone", truth(KILLED, 5), layout=KILLED)
     for step in range(1, 100):
         process = CHILDREN.Process(target=die_at, args=(tmp_path / f"{step}", 5, step))
@@ -460,10 +446,49 @@ def test_a_collection_that_dies_at_any_step_ends_as_one_left_alone(tmp_path):
 # what cannot be stored
 
 
-def test_shards_without_their_index_are_not_begun_anew(written):
+def test_shards_without_their_index_are_refused(written):
     (written / "index.json").unlink()
-    with pytest.raises(ValueError, match=r"index.json is missing, though there are shards"):
+    before = contents(written)
+    with pytest.raises(ValueError, match=r"holds 'shard-00000.*' and no index.json, so it is not a store"):
         begin(written)
+    assert contents(written) == before
+
+
+def test_a_folder_that_holds_something_else_is_refused_and_left_as_it_is(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "picture.png").write_bytes(b"png")
+    for folder, message in (
+        (tmp_path / "mine", r"mine' holds 'picture.png' and no index.json, so it is not a store; expected a new"),
+        (tmp_path / "mine" / "picture.png", r"picture.png' is a file; expected a folder"),
+    ):
+        with pytest.raises(ValueError, match=f"^folder: .*{message}"):
+            begin(folder)
+    (tmp_path / "mine" / "index.json").write_text('{"title": "my pictures"}')
+    with pytest.raises(ValueError, match=r"index.json is foreign"):
+        begin(tmp_path / "mine")
+    assert contents(tmp_path / "mine") == {"picture.png": b"png", "index.json": b'{"title": "my pictures"}'}
+
+
+def test_a_file_that_appears_in_the_place_of_a_data_file_is_not_overwritten(tmp_path):
+    with begin(tmp_path / "store") as writer:
+        (tmp_path / "mine").write_text("mine")
+        (tmp_path / "store" / "shard-00000.up.0.safetensors").symlink_to(tmp_path / "mine")
+        with pytest.raises(FileExistsError):
+            writer.add(*part(0, 4))
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
+def test_a_writer_killed_before_its_index_does_not_block_the_folder(tmp_path, written):
+    (tmp_path / ".lock").touch()
+    (tmp_path / ".draft-abc").mkdir()
+    (tmp_path / ".draft-abc" / "index.json").write_text("{")
+    fill(tmp_path / "store")
+    folder = tmp_path / "killed"
+    folder.mkdir()
+    for name in (".lock", ".draft-abc"):
+        (tmp_path / name).rename(folder / name)
+    fill(folder)
+    assert contents(folder) == contents(written)
 
 
 def test_stores_are_written_locally():
@@ -472,7 +497,7 @@ def test_stores_are_written_locally():
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         ({"layout": {}}, "layout: there is no block"),
         ({"layout": {"a/b": LAYOUT["up.0"], "A_b": LAYOUT["up.0"]}}, "layout: blocks 'a/b' and 'A_b' would share"),
@@ -483,8 +508,8 @@ def test_stores_are_written_locally():
         ({"settings": {"a": float("nan")}}, "settings: must be plain JSON"),
     ],
 )
-def test_a_store_that_cannot_be_is_refused(tmp_path, options, told):
-    with pytest.raises(ValueError, match=told):
+def test_a_store_that_cannot_be_is_refused(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
         begin(tmp_path, **options)
     assert not list(tmp_path.iterdir())
 
@@ -504,10 +529,10 @@ def put(value, *place):
 
 
 @pytest.mark.parametrize(
-    ("maps", "told"),
+    ("maps", "message"),
     [
-        ({"down.2.1": truth()["down.2.1"][:2]}, "maps: blocks .* given, the layout has"),
-        (wrong() | {"more": torch.ones(2)}, "maps: blocks .*more"),
+        ({"down.2.1": truth()["down.2.1"][:2]}, "maps: expected the blocks .*, got"),
+        (wrong() | {"more": torch.ones(2)}, "maps: expected the blocks .*more"),
         (wrong(to=lambda maps: maps[:1]), r"'down.2.1' is \(1, 2, 3, 4\) torch.float16, expected \(2, 2, 3, 4\)"),
         (wrong(to=lambda maps: maps.mT), r"'down.2.1' is \(2, 2, 4, 3\)"),
         (wrong(to=lambda maps: maps.int()), r"'down.2.1' is .*int32, expected .* of floats"),
@@ -515,14 +540,14 @@ def put(value, *place):
         (wrong("up.0", to=put(float("-inf"), 0, 0, 1)), "'up.0' of item 4 has NaN or infinite numbers"),
         (
             wrong(to=put(-70000.0, 1, 1, 1, 1)),
-            "'down.2.1' of item 5 has 70000, beyond the 65504 of float16: take bfloat16 or float32",
+            "'down.2.1' of item 5 has 70000, beyond the 65504 of float16: use bfloat16 or float32",
         ),
     ],
 )
-def test_maps_that_cannot_be_stored_are_refused_whole(tmp_path, maps, told):
+def test_maps_that_cannot_be_stored_are_refused_whole(tmp_path, maps, message):
     with begin(tmp_path) as writer:
         writer.add({block: value[:4] for block, value in truth().items()}, captures()[:4])
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=message):
             writer.add(maps, captures()[4:6])
         assert writer.items_done == 4
         writer.add({block: value[4:] for block, value in truth().items()}, captures()[4:])
@@ -538,18 +563,18 @@ def test_wide_numbers_go_into_wide_precisions(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("item", "told"),
+    ("item", "message"),
     [
         ({"seed": 0, "timestep": 0}, "item 0 has no 'prompt' or 'image'"),
         ({"prompt": "", "timestep": 0}, "item 0 has no 'seed'"),
         ({"image": 3, "seed": 0}, "item 0 has no 'timestep'"),
-        ({"image": 3, "seed": 0, "timestep": 0, "position": 1}, "item 0 has 'position'"),
+        ({"image": 3, "seed": 0, "timestep": 0, "position": 1}, "item 0 has the reserved key 'position'"),
         ({"image": 3, "seed": np.int64(0), "timestep": 0}, "item 0: must be plain JSON"),
         ({"image": 3, "seed": 0, "timestep": float("inf")}, "item 0: must be plain JSON"),
     ],
 )
-def test_an_item_that_says_too_little_is_refused(tmp_path, item, told):
-    with begin(tmp_path) as writer, pytest.raises(ValueError, match=f"items: {told}"):
+def test_an_incomplete_item_is_refused(tmp_path, item, message):
+    with begin(tmp_path) as writer, pytest.raises(ValueError, match=f"items: {message}"):
         writer.add({block: value[:1] for block, value in truth().items()}, [item])
 
 
@@ -559,8 +584,8 @@ def test_an_item_that_says_too_little_is_refused(tmp_path, item, told):
 @pytest.fixture
 def slow(monkeypatch):
     """Files whose writing waits for ``slow.set()``."""
-    gate, write = threading.Event(), store_writer.SummedFile.write
-    monkeypatch.setattr(store_writer.SummedFile, "write", lambda self, data: (gate.wait(), write(self, data))[1])
+    gate, write = threading.Event(), store_writer.ChecksummedFile.write
+    monkeypatch.setattr(store_writer.ChecksummedFile, "write", lambda self, data: (gate.wait(), write(self, data))[1])
     yield gate
     gate.set()
 
@@ -594,12 +619,12 @@ def test_what_was_added_is_written_though_it_was_overwritten_before(tmp_path, sl
 @pytest.mark.parametrize("waiting", [1, 60, 10**9])
 def test_a_store_is_the_same_whatever_may_wait(tmp_path, monkeypatch, waiting):
     expected = contents(fill(tmp_path / "expected"))
-    monkeypatch.setattr(store_writer, "WAITING", waiting)
+    monkeypatch.setattr(store_writer, "MAX_QUEUED_BYTES", waiting)
     assert contents(fill(tmp_path / "this")) == expected
 
 
 def test_adding_waits_when_too_much_waits_to_be_written(tmp_path, monkeypatch, slow):
-    monkeypatch.setattr(store_writer, "WAITING", 3 * sum(value[0].nbytes for value in truth().values()))
+    monkeypatch.setattr(store_writer, "MAX_QUEUED_BYTES", 3 * sum(value[0].nbytes for value in truth().values()))
     added = []
 
     def add():
@@ -626,7 +651,7 @@ def test_closing_waits_until_all_is_on_the_disk(tmp_path, monkeypatch):
     assert opened.complete and list(opened.items) == captures()
 
 
-def test_shards_come_to_exist_in_their_order(tmp_path, monkeypatch):
+def test_manifests_are_written_in_order(tmp_path, monkeypatch):
     replace, rng, order = os.replace, random.Random(0), []
 
     def replaced(draft, path):
@@ -654,7 +679,7 @@ def test_a_writer_has_one_thread_and_leaves_none(tmp_path, monkeypatch, end):
                 monkeypatch.setattr(os, "fsync", lambda descriptor: os.fstat(-1))
         assert end == "close"
         raise StopIteration
-    assert len(threads()) == before and all(file.closed for file in writer._begun)
+    assert len(threads()) == before and all(file.closed for file in writer._unfinished)
     monkeypatch.undo()
     begin(tmp_path).close()  # nor does it hold the lock
 
@@ -664,13 +689,13 @@ LARGEST = 100
 
 
 @pytest.mark.parametrize("step", [1, 2, COUNT])
-def test_a_full_disk_reaches_the_caller_with_the_file_and_can_be_gone_on_from(tmp_path, step):
+def test_a_full_disk_is_raised_with_the_file_and_the_store_can_be_resumed(tmp_path, step):
     expected = contents(fill(tmp_path / "expected"))
     folder = tmp_path / "store"
     with begin(folder) as writer:
         writer.add(*part(0, 3))
         writer._background.wait()
-        with files_of_at_most(format.HEADER + LARGEST), pytest.raises(OSError) as caught:
+        with files_of_at_most(format.HEADER_BYTES + LARGEST), pytest.raises(OSError) as caught:
             for start in range(3, COUNT, step):
                 writer.add(*part(start, start + step))
             writer.close()
@@ -686,17 +711,21 @@ def test_a_full_disk_reaches_the_caller_with_the_file_and_can_be_gone_on_from(tm
     assert contents(folder) == expected
 
 
-def test_a_manifest_that_finds_no_room_is_named(tmp_path):
+def test_a_manifest_that_the_disk_cannot_hold_is_named(tmp_path):
     layout = {f"block {number}": BlockShape((), 1) for number in range(80)}
     writer = begin(tmp_path, layout)
-    with files_of_at_most(format.HEADER + LARGEST), pytest.raises(OSError, match="File too large") as caught, writer:
+    with (
+        files_of_at_most(format.HEADER_BYTES + LARGEST),
+        pytest.raises(OSError, match="File too large") as caught,
+        writer,
+    ):
         writer.add(truth(layout, 3), captures(3))
     assert caught.value.filename == str(tmp_path / "shard-00000.json")
     assert len(list(tmp_path.glob("*.safetensors"))) == 80 and len(store.open(tmp_path).items) == 0
 
 
 @pytest.mark.parametrize("number", [1, 2, 4, 7, 10])
-def test_a_collection_that_dies_in_the_middle_of_a_write_ends_as_one_left_alone(tmp_path, number):
+def test_a_collection_killed_in_the_middle_of_a_write_ends_as_an_undisturbed_one(tmp_path, number):
     fill(tmp_path / "alone", truth(KILLED, 5), layout=KILLED)
     process = CHILDREN.Process(target=die_writing, args=(tmp_path / "died", 5, number))
     process.start()
@@ -709,17 +738,17 @@ def test_a_collection_that_dies_in_the_middle_of_a_write_ends_as_one_left_alone(
 
 
 @pytest.mark.parametrize("shape", [(4, 6), (4, 3, 6), (3, 5, 7, 2), (2, 3, 2, 5, 4), (0, 3, 3, 5), (3, 70, 80)])
-def test_maps_of_any_layout_come_as_rows(shape):
+def test_maps_of_any_memory_layout_become_rows(shape):
     maps = torch.randn(shape)
     naive = [maps[item][place] for item in range(len(maps)) for place in np.ndindex(shape[1:-1])]
     for given in (maps, maps.movedim(-1, 1).contiguous().movedim(1, -1), torch.stack([maps, -maps], 1)[:, 0]):
-        rows = store_writer.rowwise(given)
+        rows = store_writer.flatten_positions(given)
         assert rows.is_contiguous() and rows.shape == (len(naive), shape[-1])
         assert all(torch.equal(row, expected) for row, expected in zip(rows, naive, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_numbers_that_are_not_finite_are_seen_by_their_bits(dtype):
+def test_numbers_that_are_not_finite_are_recognised_by_their_bits(dtype):
     if dtype == torch.float32:
         edges = [0, 1, 0x7F7FFFFF, 0x7F800000, 0x7F800001, 0x7FC00000, 0x7FFFFFFF]
         edges = [bits - sign for bits in edges for sign in (0, 2**31)]
@@ -732,5 +761,5 @@ def test_numbers_that_are_not_finite_are_seen_by_their_bits(dtype):
     assert {True, False} == set(truth)
     among = torch.tensor([[-1.0, 0.0, 2.0]] * len(numbers), dtype=dtype)
     among[:, 1] = numbers
-    assert [store_writer.finite(row) for row in numbers[:, None]] == truth
-    assert [store_writer.finite(row) for row in among] == truth
+    assert [store_writer.all_finite(row) for row in numbers[:, None]] == truth
+    assert [store_writer.all_finite(row) for row in among] == truth

@@ -30,7 +30,7 @@ from torch import Tensor
 from vaelab import store
 from vaelab.core.validate import at_least, one_of
 from vaelab.store.format import BlockShape
-from vaelab.store.writer import rowwise, sync_names
+from vaelab.store.writer import flatten_positions, sync_folder
 
 BLOCK = "down.2.1"
 SIDE = 16
@@ -165,7 +165,7 @@ def write_arrow(folder: Path, parts: Sequence[Tensor]) -> None:
     path = folder / "block.arrow"
     with ArrowWriter(path=str(path), features=datasets.Features.from_arrow_schema(schema)) as writer:
         for part in parts:
-            numbers = pa.array(rowwise(part.permute(0, 2, 3, 1)).reshape(-1).numpy())
+            numbers = pa.array(flatten_positions(part.permute(0, 2, 3, 1)).reshape(-1).numpy())
             rows = pa.FixedSizeListArray.from_arrays(numbers, width)
             writer.write_table(pa.Table.from_arrays([rows], schema=schema))
         writer.finalize()
@@ -196,7 +196,7 @@ def _item(number: int) -> dict[str, object]:
 def _sync(path: Path) -> None:
     with open(path, "rb") as file:
         os.fsync(file.fileno())
-    sync_names(path.parent)
+    sync_folder(path.parent)
 
 
 def ratios(table: pd.DataFrame) -> dict[str, float]:

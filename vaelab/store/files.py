@@ -1,4 +1,4 @@
-"""Files of one folder, wherever it is: a local one, or any fsspec URL."""
+"""The files of one folder, local or at any fsspec URL."""
 
 import mmap
 import os
@@ -15,21 +15,19 @@ from fsspec.implementations.local import LocalFileSystem
 from vaelab.core.paths import resolve
 
 CONNECTIONS = 4
-"""Files read at a time from a remote folder."""
-READ_AHEAD = 2**17
-"""Bytes that Linux reads ahead at one request at least."""
+"""Number of files that are read at the same time from a remote folder."""
 
 
 class Folder:
-    """A folder whose files are read: whole, in parts, or as memory.
+    """A folder whose files are read whole, in parts, or as mapped memory.
 
-    A file that is not there is a ValueError that names it.
+    Reading a file that does not exist raises a ValueError that names it.
     """
 
     url: str
-    """Where it is, as it was asked for."""
+    """The folder's location, as it was given."""
     local: bool
-    """Whether its files are this machine's, and can be mapped."""
+    """Whether the files are on this machine, so that they can be mapped."""
 
     def __init__(self, url: str, **options: Any):
         """Args: ``url``, a local folder or any fsspec URL; ``options``, for its file system."""
@@ -39,71 +37,67 @@ class Folder:
         self.local = isinstance(self._fs, LocalFileSystem)
 
     def sizes(self) -> dict[str, int | None]:
-        """Bytes of every file, by name; None where the file system does not tell."""
+        """The size of every file in bytes, by name; None where the file system does not report it."""
         self._fs.invalidate_cache(self.path)
         try:
-            listed = self._fs.ls(self.path, detail=True)
+            entries = self._fs.ls(self.path, detail=True)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise ValueError(f"store: there is no folder {self.url!r}") from error
-        return {entry["name"].rstrip("/").rsplit("/", 1)[-1]: entry.get("size") for entry in listed}
+        return {entry["name"].rstrip("/").rsplit("/", 1)[-1]: entry.get("size") for entry in entries}
 
-    def name(self, file: str) -> str:
-        """What a file is called in an error."""
+    def full_name(self, file: str) -> str:
+        """The name of a file together with its folder, for error messages."""
         return f"{self.url.rstrip('/')}/{file}"
 
     def read(self, file: str) -> bytes:
-        """A whole file."""
-        with self._named(file):
+        """The content of a file."""
+        with self._missing_as_value_error(file):
             return self._fs.cat_file(f"{self.path}/{file}")
 
-    def read_each(self, files: Iterable[str]) -> list[bytes]:
-        """Several whole files, in their order."""
+    def read_all(self, files: Iterable[str]) -> list[bytes]:
+        """The contents of several files, in the order of ``files``."""
         with ThreadPoolExecutor(CONNECTIONS) as pool:
             return list(pool.map(self.read, files))
 
-    def digest(self, file: str, piece: int = 2**24) -> str:
-        """The checksum of a file, XXH3 of 128 bits, read in pieces."""
+    def checksum(self, file: str, piece: int = 2**24) -> str:
+        """The XXH3 checksum (128 bits, hexadecimal) of a file, which is read ``piece`` bytes at a time."""
         digest = xxhash.xxh3_128()
-        with self._named(file), self._fs.open(f"{self.path}/{file}", "rb") as source:
+        with self._missing_as_value_error(file), self._fs.open(f"{self.path}/{file}", "rb") as source:
             while data := source.read(piece):
                 digest.update(data)
         return digest.hexdigest()
 
     def read_into(self, view: np.ndarray, file: str, begin: int, head: int) -> tuple[bytes | None, int]:
-        """Fill ``view``, of bytes, with what lies in a file from ``begin`` on.
+        """Fill ``view``, an array of bytes, with the bytes of a file from offset ``begin``.
 
         Returns:
-            The first ``head`` bytes of the file, or None where they would take another request;
-            and how many bytes there were for the view.
+            The first ``head`` bytes of the file (None for a remote file where they would take another request), and
+            the number of bytes that were read into ``view``.
         """
-        with self._named(file):
+        with self._missing_as_value_error(file):
             if self.local:
                 with open(f"{self.path}/{file}", "rb") as source:
                     first = source.read(head)
                     source.seek(begin)
                     return first, source.readinto(view)
-            whole = begin == head
-            data = memoryview(self._fs.cat_file(f"{self.path}/{file}", start=0 if whole else begin,
-                                                end=begin + len(view)))  # fmt: skip
-        first, data = (bytes(data[:head]), data[head:]) if whole else (None, data)
+            contiguous = begin == head
+            data = memoryview(
+                self._fs.cat_file(f"{self.path}/{file}", start=0 if contiguous else begin, end=begin + len(view))
+            )
+        first, data = (bytes(data[:head]), data[head:]) if contiguous else (None, data)
         view[: len(data)] = data
         return first, len(data)
 
-    def mapped(self, file: str) -> mmap.mmap | bytes:
-        """A file of a local folder as memory, which is asked of the disk at once; one without bytes as none."""
-        with self._named(file), open(f"{self.path}/{file}", "rb") as source:
+    def memory_map(self, file: str) -> mmap.mmap | bytes:
+        """The bytes of a local file as mapped memory; an empty file gives empty bytes."""
+        with self._missing_as_value_error(file), open(f"{self.path}/{file}", "rb") as source:
             size = os.fstat(source.fileno()).st_size
-            if not size:
-                return b""
-            if hasattr(os, "posix_fadvise"):
-                for begin in range(0, size, READ_AHEAD):
-                    os.posix_fadvise(source.fileno(), begin, READ_AHEAD, os.POSIX_FADV_WILLNEED)
-            # a private copy of what is written to, which nothing does, is what torch calls writable
-            return mmap.mmap(source.fileno(), size, access=mmap.ACCESS_COPY)
+            # copy-on-write, since torch accepts only writable memory; nothing writes to it
+            return mmap.mmap(source.fileno(), size, access=mmap.ACCESS_COPY) if size else b""
 
     @contextmanager
-    def _named(self, file: str) -> Iterator[None]:
+    def _missing_as_value_error(self, file: str) -> Iterator[None]:
         try:
             yield
         except (FileNotFoundError, NotADirectoryError) as error:
-            raise ValueError(f"{self.name(file)} is missing") from error
+            raise ValueError(f"{self.full_name(file)} is missing") from error

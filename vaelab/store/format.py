@@ -1,15 +1,15 @@
-"""How activations lie on disk: the files of a store, and how they are checked when it is opened.
+"""The files of a store, and their validation when a store is opened.
 
 ::
 
-    index.json                         layout, precision, settings; whether the store is complete
-    shard-00007.down.2.1.safetensors   one tensor ``rows`` (items * positions, width), one file a block
+    index.json                         layout, precision and settings; whether the store is complete
+    shard-00007.down.2.1.safetensors   one tensor ``rows`` (items * positions, width) for each block
     shard-00007.items.json             the shard's items: prompt or image, seed, timestep, ...
-    shard-00007.json                   its manifest, written last: bytes and checksum of the others
+    shard-00007.json                   the shard's manifest, written last: size and checksum of the other files
 
-A shard exists if and only if its manifest does. Every shard holds ``items_per_shard`` items, but for
-the last of a complete store. An *item* is one capture; row r of a block is position ``r % P`` of
-item ``r // P``, where P is the number of positions an item has there.
+A shard exists if and only if its manifest does. Every shard holds ``items_per_shard`` items, except the last shard
+of a complete store. An *item* is one capture. Row r of a block is position ``r % P`` of item ``r // P``, where P is
+the number of positions that an item has in this block.
 """
 
 import hashlib
@@ -30,17 +30,17 @@ from vaelab.store.files import Folder
 FORMAT = "vaelab activations"
 VERSION = 1
 INDEX = "index.json"
-HEADER = 4096
-"""Bytes before the rows of a data file: one page, however many rows follow."""
-LONGEST = 200
-"""Characters of a block's name, which goes into a file's name and its header."""
-CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-"""What safetensors calls the precisions."""
+HEADER_BYTES = 4096
+"""Size of the header of a data file: one page, for any number of rows."""
+MAX_NAME_LENGTH = 200
+"""Characters of a block's name, which becomes part of a file's name and header."""
+SAFETENSORS_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+"""The names that safetensors gives to the precisions."""
 
 
 @dataclass(frozen=True)
 class BlockShape:
-    """The map (positions..., width) that one item gives for a block."""
+    """The shape of the map (positions..., width) that a block gives for one item."""
 
     positions: tuple[int, ...]
     """Sides of the map, for instance (16, 16); () for a pooled vector."""
@@ -55,7 +55,7 @@ class BlockShape:
 
     @property
     def count(self) -> int:
-        """Positions, and so rows, of an item."""
+        """Number of positions, and therefore of rows, of one item."""
         return math.prod(self.positions)
 
 
@@ -64,35 +64,35 @@ Layout = dict[str, BlockShape]
 
 @dataclass(frozen=True)
 class Spec:
-    """What all shards of a store agree on."""
+    """What all shards of a store have in common."""
 
     layout: Layout
-    """The blocks, each with the shape of its maps."""
+    """The blocks and the shapes of their maps."""
     precision: str
-    """Of the stored numbers."""
+    """Precision of the stored numbers."""
     items_per_shard: int
-    """Items of every shard but the last."""
+    """Number of items in every shard except the last."""
     settings: dict[str, Any]
-    """What the items are made from: plain JSON."""
+    """Everything that decides the stored numbers, as plain JSON."""
 
     def __post_init__(self) -> None:
         devices.dtype(self.precision)
         at_least("items_per_shard", self.items_per_shard, 1)
-        object.__setattr__(self, "settings", json.loads(plain("settings", self.settings)))
+        object.__setattr__(self, "settings", json.loads(to_json("settings", self.settings)))
         if not self.layout:
             raise ValueError("layout: there is no block to store")
         owners: dict[str, str] = {}
         for block in self.layout:
-            # there are file systems that take A for a
+            # lower case, since some file systems do not distinguish A from a
             other = owners.setdefault(data_file(0, block).lower(), block)
             if other != block:
                 raise ValueError(f"layout: blocks {other!r} and {block!r} would share one file")
-            if not 0 < len(block) <= LONGEST:
-                raise ValueError(f"layout: a block's name has 1 to {LONGEST} characters, not {len(block)}")
+            if not 0 < len(block) <= MAX_NAME_LENGTH:
+                raise ValueError(f"layout: a block's name has 1 to {MAX_NAME_LENGTH} characters, not {len(block)}")
 
     @classmethod
-    def of(cls, record: dict[str, Any]) -> "Spec":
-        """The spec that :meth:`record` was taken of."""
+    def from_record(cls, record: dict[str, Any]) -> "Spec":
+        """The inverse of :meth:`record`."""
         layout = {block: BlockShape(**shape) for block, shape in record["layout"].items()}
         return cls(layout, record["precision"], record["items_per_shard"], record["settings"])
 
@@ -107,71 +107,78 @@ class Spec:
         }
 
     def differences(self, other: "Spec") -> list[str]:
-        """What is not the same ``there``, in this spec, and ``here``, in the other: in words."""
+        """Descriptions of what differs between the store of this spec ("there") and the other spec ("here").
 
-        def flat(spec: Spec) -> dict[str, Any]:
-            record = spec.record()
-            layout, settings = record.pop("layout"), record.pop("settings")
-            of_layout = {f"layout of {block}": shape for block, shape in layout.items()}
-            return {**record, **of_layout, **{f"settings {name}": value for name, value in settings.items()}}
-
-        there, here = flat(self), flat(other)
+        ``items_per_shard`` is not compared, since it does not decide the stored numbers.
+        """
+        there, here = self._decisive(), other._decisive()
         return [
             f"{name} {there.get(name, 'missing')!r} there, {here.get(name, 'missing')!r} here"
             for name in {**there, **here}
             if (name in there, there.get(name)) != (name in here, here.get(name))
         ]
 
+    def _decisive(self) -> dict[str, Any]:
+        record = self.record()
+        return {
+            "precision": self.precision,
+            **{f"layout of {block}": shape for block, shape in record["layout"].items()},
+            **{f"settings {name}": value for name, value in self.settings.items()},
+        }
+
     @cached_property
     def identity(self) -> str:
-        """A name of the whole spec, which every shard bears: one of another store is found out."""
-        return checksum(self.record())[:16]
+        """A hash of the spec, stored in every shard, so that a shard of another store is recognised."""
+        return json_sha256(self.record())[:16]
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the stored numbers."""
+        """The torch dtype of the stored numbers."""
         return devices.dtype(self.precision)
 
-    def size(self, block: str, items: int) -> int:
-        """Bytes of the data file of a shard with so many items."""
+    def file_size(self, block: str, items: int) -> int:
+        """Size in bytes of the data file of a shard with ``items`` items."""
         shape = self.layout[block]
-        return HEADER + items * shape.count * shape.width * self.dtype.itemsize
+        return HEADER_BYTES + items * shape.count * shape.width * self.dtype.itemsize
 
     def header(self, shard: int, block: str, items: int) -> bytes:
-        """What a data file begins with: HEADER bytes, as the safetensors format has them."""
+        """The header of a data file in the safetensors format, padded to ``HEADER_BYTES``."""
         shape = self.layout[block]
         metadata = {"format": FORMAT, "store": self.identity, "shard": str(shard), "block": block}
-        size = [items * shape.count, shape.width]
-        rows = {"dtype": CODES[self.precision], "shape": size, "data_offsets": [0, self.size(block, items) - HEADER]}
+        rows = {
+            "dtype": SAFETENSORS_DTYPES[self.precision],
+            "shape": [items * shape.count, shape.width],
+            "data_offsets": [0, self.file_size(block, items) - HEADER_BYTES],
+        }
         text = json.dumps({"__metadata__": metadata, "rows": rows}).encode()
-        return (HEADER - 8).to_bytes(8, "little") + text.ljust(HEADER - 8)
+        return (HEADER_BYTES - 8).to_bytes(8, "little") + text.ljust(HEADER_BYTES - 8)
 
 
-class File(NamedTuple):
-    """What a manifest says of one file."""
+class FileRecord(NamedTuple):
+    """A manifest's entry for one file."""
 
     bytes: int
-    """Its length."""
+    """Size of the file."""
     xxh128: str
-    """Its checksum, XXH3 of 128 bits: as sure as any against damage, and quicker than the disk."""
+    """Checksum of the file: XXH3 with 128 bits, which detects damage and is faster than a disk."""
 
 
 class Shard(NamedTuple):
-    """What a manifest says of its shard."""
+    """The content of a manifest."""
 
     items: int
-    """How many it holds."""
-    files: dict[str, File]
-    """Its items file and its data files, by name."""
+    """Number of items in the shard."""
+    files: dict[str, FileRecord]
+    """The items file and the data files, by name."""
 
 
 def data_file(shard: int, block: str) -> str:
-    """The name of a block's file; what does not belong in a file's name becomes ``_``."""
+    """The name of a block's data file; characters that are unsafe in a file's name become ``_``."""
     return f"shard-{shard:05d}.{re.sub(r'[^A-Za-z0-9._-]', '_', block)}.safetensors"
 
 
 def items_file(shard: int) -> str:
-    """The name of the file with a shard's items."""
+    """The name of a shard's items file."""
     return f"shard-{shard:05d}.items.json"
 
 
@@ -180,120 +187,126 @@ def manifest_file(shard: int) -> str:
     return f"shard-{shard:05d}.json"
 
 
-def plain(name: str, value: Any) -> str:
-    """``value`` as strict JSON text, or ValueError where it is none."""
+def to_json(name: str, value: Any) -> str:
+    """``value`` as strict JSON text.
+
+    Raises:
+        ValueError: beginning with ``name``: the value is not plain JSON, or contains NaN or infinity.
+    """
     try:
         return json.dumps(value, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name}: must be plain JSON without NaN ({error})") from error
 
 
-def checksum(record: dict[str, Any]) -> str:
-    """SHA-256 of a record, whatever the order of its keys."""
+def json_sha256(record: dict[str, Any]) -> str:
+    """SHA-256 of a JSON record, independent of the order of its keys."""
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
-def signed(record: dict[str, Any]) -> dict[str, Any]:
-    """A record as it is written: with the format's name and version, and its own checksum."""
+def with_checksum(record: dict[str, Any]) -> dict[str, Any]:
+    """A record with the format's name and version and its own checksum, ready to be written."""
     record = {"format": FORMAT, "version": VERSION, **record}
-    return {**record, "sha256": checksum(record)}
+    return {**record, "sha256": json_sha256(record)}
 
 
-def record_of(name: str, text: bytes) -> dict[str, Any]:
-    """What :func:`signed` made, read again.
+def parse_record(name: str, text: bytes) -> dict[str, Any]:
+    """The inverse of :func:`with_checksum`, from the text of the file ``name``.
 
     Raises:
-        ValueError: naming the file: foreign, of a newer version, or changed since.
+        ValueError: naming the file, which is foreign, of a newer version, or changed since it was written.
     """
     try:
         record = json.loads(text)
     except ValueError as error:
-        raise ValueError(f"{name} is foreign or cut short: it is not JSON ({error})") from error
+        raise ValueError(f"{name} is foreign or truncated: it is not JSON ({error})") from error
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise ValueError(f"{name} is foreign: it was not written by this lab's store")
     if record.get("version") != VERSION:
         raise ValueError(
-            f"{name} is of version {record.get('version')}, this lab reads {VERSION}: a newer lab wrote it"
+            f"{name} has version {record.get('version')}, and this lab reads version {VERSION}: a newer lab wrote it"
         )
-    if record.pop("sha256", None) != checksum(record):
-        raise ValueError(f"{name} was changed since it was written: it does not match its own checksum")
+    if record.pop("sha256", None) != json_sha256(record):
+        raise ValueError(f"{name} was changed after it was written: it does not match its own checksum")
     return record
 
 
-def read_rows(folder: Folder, spec: Spec, block: str, shard: int, items: int, out: Tensor, start: int = 0) -> None:
-    """Read rows ``start`` and on of a shard of ``items`` into ``out`` (n, width), of the store's dtype.
-
-    Raises:
-        ValueError: naming the file: missing, truncated, or another than it should be.
-    """
-    file, view = data_file(shard, block), out.view(torch.uint8).numpy().reshape(-1)
-    head, got = folder.read_into(view, file, HEADER + start * out.shape[1] * out.itemsize, HEADER)
-    size = spec.size(block, items) - len(view) + got
-    _refuse_rows(folder, spec, block, shard, items, spec.header(shard, block, items) if head is None else head, size)
-
-
-def map_rows(folder: Folder, spec: Spec, block: str, shard: int, items: int) -> Tensor:
-    """All rows of a shard of a local store, (n, width) in memory that is the file's: what of it
-    is not in the page cache yet is asked of the disk, and is waited for where it is used.
-
-    Raises:
-        ValueError: as :func:`read_rows`.
-    """
-    shape, memory = spec.layout[block], folder.mapped(data_file(shard, block))
-    _refuse_rows(folder, spec, block, shard, items, memory[:HEADER], len(memory))
-    rows = items * shape.count
-    return torch.frombuffer(memory, dtype=spec.dtype, offset=HEADER, count=rows * shape.width).reshape(rows, -1)
-
-
-def _refuse_rows(folder: Folder, spec: Spec, block: str, shard: int, items: int, header: bytes, size: int) -> None:
-    name = folder.name(data_file(shard, block))
-    if header != spec.header(shard, block, items):
-        raise ValueError(f"{name} is foreign: it is not {block!r} of shard {shard} of this store")
-    if missing := max(0, spec.size(block, items) - size):
-        raise ValueError(f"{name} is truncated: {missing} bytes of its rows are not there")
-
-
 def read_index(folder: Folder) -> tuple[Spec, int | None]:
-    """The spec of a store, and how many items it holds (None while it is not complete)."""
-    record = record_of(folder.name(INDEX), folder.read(INDEX))
-    return Spec.of(record), record["items"]
+    """The spec of a store, and its number of items (None while the store is not complete)."""
+    record = parse_record(folder.full_name(INDEX), folder.read(INDEX))
+    return Spec.from_record(record), record["items"]
 
 
-def read_shards(folder: Folder, spec: Spec, items: int | None) -> list[Shard]:
-    """What the manifests say, once every file has been seen to be there in its full length.
+def read_manifests(folder: Folder, spec: Spec, items: int | None) -> list[Shard]:
+    """Read all manifests, and check that every file they list exists and has its full size.
 
     Args:
-        folder: where the store is.
-        spec: of the store.
-        items: of a complete store; None for one that may end anywhere.
+        folder: the folder of the store.
+        spec: the spec of the store.
+        items: the number of items of a complete store; None for a store that is not complete.
 
     Raises:
         ValueError: naming a file that is missing, truncated or foreign.
     """
     sizes = folder.sizes()
-    found = [int(match[1]) for name in sizes if (match := re.fullmatch(r"shard-(\d{5,})\.json", name))]
-    count = max([-1, *found]) + 1
+    numbers = [int(match[1]) for name in sizes if (match := re.fullmatch(r"shard-(\d{5,})\.json", name))]
+    count = max([-1, *numbers]) + 1
     if items is not None:
         count = max(count, -(-items // spec.items_per_shard))
-    texts = folder.read_each(map(manifest_file, range(count)))
-    shards = [_shard(folder, spec, number, text, sizes) for number, text in enumerate(texts)]
-    held = sum(shard.items for shard in shards)
-    if items not in (None, held) or any(shard.items != spec.items_per_shard for shard in shards[:-1]):
-        raise ValueError(f"{folder.name(INDEX)} tells of {items} items, but the {count} shards beside it hold {held}")
+    texts = folder.read_all(map(manifest_file, range(count)))
+    shards = [_manifest(folder, spec, number, text, sizes) for number, text in enumerate(texts)]
+    total = sum(shard.items for shard in shards)
+    if items not in (None, total) or any(shard.items != spec.items_per_shard for shard in shards[:-1]):
+        raise ValueError(f"{folder.full_name(INDEX)} lists {items} items, but its {count} shards hold {total}")
     return shards
 
 
-def _shard(folder: Folder, spec: Spec, number: int, text: bytes, sizes: dict[str, int | None]) -> Shard:
-    name = folder.name(manifest_file(number))
-    record = record_of(name, text)
+def _manifest(folder: Folder, spec: Spec, number: int, text: bytes, sizes: dict[str, int | None]) -> Shard:
+    name = folder.full_name(manifest_file(number))
+    record = parse_record(name, text)
     if (record.get("store"), record.get("shard")) != (spec.identity, number):
-        raise ValueError(f"{name} is foreign: it is of shard {record.get('shard')} of a store with other settings")
-    shard = Shard(record["items"], {file: File(**told) for file, told in record["files"].items()})
-    for file, told in shard.files.items():
+        raise ValueError(f"{name} is foreign: it belongs to shard {record.get('shard')} of a store of other settings")
+    shard = Shard(record["items"], {file: FileRecord(**entry) for file, entry in record["files"].items()})
+    for file, entry in shard.files.items():
         if file not in sizes:
-            raise ValueError(f"{folder.name(file)} is missing")
-        size = told.bytes if sizes[file] is None else sizes[file]
-        if size != told.bytes:
-            how = "truncated" if size < told.bytes else "foreign or changed"
-            raise ValueError(f"{folder.name(file)} is {how}: it has {size} bytes, and had {told.bytes} when written")
+            raise ValueError(f"{folder.full_name(file)} is missing")
+        size = entry.bytes if sizes[file] is None else sizes[file]
+        if size != entry.bytes:
+            how = "truncated" if size < entry.bytes else "foreign or changed"
+            raise ValueError(f"{folder.full_name(file)} is {how}: it has {size} bytes instead of {entry.bytes}")
     return shard
+
+
+def read_rows(folder: Folder, spec: Spec, block: str, shard: int, items: int, out: Tensor, start: int = 0) -> None:
+    """Read rows ``start`` to ``start + n`` of a shard of ``items`` items into ``out`` (n, width) of the store's dtype.
+
+    Raises:
+        ValueError: naming the file, which is missing, truncated or foreign.
+    """
+    file, view = data_file(shard, block), out.view(torch.uint8).numpy().reshape(-1)
+    head, read = folder.read_into(view, file, HEADER_BYTES + start * out.shape[1] * out.itemsize, HEADER_BYTES)
+    size = spec.file_size(block, items) - len(view) + read
+    header = spec.header(shard, block, items) if head is None else head
+    _validate_data_file(folder, spec, block, shard, items, header, size)
+
+
+def map_rows(folder: Folder, spec: Spec, block: str, shard: int, items: int) -> Tensor:
+    """All rows (n, width) of a shard of a local store, as a view of its mapped file.
+
+    Raises:
+        ValueError: as :func:`read_rows`.
+    """
+    shape, memory = spec.layout[block], folder.memory_map(data_file(shard, block))
+    _validate_data_file(folder, spec, block, shard, items, memory[:HEADER_BYTES], len(memory))
+    rows = items * shape.count
+    return torch.frombuffer(memory, dtype=spec.dtype, offset=HEADER_BYTES, count=rows * shape.width).reshape(rows, -1)
+
+
+def _validate_data_file(
+    folder: Folder, spec: Spec, block: str, shard: int, items: int, header: bytes, size: int
+) -> None:
+    name = folder.full_name(data_file(shard, block))
+    if header != spec.header(shard, block, items):
+        raise ValueError(f"{name} is foreign: it is not {block!r} of shard {shard} of this store")
+    if missing := max(0, spec.file_size(block, items) - size):
+        raise ValueError(f"{name} is truncated: {missing} bytes of its rows are missing")

@@ -1,4 +1,4 @@
-"""What a collection of activations will take: told before anything is computed."""
+"""What a collection of activations will take, before anything is computed."""
 
 import shutil
 from datetime import timedelta
@@ -13,44 +13,65 @@ UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
 class Plan(NamedTuple):
-    """What a collection will take; ``print(plan)`` shows it."""
+    """The estimated size and time of a collection; ``print(plan)`` shows it as a table."""
 
     items: int
-    """Captures."""
+    """Number of captures."""
     rows: dict[str, int]
-    """Vectors, by block."""
+    """Number of rows (vectors) of each block."""
     bytes: dict[str, int]
-    """Of these vectors, by block."""
+    """Size of these rows, by block."""
     seconds: float | None
-    """Of the whole collection, where the seconds of an item are known."""
+    """Time of the whole collection; None where the time of an item is not known."""
+    memory: int | None
+    """Peak memory of the process in bytes; None where it is not known."""
     free: int | None
-    """Bytes that are free where the store is to be."""
+    """Free bytes on the disk of the store's folder; None where no folder was given."""
+    stored: int
+    """Bytes that a resumed store already holds."""
 
     @property
     def total_rows(self) -> int:
-        """Vectors of all blocks."""
+        """Number of rows of all blocks."""
         return sum(self.rows.values())
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of all blocks."""
+        """Size of all blocks."""
         return sum(self.bytes.values())
 
+    @property
+    def fits(self) -> bool:
+        """Whether the disk has room for what is not stored yet; True where no folder was given."""
+        return self.free is None or self.free > self.total_bytes - self.stored
+
+    def require_disk_space(self, parameter: str = "output_dir") -> None:
+        """Raise ValueError, beginning with ``parameter``, unless the disk has room for the collection."""
+        if not self.fits:
+            raise ValueError(
+                f"{parameter}: the store needs {_readable(self.total_bytes - self.stored)} more, and the disk has "
+                f"{_readable(self.free)} free; collect fewer items or blocks, or give a folder on a larger disk"
+            )
+
     def __str__(self) -> str:
-        wide = max(map(len, [*self.rows, "all blocks"]))
+        width = max(map(len, [*self.rows, "all blocks"]))
         lines = [f"{self.items:,} items"]
         for name, rows, size in (
             *((block, self.rows[block], self.bytes[block]) for block in self.rows),
             ("all blocks", self.total_rows, self.total_bytes),
         ):
-            lines.append(f"{name:<{wide}}  {rows:>15,} rows  {_readable(size):>9}")
-        if self.free is not None:
-            verdict = "enough" if self.free > self.total_bytes else "NOT ENOUGH"
-            lines.append(f"{'free disk':<{wide}}  {'':>15}       {_readable(self.free):>9}  {verdict}")
-        time = "not known before an item has been timed"
+            lines.append(f"{name:<{width}}  {rows:>15,} rows  {_readable(size):>9}")
+        for name, size, remark in (
+            ("stored", self.stored or None, ""),
+            ("free disk", self.free, "enough" if self.fits else "NOT ENOUGH"),
+            ("memory", self.memory, ""),
+        ):
+            if size is not None:
+                lines.append(f"{name:<{width}}  {'':>15}       {_readable(size):>9}  {remark}".rstrip())
+        time = "unknown"
         if self.seconds is not None:
             time = f"about {timedelta(seconds=round(self.seconds))} ({self.seconds / max(self.items, 1):.3g} s an item)"
-        return "\n".join([*lines, f"{'time':<{wide}}  {time}"])
+        return "\n".join([*lines, f"{'time':<{width}}  {time}"])
 
 
 def plan(
@@ -59,31 +80,34 @@ def plan(
     precision: str = "float16",
     *,
     seconds_per_item: float | None = None,
+    memory: int | None = None,
     folder: str | Path | None = None,
 ) -> Plan:
-    """What collecting ``items`` captures will take, before anything is computed.
+    """Estimate what collecting ``items`` captures will take.
 
     Args:
-        layout: the blocks and the shape of their maps.
-        items: captures.
+        layout: the blocks and the shapes of their maps.
+        items: number of captures.
         precision: of the stored numbers.
-        seconds_per_item: as measured on a few, to estimate the time.
-        folder: where the store is to be, to tell what is free there.
+        seconds_per_item: measured on a few items, to estimate the time.
+        memory: peak memory of the process in bytes, measured on a few items.
+        folder: the folder of the store, to compare with the free disk space; shards in it count as stored.
 
     Raises:
-        ValueError: fewer than 0 items or seconds, an unknown precision.
+        ValueError: a negative number of items or seconds, or an unknown precision.
     """
     at_least("items", items, 0)
     at_least("seconds_per_item", seconds_per_item or 0, 0)
-    width = Spec(layout, precision, 1, {}).dtype.itemsize
+    itemsize = Spec(layout, precision, 1, {}).dtype.itemsize
     rows = {block: items * shape.count for block, shape in layout.items()}
-    sizes = {block: rows[block] * shape.width * width for block, shape in layout.items()}
+    sizes = {block: rows[block] * shape.width * itemsize for block, shape in layout.items()}
     seconds = None if seconds_per_item is None else items * seconds_per_item
-    free = None
+    free, stored = None, 0
     if folder is not None:
-        there = resolve(folder)
-        free = shutil.disk_usage(next(path for path in (there, *there.parents) if path.exists())).free
-    return Plan(items, rows, sizes, seconds, free)
+        path = resolve(folder)
+        free = shutil.disk_usage(next(parent for parent in (path, *path.parents) if parent.exists())).free
+        stored = sum(file.stat().st_size for file in path.glob("shard-*.safetensors"))
+    return Plan(items, rows, sizes, seconds, memory, free, stored)
 
 
 def _readable(size: float) -> str:

@@ -1,4 +1,4 @@
-"""Activations on disk: written shard by shard, gone on with after a kill, read back shuffled.
+"""Reading a store: metadata of its items, maps of some items, and shuffled batches of all rows.
 
 ::
 
@@ -11,11 +11,12 @@
     for batch in store.open("outputs/activations").batches("down.2.1", 4096, seed=0):
         ...  # (4096, 1280) float32
 
-What the files are is told in :mod:`vaelab.store.format`.
+The files are described in :mod:`vaelab.store.format`.
 """
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -26,124 +27,94 @@ from typing import Any
 
 import numpy as np
 import torch
+import xxhash
 from torch import Tensor
 from tqdm import tqdm
 
 from vaelab.core.validate import at_least, unknown
 from vaelab.store.files import CONNECTIONS, Folder
-from vaelab.store.format import BlockShape, Layout, items_file, map_rows, read_index, read_rows, read_shards
-from vaelab.store.planning import Plan, plan
-from vaelab.store.shuffling import Group, Order, shuffle_stream
-from vaelab.store.writer import Writer, create
-
-# items: The items of a store: what was captured, read as it is asked for.
-# buffers: Memory that is used again, for tensors that come and go in a loop.
-
-
-KEPT = 4
-"""Blocks of memory that are remembered, for another use."""
-UNUSED = 2
-"""References to memory that only its list has: that one, and the question's own."""
-
-
-class Buffers:
-    """Empty tensors whose memory is used again once nothing refers to it any more.
-
-    Large memory that is given back goes back to the system, and new memory costs a page fault every
-    4 kB: of a pass over a store at memory's speed that is half of the time. A few blocks are kept; where
-    all of them are still in use, as by someone who collects the tensors, new memory is taken and the
-    oldest block forgotten: it goes when its tensors do.
-    """
-
-    def __init__(self) -> None:
-        self._kept: list[np.ndarray] = []
-
-    def empty(self, rows: int, width: int, dtype: torch.dtype) -> Tensor:
-        """A tensor (rows, width) of any content on the CPU, as :func:`torch.empty`'s."""
-        size = rows * width * dtype.itemsize
-        if not size:
-            return torch.empty(rows, width, dtype=dtype)
-        memory = self._free(size)
-        return torch.frombuffer(memory, dtype=dtype, count=rows * width).reshape(rows, width)
-
-    def _free(self, size: int) -> np.ndarray:
-        for i in range(len(self._kept)):
-            if self._kept[i].nbytes >= size and sys.getrefcount(self._kept[i]) <= UNUSED:
-                return self._kept[i]
-        fresh = np.empty(size, np.uint8)
-        self._kept = [*self._kept[1 - KEPT :], fresh]
-        return fresh
-
-
-class Items(Sequence):
-    """The items of a store, read shard by shard when they are asked for."""
-
-    def __init__(self, folder: Folder, counts: list[int], per_shard: int):
-        self._length, self._per_shard = sum(counts), per_shard
-        self._shard = lru_cache(maxsize=8)(lambda shard: self._read(folder, items_file(shard), counts[shard]))
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        place = range(len(self))[index]
-        return dict(self._shard(place // self._per_shard)[place % self._per_shard])
-
-    @staticmethod
-    def _read(folder: Folder, file: str, count: int) -> list[dict[str, Any]]:
-        try:
-            items = json.loads(folder.read(file))
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{folder.name(file)} was changed since it was written: it is not JSON ({error})"
-            ) from error
-        if len(items) != count:
-            raise ValueError(f"{folder.name(file)} was changed since it was written: {len(items)} items, not {count}")
-        return items
-
-
-__all__ = ["BlockShape", "Layout", "Plan", "Store", "Writer", "create", "open", "plan", "shuffle_stream"]
+from vaelab.store.format import (
+    BlockShape,
+    Layout,
+    Shard,
+    data_file,
+    items_file,
+    map_rows,
+    read_index,
+    read_manifests,
+    read_rows,
+)
+from vaelab.store.shuffling import Group, ShuffledOrder
 
 BUFFER_ROWS = 2**18
-"""Rows that are mixed with each other; two such buffers are in use while a pass is read."""
+"""Rows that are shuffled together; two such buffers are in use while a pass is read."""
+MAX_BUFFERS = 4
+"""Blocks of memory that :class:`BufferPool` remembers for reuse."""
+POOL_REFERENCES = 2
+"""References to a block of memory that only the pool refers to: the pool's list, and the call that counts."""
+
+
+def open(url: str | Path, *, parameter: str = "", **options: Any) -> "Store":
+    """Open a store for reading; one that is still being written has the shards that are finished.
+
+    Args:
+        url: a local folder, or any fsspec URL: ``s3://bucket/folder``, ``hf://...``, ``memory://...``.
+        parameter: the notebook parameter that gave the URL, with which an error then begins.
+        options: for the URL's file system; credentials belong in the environment.
+
+    Raises:
+        ValueError: naming a file that is missing, truncated, foreign, changed or of a newer version.
+    """
+    try:
+        return Store(url, **options)
+    except ValueError as error:
+        if not parameter:
+            raise
+        raise ValueError(
+            f"{parameter}: {str(url)!r} is not a readable store of activations ({error}); give the folder "
+            "'activations' of a finished run of 30_collect_activations or 40_layer_features"
+        ) from error
 
 
 class Store:
-    """A store being read; made by :func:`open`."""
+    """A store that is read; made by :func:`open`.
+
+    Files are compared with their checksums where that costs little: an items file when it is read, and a block's
+    data file the first time that this object reads at least half of it. :meth:`verify` compares every file.
+    """
 
     url: str
-    """Where it is."""
+    """The store's location."""
     layout: Layout
-    """The blocks and the shape of their maps."""
+    """The blocks and the shapes of their maps."""
     precision: str
-    """Of the stored numbers."""
+    """Precision of the stored numbers."""
     settings: dict[str, Any]
-    """What its items were made from."""
+    """What decided the stored numbers: model, prompts, seed, ..."""
     complete: bool
-    """Whether its collection came to its end."""
-    items: Items
+    """Whether the collection was finished."""
+    items: "Items"
     """The captures in their order: ``prompt`` or ``image``, ``seed``, ``timestep``, ..."""
 
     def __init__(self, url: str | Path, **options: Any):
         self._folder = Folder(str(url), **options)
         self._spec, total = read_index(self._folder)
-        self._shards = read_shards(self._folder, self._spec, total)
+        self._shards = read_manifests(self._folder, self._spec, total)
+        self._intact: set[str] = set()
         self.url, self.complete = self._folder.url, total is not None
         self.layout, self.precision, self.settings = self._spec.layout, self._spec.precision, self._spec.settings
-        self.items = Items(self._folder, [shard.items for shard in self._shards], self._spec.items_per_shard)
+        self.items = Items(self._folder, self._shards, self._spec.items_per_shard)
 
     def __repr__(self) -> str:
         state = "" if self.complete else ", not complete"
         return f"Store({self.url!r}: {len(self.items)} items of {', '.join(self.layout)} in {self.precision}{state})"
 
     def rows(self, block: str) -> int:
-        """Vectors of a block."""
+        """Number of rows (vectors) of a block."""
         return len(self.items) * self._shape(block).count
 
     def describe(self, block: str, row: int) -> dict[str, Any]:
-        """Where a row comes from: its item, with ``block`` and ``position``, for instance (y, x).
+        """The origin of a row: its item, with ``block`` and ``position``, for instance (y, x).
 
         Raises:
             ValueError: no such block or row.
@@ -156,38 +127,43 @@ class Store:
         return {**self.items[item], "block": block, "position": position}
 
     def maps(self, block: str, items: Sequence[int]) -> Tensor:
-        """The maps of some items, in the order asked for: (n, positions..., width), as stored.
+        """The maps of some items, in the order of ``items``: (n, positions..., width), in the stored precision.
 
         Raises:
-            ValueError: no such block or item, a file that is missing, truncated or foreign.
+            ValueError: no such block or item, or a file that is missing, truncated, foreign or changed.
         """
-        shape = self._shape(block)
-        out = torch.empty(len(items), shape.count, shape.width, dtype=self._spec.dtype)
-        for place, item in enumerate(items):
+        shape, per_shard = self._shape(block), self._spec.items_per_shard
+        for item in items:
             if not 0 <= item < len(self.items):
                 raise ValueError(f"items: there are items 0 to {len(self.items) - 1}, got {item}")
-            shard, number = divmod(int(item), self._spec.items_per_shard)
+        for shard, read in Counter(int(item) // per_shard for item in items).items():
+            if self._folder.local and 2 * read >= self._shards[shard].items:
+                self._check(block, shard, map_rows(self._folder, self._spec, block, shard, self._shards[shard].items))
+        out = torch.empty(len(items), shape.count, shape.width, dtype=self._spec.dtype)
+        for place, item in enumerate(items):
+            shard, number = divmod(int(item), per_shard)
             self._read(block, shard, out[place], number * shape.count)
         return out.reshape(len(items), *shape.positions, shape.width)
 
     def verify(self) -> None:
-        """Read every file and compare its checksum with the one it was written with.
+        """Read every file and compare its checksum with that of its manifest.
 
         Raises:
-            ValueError: naming every file whose bytes have changed.
+            ValueError: naming every file that was changed.
         """
         files = {name: file for shard in self._shards for name, file in shard.files.items()}
-        bad = []
+        changed = []
         with tqdm(
             total=sum(file.bytes for file in files.values()), unit="B", unit_scale=True, desc="verifying",
             file=sys.stdout, mininterval=2, ncols=100,
         ) as bar:  # fmt: skip
             for name, file in files.items():
-                if self._folder.digest(name) != file.xxh128:
-                    bad.append(self._folder.name(name))
+                if self._folder.checksum(name) != file.xxh128:
+                    changed.append(self._folder.full_name(name))
                 bar.update(file.bytes)
-        if bad:
-            raise ValueError(f"changed since they were written: {', '.join(bad)}")
+        if changed:
+            raise ValueError(f"changed after they were written: {', '.join(changed)}")
+        self._intact.update(files)
 
     def batches(
         self,
@@ -196,34 +172,33 @@ class Store:
         seed: int,
         *,
         epoch: int = 0,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = torch.float32,
         buffer_rows: int = BUFFER_ROWS,
         with_rows: bool = False,
     ) -> Iterator[Any]:
-        """One pass: every row exactly once, shuffled.
+        """One pass over a block: every row exactly once, shuffled.
 
-        Shards are taken in a random order, as many at a time as have ``buffer_rows`` rows together
-        (one at least); these are read ahead, while those before are given out in random batches.
-        What is in a batch is random and fixed by the store, ``buffer_rows``, ``seed`` and
-        ``epoch``; inside a batch rows lie as they do in the store, which is the quickest. A batch's
-        memory is used again once nothing refers to it any more.
+        Shards are taken in a random order, in groups of at most ``buffer_rows`` rows (at least one shard). The rows
+        of a group are given out in random batches while the next group is read. The rows of a batch are random, and
+        fixed by the store, ``buffer_rows``, ``seed`` and ``epoch``; within a batch they keep the order of the store,
+        which is fastest. The memory of a batch is reused once nothing refers to it.
 
         Args:
-            block: whose rows.
+            block: the block.
             batch_size: rows of a batch.
             seed: fixes the order.
-            epoch: another number, another order.
-            dtype: of the batches.
-            buffer_rows: rows that are mixed with each other; memory is twice these, for a local
-                store the page cache's, which the system takes back where it is needed.
-            with_rows: whether to tell which rows they are.
+            epoch: number of the pass; each has another order.
+            dtype: of the batches; None keeps the stored precision.
+            buffer_rows: rows that are shuffled together. They take twice their size in memory, which for a local
+                store is the page cache's, and is freed by the system where it is needed.
+            with_rows: whether to give the numbers of the rows as well.
 
         Yields:
-            Tensors (batch_size, width), of which only the last may be smaller; ``with_rows``,
-            pairs of these and of the rows' numbers (batch_size,) int64.
+            Tensors (batch_size, width), of which only the last may be smaller; with ``with_rows`` pairs of such a
+            tensor and the rows' numbers (batch_size,) int64.
 
         Raises:
-            ValueError: no such block, a number out of its range, a file that is missing or foreign.
+            ValueError: no such block, a number out of range, or a file that is missing, foreign or changed.
         """
         at_least("batch_size", batch_size, 1)
         at_least("epoch", epoch, 0)
@@ -241,17 +216,17 @@ class Store:
         batch_size: int,
         seed: int,
         *,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = torch.float32,
         buffer_rows: int = BUFFER_ROWS,
     ) -> Callable[..., Iterator[Tensor]]:
-        """Endless shuffled batches (batch_size, width) for :func:`vaelab.training.loop.train`.
+        """A source of endless shuffled batches (batch_size, width) for :func:`vaelab.training.loop.train`.
 
-        Pass follows upon pass without a gap, each as :meth:`batches` gives it: every row is used
-        once in each, whatever the batch size. Ranks take turns, batch by batch, and each reads all
-        shards. What lies before the batch at which a run is taken up is not read.
+        Passes follow each other without a gap, each in the order of :meth:`batches`: every row is used once in each,
+        for any batch size. Ranks take turns, batch by batch, and each reads all shards. Batches before the one at
+        which a run is resumed are not read.
 
         Raises:
-            ValueError: as :meth:`batches`, and where the store holds no row.
+            ValueError: as :meth:`batches`, or the store holds no row.
         """
         at_least("batch_size", batch_size, 1)
         order = self._order(block, seed, buffer_rows)
@@ -271,93 +246,135 @@ class Store:
             raise unknown("block", block, self.layout)
         return self.layout[block]
 
-    def _order(self, block: str, seed: int, buffer_rows: int) -> Order:
+    def _order(self, block: str, seed: int, buffer_rows: int) -> ShuffledOrder:
         positions = self._shape(block).count
-        return Order([shard.items * positions for shard in self._shards], buffer_rows, seed)
+        return ShuffledOrder([shard.items * positions for shard in self._shards], buffer_rows, seed)
 
     def _stream(
         self,
         block: str,
-        order: Order,
+        order: ShuffledOrder,
         spans: Callable[[], Iterator[tuple[int, int]]],
-        dtype: torch.dtype,
+        dtype: torch.dtype | None,
         with_rows: bool,
     ) -> Iterator[Any]:
-        """Batches of the spans of an order, the next group being read while one is given out."""
-        ahead = (group for group, _ in groupby(order.pieces(spans()), itemgetter(0)))
+        """The batches of an order's spans; the next group is read while the current one is given out."""
+        upcoming = (group for group, _ in groupby(order.pieces(spans()), itemgetter(0)))
         starts = np.cumsum([0, *order.rows])
-        held: list[Tensor] = []
-        names: list[Tensor] = []
-        buffers = Buffers()
+        rows: list[Tensor] = []
+        numbers: list[Tensor] = []
+        pool = BufferPool()
         with ThreadPoolExecutor(1) as reader:
 
             def read_next() -> Any:
-                return reader.submit(self._group, block, order, group) if (group := next(ahead, None)) else None
+                return reader.submit(self._group, block, order, group) if (group := next(upcoming, None)) else None
 
-            coming = read_next()
+            next_group = read_next()
             for group, pieces in groupby(order.pieces(spans()), itemgetter(0)):
-                parts, permutation = coming.result()
-                coming = read_next()
+                parts, permutation = next_group.result()
+                next_group = read_next()
                 shards = order.shards(group)
-                numbers = None
                 if with_rows:
-                    numbers = torch.cat([torch.arange(starts[shard], starts[shard + 1]) for shard in shards])
-                for _, begin, end, whole in pieces:
-                    rows, chosen = _gathered(parts, permutation[begin:end], dtype, buffers)
-                    held.append(rows)
+                    in_store = torch.cat([torch.arange(starts[shard], starts[shard + 1]) for shard in shards])
+                for _, begin, end, ends_batch in pieces:
+                    chosen = permutation[begin:end].sort().values
+                    rows.append(_gather(parts, chosen, dtype or self._spec.dtype, pool))
                     if with_rows:
-                        names.append(numbers[chosen])
-                    if whole:
-                        batch = held[0] if len(held) == 1 else torch.cat(held)
-                        yield (batch, torch.cat(names)) if with_rows else batch
-                        held, names = [], []
+                        numbers.append(in_store[chosen])
+                    if ends_batch:
+                        batch = rows[0] if len(rows) == 1 else torch.cat(rows)
+                        yield (batch, torch.cat(numbers)) if with_rows else batch
+                        rows, numbers = [], []
 
-    def _group(self, block: str, order: Order, group: Group) -> tuple[Sequence[Tensor], Tensor]:
-        """The rows of a group of shards, shard by shard, and the order in which they are given out."""
+    def _group(self, block: str, order: ShuffledOrder, group: Group) -> tuple[Sequence[Tensor], Tensor]:
+        """The rows of each shard of a group, and the order in which the group's rows are given out."""
         shards = order.shards(group)
         if self._folder.local:
-            held = [self._shards[shard].items for shard in shards]
-            parts = [map_rows(self._folder, self._spec, block, *each) for each in zip(shards, held, strict=True)]
-            return parts, order.permutation(group)
-        sizes = [order.rows[shard] for shard in shards]
-        parts = torch.empty(sum(sizes), self.layout[block].width, dtype=self._spec.dtype).split(sizes)
-        with ThreadPoolExecutor(CONNECTIONS) as readers:
-            list(readers.map(lambda shard, part: self._read(block, shard, part), shards, parts))
+            parts = [map_rows(self._folder, self._spec, block, n, self._shards[n].items) for n in shards]
+        else:
+            sizes = [order.rows[shard] for shard in shards]
+            parts = torch.empty(sum(sizes), self.layout[block].width, dtype=self._spec.dtype).split(sizes)
+            with ThreadPoolExecutor(CONNECTIONS) as readers:
+                list(readers.map(lambda shard, part: self._read(block, shard, part), shards, parts))
+        for shard, part in zip(shards, parts, strict=True):
+            self._check(block, shard, part)
         return parts, order.permutation(group)
+
+    def _check(self, block: str, shard: int, rows: Tensor) -> None:
+        """Compare all rows of a data file with its checksum, once; the header was compared when they were read."""
+        file = data_file(shard, block)
+        if file in self._intact:
+            return
+        digest = xxhash.xxh3_128(self._spec.header(shard, block, self._shards[shard].items))
+        digest.update(rows.view(torch.uint8).numpy().reshape(-1))
+        if digest.hexdigest() != self._shards[shard].files[file].xxh128:
+            raise ValueError(f"{self._folder.full_name(file)} was changed after it was written: its checksum differs")
+        self._intact.add(file)
 
     def _read(self, block: str, shard: int, out: Tensor, start: int = 0) -> None:
         read_rows(self._folder, self._spec, block, shard, self._shards[shard].items, out, start)
 
 
-def _gathered(parts: Sequence[Tensor], chosen: Tensor, dtype: torch.dtype, buffers: Buffers) -> tuple[Tensor, Tensor]:
-    """Some rows of the parts taken together, in the order in which they lie there, and which they are."""
-    chosen = chosen.sort().values
+def _gather(parts: Sequence[Tensor], chosen: Tensor, dtype: torch.dtype, pool: "BufferPool") -> Tensor:
+    """The rows ``chosen`` (rising numbers) of the concatenated parts, as ``dtype``."""
     ends = torch.tensor([len(part) for part in parts]).cumsum(0)
-    out = buffers.empty(len(chosen), parts[0].shape[1], dtype)
+    out = pool.empty(len(chosen), parts[0].shape[1], dtype)
     first, begin = 0, 0
     for part, end in zip(parts, torch.searchsorted(chosen, ends).tolist(), strict=True):
         out[begin:end] = part.index_select(0, chosen[begin:end] - first)
         first, begin = first + len(part), end
-    return out, chosen
+    return out
 
 
-def open(url: str | Path, *, parameter: str = "", **options: Any) -> Store:
-    """Open a store for reading; one that is still being written shows the shards it has.
+class Items(Sequence):
+    """The items of a store: a read-only sequence of dicts, read shard by shard when they are needed."""
 
-    Args:
-        url: a local folder, or any fsspec URL: ``s3://bucket/folder``, ``hf://...``, ``memory://...``.
-        parameter: what named the store, where an error is to begin with it.
-        options: for the URL's file system; credentials belong in the environment.
+    def __init__(self, folder: Folder, shards: list[Shard], per_shard: int):
+        """Args: the store's ``folder``, its ``shards``, and the number of items ``per_shard``."""
+        self._length, self._per_shard = sum(shard.items for shard in shards), per_shard
+        self._shard = lru_cache(maxsize=8)(lambda number: self._read(folder, number, shards[number]))
 
-    Raises:
-        ValueError: naming a file that is missing, truncated, foreign, changed or of a newer version.
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        place = range(len(self))[index]
+        return dict(self._shard(place // self._per_shard)[place % self._per_shard])
+
+    @staticmethod
+    def _read(folder: Folder, number: int, shard: Shard) -> list[dict[str, Any]]:
+        file = items_file(number)
+        text = folder.read(file)
+        if xxhash.xxh3_128_hexdigest(text) != shard.files[file].xxh128:
+            raise ValueError(f"{folder.full_name(file)} was changed after it was written: its checksum differs")
+        return json.loads(text)
+
+
+class BufferPool:
+    """Uninitialised tensors whose memory is reused once nothing refers to it.
+
+    Large memory that is freed goes back to the system, and fresh memory costs a page fault every 4 kB: without the
+    pool, a pass over a store in the page cache takes twice as long. A few blocks of memory are remembered. Where all
+    of them are in use, as by a caller that collects the tensors, fresh memory is taken and the oldest block is
+    forgotten; it is freed together with its tensors.
     """
-    try:
-        return Store(url, **options)
-    except ValueError as error:
-        if not parameter:
-            raise
-        raise ValueError(
-            f"{parameter}: {str(url)!r} is no store of activations that can be read ({error}); give the folder "
-            "'activations' of a finished run of 30_collect_activations or 40_layer_features"
-        ) from error
+
+    def __init__(self) -> None:
+        self._blocks: list[np.ndarray] = []
+
+    def empty(self, rows: int, width: int, dtype: torch.dtype) -> Tensor:
+        """An uninitialised tensor (rows, width) on the CPU, as :func:`torch.empty` gives it."""
+        size = rows * width * dtype.itemsize
+        if not size:
+            return torch.empty(rows, width, dtype=dtype)
+        return torch.frombuffer(self._block(size), dtype=dtype, count=rows * width).reshape(rows, width)
+
+    def _block(self, size: int) -> np.ndarray:
+        for i in range(len(self._blocks)):
+            if self._blocks[i].nbytes >= size and sys.getrefcount(self._blocks[i]) <= POOL_REFERENCES:
+                return self._blocks[i]
+        fresh = np.empty(size, np.uint8)
+        self._blocks = [*self._blocks[1 - MAX_BUFFERS :], fresh]
+        return fresh

@@ -1,4 +1,4 @@
-"""Shuffled orders in bounded memory: of rows in shards, and of rows that are made as they are used."""
+"""Shuffling in bounded memory: of rows that are stored in shards, and of a stream of rows that is never stored."""
 
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
@@ -10,19 +10,19 @@ from torch import Tensor
 from vaelab.core.validate import at_least
 
 Group = tuple[int, int]
-"""A pass's number, and the number of a group of shards in it."""
+"""The number of a pass, and the number of a group of shards in it."""
 
 
-class Order:
+class ShuffledOrder:
     """Endless passes over the rows of shards.
 
-    A pass takes the shards in a random order, in groups of at most ``buffer_rows`` rows (of one
-    shard at least), and the rows of a group in a random order. Everything is fixed by the shards,
-    ``buffer_rows``, the seed and the pass's number, and can be asked for anywhere in a pass.
+    A pass takes the shards in a random order, in groups of at most ``buffer_rows`` rows (at least one shard), and
+    the rows of a group in a random order. The order is fixed by the shards, ``buffer_rows``, the seed and the pass's
+    number, and any part of it can be computed without the parts before.
     """
 
     def __init__(self, rows: list[int], buffer_rows: int, seed: int):
-        """Args: ``rows`` of every shard, the most of a group, and what fixes the order."""
+        """Args: ``rows`` of every shard, ``buffer_rows`` of a group at most, and the ``seed`` of the order."""
         at_least("buffer_rows", buffer_rows, 1)
         at_least("seed", seed, 0)
         self.rows, self.buffer_rows, self.seed = rows, buffer_rows, seed
@@ -30,10 +30,10 @@ class Order:
         self._pass = lru_cache(maxsize=4)(self._grouped)
 
     def pieces(self, spans: Iterable[tuple[int, int]]) -> Iterator[tuple[Group, int, int, bool]]:
-        """Spans of the endless sequence of rows, cut where groups end.
+        """Cut spans (begin, end) of the endless sequence of rows where groups end.
 
         Yields:
-            The group, the first and the last-but-one place in it, and whether the span ends there.
+            The group, the begin and the (exclusive) end of the piece in it, and whether the span ends there.
         """
         for begin, end in spans:
             while begin < end:
@@ -46,12 +46,12 @@ class Order:
                 begin = stop
 
     def shards(self, group: Group) -> list[int]:
-        """The shards of a group, in the order in which its rows are counted."""
+        """The shards of a group, in the order in which its rows are numbered."""
         number, place = group
         return self._pass(number)[0][place]
 
     def permutation(self, group: Group) -> Tensor:
-        """Which of a group's rows comes where: (rows,) int64."""
+        """The numbers of a group's rows in the order in which they are given out: (rows,) int64."""
         number, place = group
         rng = np.random.default_rng([self.seed, number, 1 + place])
         return torch.from_numpy(rng.permutation(sum(self.rows[shard] for shard in self.shards(group))))
@@ -77,22 +77,22 @@ def shuffle_stream(
     seed: int,
     dtype: torch.dtype = torch.float32,
 ) -> Iterator[Tensor]:
-    """Shuffle what is made as it is used: the streaming mode, which never touches the disk.
+    """Shuffle a stream of rows with a buffer, without touching the disk.
 
-    A buffer is filled first. Then every new row takes the place of a random one, which goes out.
+    The buffer is filled first. Then every new row replaces a random row of the buffer, which is given out.
 
     Args:
-        chunks: tensors (n, d), one after the other, for instance what ``denoise`` captures.
+        chunks: tensors (n, d), for instance from :func:`vaelab.activations.collect.stream_rows`.
         batch_size: rows of a batch.
-        buffer_rows: rows held back for mixing; memory is these, one chunk and one batch.
-        seed: fixes the order, for the same chunks.
-        dtype: of the batches; the buffer keeps that of the chunks.
+        buffer_rows: rows in the buffer. Memory holds these, one chunk and one batch.
+        seed: fixes the order of the same chunks.
+        dtype: of the batches; the buffer has that of the chunks.
 
     Yields:
         Every row exactly once, in batches (batch_size, d), of which only the last may be smaller.
 
     Raises:
-        ValueError: a chunk that is not (n, d), or not of the first one's d and dtype.
+        ValueError: a chunk that is not (n, d), or has another d or dtype than the first.
     """
     at_least("batch_size", batch_size, 1)
     at_least("buffer_rows", buffer_rows, 1)
@@ -110,7 +110,7 @@ def _swapped(chunks: Iterable[Tensor], most: int, buffer_rows: int, seed: int) -
         if buffer is None or chunk.shape[1:] != buffer.shape[1:] or chunk.dtype != buffer.dtype:
             expected = "(n, d)" if buffer is None else f"(n, {buffer.shape[1]}) {buffer.dtype}"
             raise ValueError(f"chunks: chunk {number} is {tuple(chunk.shape)} {chunk.dtype}, expected {expected}")
-        number += 1  # noqa: SIM113, enumerate would hold on to the chunk
+        number += 1  # noqa: SIM113, enumerate would keep a reference to the chunk
         room = min(buffer_rows - filled, len(chunk))
         buffer[filled : filled + room] = chunk[:room]
         filled += room
@@ -120,7 +120,7 @@ def _swapped(chunks: Iterable[Tensor], most: int, buffer_rows: int, seed: int) -
                 places = torch.from_numpy(rng.choice(buffer_rows, len(piece), replace=False)).to(buffer.device)
                 yield buffer.index_select(0, places)
                 buffer.index_copy_(0, places, piece)
-        del chunk, piece  # before the next one is made
+        del chunk, piece  # free the memory before the next chunk is made
     if buffer is not None:
         for places in torch.from_numpy(rng.permutation(filled)).to(buffer.device).split(most):
             yield buffer.index_select(0, places)

@@ -1,9 +1,13 @@
-"""Writing activations to disk so that a kill at any moment repeats and drops no row."""
+"""Writing activations to disk, such that a kill at any moment neither repeats nor drops a row.
 
-import ctypes
+:class:`Writer` takes captures and hands their bytes to a :class:`BackgroundThread`, which writes them to
+:class:`ChecksummedFile` objects. A shard's manifest is written after all of its files are on the disk.
+"""
+
 import hashlib
 import math
 import os
+import re
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,151 +20,34 @@ import torch
 import xxhash
 from torch import Tensor
 
-from vaelab.core.io import locked, naming, write_json
+from vaelab.core.io import DRAFT, locked, naming, write_json
 from vaelab.core.paths import resolve
 from vaelab.store.files import Folder
 from vaelab.store.format import (
     INDEX,
     Layout,
+    Shard,
     Spec,
     data_file,
     items_file,
     manifest_file,
-    plain,
     read_index,
-    read_shards,
-    signed,
+    read_manifests,
+    to_json,
+    with_checksum,
 )
 
-# lasting: Files written by a thread of their own: in their order, summed as they go by, lasting on the disk.
-
-
-PIECE = 2**19
-"""Bytes written at a time. Linux caches larger ones in larger pages; these are read a tenth quicker, but on a
-virtual machine they can be new to the host, and then cost five times as much. Smaller ones take the disk longer."""
-SYNC_FILE_RANGE_WRITE = 2
-_sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None) if os.name == "posix" else None  # Linux has it
-
-
-class Background:
-    """A thread that does one job after the other, so that whoever hands them on need not wait.
-
-    After a job that failed no other is done, and its error is raised by whatever is called next.
-    """
-
-    def __init__(self, most: int):
-        """Args: ``most`` bytes that waiting jobs may hold; a job that holds more waits alone."""
-        self._thread, self._most = ThreadPoolExecutor(1, "lasting"), most
-        self._waiting: deque[tuple[Future, int]] = deque()
-        self._held = 0
-        self._error: BaseException | None = None
-
-    def do(self, job: Callable[..., Any], *args: Any, holds: int = 0) -> None:
-        """Have a job done after those before it; waits while these hold too much."""
-        while self._waiting and (self._waiting[0][0].done() or self._held + holds > self._most):
-            self._wait_for_first()
-        self._raise()
-        self._waiting.append((self._thread.submit(self._try, job, args), holds))
-        self._held += holds
-
-    def wait(self) -> None:
-        """Return once every job is done."""
-        while self._waiting:
-            self._wait_for_first()
-        self._raise()
-
-    def close(self) -> BaseException | None:
-        """Have done what waits, end the thread, and give the error of the job that failed."""
-        self._thread.shutdown()
-        return self._error
-
-    def _wait_for_first(self) -> None:
-        job, holds = self._waiting.popleft()
-        self._held -= holds
-        job.result()
-
-    def _try(self, job: Callable[..., Any], args: tuple[Any, ...]) -> None:
-        if self._error is None:
-            try:
-                job(*args)
-            except BaseException as error:
-                self._error = error
-
-    def _raise(self) -> None:
-        if self._error is not None:
-            raise self._error
-
-
-class SummedFile:
-    """A new file, its checksum (XXH3 of 128 bits) taken as its bytes go by. Errors name it."""
-
-    def __init__(self, path: Path):
-        self.path, self._digest, self._bytes = path, xxhash.xxh3_128(), 0
-        self._file = open(path, "w+b", buffering=0)  # noqa: SIM115
-
-    @property
-    def closed(self) -> bool:
-        """Whether nothing can be written to it any more."""
-        return self._file.closed
-
-    def write(self, data: bytes | memoryview) -> None:
-        """Append bytes, which the disk begins with at once."""
-        begin, data = self._bytes, memoryview(data)
-        self._bytes += len(data)
-        with naming(self.path):
-            for at in range(0, len(data), PIECE):
-                rest = data[at : at + PIECE]
-                self._digest.update(rest)
-                while rest:
-                    rest = rest[self._file.write(rest) :]
-        send(self._file.fileno(), begin, len(data))
-
-    def rewrite(self, head: bytes) -> None:
-        """Put other bytes where the file begins, no more of them than there are."""
-        with naming(self.path):
-            os.pwrite(self._file.fileno(), head, 0)
-            self._file.seek(0)
-            self._digest = hashlib.file_digest(self._file, xxhash.xxh3_128)
-
-    def finish(self) -> dict[str, Any]:
-        """Make the bytes lasting; gives their number and their checksum."""
-        with naming(self.path):
-            os.fsync(self._file.fileno())
-            self._file.close()
-        return {"xxh128": self._digest.hexdigest(), "bytes": self._bytes}
-
-    def close(self) -> None:
-        """Leave the file as it is."""
-        self._file.close()
-
-
-def send(descriptor: int, begin: int, size: int) -> None:
-    """Have the disk begin with a part of a file, where the system can be asked to: fsync then waits for less.
-
-    It promises nothing, nor does it say what fails: fsync does both.
-    """
-    if size and _sync_file_range is not None:
-        _sync_file_range(descriptor, ctypes.c_int64(begin), ctypes.c_int64(size), SYNC_FILE_RANGE_WRITE)
-
-
-def sync_names(folder: Path) -> None:
-    """Make the names in a folder lasting."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with naming(folder):
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 LOCK = ".lock"
-WAITING = 2**26
-"""Bytes at most that were added and wait to be written; or what was added at once, if that is more.
-With four times as many, memory that is ever new cost more than it saved in waiting for the disk."""
+MAX_QUEUED_BYTES = 2**26
+"""Bytes that may wait to be written; a larger batch waits alone. A limit four times as large was slower, since it
+uses more fresh memory than it saves waiting."""
+PIECE = 2**19
+"""Bytes of one write call. Linux caches larger writes in larger pages, which on a virtual machine can be new to the
+host and then cost five times as much; smaller ones take the disk longer."""
 REQUIRED = (("prompt", "image"), ("seed",), ("timestep",))
-"""What every item must have, one of each."""
+"""Keys that every item must have, one of each group."""
 RESERVED = ("block", "position")
-"""What an item must not have: reading adds them."""
+"""Keys that an item must not have, since reading adds them."""
 
 
 def create(
@@ -171,108 +58,147 @@ def create(
     items_per_shard: int = 256,
     settings: dict[str, Any] | None = None,
 ) -> "Writer":
-    """Begin a store in a local folder, or go on with the one that is there.
+    """Start a store in a local folder, or resume the one that is there.
 
-    What a killed collection had not finished is thrown away: ``writer.items_done`` says with which
-    item to go on.
+    A store is resumed where its layout, precision and settings are the same. What a killed collection had not
+    finished is removed, and ``writer.items_done`` is the number of the next item to add. A complete store is opened
+    as it is, and none of its files is written.
 
     Args:
-        folder: of the store.
-        layout: the blocks and the shape of their maps.
+        folder: the folder of the store; it is created where it does not exist.
+        layout: the blocks and the shapes of their maps.
         precision: of the stored numbers: ``float16``, ``bfloat16`` or ``float32``.
-        items_per_shard: captures that are read as one piece, and that a kill can lose beside what
-            still waits to be written; 256 of 16x16x1280 in float16 are 168 MB. A multiple of what
-            is computed together, so that a run which is gone on from computes the same batches.
-        settings: what the items are made from, plain JSON: model, prompts, steps, ...
+        items_per_shard: captures that are read as one piece, and that a kill can lose in addition to those that wait
+            to be written; 256 captures of 16x16x1280 in float16 are 168 MB. A store that is resumed keeps its own.
+        settings: everything that decides the stored numbers, plain JSON: model, prompts, steps, seed, ...
 
     Raises:
-        ValueError: what is there was made with other settings, is damaged, or is being written by
-            another process.
+        ValueError: the folder holds something other than a store, a store of other settings (the error lists them)
+            or a damaged one, or another process is writing to it.
     """
     if "://" in str(folder) or "::" in str(folder):
-        raise ValueError(f"folder: {folder!r} is not local; write the store locally, then copy its folder")
+        raise ValueError(f"folder: {folder!r} is not local; write the store to a local folder, then copy the folder")
     return Writer(resolve(folder), Spec(dict(layout), precision, items_per_shard, settings or {}))
 
 
 class Writer:
-    """A store being written; a context manager, made by :func:`create`.
+    """A store that is being written; a context manager, made by :func:`create`.
 
-    Left without an exception, it writes the last shard and marks the store complete. Left with
-    one, it leaves the store as a kill would: whole shards, to be gone on from.
+    On exit without an exception the last shard is written and the store is marked as complete. On exit with an
+    exception the store stays as a kill would leave it: whole shards, from which :func:`create` resumes.
     """
 
+    folder: Path
+    """The folder of the store."""
+    spec: Spec
+    """The store's layout, precision, settings and shard size."""
     items_done: int
-    """Items that the store has taken: those found in it and those added since. The next item to
-    add has this number."""
+    """Number of items in the store, including those that wait to be written; the next item has this number."""
     complete: bool
-    """Whether the store is finished, so that nothing can be added."""
+    """Whether the store is complete, so that nothing can be added."""
 
     def __init__(self, folder: Path, spec: Spec):
-        folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.spec = folder, spec
-        self._lock = locked(folder / LOCK)
-        if self._lock is None:
-            raise ValueError(f"{folder} is being written by another process")
-        try:
-            self.items_done, self.complete = self._take_up()
-        except BaseException:
-            self._lock.close()
-            raise
-        self._shard = self.items_done // spec.items_per_shard
+        self._lock = None
+        self.items_done, self.complete = 0, False
+        if not self._open_complete():
+            self._lock = self._take_lock()
+            try:
+                self._resume()
+            except BaseException:
+                self._lock.close()
+                raise
+        self._shard = self.items_done // self.spec.items_per_shard
         self._items: list[str] = []
-        self._files: dict[str, SummedFile] = {}
-        self._begun: list[SummedFile] = []
-        self._background = Background(WAITING)
+        self._files: dict[str, ChecksummedFile] = {}
+        self._unfinished: list[ChecksummedFile] = []
+        self._background = BackgroundThread(MAX_QUEUED_BYTES)
         self._open = True
 
-    def _take_up(self) -> tuple[int, bool]:
-        for draft in self.folder.glob(".*.draft"):
-            draft.unlink()
-        there = Folder(str(self.folder))
-        if not (self.folder / INDEX).exists():
-            if any(self.folder.glob("shard-*")):
-                raise ValueError(f"{there.name(INDEX)} is missing, though there are shards beside it")
-            self._write_index(None)
-            return 0, False
-        spec, items = read_index(there)
-        if differing := spec.differences(self.spec):
-            raise ValueError(
-                f"{there.url} was made with other settings ({', '.join(differing)}); delete it, or take another folder"
-            )
-        shards = read_shards(there, spec, items)
-        if items is not None:
-            return items, True
-        if shards and shards[-1].items < spec.items_per_shard:
-            # closing was cut off before the index was written; the manifest must be the first to go
-            (self.folder / manifest_file(len(shards) - 1)).unlink()
-            sync_names(self.folder)
-            shards.pop()
-        kept = {manifest_file(number) for number in range(len(shards))}.union(*(shard.files for shard in shards))
-        for left in sorted(self.folder.glob("shard-*")):
-            if left.name not in kept:
-                left.unlink()
-        return len(shards) * spec.items_per_shard, False
+    def _open_complete(self) -> bool:
+        """Open a complete store without writing anything; False where there is none."""
+        items = self._read_index()
+        if items is None:
+            return False
+        read_manifests(Folder(str(self.folder)), self.spec, items)
+        self.items_done, self.complete = items, True
+        return True
 
-    def add(self, maps: Mapping[str, Tensor], items: Sequence[dict[str, Any]]) -> None:
-        """Take the next captures, which are written in the background: what was given may be
-        overwritten at once, and what could not be written is raised by a later call.
-
-        Args:
-            maps: every block's (n, positions..., width), of floating point, on any device.
-            items: the n captures' ``prompt`` or ``image``, ``seed`` and ``timestep``, and what
-                else is to be known of them: plain JSON.
+    def _read_index(self) -> int | None:
+        """The number of items of a complete store; None where the store is not complete or not started.
 
         Raises:
-            ValueError: a block too many or too few, a wrong shape, an item that lacks something,
-                a number that is not finite or that the precision cannot hold. Nothing is stored then.
-            OSError: naming the file that this or an earlier call could not write; the store is
-                then as a kill would leave it, and takes nothing more.
+            ValueError: the folder holds something else, or a store of other settings.
+        """
+        if os.path.lexists(self.folder) and not self.folder.is_dir():
+            raise ValueError(f"folder: {str(self.folder)!r} is a file; expected a folder")
+        if not os.path.lexists(self.folder / INDEX):
+            foreign = sorted(path.name for path in self.folder.glob("*") if not _precedes_index(path.name))
+            if foreign:
+                raise ValueError(
+                    f"folder: {str(self.folder)!r} holds {foreign[0]!r} and no {INDEX}, so it is not a store; expected "
+                    "a new or empty folder, or that of a store"
+                )
+            return None
+        spec, items = read_index(Folder(str(self.folder)))
+        if differing := spec.differences(self.spec):
+            raise ValueError(
+                f"{self.folder} was made with other settings ({', '.join(differing)}); delete it, or give another "
+                "folder"
+            )
+        self.spec = spec  # with the shard size of the store that is there
+        return items
+
+    def _take_lock(self) -> Any:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock = locked(self.folder / LOCK)
+        if lock is None:
+            raise ValueError(f"{self.folder} is being written by another process")
+        return lock
+
+    def _resume(self) -> None:
+        """Remove the unfinished shard and count the items of the others, with the lock held."""
+        if self._open_complete():  # another process has just completed it
+            return
+        if not os.path.lexists(self.folder / INDEX):
+            self._write_index(None)
+            return
+        shards = read_manifests(Folder(str(self.folder)), self.spec, None)
+        if shards and shards[-1].items < self.spec.items_per_shard:
+            # closing was interrupted before the index was written; the manifest must be removed first
+            (self.folder / manifest_file(len(shards) - 1)).unlink()
+            sync_folder(self.folder)
+            shards.pop()
+        self._remove_unfinished(shards)
+        self.items_done = len(shards) * self.spec.items_per_shard
+
+    def _remove_unfinished(self, shards: Sequence[Shard]) -> None:
+        """Remove the files of this store's layout that belong to no finished shard, and no others."""
+        blocks = {data_file(0, block).split(".", 1)[1] for block in self.spec.layout}
+        for path in sorted(self.folder.glob("shard-*")):
+            match = re.fullmatch(r"shard-(\d{5,})\.(.+)", path.name)
+            if match and int(match[1]) >= len(shards) and match[2] in {"json", "items.json", *blocks}:
+                path.unlink()
+
+    def add(self, maps: Mapping[str, Tensor], items: Sequence[dict[str, Any]]) -> None:
+        """Add the next n captures. They are written in the background; the arguments may be overwritten at once.
+
+        Args:
+            maps: for every block a floating-point tensor (n, positions..., width), on any device.
+            items: for each capture its ``prompt`` or ``image``, ``seed`` and ``timestep``, and further metadata, as
+                plain JSON.
+
+        Raises:
+            ValueError: a block too many or too few, a wrong shape, an item that lacks a key, or a number that is not
+                finite or that the precision cannot hold. Nothing is stored then.
+            OSError: naming the file that this or an earlier call could not write; the store is then as a kill would
+                leave it, and takes nothing more.
         """
         if self.complete or not self._open:
             raise ValueError(f"{self.folder} is {'complete' if self.complete else 'closed'}: nothing can be added")
         if set(maps) != set(self.spec.layout):
-            raise ValueError(f"maps: blocks {sorted(maps)} given, the layout has {sorted(self.spec.layout)}")
-        texts = [self._checked(number, item) for number, item in enumerate(items, self.items_done)]
+            raise ValueError(f"maps: expected the blocks {sorted(self.spec.layout)}, got {sorted(maps)}")
+        texts = [self._item_text(number, item) for number, item in enumerate(items, self.items_done)]
         rows = {block: self._rows(block, maps[block], len(items)) for block in self.spec.layout}
         begin = 0
         try:
@@ -284,7 +210,7 @@ class Writer:
         self.items_done += len(texts)
 
     def close(self) -> None:
-        """Write the last shard and mark the store complete; all is on the disk when this returns.
+        """Write the last shard and mark the store as complete; everything is on the disk when this returns.
 
         Raises:
             OSError: naming the file that could not be written.
@@ -293,7 +219,7 @@ class Writer:
             return
         try:
             if self._items:
-                self._seal()
+                self._end_shard()
             self._background.wait()
             if not self.complete:
                 self._write_index(self.items_done)
@@ -313,14 +239,14 @@ class Writer:
             self._abandon(error)
 
     @staticmethod
-    def _checked(number: int, item: dict[str, Any]) -> str:
+    def _item_text(number: int, item: dict[str, Any]) -> str:
         for names in REQUIRED:
             if not any(name in item for name in names):
                 raise ValueError(f"items: item {number} has no {' or '.join(map(repr, names))}: {item!r}")
         for name in RESERVED:
             if name in item:
-                raise ValueError(f"items: item {number} has {name!r}, which is what reading adds")
-        return plain(f"items: item {number}", item)
+                raise ValueError(f"items: item {number} has the reserved key {name!r}, which reading adds")
+        return to_json(f"items: item {number}", item)
 
     def _rows(self, block: str, value: Tensor, items: int) -> Tensor:
         """The rows as they are stored, (items * positions, width) on the CPU."""
@@ -328,46 +254,47 @@ class Writer:
         expected = (items, *shape.positions, shape.width)
         if tuple(value.shape) != expected or not value.is_floating_point():
             raise ValueError(f"maps: {block!r} is {tuple(value.shape)} {value.dtype}, expected {expected} of floats")
-        stored = rowwise(value.detach().to(self.spec.dtype))
-        if items and not finite(stored):
-            self._refuse(block, value.detach(), stored.reshape(items, -1))
+        stored = flatten_positions(value.detach().to(self.spec.dtype))
+        if items and not all_finite(stored):
+            raise self._not_finite(block, value.detach(), stored.reshape(items, -1))
         stored = stored.cpu()
         return stored.clone() if stored.data_ptr() == value.data_ptr() else stored  # never the caller's memory
 
-    def _refuse(self, block: str, value: Tensor, stored: Tensor) -> None:
+    def _not_finite(self, block: str, value: Tensor, stored: Tensor) -> ValueError:
         bad = int((~stored.isfinite()).any(1).nonzero()[0])
         where = f"maps: {block!r} of item {self.items_done + bad}"
-        if value[bad].isfinite().all():
-            largest, most = float(value[bad].abs().max()), torch.finfo(self.spec.dtype).max
-            raise ValueError(f"{where} has {largest:.6g}, beyond the {most:.6g} of {self.spec.precision}: "
-                             "take bfloat16 or float32")  # fmt: skip
-        raise ValueError(f"{where} has NaN or infinite numbers")
+        if not value[bad].isfinite().all():
+            return ValueError(f"{where} has NaN or infinite numbers")
+        largest, limit = float(value[bad].abs().max()), torch.finfo(self.spec.dtype).max
+        return ValueError(
+            f"{where} has {largest:.6g}, beyond the {limit:.6g} of {self.spec.precision}: use bfloat16 or float32"
+        )
 
     def _write(self, rows: dict[str, Tensor], texts: list[str], begin: int) -> int:
-        """Write from item ``begin`` on, to the end of the shard at most; gives how many."""
+        """Write items from number ``begin`` to the end of the shard at most; returns how many."""
         full = self.spec.items_per_shard
         taken = texts[begin : begin + full - len(self._items)]
         for block, value in rows.items():
             if not self._items:
-                self._files[block] = self._begin(block)
+                self._files[block] = self._new_file(block)
             places = self.spec.layout[block].count
             part = value[begin * places : (begin + len(taken)) * places]
             data = memoryview(part.view(torch.uint8).numpy()).cast("B")
-            self._background.do(self._files[block].write, data, holds=len(data))
+            self._background.submit(self._files[block].write, data, size=len(data))
         self._items += taken
         if len(self._items) == full:
-            self._seal()
+            self._end_shard()
         return len(taken)
 
-    def _begin(self, block: str) -> SummedFile:
-        file = SummedFile(self.folder / data_file(self._shard, block))
-        self._begun = [other for other in self._begun if not other.closed] + [file]
-        self._background.do(file.write, self.spec.header(self._shard, block, self.spec.items_per_shard))
+    def _new_file(self, block: str) -> "ChecksummedFile":
+        file = ChecksummedFile(self.folder / data_file(self._shard, block))
+        self._unfinished = [other for other in self._unfinished if not other.closed] + [file]
+        self._background.submit(file.write, self.spec.header(self._shard, block, self.spec.items_per_shard))
         return file
 
-    def _seal(self) -> None:
-        """Have the shard made lasting and its manifest written, after all that was added before."""
-        self._background.do(_seal, self.folder, self.spec, self._shard, self._files, self._items)
+    def _end_shard(self) -> None:
+        """Finish the shard's files and write its manifest, after everything that was added before."""
+        self._background.submit(_finish_shard, self.folder, self.spec, self._shard, self._files, self._items)
         self._shard, self._items, self._files = self._shard + 1, [], {}
 
     def _abandon(self, error: BaseException | None) -> None:
@@ -376,47 +303,155 @@ class Writer:
         self._open = False
         failed = self._background.close()
         if error is not None and failed not in (None, error):
-            error.add_note(f"besides, what was added before could not be written: {failed}")
-        for file in self._begun:
+            error.add_note(f"In addition, an earlier batch could not be written: {failed}")
+        for file in self._unfinished:
             file.close()
-        self._lock.close()
+        if self._lock is not None:
+            self._lock.close()
 
     def _write_index(self, items: int | None) -> None:
-        write_json(self.folder / INDEX, signed({**self.spec.record(), "items": items}))
-        sync_names(self.folder)
+        write_json(self.folder / INDEX, with_checksum({**self.spec.record(), "items": items}))
+        sync_folder(self.folder)
 
 
-def rowwise(value: Tensor) -> Tensor:
-    """Maps (n, positions..., width) as their vectors (n * positions, width), contiguous."""
-    if value.device.type != "cpu" or value.is_contiguous():
-        return value.reshape(-1, value.shape[-1]).contiguous()
-    # with the channels first: torch turns a matrix over in blocks, but anything larger number by number
-    out = torch.empty(len(value), value.shape[1:-1].numel(), value.shape[-1], dtype=value.dtype)
-    for room, item in zip(out, value, strict=True):
-        room.copy_(item.reshape(room.shape))
-    return out.flatten(0, 1)
+def _precedes_index(name: str) -> bool:
+    """Whether a writer that was killed before it wrote its index may have left an entry of this name."""
+    return name == LOCK or name.startswith(DRAFT)
 
 
-def finite(rows: Tensor) -> bool:
-    """Whether some numbers are finite, all of them; much quicker than ``rows.isfinite().all()``."""
-    if rows.device.type != "cpu":
-        return bool(torch.stack(rows.aminmax()).isfinite().all())  # a NaN comes out as both
-    # by their bits, in numpy: threads of torch's, once woken, keep the core for a while that the writing needs
-    whole = {2: torch.int16, 4: torch.int32}[rows.itemsize]
-    bits, infinite = rows.view(whole).numpy(), int(torch.tensor(math.inf, dtype=rows.dtype).view(whole))
-    negative = 2 ** (8 * rows.itemsize - 1) + infinite
-    return bool(bits.max() < infinite and bits.view(f"u{rows.itemsize}").max() < negative)
-
-
-def _seal(folder: Path, spec: Spec, shard: int, data: dict[str, SummedFile], items: list[str]) -> None:
-    """Make a shard's files lasting, then let the shard exist."""
-    with closing(SummedFile(folder / items_file(shard))) as listed:
-        listed.write(b"[\n" + ",\n".join(items).encode() + b"\n]\n")
+def _finish_shard(folder: Path, spec: Spec, shard: int, data: dict[str, "ChecksummedFile"], items: list[str]) -> None:
+    """Sync a shard's files to the disk, then write the manifest with which the shard exists."""
+    with closing(ChecksummedFile(folder / items_file(shard))) as items_list:
+        items_list.write(b"[\n" + ",\n".join(items).encode() + b"\n]\n")
         if len(items) < spec.items_per_shard:
             for block, file in data.items():
                 file.rewrite(spec.header(shard, block, len(items)))
-        told = {file.path.name: file.finish() for file in (*data.values(), listed)}
-    sync_names(folder)
-    manifest = {"store": spec.identity, "shard": shard, "items": len(items), "files": told}
-    write_json(folder / manifest_file(shard), signed(manifest))
-    sync_names(folder)
+        records = {file.path.name: file.finish() for file in (*data.values(), items_list)}
+    sync_folder(folder)
+    manifest = {"store": spec.identity, "shard": shard, "items": len(items), "files": records}
+    write_json(folder / manifest_file(shard), with_checksum(manifest))
+    sync_folder(folder)
+
+
+class BackgroundThread:
+    """A thread that runs one job after the other, so that the caller need not wait for them.
+
+    After a job that failed no other runs, and the next call raises its error.
+    """
+
+    def __init__(self, max_bytes: int):
+        """Args: ``max_bytes``, the bytes that waiting jobs may hold; a job that holds more waits alone."""
+        self._thread, self._max_bytes = ThreadPoolExecutor(1, "vaelab-store"), max_bytes
+        self._waiting: deque[tuple[Future, int]] = deque()
+        self._bytes = 0
+        self._error: BaseException | None = None
+
+    def submit(self, job: Callable[..., Any], *args: Any, size: int = 0) -> None:
+        """Run ``job(*args)``, which holds ``size`` bytes, after those before it; blocks while these hold too much."""
+        while self._waiting and (self._waiting[0][0].done() or self._bytes + size > self._max_bytes):
+            self._wait_for_first()
+        self._raise()
+        self._waiting.append((self._thread.submit(self._run, job, args), size))
+        self._bytes += size
+
+    def wait(self) -> None:
+        """Return once every job has run."""
+        while self._waiting:
+            self._wait_for_first()
+        self._raise()
+
+    def close(self) -> BaseException | None:
+        """Run the jobs that wait, end the thread, and return the error of the job that failed."""
+        self._thread.shutdown()
+        return self._error
+
+    def _wait_for_first(self) -> None:
+        job, size = self._waiting.popleft()
+        self._bytes -= size
+        job.result()
+
+    def _run(self, job: Callable[..., Any], args: tuple[Any, ...]) -> None:
+        if self._error is None:
+            try:
+                job(*args)
+            except BaseException as error:
+                self._error = error
+
+    def _raise(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+
+class ChecksummedFile:
+    """A new file whose checksum (XXH3, 128 bits) is computed while it is written. Errors name the file."""
+
+    def __init__(self, path: Path):
+        """Create the file ``path``; raises FileExistsError where something of that name exists."""
+        self.path, self._digest, self._bytes = path, xxhash.xxh3_128(), 0
+        self._file = open(path, "x+b", buffering=0)  # noqa: SIM115
+
+    @property
+    def closed(self) -> bool:
+        """Whether the file is closed."""
+        return self._file.closed
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Append bytes."""
+        data = memoryview(data)
+        self._bytes += len(data)
+        with naming(self.path):
+            for at in range(0, len(data), PIECE):
+                rest = data[at : at + PIECE]
+                self._digest.update(rest)
+                while rest:
+                    rest = rest[self._file.write(rest) :]
+
+    def rewrite(self, head: bytes) -> None:
+        """Overwrite the beginning of the file with ``head``, which is not longer than the file."""
+        with naming(self.path):
+            os.pwrite(self._file.fileno(), head, 0)
+            self._file.seek(0)
+            self._digest = hashlib.file_digest(self._file, xxhash.xxh3_128)
+
+    def finish(self) -> dict[str, Any]:
+        """Sync the file to the disk and close it; returns its manifest entry."""
+        with naming(self.path):
+            os.fsync(self._file.fileno())
+            self._file.close()
+        return {"xxh128": self._digest.hexdigest(), "bytes": self._bytes}
+
+    def close(self) -> None:
+        """Close the file as it is."""
+        self._file.close()
+
+
+def sync_folder(folder: Path) -> None:
+    """Sync a folder's entries (names) to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with naming(folder):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def flatten_positions(maps: Tensor) -> Tensor:
+    """Maps (n, positions..., width) as contiguous rows (n * positions, width)."""
+    if maps.device.type != "cpu" or maps.is_contiguous():
+        return maps.reshape(-1, maps.shape[-1]).contiguous()
+    # one item at a time: torch transposes a matrix in blocks, but a larger tensor number by number
+    out = torch.empty(len(maps), maps.shape[1:-1].numel(), maps.shape[-1], dtype=maps.dtype)
+    for target, item in zip(out, maps, strict=True):
+        target.copy_(item.reshape(target.shape))
+    return out.flatten(0, 1)
+
+
+def all_finite(rows: Tensor) -> bool:
+    """Whether all numbers of a non-empty tensor are finite; much faster than ``rows.isfinite().all()``."""
+    if rows.device.type != "cpu":
+        return bool(torch.stack(rows.aminmax()).isfinite().all())  # NaN comes out as both extremes
+    # compare the bits in numpy: torch's threads, once woken, occupy the core that the writing needs
+    integer = {2: torch.int16, 4: torch.int32}[rows.itemsize]
+    bits, infinity = rows.view(integer).numpy(), int(torch.tensor(math.inf, dtype=rows.dtype).view(integer))
+    negative_infinity = 2 ** (8 * rows.itemsize - 1) + infinity
+    return bool(bits.max() < infinity and bits.view(f"u{rows.itemsize}").max() < negative_infinity)
