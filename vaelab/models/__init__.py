@@ -14,7 +14,7 @@ from vaelab.models.loading import (
     require_groupnorm,
     ship,
 )
-from vaelab.models.registry import embedded_dit_path, embedded_path, embedded_vae_path
+from vaelab.models.registry import embedded_dit_path, embedded_path, embedded_vae_path, identity
 
 __all__ = [
     "blocks",
@@ -23,6 +23,7 @@ __all__ = [
     "embedded_dit_path",
     "embedded_path",
     "embedded_vae_path",
+    "identity",
     "latent",
     "load_pipeline",
     "load_vae",

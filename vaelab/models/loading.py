@@ -18,7 +18,14 @@ from torch import Tensor, nn
 from vaelab.core import devices
 from vaelab.core.validate import one_of, unknown
 from vaelab.models.block_names import DENOISERS, EXAMPLES, Block, blocks, denoiser
-from vaelab.models.registry import embedded_dit_path, embedded_path, embedded_vae_path, locate, moved, pipeline_folder
+from vaelab.models.registry import (
+    embedded_dit_path,
+    embedded_path,
+    embedded_vae_path,
+    hub_hint,
+    locate_vae,
+    pipeline_folder,
+)
 
 __all__ = [
     "Block", "blocks", "check_precision", "decode", "denoiser", "embedded_dit_path", "embedded_path",
@@ -72,7 +79,7 @@ def load_pipeline(
             given["id2label"] = {int(number): label for number, label in index["id2label"].items()}
         pipeline = kind.from_pretrained(path, dtype=dtype, revision=revision, variant=variant, **given)
     except OSError as error:
-        raise ValueError(f"model: {name!r} could not be read as a pipeline.{moved(name)} ({error})") from error
+        raise ValueError(f"model: {name!r} could not be read as a pipeline.{hub_hint(name)} ({error})") from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
 
@@ -171,7 +178,7 @@ def load_vae(
         ValueError: no such model, a model that is no autoencoder, no GroupNorm where one is
             needed, or float16 for the SDXL-VAE, whose activations pass float16's 65,504.
     """
-    path, subfolder, config = locate(name, revision)
+    path, subfolder, config = locate_vae(name, revision)
     _refuse_overflow(config, precision, name)
     kind, dtype = _autoencoder_class(config, name), devices.dtype(precision)
     if changes is None:
@@ -240,7 +247,7 @@ def check_precision(name: str, precision: str, revision: str | None = None) -> N
     It is known by ``force_upcast`` in its configuration, or by its latents' scaling factor where
     the configuration does not say (``sdxl-vae-fp16-fix`` says that it need not).
     """
-    _refuse_overflow(locate(name, revision).config, precision, name)
+    _refuse_overflow(locate_vae(name, revision).config, precision, name)
 
 
 def _refuse_overflow(config: dict[str, Any], precision: str, name: str) -> None:

