@@ -10,7 +10,7 @@ from vaelab.activations.collect import CollectConfig
 from vaelab.activations.denoiser import Sampling
 from vaelab.bench import steps
 from vaelab.core import timing
-from vaelab.data.labelled import Pictures
+from vaelab.data.labelled import LabelledPictures
 from vaelab.probing.layer_features import LayerConfig
 from vaelab.training.loop import TrainConfig
 from vaelab.vae.finetune import StudyConfig
@@ -54,7 +54,9 @@ def test_a_sweep_is_timed_beside_one_layer_and_timestep_at_a_time(small_pipeline
     monkeypatch.setattr(
         denoiser, "from_pictures", lambda *args, **kwargs: asked.append(args[2:5]) or plain(*args, **kwargs)
     )
-    shown = Pictures("p", 32, {}, range(4), lambda i: None if i == 1 else (torch.full((3, 32, 32), 0.1 * i), {}))
+    shown = LabelledPictures(
+        "p", 32, {}, range(4), lambda i: None if i == 1 else (torch.full((3, 32, 32), 0.1 * i), {})
+    )
     config = LayerConfig(("bottleneck", "up_ft0"), (25, 500))
     seconds, named = steps.sweep_seconds(small_pipeline("sd"), shown, config, 2, rounds=2)
     assert list(seconds.columns) == ["together", "one_at_a_time", "encoding", "whole_pass"] and len(seconds) == 2

@@ -1,23 +1,26 @@
+import json
 from dataclasses import replace
 
+import datasets
 import numpy as np
 import pytest
 import torch
 from helpers import picture_folder, png
 
 from vaelab import world
-from vaelab.data.labelled import Pictures, crop_and_flip, load, refuse_without_classes
+from vaelab.data.images import shared_pictures
+from vaelab.data.labelled import LabelledPictures, crop_and_flip, load_labelled, validate_classes
 
 
 def test_the_worlds_scenes_of_one_thing_have_every_factor():
-    pictures = load("world", split="train[2:6]", resolution=64)
+    pictures = load_labelled("world", split="train[2:6]", resolution=64)
     assert len(pictures) == 4 and pictures.name == "world[train][2:6]"
     alone = [seed for seed in range(100) if len(world.sample(seed, "train").things) == 1]
-    assert list(pictures.rows) == alone[2:6]
+    assert list(pictures.numbers) == alone[2:6]
     assert pictures.classes.keys() == world.FACTORS.keys()
-    for place, seed in enumerate(pictures.rows):
+    for place, seed in enumerate(pictures.numbers):
         picture, scene = pictures[place], world.sample(seed, "train")
-        named = pictures.named(picture.labels)
+        named = pictures.class_names(picture.labels)
         thing = scene.things[0]
         assert (named["shape"], named["colour"], named["size"], named["position"]) == (
             thing.shape, thing.colour, thing.size, thing.position,
@@ -27,21 +30,21 @@ def test_the_worlds_scenes_of_one_thing_have_every_factor():
 
 
 def test_where_the_worlds_things_are_is_known_and_of_no_other_data_set():
-    pictures = load("world", split="test", resolution=32, max_images=3)
-    things = pictures.things(pictures.rows)
-    assert things.shape == (3, 64, 64) and things.dtype == torch.bool
-    for seed, mask in zip(pictures.rows, things, strict=True):
+    pictures = load_labelled("world", split="test", resolution=32, max_images=3)
+    masks = pictures.masks(pictures.numbers)
+    assert masks.shape == (3, 64, 64) and masks.dtype == torch.bool
+    for seed, mask in zip(pictures.numbers, masks, strict=True):
         (thing,) = world.sample(seed, "test").things
         assert torch.equal(mask, torch.from_numpy(thing.coverage() >= 0.5))
-    assert load("digits", split="test", resolution=8, max_images=2).things([0]) is None
+    assert load_labelled("digits", split="test", resolution=8, max_images=2).masks([0]) is None
 
 
 def test_slices_of_the_world_are_disjoint_and_can_be_cut_short():
-    first, rest = load("world", split="train[:3]"), load("world", split="train[3:]", max_images=2)
-    both = load("world", max_images=5)
-    assert [*first.rows, *rest.rows] == list(both.rows)
-    assert len(load("world", split="test[0:9]", max_images=4)) == 4
-    assert load("world", resolution=32, max_images=1)[0].pixels.shape == (3, 32, 32)
+    first, rest = load_labelled("world", split="train[:3]"), load_labelled("world", split="train[3:]", max_images=2)
+    both = load_labelled("world", max_images=5)
+    assert [*first.numbers, *rest.numbers] == list(both.numbers)
+    assert len(load_labelled("world", split="test[0:9]", max_images=4)) == 4
+    assert load_labelled("world", resolution=32, max_images=1)[0].pixels.shape == (3, 32, 32)
 
 
 @pytest.mark.parametrize(
@@ -52,53 +55,74 @@ def test_slices_of_the_world_are_disjoint_and_can_be_cut_short():
 )  # fmt: skip
 def test_what_the_world_cannot_give_is_refused(given, message):
     with pytest.raises(ValueError, match=f"^{message}"):
-        load("world", **given)
+        load_labelled("world", **given)
 
 
 def test_a_folder_of_classes_and_a_picture_that_cannot_be_read(tmp_path):
     picture_folder(tmp_path, [f"{kind}/{i}.png" for kind in ("cat", "dog") for i in range(3)])
     (tmp_path / "cat" / "1.png").write_bytes(b"no picture")
-    pictures = load(str(tmp_path), resolution=16)
+    pictures = load_labelled(str(tmp_path), resolution=16)
     assert pictures.classes == {"label": ["cat", "dog"]}
     found = [pictures[i] for i in range(6)]
     assert found[1] is None
     assert [one.labels["label"] for one in found if one] == [0, 0, 1, 1, 1]
-    assert pictures.named({"label": -1}) == {}
+    assert pictures.class_names({"label": -1}) == {}
     assert torch.equal(pictures.stack([4, 0]), torch.stack([found[4].pixels, found[0].pixels]))
 
 
 def test_a_data_set_without_labels_has_no_classes(tmp_path):
     folder = str(picture_folder(tmp_path, ["a.png", "b.png"]))
-    pictures = load(folder, resolution=16, labels=False)
+    pictures = load_labelled(folder, resolution=16, labels=False)
     assert pictures.classes == {} and pictures[0].labels == {}
-    with pytest.raises(ValueError, match=r"^dataset: .* has no labels; expected a column of class labels"):
-        load(folder, resolution=16)
+    with pytest.raises(ValueError, match=r"^dataset: .* has no labels; expected a column of labels"):
+        load_labelled(folder, resolution=16)
 
 
-def test_a_parquet_file_whose_classes_are_no_class_labels_has_none(tmp_path):
-    import datasets
-
+def test_labels_that_are_whole_numbers_are_classes_without_class_labels(tmp_path):
     pictures = [{"path": None, "bytes": png(i)} for i in range(3)]
-    rows = datasets.Dataset.from_dict({"image": pictures, "label": [0, 1, 1]})
+    rows = datasets.Dataset.from_dict({"image": pictures, "label": [10, 9, 9]})
     rows.cast_column("image", datasets.Image()).to_parquet(tmp_path / "plain.parquet")
-    with pytest.raises(ValueError, match=r"has no labels; expected a column of class labels"):
-        load(str(tmp_path / "plain.parquet"), resolution=16)
-    named = rows.cast_column("label", datasets.ClassLabel(names=["cat", "dog"])).remove_columns("image")
-    named.to_parquet(tmp_path / "named.parquet")
-    with pytest.raises(ValueError, match=r"^dataset: no image column in .*label \(ClassLabel\)"):
-        load(str(tmp_path / "named.parquet"), resolution=16)
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"^dataset: no picture and no parquet file in the folder"):
-        load(str(tmp_path / "empty"), resolution=16)
+    pictures = load_labelled(str(tmp_path / "plain.parquet"), resolution=16)
+    assert pictures.classes == {"label": ["9", "10"]}
+    assert [picture.labels["label"] for picture in pictures] == [1, 0, 0]
+
+
+def test_one_of_several_label_columns_is_chosen_by_name(tmp_path):
+    levels = [datasets.ClassLabel(names=names) for names in (["737", "A320"], ["Airbus", "Boeing"])]
+    features = datasets.Features(image=datasets.Image(), family=levels[0], manufacturer=levels[1])
+    columns = {"image": [{"bytes": png(i), "path": None} for i in range(2)], "family": [0, 1], "manufacturer": [1, 0]}
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "aircraft.parquet")
+    dataset = str(tmp_path / "aircraft.parquet")
+    with pytest.raises(ValueError, match=r"^label_column: .*aircraft.parquet' needs one of family, manufacturer"):
+        load_labelled(dataset, resolution=16)
+    assert load_labelled(dataset, resolution=16, labels=False).classes == {}
+    pictures = load_labelled(dataset, resolution=16, label_column="manufacturer")
+    assert pictures.classes == {"label": ["Airbus", "Boeing"]}
+    assert [picture.labels["label"] for picture in pictures] == [1, 0]
+    with pytest.raises(ValueError, match=r"^label_column .*unknown name 'familly'; the nearest of 2: family"):
+        load_labelled(dataset, resolution=16, label_column="familly")
+    with pytest.raises(ValueError, match=r"^label_column: the world has no columns"):
+        load_labelled("world", max_images=2, label_column="shape")
+
+
+@pytest.mark.parametrize(
+    ("dataset", "split", "other", "shared"),
+    [("world", "train[0:6]", "train[4:9]", 2), ("world", "train[0:6]", "test[4:9]", 0),
+     ("digits", "test[:60%]", "test[40%:]", 59), ("digits", "test[:50%]", "test[50%:]", 0)],
+)  # fmt: skip
+def test_what_two_splits_have_in_common_is_counted(dataset, split, other, shared):
+    first, second = (load_labelled(dataset, split=name, resolution=8) for name in (split, other))
+    assert shared_pictures(first.source, second.source) == shared
+    assert shared_pictures(json.loads(json.dumps(first.source)), first.source) == len(first)
 
 
 def test_classes_are_known_before_a_picture_is_read(tmp_path):
     folder = str(picture_folder(tmp_path, [f"{kind}/{i}.png" for kind in ("cat", "dog") for i in range(3)]))
-    for pictures in (load("world", max_images=6), load(folder, resolution=8)):
+    for pictures in (load_labelled("world", max_images=6), load_labelled(folder, resolution=8)):
         read = [one.labels for one in pictures]
-        assert pictures.known() == {factor: [one[factor] for one in read] for factor in pictures.classes}
+        assert pictures.read_labels() == {factor: [one[factor] for one in read] for factor in pictures.classes}
     flat = str(picture_folder(tmp_path / "flat", ["a.png"]))
-    assert load(flat, resolution=8, labels=False).known is None
+    assert load_labelled(flat, resolution=8, labels=False).read_labels is None
 
 
 @pytest.mark.parametrize(
@@ -110,11 +134,11 @@ def test_classes_are_known_before_a_picture_is_read(tmp_path):
     ],
 )
 def test_classes_that_cannot_be_told_apart_are_refused(labels, message):
-    pictures = Pictures("p", 8, {"label": ["a", "b", "c"]}, range(3), lambda i: None)
-    refuse_without_classes(pictures)
-    refuse_without_classes(replace(pictures, known=lambda: {"label": [0, 1, 1]}))
+    pictures = LabelledPictures("p", 8, {"label": ["a", "b", "c"]}, range(3), lambda i: None)
+    validate_classes(pictures)
+    validate_classes(replace(pictures, read_labels=lambda: {"label": [0, 1, 1]}))
     with pytest.raises(ValueError, match=f"^{message}"):
-        refuse_without_classes(replace(pictures, known=lambda: {"label": labels}))
+        validate_classes(replace(pictures, read_labels=lambda: {"label": labels}))
 
 
 def test_a_crop_is_a_square_of_the_picture_brought_back_to_its_size():

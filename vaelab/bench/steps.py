@@ -22,7 +22,7 @@ from vaelab.activations.collect import CollectConfig, collect, probe
 from vaelab.core import devices
 from vaelab.core.timing import interleaved
 from vaelab.data.images import Images
-from vaelab.data.labelled import Pictures
+from vaelab.data.labelled import LabelledPictures
 from vaelab.data.prompts import load_prompts
 from vaelab.models.conditioning import condition, encode, predict
 from vaelab.probing.layer_features import LayerConfig
@@ -101,7 +101,7 @@ def collect_seconds(pipeline: Any, prompts: int, config: CollectConfig, rounds: 
 
 
 def sweep_seconds(
-    pipeline: Any, pictures: Pictures, config: LayerConfig, count: int, rounds: int
+    pipeline: Any, pictures: LabelledPictures, config: LayerConfig, count: int, rounds: int
 ) -> tuple[pd.DataFrame, dict[str, float]]:
     """Seconds a picture of features of all layers and timesteps: ``together``, as they are collected, and
     ``one_at_a_time``; beside them ``encoding`` and ``whole_pass``, a single pass through all of the denoiser.

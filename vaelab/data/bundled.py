@@ -1,10 +1,10 @@
 """The embedded picture sets: ``photos``, ``digits``, ``glyphs``, and the ``world``'s scenes.
 
-The first three come with the libraries and stand for the channel-suppression paper's three kinds of
-data: natural pictures, upscaled low-resolution pictures, and low-entropy glyphs. Each set is made in
-seconds, the same on every machine, as an ordinary ``datasets.Dataset`` with the columns ``image`` and
-``label`` and the splits ``train`` and ``test``; of the world the label is the ground's texture, and
-:func:`vaelab.world.scenes.dataset` has all the others.
+The first three come with the libraries. They stand for the channel-suppression paper's three kinds of
+data: natural pictures, upscaled low-resolution pictures, and low-entropy glyphs. A set is built in
+seconds, the same on every machine, as a ``datasets.Dataset`` with the columns ``image`` and ``label``
+and the splits ``train`` and ``test``. The label of a world scene is the texture of its ground;
+:func:`vaelab.world.scenes.dataset` has all other factors.
 """
 
 import functools
@@ -37,27 +37,20 @@ PHOTOGRAPHS = {
 }
 CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789!?&@#%$+=<>"
 FONTS = ("DejaVuSans", "DejaVuSerif", "DejaVuSansMono", "STIXGeneral", "cmr10", "cmss10", "cmtt10", "cmb10")
-EVERY_NTH_GLYPH_IS_TEST = 6
+TEST_EVERY = 6
+"""Every sixth digit and glyph is in the split ``test``."""
 WORLD_SCENES = {"train": 3000, "test": 600}
 
 
-def load(name: str, split: str) -> "datasets.Dataset":
-    """One split of an embedded set, or a slice of it such as ``train[:50%]``.
+def load_split(name: str, split: str) -> "datasets.Dataset":
+    """One split of an embedded set.
 
     Raises:
         ValueError: an unknown set or split.
     """
-    import datasets
-
     one_of("dataset", name, NAMES)
-    one_of(f"split (of {name!r})", split.split("[")[0], SPLITS)
-    whole = {key: _build(name, key) for key in SPLITS if key == split.split("[")[0]}
-    sizes = {key: len(rows) for key, rows in whole.items()}
-    parts = datasets.ReadInstruction.from_spec(split).to_absolute(sizes)
-    return datasets.concatenate_datasets(
-        [whole[part.splitname].select(range(part.from_ or 0, sizes[part.splitname] if part.to is None else part.to))
-         for part in parts]
-    )  # fmt: skip
+    one_of(f"split (of {name!r})", split, SPLITS)
+    return _build(name, split)
 
 
 @functools.cache
@@ -97,24 +90,23 @@ def _read_photograph(file: str) -> PIL.Image.Image:
 
 
 def _digits(split: str) -> Iterator[tuple[PIL.Image.Image, str]]:
-    """scikit-learn's 8x8 handwritten digits, at their own size: the preprocessing upscales them."""
+    """scikit-learn's handwritten digits at 8 x 8 pixels; the preprocessing upscales them."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
     for i, (picture, label) in enumerate(zip(digits.images, digits.target, strict=True)):
-        if (i % 6 == 5) == (split == "test"):
+        if (i % TEST_EVERY == TEST_EVERY - 1) == (split == "test"):
             yield PIL.Image.fromarray((picture * 255 / 16).astype(np.uint8)), str(label)
 
 
 def _glyphs(split: str) -> Iterator[tuple[PIL.Image.Image, str]]:
-    """Dark characters on white, from the fonts that come with matplotlib and from no others,
-    so that the set is the same on every machine."""
+    """Dark characters on white, only from the fonts that come with matplotlib: the same on every machine."""
     rng = np.random.default_rng(0)
     number = 0
     for font in _font_files():
         for character in CHARACTERS:
             size = int(rng.integers(36, 60))
-            if (number % EVERY_NTH_GLYPH_IS_TEST == 0) == (split == "test"):
+            if (number % TEST_EVERY == 0) == (split == "test"):
                 yield _glyph(font, character, size), character
             number += 1
 
@@ -142,3 +134,4 @@ def _world(split: str) -> Iterator[tuple[PIL.Image.Image, str]]:
 
 
 NAMES = {"photos": _photos, "digits": _digits, "glyphs": _glyphs, "world": _world}
+"""How each embedded set is built."""

@@ -1,72 +1,147 @@
-"""Pictures by one name: an embedded set, a hub id, a local image folder or a parquet file.
+"""Pictures by one name: an embedded set, a hub id, a local folder or a parquet file.
 
-Everything goes through the ``datasets`` library. Columns are found by their feature type, so no
-column needs a name.
+The columns of pictures and of labels are found by what they hold, or named by the caller. Nothing is
+left out in silence: an :class:`Images` counts what it does not load and says it.
 """
 
-import glob
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import PIL.Image
+import PIL.ImageColor
 import torch
 from torch import Tensor
 
 from vaelab.core.paths import local
-from vaelab.core.validate import at_least, nearest, unknown
-from vaelab.data import bundled
-from vaelab.data.transforms import BROKEN, collate, decode, preprocess
+from vaelab.core.validate import at_least, nearest, one_of
+from vaelab.data import bundled, folders
+from vaelab.data.transforms import BROKEN, collate, decode, square, to_rgb
+from vaelab.training.batches import Batches, shuffled_batches
 
 if TYPE_CHECKING:
     import datasets
 
 PARQUET_CONVERSION = "refs/convert/parquet"
+AS_FOLDER = "download it, and give its folder of pictures with a metadata.csv (columns file_name and label)"
 MOVED = {
-    "frgfm/imagenette": f"frgfm/imagenette:320px with the revision {PARQUET_CONVERSION} (its script is no longer run)",
+    "frgfm/imagenette": f"frgfm/imagenette:320px with the revision {PARQUET_CONVERSION}",
+    "HuggingFaceM4/FGVC-Aircraft": f"a folder: {AS_FOLDER}",
     "cifar10": "uoft-cs/cifar10",
     "rcugarte/genfonts_data": "any folder of glyph pictures, or the embedded glyphs",
 }
+"""What to use in the place of hub ids that ``datasets`` cannot load, or that have gone."""
+SAMPLED_ROWS = 64
+"""How many rows are tried to see whether a column of bytes holds pictures."""
+
+
+class Part(NamedTuple):
+    """Rows of one split of one data set, before any are drawn."""
+
+    rows: "datasets.Dataset"
+    """All rows of the split; pictures are not decoded."""
+    image: str
+    """The column of pictures."""
+    labels: np.ndarray | None
+    """Class numbers (rows,), -1 where a label is withheld; None where the data set has no classes."""
+    classes: list[str]
+    label_column: str
+    """The column of the labels, or ``""``."""
+    label_choices: list[str]
+    """Columns that could be labels, where none is chosen."""
+    roots: Callable[[int], Sequence[Path]]
+    """The folders in which the picture of a row may lie that is stored as a path."""
+    identity: str
+    """What tells this split from every other: where two parts agree in it, equal rows are the same picture."""
+    numbers: range
+    """The rows of the split that were asked for."""
+    notes: list[str]
 
 
 class Images:
     """Preprocessed pictures of one split.
 
     ``images[i]`` is ``{"pixels": (3, R, R) float32 in [-1, 1], "index": i}``, with ``"label"``
-    where the data set has one, or None where picture i cannot be read. What could not be read is
-    counted in ``skipped``, once a picture.
+    where the data set has classes, or None where picture i cannot be read.
+
+    Attributes:
+        resolution: R.
+        name: data set, split, and how the pictures were drawn.
+        notes: what was left out or chosen when the data set was loaded, a sentence each.
+        skipped: why a picture could not be read, by its index; once a picture.
+        composited: the indices of the pictures read so far that had transparent pixels.
+        label_choices: the columns that could be labels, where ``label_column`` must choose one.
     """
 
-    def __init__(self, rows: "datasets.Dataset", image: str, label: str | None, resolution: int, name: str):
-        self._rows, self._image, self._label = rows, image, label
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        resolution: int,
+        name: str,
+        *,
+        max_images: int = 0,
+        seed: int = 0,
+        background: str = "white",
+        white_level: float | None = None,
+    ):
+        self._parts = list(parts)
+        where = [np.stack([np.full(len(p.numbers), i), p.numbers], 1) for i, p in enumerate(self._parts)]
+        self._where = np.concatenate(where)  # (N, 2): part and row
+        if max_images and max_images < len(self._where):
+            drawn = np.random.default_rng(seed).permutation(len(self._where))[:max_images]
+            self._where = self._where[np.sort(drawn)]
+            name += f", {max_images} drawn by seed {seed}"
         self.resolution, self.name = resolution, name
+        self._background, self._white_level = background, white_level
         self.skipped: dict[int, str] = {}
+        self.composited: set[int] = set()
+        self.notes = [note for part in self._parts for note in part.notes]
+        self.classes: list[str] = self._parts[0].classes
+        """The names of the classes; empty where the data set has none."""
+        self.label_choices = [choice for part in self._parts for choice in part.label_choices]
+        if any(part.classes != self.classes for part in self._parts):
+            self.classes = []
+            self.notes.append("no classes: the joined data sets have different ones")
+        self._reported = (0, 0)
 
     def __len__(self) -> int:
-        return len(self._rows)
-
-    @property
-    def classes(self) -> list[str]:
-        """The class names, or an empty list where the data set has no labels."""
-        return list(self._rows.features[self._label].names) if self._label else []
+        return len(self._where)
 
     @property
     def labels(self) -> list[int]:
-        """The class numbers of all pictures, of which none is read; -1 where one is withheld."""
-        return [-1 if label is None else label for label in self._rows[self._label]] if self._label else []
+        """The class numbers of all pictures, without reading any; -1 where a label is withheld."""
+        return [int(self._parts[part].labels[row]) for part, row in self._where] if self.classes else []
+
+    @property
+    def summary(self) -> str:
+        """One sentence on what is loaded, and one on each thing that was left out or chosen."""
+        columns = ", ".join(sorted({part.label_column for part in self._parts} - {""}))
+        classes = f" of {len(self.classes)} classes ({columns})" if self.classes else ", no classes"
+        return "; ".join([f"{self.name}: {len(self):,} pictures{classes}", *self.notes])
 
     def __getitem__(self, index: int) -> dict[str, Any] | None:
-        row = self._rows[int(index)]
+        index = int(index)
+        number, row = self._where[index]
+        part = self._parts[number]
         try:
-            pixels = preprocess(decode(row[self._image]), self.resolution)
+            stored = part.rows[int(row)][part.image]
+            image, composited = to_rgb(
+                decode(stored, part.roots(int(row))), background=self._background, white_level=self._white_level
+            )
+            pixels = square(image, self.resolution)
         except BROKEN as error:
-            self.skipped[int(index)] = str(error)
+            if not self.skipped:
+                print(f"{self.name}: row {index} cannot be read and is skipped ({error})")
+            self.skipped[index] = str(error)
             return None
-        # a test split's labels may be withheld
-        label = {"label": -1 if row[self._label] is None else row[self._label]} if self._label else {}
-        return {"pixels": pixels, "index": int(index), **label}
+        if composited:
+            if not self.composited:
+                print(f"{self.name}: row {index} has transparent pixels; they are composited on {self._background}")
+            self.composited.add(index)
+        label = {"label": int(part.labels[row])} if self.classes else {}
+        return {"pixels": pixels, "index": index, **label}
 
     def picture(self, index: int) -> Tensor:
         """One picture (3, R, R), for a figure: number ``index``, or the next that can be read.
@@ -88,51 +163,72 @@ class Images:
             ValueError: no picture can be read.
         """
         at_least("batch_size", batch_size, 1)
-        found = False
+        readable = False
         for start in range(0, len(self), batch_size):
             batch = collate([self[i] for i in range(start, min(start + batch_size, len(self)))])
             if batch is not None:
-                found = True
+                readable = True
                 yield batch
-        if not found:
+        if not readable:
             raise ValueError(f"dataset: no picture can be read: {self.report()}")
+        counts = len(self.skipped), len(self.composited)
+        if counts != self._reported:
+            self._reported = counts
+            print(self.report())
 
     def stack(self, count: int | None = None) -> Tensor:
         """The first ``count`` readable pictures (all if None) as one tensor (N, 3, R, R)."""
         readable = (item["pixels"] for item in map(self.__getitem__, range(len(self))) if item)
-        taken = [pixels for pixels, _ in zip(readable, range(count or len(self)), strict=False)]
-        if not taken:
+        pixels = [picture for picture, _ in zip(readable, range(count or len(self)), strict=False)]
+        if not pixels:
             raise ValueError(f"dataset: no picture of {self.name!r} can be read")
-        return torch.stack(taken)
+        return torch.stack(pixels)
 
-    def shuffled(self, batch_size: int, seed: int) -> Callable[..., Iterator[dict[str, Tensor]]]:
-        """Endless shuffled batches for :func:`vaelab.training.loop.train`; epoch e's order is fixed
-        by (seed, e) alone, so that a run can be taken up at any batch."""
+    def shuffled(self, batch_size: int, seed: int) -> Batches:
+        """Endless shuffled batches for :func:`vaelab.training.loop.train`.
+
+        A data set smaller than one batch gives batches of all its pictures.
+
+        Raises:
+            ValueError: not one picture of a batch can be read.
+        """
         at_least("batch_size", batch_size, 1)
-        batch_size = min(batch_size, len(self))
 
-        def batches(start: int = 0, rank: int = 0, world: int = 1) -> Iterator[dict[str, Tensor]]:
-            per_epoch = max(1, len(self) // (batch_size * world))
-            order, ordered = None, -1
-            while True:
-                epoch, place = divmod(start, per_epoch)
-                if epoch != ordered:
-                    order, ordered = np.random.default_rng([seed, epoch]).permutation(len(self)), epoch
-                begin = (place * world + rank) * batch_size
-                batch = collate([self[i] for i in np.take(order, range(begin, begin + batch_size), mode="wrap")])
-                if batch is None:
-                    raise ValueError(f"dataset: a whole batch of {self.name!r} cannot be read: {self.report()}")
-                yield batch
-                start += 1
+        def take(numbers: np.ndarray, epoch: int) -> dict[str, Tensor]:
+            batch = collate([self[i] for i in numbers])
+            if batch is None:
+                raise ValueError(f"dataset: a whole batch of {self.name!r} cannot be read: {self.report()}")
+            return batch
 
-        return batches
+        return shuffled_batches(len(self), min(batch_size, len(self)), seed, take)
 
     def report(self) -> str:
-        """One line on what was skipped."""
-        if not self.skipped:
-            return f"{self.name}: every picture that was asked for could be read"
-        first = next(iter(self.skipped.items()))
-        return f"{self.name}: {len(self.skipped)} skipped as unreadable, first row {first[0]} ({first[1]})"
+        """One line on the pictures read so far: how many were skipped, how many composited."""
+        said = []
+        if self.skipped:
+            index, reason = next(iter(self.skipped.items()))
+            said.append(f"{len(self.skipped)} skipped as unreadable, first row {index} ({reason})")
+        if self.composited:
+            said.append(f"{len(self.composited)} with transparent pixels composited on {self._background}")
+        return f"{self.name}: {'; '.join(said) or 'every picture that was asked for could be read'}"
+
+    @property
+    def source(self) -> dict[str, list[list[int]]]:
+        """Where the pictures were drawn from, for :func:`shared_pictures`: by split, ``[first, end]`` of its rows."""
+        source: dict[str, list[list[int]]] = {}
+        for part in self._parts:
+            source.setdefault(part.identity, []).append([part.numbers.start, part.numbers.stop])
+        return source
+
+
+def shared_pictures(source: dict[str, list[list[int]]], other: dict[str, list[list[int]]]) -> int:
+    """How many pictures two sources have in common; each is an :attr:`Images.source`, or was saved as one."""
+    return sum(
+        max(0, min(end, other_end) - max(first, other_first))
+        for identity in source.keys() & other.keys()
+        for first, end in source[identity]
+        for other_first, other_end in other[identity]
+    )
 
 
 def load_images(
@@ -143,53 +239,66 @@ def load_images(
     max_images: int | None = None,
     seed: int = 0,
     revision: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    background: str = "white",
+    white_level: float | None = None,
 ) -> Images:
-    """Load a picture data set.
+    """Load a picture data set, and print what was loaded, chosen and left out.
 
     Args:
         dataset: an embedded name (``photos``, ``digits``, ``glyphs``, ``world``), a hub id (``owner/name`` or
             ``owner/name:subset``), a local folder (of pictures, or of parquet files), or a local
             parquet file. ``a+b`` joins several.
-        split: a split's name; slices such as ``train[:90%]`` work too. A single parquet file is
-            one split, whatever name is asked for.
+        split: a split's name; slices such as ``train[:90%]`` and sums such as ``train+test`` work
+            too. A single parquet file is one split, whatever name is asked for.
         resolution: side R of the square pictures, in pixels.
         max_images: how many to take, drawn without replacement by ``seed``; None or 0 takes all.
         seed: fixes which pictures are drawn.
         revision: a branch, tag or commit on the hub.
+        image_column: the column of pictures; None or ``""`` for the only one, or ``image``.
+        label_column: the column of labels: class labels, text or whole numbers. None or ``""`` for
+            ``label``, or the only one of class labels; where there are several, the data set has no
+            classes until one is chosen.
+        background: see :func:`vaelab.data.transforms.to_rgb`.
+        white_level: see :func:`vaelab.data.transforms.to_rgb`.
 
     Raises:
-        ValueError: no such data set or split, no image column, or no picture in it.
+        ValueError: no such data set, split or column, no picture column or several, or no picture.
     """
     at_least("resolution", resolution, 8)
     at_least("max_images", max_images or 0, 0)
-    rows, image, label = _joined([_columns(_rows(part, split, revision), part) for part in _parts(dataset)])
-    if len(rows) == 0:
+    if white_level is not None:
+        at_least("white_level", white_level, 0, exclusive=True)
+    _require_colour(background)
+    columns = (image_column or "", label_column or "")
+    parts = [_load_part(part, piece, revision, *columns) for part in _parts(dataset) for piece in split.split("+")]
+    if not sum(len(part.numbers) for part in parts):
         raise ValueError(f"dataset: {dataset!r} has no picture in its split {split!r}")
     name = f"{dataset}[{split}]" + (f"@{revision}" if revision else "")
-    if max_images and max_images < len(rows):
-        rows = rows.select(np.sort(np.random.default_rng(seed).permutation(len(rows))[:max_images]))
-        name += f", {max_images} drawn by seed {seed}"
-    return Images(rows, image, label, resolution, name)
+    drawn = {"max_images": max_images or 0, "seed": seed}
+    images = Images(parts, resolution, name, **drawn, background=background, white_level=white_level)
+    print(images.summary)
+    return images
 
 
 def load_pair(
     dataset: str, split: str, eval_split: str, *, max_images: int, eval_images: int, **options: Any
 ) -> tuple[Images, Images]:
-    """Pictures to train on, and others to measure on; ``options`` as in :func:`load_images`.
+    """Pictures to train on, and others to evaluate on; ``options`` as in :func:`load_images`.
 
     Raises:
-        ValueError: both splits are the same pictures, besides what :func:`load_images` raises.
+        ValueError: the splits have pictures in common, besides what :func:`load_images` raises.
     """
     at_least("eval_images", eval_images or 0, 0)
-    if same_pictures(dataset, split, eval_split):
+    learning = load_images(dataset, split=split, max_images=max_images, **options)
+    held_out = load_images(dataset, split=eval_split, max_images=eval_images, **options)
+    if shared := shared_pictures(learning.source, held_out.source):
         raise ValueError(
-            f"eval_split: {eval_split!r} and split {split!r} are the same pictures of {dataset!r}; "
-            "take slices, such as train[:90%] and train[90%:]"
+            f"eval_split: {eval_split!r} and split {split!r} of {dataset!r} have {shared} pictures in common; "
+            "expected slices that do not overlap, such as train[:90%] and train[90%:]"
         )
-    return (
-        load_images(dataset, split=split, max_images=max_images, **options),
-        load_images(dataset, split=eval_split, max_images=eval_images, **options),
-    )
+    return learning, held_out
 
 
 def short_name(dataset: str) -> str:
@@ -199,110 +308,270 @@ def short_name(dataset: str) -> str:
 
 def _parts(dataset: str) -> list[str]:
     """The data sets that ``a+b`` joins; a path that exists may have a plus in it."""
-    return [dataset] if local(dataset or "+") else dataset.split("+")
+    return [dataset] if local(dataset) is not None else dataset.split("+")
 
 
-def _rows(dataset: str, split: str, revision: str | None) -> "datasets.Dataset":
+def _require_colour(background: str) -> None:
+    try:
+        PIL.ImageColor.getrgb(background)
+    except ValueError as error:
+        raise ValueError(
+            f"background: {background!r} is no colour that Pillow knows, such as white or #808080"
+        ) from error
+
+
+class _Split(NamedTuple):
+    """All rows of a split, before its columns are known."""
+
+    rows: "datasets.Dataset"
+    identity: str
+    roots: Callable[[int], Sequence[Path]]
+    every_value: Callable[[str], Iterable[Any]]
+    """The values of a column in all splits of the data set."""
+    notes: list[str]
+
+
+def _load_part(dataset: str, split: str, revision: str | None, image_column: str, label_column: str) -> Part:
+    base = split.split("[")[0]
+    whole = _load_split(dataset, base, revision)
+    image = _image_column(whole.rows, dataset, image_column)
+    labels, classes, column, choices = _labels(whole, dataset, image, label_column)
+    notes = list(whole.notes)
+    if choices:
+        notes.append(f"no classes chosen; label_column may be {', '.join(choices)}")
+    import datasets
+
+    rows = whole.rows.select_columns([image]).cast_column(image, datasets.Image(decode=False))
+    numbers = _slice(split, base, len(rows))
+    return Part(rows, image, labels, classes, column, choices, whole.roots, whole.identity, numbers, notes)
+
+
+def _slice(split: str, base: str, total: int) -> range:
+    """The rows that ``split`` takes of a split of ``total`` rows."""
+    import datasets
+
+    try:
+        (part,) = datasets.ReadInstruction.from_spec("train" + split[len(base) :]).to_absolute({"train": total})
+    except (AssertionError, ValueError) as error:
+        raise ValueError(f"split: {split!r} is no slice of {total} pictures, such as train[:90%] ({error})") from error
+    return range(part.from_ or 0, total if part.to is None else part.to)
+
+
+def _load_split(dataset: str, split: str, revision: str | None) -> _Split:
     if dataset in bundled.NAMES:
-        return bundled.load(dataset, split)
+        return _Split(bundled.load_split(dataset, split), f"{dataset}[{split}]", lambda row: (), lambda column: (), [])
     path = local(dataset)
-    if path is not None:
-        return _local_rows(path, dataset, split)
+    if path is None:
+        return _hub_split(dataset, split, revision)
+    if path.is_file():
+        if path.suffix != ".parquet":
+            raise ValueError(f"dataset: {dataset!r} is a file but no .parquet; give a folder for pictures")
+        return _parquet_split(path.parent, [path], [path], dataset, _local_identity(path), [])
+    listing = folders.list_files(path)
+    if not listing.pictures and not listing.parquet:
+        raise ValueError(f"dataset: no picture and no parquet file in the folder {dataset!r}")
+    notes = [f"left out: {count} x {kind}" for kind, count in sorted(listing.left_out.items())]
+    if set(listing.parquet) - set(listing.metadata):
+        splits, more = folders.parquet_splits(listing)
+        split = folders.find_split(f"split (of {dataset!r})", split, splits)
+        if listing.pictures:
+            more.append(f"left out: {len(listing.pictures)} picture files but for those that a parquet row names")
+        files = [path / name for name in splits[split]]
+        every_file = [path / name for names in splits.values() for name in names]
+        return _parquet_split(path, files, every_file, dataset, _local_identity(path, split), notes + more)
+    return _folder_split(path, listing, dataset, split, notes)
+
+
+def _parquet_split(
+    folder: Path, files: list[Path], every_file: list[Path], dataset: str, identity: str, notes: list[str]
+) -> _Split:
+    import pyarrow.parquet as pq
+
+    rows = folders.read_parquet(files, dataset)
+    ends = np.cumsum([pq.read_metadata(file).num_rows for file in files])
+
+    def roots(row: int) -> tuple[Path, Path]:
+        return files[int(np.searchsorted(ends, row, side="right"))].parent, folder
+
+    def every_value(column: str) -> Iterator[Any]:
+        for file in every_file:
+            if column in pq.read_schema(file).names:
+                yield from pq.ParquetFile(file).read(columns=[column])[column].unique().to_pylist()
+
+    return _Split(rows, identity, roots, every_value, notes)
+
+
+def _folder_split(folder: Path, listing: folders.Listing, dataset: str, split: str, notes: list[str]) -> _Split:
+    import datasets
+
+    found = folders.picture_folder(folder, listing)
+    split = folders.find_split(f"split (of {dataset!r})", split, found.splits)
+    rows = [(path, row) for path in found.splits[split] for row in found.metadata.get(path, [{}])]
+    stored = [{"bytes": None, "path": str(folder / path)} for path, _ in rows]
+    columns = {"image": datasets.Dataset.from_dict({"image": stored}, features=_undecoded("image"))}
+    described = {column for rows in found.metadata.values() for row in rows for column in row} - {"image"}
+    for column in sorted(described):
+        values = [row.get(column) for _, row in rows]
+        kinds = {type(value) for value in values} - {type(None)}
+        if kinds and kinds <= {str, int, float, bool}:
+            same = values if len(kinds) == 1 else [None if value is None else str(value) for value in values]
+            columns[column] = datasets.Dataset.from_dict({column: same})
+    notes = [*notes, *found.notes]
+    if "label" not in columns and any(path in found.labels for path, _ in rows):
+        label = datasets.ClassLabel(names=found.classes)
+        numbers = [found.labels.get(path, -1) for path, _ in rows]
+        columns["label"] = datasets.Dataset.from_dict({"label": numbers}, features=datasets.Features(label=label))
+        notes += ["classes are the names of the folders"] if listing.metadata else []
+    whole = datasets.concatenate_datasets(list(columns.values()), axis=1)
+    anywhere = (Path(folder.resolve().anchor),)  # the files were listed here, and a link may lead anywhere
+
+    def every_value(column: str) -> list[Any]:
+        return [row.get(column) for rows in found.metadata.values() for row in rows]
+
+    return _Split(whole, _local_identity(folder, split), lambda row: anywhere, every_value, notes)
+
+
+def _local_identity(path: Path, split: str = "") -> str:
+    """Tells a split of a file or folder from all others, without naming this machine's folders."""
+    return f"{path.name}[{split}] {hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]}"
+
+
+def _undecoded(column: str) -> "datasets.Features":
+    import datasets
+
+    return datasets.Features({column: datasets.Image(decode=False)})
+
+
+def _hub_split(dataset: str, split: str, revision: str | None) -> _Split:
     name, _, subset = dataset.partition(":")
-    moved = f" Try {MOVED[name]}." if name in MOVED else ""
+    moved = f" Use {MOVED[name]}." if name in MOVED else ""
     if dataset.count("/") != 1 or dataset.startswith((".", "/", "~")):
-        known = [*bundled.NAMES, *(name for name in MOVED if "/" in name)]
+        known = [*bundled.NAMES, "frgfm/imagenette:320px", "uoft-cs/cifar10"]
         raise ValueError(
             f"dataset: {dataset!r} is neither embedded ({', '.join(bundled.NAMES)}), a local folder or "
             "file, nor a hub id (owner/name)." + (moved or f" Did you mean {nearest(dataset, known, 1)[0]!r}?")
         )
     import datasets
+    import huggingface_hub
 
     # the hub's parquet conversions keep each subset in a folder of its name
     part = {"data_dir" if revision == PARQUET_CONVERSION else "name": subset} if subset else {}
     try:
-        return datasets.load_dataset(name, split=split, revision=revision, **part)
+        rows = datasets.load_dataset(name, split=split, revision=revision, **part)
     except (OSError, RuntimeError, ValueError, datasets.exceptions.DatasetsError) as error:
+        if "scripts are no longer supported" in str(error):
+            script = "It needs a loading script, which the datasets library no longer runs."
+            moved = f" {script}" + (moved or f" Try the revision {PARQUET_CONVERSION}, or {AS_FOLDER}.")
         raise ValueError(f"dataset: {dataset!r} could not be loaded from the hub.{moved} ({error})") from error
+    caches = [datasets.config.HF_DATASETS_CACHE, datasets.config.DOWNLOADED_DATASETS_PATH]
+    roots = tuple(Path(cache) for cache in [*caches, huggingface_hub.constants.HF_HUB_CACHE])
+
+    def every_value(column: str) -> Iterator[Any]:
+        # the library prepares all splits of a data set for one, so that this downloads nothing
+        for rows in datasets.load_dataset(name, revision=revision, **part).values():
+            yield from rows.unique(column) if column in rows.column_names else ()
+
+    return _Split(rows, f"{dataset}[{split}]@{revision or ''}", lambda row: roots, every_value, [])
 
 
-def _local_rows(path: Path, dataset: str, split: str) -> "datasets.Dataset":
+def _image_column(rows: "datasets.Dataset", dataset: str, asked: str) -> str:
+    """The column of pictures.
+
+    Raises:
+        ValueError: there is none, or several and none of them is called ``image``.
+    """
     import datasets
 
-    place = glob.escape(str(path))
-    if path.is_file():
-        if path.suffix != ".parquet":
-            raise ValueError(f"dataset: {dataset!r} is a file but no .parquet; give a folder for pictures")
-        with _told(dataset):
-            return datasets.load_dataset("parquet", data_files={_base(split): place}, split=split)
-    kind = "parquet" if any(path.rglob("*.parquet")) else "imagefolder"
-    known = PIL.Image.registered_extensions()
-    if kind == "imagefolder" and not any(file.suffix.lower() in known for file in path.rglob("*")):
-        raise ValueError(f"dataset: no picture and no parquet file in the folder {dataset!r}")
-    with _told(dataset):
-        available = datasets.get_dataset_split_names(kind, data_dir=place)
-    if _base(split) not in available:
-        raise unknown(f"split (of {dataset!r})", split, available)
-    with _told(dataset):
-        return datasets.load_dataset(kind, data_dir=place, split=split)
-
-
-@contextmanager
-def _told(dataset: str) -> Iterator[None]:
-    """What ``datasets`` says of an empty or damaged data set, with the parameter's name."""
-    import datasets
-
-    try:
-        yield
-    except (OSError, RuntimeError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise ValueError(f"dataset: {dataset!r} holds no row that can be read ({error.__cause__ or error})") from error
-
-
-def _base(split: str) -> str:
-    return split.split("[")[0]
-
-
-def same_pictures(dataset: str, split: str, other_split: str) -> bool:
-    """Whether two differently named splits are one: of a single parquet file they are."""
-    return (
-        any(
-            (path := local(part)) is not None and path.is_file() and _base(split) != _base(other_split)
-            for part in _parts(dataset)
-        )
-        or split == other_split
+    if asked:
+        one_of(f"image_column (of {dataset!r})", asked, rows.column_names)
+    storing = [name for name, feature in rows.features.items() if _may_store_pictures(feature)]
+    if asked in storing:
+        return asked
+    kinds = ", ".join(f"{name} ({type(feature).__name__})" for name, feature in rows.features.items())
+    if not storing or asked:
+        missing = f"image_column: {asked!r} holds no pictures" if asked else "dataset: no image column"
+        raise ValueError(f"{missing} in {dataset!r}; its columns: {kinds or 'none'}")
+    if len(storing) == 1:
+        return storing[0]
+    holding = [
+        name for name in storing if isinstance(rows.features[name], datasets.Image) or _opens_as_picture(rows, name)
+    ]
+    if len(holding) == 1 or "image" in holding:
+        return "image" if "image" in holding else holding[0]
+    raise ValueError(
+        f"image_column: {dataset!r} has {len(holding)} columns of pictures; give one of {', '.join(holding or storing)}"
     )
 
 
-def _columns(rows: "datasets.Dataset", dataset: str) -> tuple["datasets.Dataset", str, str | None]:
-    """The rows with undecoded pictures, their image column and their label column, if any."""
+def _may_store_pictures(feature: Any) -> bool:
     import datasets
 
-    sure = {name: _holds_pictures(feature) for name, feature in rows.features.items()}
-    image = max(sure, key=sure.get, default=None)
-    if not sure.get(image):
-        kinds = ", ".join(f"{name} ({type(feature).__name__})" for name, feature in rows.features.items())
-        raise ValueError(f"dataset: no image column in {dataset!r}; its columns: {kinds or 'none'}")
-    rows = rows.cast_column(image, datasets.Image(decode=False))
-    label = next((name for name, feature in rows.features.items() if isinstance(feature, datasets.ClassLabel)), None)
-    return rows.select_columns([image, *([label] if label else [])]), image, label
+    return (
+        isinstance(feature, datasets.Image)
+        or (isinstance(feature, dict) and {"bytes", "path"} <= feature.keys())
+        or (isinstance(feature, datasets.Value) and feature.dtype in ("binary", "large_binary"))
+    )
 
 
-def _holds_pictures(feature: Any) -> int:
-    """How surely a column of this type holds pictures; 0 for no."""
+def _opens_as_picture(rows: "datasets.Dataset", column: str) -> bool:
+    for value in rows.select_columns([column])[:SAMPLED_ROWS][column]:
+        stored = value if isinstance(value, dict) else {"bytes": value}
+        if stored.get("bytes") is None and Path(stored.get("path") or "").suffix.lower() in folders.picture_suffixes():
+            return True
+        try:
+            decode(stored)
+        except BROKEN:
+            continue
+        return True
+    return False
+
+
+def _labels(whole: _Split, dataset: str, image: str, asked: str) -> tuple[np.ndarray | None, list[str], str, list[str]]:
+    """Class numbers (rows,), class names, the column they come from, and the columns to choose from if none does."""
     import datasets
 
-    if isinstance(feature, datasets.Image):
-        return 3
-    if isinstance(feature, dict) and {"bytes", "path"} <= feature.keys():
-        return 2
-    return int(isinstance(feature, datasets.Value) and feature.dtype in ("binary", "large_binary"))
+    features = {name: feature for name, feature in whole.rows.features.items() if name != image}
+    usable = [name for name, feature in features.items() if _may_be_labels(feature)]
+    named = [name for name in usable if isinstance(features[name], datasets.ClassLabel)]
+    if asked:
+        one_of(f"label_column (of {dataset!r})", asked, usable)
+    column = asked or ("label" if "label" in usable else named[0] if len(named) == 1 else "")
+    if not column:
+        return None, [], "", named or usable
+    values = whole.rows.select_columns([column]).with_format("arrow")[:][column]
+    if column in named:
+        return values.fill_null(-1).to_numpy().astype(np.int64), list(features[column].names), column, []
+    try:
+        labels, classes = _numbered(values.to_pylist(), whole.every_value(column))
+    except ValueError as error:
+        raise ValueError(f"label_column: {column!r} of {dataset!r} {error}") from error
+    return labels, classes, column, []
 
 
-def _joined(parts: list[tuple["datasets.Dataset", str, str | None]]) -> tuple["datasets.Dataset", str, str | None]:
-    """Several data sets as one; labels are kept only where there is one data set."""
+def _may_be_labels(feature: Any) -> bool:
     import datasets
 
-    if len(parts) == 1:
-        return parts[0]
-    pictures = [rows.select_columns([image]).rename_column(image, "picture") for rows, image, _ in parts]
-    return datasets.concatenate_datasets(pictures), "picture", None
+    if isinstance(feature, datasets.ClassLabel):
+        return True
+    kinds = ("string", "large_string", "bool", "int", "uint", "float")
+    return isinstance(feature, datasets.Value) and feature.dtype.startswith(kinds)
+
+
+def _numbered(values: Sequence[Any], every: Iterable[Any]) -> tuple[np.ndarray, list[str]]:
+    """Class numbers of text or whole numbers, and the classes of all splits, so that they agree in all."""
+    found = {_class_name(value) for value in (*every, *values)} - {""}
+    whole_numbers = all(name.removeprefix("-").isdecimal() for name in found)
+    classes = sorted(found, key=int) if whole_numbers else sorted(found)
+    number = {name: number for number, name in enumerate(classes)} | {"": -1}
+    return np.array([number[_class_name(value)] for value in values], dtype=np.int64), classes
+
+
+def _class_name(value: Any) -> str:
+    """A label as text; empty where it is withheld."""
+    if value is None or value != value:
+        return ""
+    if isinstance(value, float):
+        if not value.is_integer():
+            raise ValueError(f"holds {value}; expected text or whole numbers")
+        value = int(value)
+    return str(value)

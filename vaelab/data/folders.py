@@ -1,0 +1,302 @@
+"""What a local folder holds: pictures by split and class, the metadata beside them, or parquet files.
+
+The convention is that of Hugging Face's ``imagefolder``, with three differences. Folders are splits
+only where all of them have the name of a split, and names of files mean nothing. Links are followed.
+The folder is listed anew each time, without a cache. Whatever is left out is counted.
+"""
+
+import csv
+import glob
+import hashlib
+import json
+import os
+import posixpath
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import PIL.Image
+
+from vaelab.core.validate import unknown
+
+if TYPE_CHECKING:
+    import datasets
+
+SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+"""The names a split may go by, as in the ``datasets`` library."""
+SHARD = re.compile(r"(?P<split>.+?)-\d+-of-\d+")
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+NOT_DECODED = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
+"""Formats that Pillow recognises and cannot decode by itself."""
+
+
+@dataclass
+class Listing:
+    """The files below a folder, as sorted paths relative to it with forward slashes."""
+
+    pictures: list[str] = field(default_factory=list)
+    metadata: list[str] = field(default_factory=list)
+    parquet: list[str] = field(default_factory=list)
+    left_out: Counter = field(default_factory=Counter)
+    """What is not loaded: how many of what kind."""
+
+
+def list_files(folder: Path) -> Listing:
+    """List a folder and all folders in it; links are followed, hidden names are left out.
+
+    Raises:
+        OSError: a folder that cannot be read.
+    """
+    found = Listing()
+    suffixes = picture_suffixes()
+    for here, folders, files in os.walk(folder, followlinks=True, onerror=_raise):
+        real = os.path.realpath(here)
+        for name in list(folders):
+            below = os.path.realpath(os.path.join(here, name))
+            if name.startswith(".") or name == "__MACOSX":
+                found.left_out[f"hidden folder ({name})"] += 1
+                folders.remove(name)
+            elif (real + os.sep).startswith(below + os.sep):
+                found.left_out["link to a folder above it"] += 1
+                folders.remove(name)
+        for name in files:
+            path = Path(here, name)
+            inside, suffix = path.relative_to(folder).as_posix(), path.suffix.lower()
+            if name.startswith("."):
+                found.left_out["hidden file"] += 1
+            elif not path.exists():
+                found.left_out["link that leads nowhere"] += 1
+            elif name in METADATA:
+                found.metadata.append(inside)
+            elif suffix == ".parquet":
+                found.parquet.append(inside)
+            elif suffix in suffixes:
+                found.pictures.append(inside)
+            else:
+                found.left_out[f"file that is no picture ({suffix or 'no suffix'})"] += 1
+    for paths in (found.pictures, found.metadata, found.parquet):
+        paths.sort()
+    if not found.pictures:  # a data set that is stored as metadata.parquet
+        found.parquet = sorted([*found.parquet, *(path for path in found.metadata if path.endswith(".parquet"))])
+    return found
+
+
+def picture_suffixes() -> set[str]:
+    """Suffixes of the files that Pillow can decode, in lower case with their dot."""
+    PIL.Image.init()
+    formats = PIL.Image.registered_extensions().items()
+    return {suffix for suffix, name in formats if name in PIL.Image.OPEN and name not in NOT_DECODED}
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def find_split(parameter: str, name: str, available: Iterable[str]) -> str:
+    """The one of ``available`` that ``name`` means: of the same name, or another name of the same split.
+
+    Raises:
+        ValueError: there is none, or several.
+    """
+    available = list(available)
+    if name in available:
+        return name
+    alike = [other for other in available if _canonical(other) == _canonical(name)]
+    if len(alike) != 1:
+        raise unknown(parameter, name, available)
+    return alike[0]
+
+
+def _canonical(name: str) -> str:
+    return next((split for split, names in SPLITS.items() if name.lower() in names), name)
+
+
+def _is_split(name: str) -> bool:
+    return _canonical(name) in SPLITS
+
+
+@dataclass
+class PictureFolder:
+    """The pictures of a folder by split, with what its folders and its metadata say about them."""
+
+    splits: dict[str, list[str]]
+    """Paths relative to the folder, by split."""
+    classes: list[str]
+    """Names of the folders that the pictures are sorted into, over all splits; empty for none."""
+    labels: dict[str, int]
+    """By path, the class of the pictures of a split that is sorted into classes."""
+    metadata: dict[str, list[dict[str, Any]]]
+    """By path, the rows that metadata files have on a picture; empty where there are no such files."""
+    notes: list[str]
+
+
+def picture_folder(folder: Path, listing: Listing) -> PictureFolder:
+    """Splits, classes and metadata of a folder of pictures.
+
+    Raises:
+        ValueError: folders of several splits beside other pictures, or a metadata file that cannot be read.
+    """
+    notes = []
+    metadata, governed = {}, set()
+    # a file of metadata speaks for its folder and all below it that have none of their own
+    for path in sorted(listing.metadata, key=lambda path: path.count("/"), reverse=True):
+        beside = posixpath.dirname(path)
+        below = {p for p in listing.pictures if not beside or p.startswith(beside + "/")} - governed
+        governed |= below
+        rows, missing = _metadata_rows(folder, path), 0
+        for row in rows:
+            picture = posixpath.normpath(posixpath.join(beside, row.pop("file_name")))
+            if picture in below:
+                metadata.setdefault(picture, []).append(row)
+            else:
+                missing += 1
+        if missing:
+            notes.append(f"left out: {missing} of {len(rows)} rows of {path}, whose picture is not there")
+    if silent := len(governed - metadata.keys()):
+        notes.append(f"left out: {silent} pictures that the metadata does not name")
+    pictures = [path for path in listing.pictures if path in metadata or path not in governed]
+    if not pictures:
+        raise ValueError(
+            f"dataset: the metadata of {str(folder)!r} ({', '.join(listing.metadata)}) names no picture there"
+        )
+
+    base = _only_folder(pictures)
+    tops = {path[len(base) :].split("/")[0] if "/" in path[len(base) :] else "" for path in pictures}
+    kinds = {_canonical(top) for top in tops if _is_split(top)}
+    others = sorted(top or "pictures outside all folders" for top in tops if not _is_split(top))
+    if len(kinds) > 1 and others:
+        raise ValueError(
+            f"dataset: {str(folder)!r} has folders of the splits {', '.join(sorted(kinds))}, and besides "
+            f"{', '.join(others)}; expected splits alone, or classes alone"
+        )
+    if kinds and not others:
+        parts = {path: path[len(base) :].split("/", 1) for path in pictures}
+        splits = {top: [path for path in pictures if parts[path][0] == top] for top in sorted(tops)}
+        inner = {path: parts[path][1] for path in pictures}
+    else:
+        splits, inner = {"train": pictures}, {path: path[len(base) :] for path in pictures}
+    labels, classes = _folder_classes(splits, inner, notes)
+    return PictureFolder(splits, classes, labels, metadata if listing.metadata else {}, notes)
+
+
+def _only_folder(pictures: Sequence[str]) -> str:
+    """The chain of folders, each the only one in its parent, that leads to all pictures; ends with a slash."""
+    base = ""
+    while True:
+        inside = {path[len(base) :].split("/")[0] for path in pictures if "/" in path[len(base) :]}
+        loose = any("/" not in path[len(base) :] for path in pictures)
+        if loose or len(inside) != 1 or _is_split(only := next(iter(inside))):
+            return base
+        base += only + "/"
+
+
+def _folder_classes(
+    splits: dict[str, list[str]], inner: dict[str, str], notes: list[str]
+) -> tuple[dict[str, int], list[str]]:
+    """The class of each picture of the splits whose pictures all lie equally deep in folders."""
+    sorted_into = {}
+    for split, paths in splits.items():
+        depths = {inner[path].count("/") for path in paths}
+        if len(depths) > 1:
+            notes.append(f"no classes from folders in {split!r}: its pictures lie at different depths")
+        elif depths != {0}:
+            sorted_into |= {path: posixpath.dirname(inner[path]) for path in paths}
+    folders = sorted(set(sorted_into.values()))
+    if len(folders) < 2:
+        return {}, []
+    # the last folder is the class, unless that would join classes of two parents
+    last = [posixpath.basename(folder) for folder in folders]
+    name = dict(zip(folders, last if len(set(last)) == len(last) else folders, strict=True))
+    classes = sorted(name.values())
+    return {path: classes.index(name[folder]) for path, folder in sorted_into.items()}, classes
+
+
+def _metadata_rows(folder: Path, path: str) -> list[dict[str, Any]]:
+    """The rows of a metadata file, each with a text ``file_name``. Text of a CSV file stays text."""
+    file = folder / path
+    try:
+        if file.suffix == ".csv":
+            with file.open(newline="", encoding="utf-8-sig") as stream:
+                rows = [{key: value or None for key, value in row.items() if key} for row in csv.DictReader(stream)]
+        elif file.suffix == ".jsonl":
+            lines = file.read_text(encoding="utf-8-sig").split("\n")
+            rows = [json.loads(line) for line in lines if line.strip()]
+        else:
+            import pyarrow.parquet as pq
+
+            rows = pq.ParquetFile(file).read().to_pylist()
+    except (OSError, ValueError, csv.Error) as error:
+        raise ValueError(f"dataset: {str(file)!r} cannot be read ({error})") from error
+    for row in rows:
+        if not isinstance(row, dict):
+            raise ValueError(f"dataset: {str(file)!r} holds {row!r}; expected an object with file_name in each line")
+        name = next((key for key in row if key == "file_name" or key.endswith("_file_name")), None)
+        if name is None or not isinstance(row[name], str):
+            raise ValueError(
+                f"dataset: {str(file)!r} has a row without file_name; expected the name of a picture beside it"
+            )
+        row["file_name"] = row.pop(name)
+    return rows
+
+
+def parquet_splits(listing: Listing) -> tuple[dict[str, list[str]], list[str]]:
+    """The parquet files of a folder by split, from their names or their folders' names, and notes.
+
+    Files without the name of a split are the split ``train`` where no file has one, and are left out
+    where some have.
+    """
+    splits: dict[str, list[str]] = {}
+    for path in listing.parquet:
+        splits.setdefault(_split_of(path), []).append(path)
+    unnamed = splits.pop("", [])
+    if not splits:
+        return {"train": unnamed}, []
+    notes = [f"left out: {len(unnamed)} parquet files of no split ({', '.join(unnamed[:3])})"] if unnamed else []
+    return splits, notes
+
+
+def _split_of(path: str) -> str:
+    stem = Path(path).stem
+    if shard := SHARD.fullmatch(stem):
+        return shard["split"]
+    first = re.split(r"[-_.]", stem)[0]
+    folder = Path(path).parent.name
+    return next((_canonical(name.lower()) for name in (first, folder) if _is_split(name)), "")
+
+
+def read_parquet(files: Sequence[Path], name: str) -> "datasets.Dataset":
+    """Parquet files one after the other, memory-mapped from the cache of ``datasets``.
+
+    The cache goes by a file's name and time of change alone. Here a file's identity is added, so that
+    another file of the same name and time is read.
+
+    Raises:
+        ValueError: a damaged file.
+    """
+    import datasets
+
+    stats = [(str(file.resolve()), file.stat()) for file in files]
+    identity = [(path, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for path, stat in stats]
+    key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
+    escaped = [glob.escape(str(file)) for file in files]
+    with readable(name):
+        return datasets.load_dataset("parquet", name=key, data_files={"train": escaped}, split="train")
+
+
+@contextmanager
+def readable(dataset: str) -> Iterator[None]:
+    """Turn what ``datasets`` raises on an empty or damaged data set into one ValueError with its name."""
+    import datasets
+
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(f"dataset: {dataset!r} holds no row that can be read ({error.__cause__ or error})") from error
