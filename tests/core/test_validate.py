@@ -1,8 +1,6 @@
-from pathlib import Path
-
 import pytest
 
-from vaelab.core import paths, validate
+from vaelab.core import validate
 
 LAYERS = ["encoder.conv_in", "encoder.conv_out", "decoder.conv_in", "quant_conv"]
 
@@ -54,38 +52,3 @@ class TestAtLeast:
 
     def test_above_an_exclusive_minimum_passes(self):
         validate.at_least("gamma_max", 1e-9, 0, exclusive=True)
-
-
-class TestPaths:
-    @pytest.fixture
-    def repository(self, tmp_path):
-        for name in ("vaelab", "notebooks", "pictures"):
-            (tmp_path / name).mkdir()
-        return tmp_path
-
-    def test_from_the_root_paths_begin_there(self, repository, monkeypatch):
-        monkeypatch.chdir(repository)
-        assert paths.project_root() == repository
-        assert paths.resolve("pictures") == repository / "pictures"
-
-    def test_from_the_notebooks_they_begin_one_folder_up(self, repository, monkeypatch):
-        monkeypatch.chdir(repository / "notebooks")
-        assert paths.project_root() == repository
-        assert paths.resolve("pictures") == repository / "pictures"
-
-    def test_another_folder_called_notebooks_is_its_own_root(self, tmp_path, monkeypatch):
-        (tmp_path / "notebooks").mkdir()
-        monkeypatch.chdir(tmp_path / "notebooks")
-        assert paths.project_root() == tmp_path / "notebooks"
-
-    def test_an_absolute_path_stays(self, repository):
-        assert paths.resolve(str(repository / "anything")) == repository / "anything"
-
-    def test_the_home_folder_is_expanded(self, monkeypatch):
-        monkeypatch.setenv("HOME", "/somebody")
-        assert paths.resolve("~/pictures") == Path("/somebody/pictures")
-
-    def test_local_is_what_exists(self, repository, monkeypatch):
-        monkeypatch.chdir(repository / "notebooks")
-        assert paths.local("pictures") == repository / "pictures"
-        assert paths.local("stabilityai/sdxl-vae") is None

@@ -1,4 +1,4 @@
-"""What is said to someone who gave something wrong, and where a relative path begins."""
+"""Input validation: errors that name the parameter, the value, and what is right."""
 
 import difflib
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ def nearest(name: str, choices: Iterable[str], count: int = 5) -> list[str]:
 
 
 def unknown(parameter: str, name: Any, choices: Iterable[str]) -> ValueError:
-    """The error for a name that nothing answers to; it lists the nearest names that exist."""
+    """The error for a name that does not exist; it lists the nearest names that do."""
     choices = list(choices)
     listed = ", ".join(nearest(str(name), choices)) or "none at all"
     return ValueError(f"{parameter}: unknown name {name!r}; the nearest of {len(choices)}: {listed}")
