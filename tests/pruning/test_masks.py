@@ -1,10 +1,12 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler
 from small_latents import small_unet
 
-from vaelab.pruning.masks import ChannelMask, ImportancePredictor, LatentConfig, PruningObjective, gain, top_k
+from vaelab.pruning.masks import MASKS, ChannelMask, ImportancePredictor, LatentConfig, PruningObjective, gain, top_k
 
 
 @pytest.fixture
@@ -236,3 +238,18 @@ def test_a_vaes_scaling_factor_is_applied_and_undone():
         raw = vae.encode(pixels).latent_dist.sample(torch.Generator().manual_seed(1))
         torch.testing.assert_close(scaled, 0.25 * raw)
         torch.testing.assert_close(one.decode(scaled, pixels.shape), vae.decode(raw).sample)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("mask", MASKS)
+def test_a_training_step_under_autocast_has_the_losses_of_float32(objective, mask, dtype):
+    objective = objective(mask=mask, keep=2, standardise=True).train()
+    batch = {"pixels": torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1}
+    losses = {}
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        with torch.autocast("cpu", dtype, enabled=enabled):
+            losses[enabled] = copy.deepcopy(objective)(batch)
+    losses[True]["loss"].backward()
+    for name, value in losses[False].items():
+        assert losses[True][name].item() == pytest.approx(value.item(), rel=0.1), name

@@ -107,7 +107,10 @@ def gain(latents: Tensor, mask: Tensor) -> Tensor:
         latents: (B, c, h, w); the variance is over pictures and places.
         mask: (B, c).
     """
-    before, after = (one.var((0, 2, 3), correction=0).sum() for one in (latents, mask[..., None, None] * latents))
+    # in float32 under autocast too: a variance in half precision is off by percents
+    latents = latents.to(torch.promote_types(latents.dtype, torch.float32))
+    masked = mask[..., None, None] * latents
+    before, after = (values.var((0, 2, 3), correction=0).sum() for values in (latents, masked))
     return (before / after.clamp_min(torch.finfo(after.dtype).tiny)).sqrt()
 
 
@@ -141,7 +144,9 @@ class ChannelMask(nn.Module):
             now = gain(latents, mask) if self.training else self.usual_gain
             if self.training:
                 self.gains += 1
-                self.usual_gain.lerp_(now.detach(), torch.clamp(1 / self.gains, min=1 - GAIN_MEMORY))
+                self.usual_gain.lerp_(
+                    now.detach().to(self.usual_gain), torch.clamp(1 / self.gains, min=1 - GAIN_MEMORY)
+                )
             mask = now * mask
         if not self.used:
             mask = torch.ones_like(mask) + 0 * mask
@@ -185,7 +190,7 @@ class PruningObjective(nn.Module):
 
     def decode(self, seen: Tensor, shape: torch.Size) -> Tensor:
         """Pictures of ``shape`` from latents as the denoiser has them."""
-        return models.decode(self.vae, self.unscaled(seen), shape)
+        return models.decode_latents(self.vae, self.unscaled(seen), shape)
 
     def unscaled(self, seen: Tensor) -> Tensor:
         """Latents as the denoiser has them in the VAE's own units."""
@@ -213,7 +218,7 @@ class PruningObjective(nn.Module):
             reaching_the_vae = self.masks(standard) if self.config.stop_gradient else masked
             decoded = self.decode(reaching_the_vae.latents, pixels.shape)
         else:
-            decoded = models.decode(self.vae, latents / self.vae.config.scaling_factor, pixels.shape)
+            decoded = models.decode_latents(self.vae, latents / self.vae.config.scaling_factor, pixels.shape)
         reconstruction = (decoded.float() - pixels).square().sum((1, 2, 3)).mean()
         kl, mean_mask = posterior.kl().mean(), masked.mask.mean()
         loss = (

@@ -14,7 +14,7 @@ from vaelab.pruning import fid as pruning_fid
 from vaelab.pruning import noise_loss
 from vaelab.pruning.masks import PruningObjective
 from vaelab.training import evaluation_mode
-from vaelab.vae.objective import evaluate
+from vaelab.vae.objective import evaluate_reconstruction
 
 AT_ONCE = 64
 
@@ -109,8 +109,8 @@ def _evaluated(
     )
     variance, abar = noise_loss.variances(seen).cpu(), noise_loss.signal_share(scheduler, timesteps)
     closed = noise_loss.closed_form(variance, abar)
-    plain = evaluate(objective.vae, images.batches(AT_ONCE))
-    masked = evaluate(_ThroughTheMask(objective).eval(), images.batches(AT_ONCE))
+    plain = evaluate_reconstruction(objective.vae, images.batches(AT_ONCE))
+    masked = evaluate_reconstruction(_ThroughTheMask(objective).eval(), images.batches(AT_ONCE))
     values, fid = 3 * images.resolution**2, None
     if config.fid_images and judge:
         fid = judge.distance(drawn(objective, config, tuple(seen.shape[1:]), images.resolution, seed))

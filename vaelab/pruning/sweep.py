@@ -272,10 +272,13 @@ def pictures(
     found = {"held out": shown}
     for name, objective in objectives.items():
         with evaluation_mode(objective):
-            latents = models.latent(objective.vae, shown.to(objective.vae.device)) * objective.vae.config.scaling_factor
+            latents = (
+                models.encode_latents(objective.vae, shown.to(objective.vae.device))
+                * objective.vae.config.scaling_factor
+            )
             seen = objective.seen(latents).latents
             few = replace(config.measuring, fid_images=count)
-            found[f"{name}, latent"] = models.decode(
+            found[f"{name}, latent"] = models.decode_latents(
                 objective.vae, latents / objective.vae.config.scaling_factor, shown.shape
             )
             if objective.config.mask != "none":

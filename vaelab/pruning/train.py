@@ -134,7 +134,9 @@ class MaskWatcher(Watcher):
         device = next(objective.parameters()).device
         batch = next(self._images.batches(min(TRACKED_PICTURES, len(self._images))))
         with evaluation_mode(objective):
-            latents = models.latent(objective.vae, batch["pixels"].to(device)) * objective.vae.config.scaling_factor
+            latents = (
+                models.encode_latents(objective.vae, batch["pixels"].to(device)) * objective.vae.config.scaling_factor
+            )
             mask = objective.seen(latents).mask.float().cpu()
         groups = {"all": torch.ones(len(mask), dtype=torch.bool)}
         groups |= {name: batch["label"] == number for number, name in enumerate(self._classes)}
@@ -261,8 +263,8 @@ def load_pruned(
 def _latent_side(vae: nn.Module, resolution: int) -> int:
     pixels = torch.zeros(1, 3, resolution, resolution, device=vae.device, dtype=vae.dtype)
     with torch.no_grad():
-        latent = models.latent(vae, pixels)
-        models.decode(vae, latent, pixels.shape)
+        latent = models.encode_latents(vae, pixels)
+        models.decode_latents(vae, latent, pixels.shape)
     return latent.shape[-1]
 
 
