@@ -23,16 +23,6 @@ def offline(monkeypatch, tmp_path_factory):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
 
 
-def plain(image, resolution):
-    """Section 3's four steps on an 8-bit picture, one after the other."""
-    width, height = image.size
-    scale = resolution / min(width, height)
-    image = image.convert("RGB").resize((int(width * scale + 1e-9), int(height * scale + 1e-9)), PIL.Image.BILINEAR)
-    values = np.asarray(image, dtype=np.float64) / 255
-    top, left = (round((side - resolution) / 2) for side in values.shape[:2])
-    return ((values[top : top + resolution, left : left + resolution] - 0.5) / 0.5).transpose(2, 0, 1)
-
-
 def labelled(count, names=("cat", "dog")):
     features = datasets.Features(picture=datasets.Image(), kind=datasets.ClassLabel(names=list(names)))
     columns = {
@@ -48,57 +38,7 @@ def plain_parquet(path, **columns):
 
 
 def of_file(index, resolution=16):
-    return torch.from_numpy(plain(PIL.Image.open(io.BytesIO(png(index))), resolution)).float()
-
-
-@pytest.mark.parametrize(
-    "size",
-    [(32, 32), (64, 64), (48, 100), (100, 48), (37, 91), (91, 37), (65, 64), (33, 200), (640, 427)],
-    ids=lambda size: f"{size[0]}x{size[1]}",
-)
-def test_preprocessing_is_section_3(size):
-    image = PIL.Image.fromarray(pixels(0, size))
-    got = preprocess(image, 64)
-    assert got.shape == (3, 64, 64)
-    assert got.dtype == torch.float32
-    assert got.is_contiguous()
-    np.testing.assert_allclose(got.numpy(), plain(image, 64), atol=1e-6)
-
-
-def test_picture_of_the_right_size_is_only_rescaled():
-    values = pixels(0, (16, 16))
-    got = preprocess(PIL.Image.fromarray(values), 16)
-    np.testing.assert_allclose(got.numpy(), values.transpose(2, 0, 1) / 127.5 - 1, atol=1e-6)
-
-
-def test_range_is_minus_one_to_one():
-    assert preprocess(PIL.Image.new("RGB", (9, 9), "black"), 16).unique().tolist() == [-1]
-    assert preprocess(PIL.Image.new("RGB", (9, 9), "white"), 16).unique().tolist() == [1]
-
-
-@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "1", "CMYK"])
-def test_other_modes_become_rgb(mode):
-    image = PIL.Image.fromarray(pixels(0, (40, 32))).convert(mode)
-    np.testing.assert_allclose(preprocess(image, 16).numpy(), plain(image, 16), atol=1e-6)
-
-
-def test_sixteen_bits_keep_their_contrast():
-    ramp = np.linspace(0, 65535, 16 * 16).reshape(16, 16).astype(np.uint16)
-    buffer = io.BytesIO()
-    PIL.Image.fromarray(ramp).save(buffer, "PNG")
-    got = preprocess(PIL.Image.open(buffer), 16)
-    np.testing.assert_allclose(got[0].numpy(), ramp / 32767.5 - 1, atol=0.01)
-    assert torch.equal(got[0], got[2])
-
-
-def test_orientation_of_a_camera_is_followed():
-    image = PIL.Image.fromarray(pixels(0, (24, 16)))
-    exif = PIL.Image.Exif()
-    exif[0x0112] = 6
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", exif=exif)
-    got = preprocess(PIL.Image.open(buffer), 16)
-    np.testing.assert_allclose(got.numpy(), plain(image.rotate(-90, expand=True), 16), atol=1e-6)
+    return preprocess(PIL.Image.open(io.BytesIO(png(index))), resolution)
 
 
 def test_folder_of_pictures(tmp_path):

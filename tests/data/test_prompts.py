@@ -44,11 +44,18 @@ def test_a_parquet_file_by_its_likeliest_column_or_the_one_asked_for(tmp_path, c
         ("{folder}/empty.txt", {"count": -1}, "^max_images: must be at least 0"),
         ("{folder}/notes.md", {}, "holds no prompts"),
         ("{folder}/bytes.txt", {}, "^dataset: .*bytes.txt' could not be read as text"),
-        ("{folder}/cut.parquet", {}, "^dataset: .*cut.parquet' could not be loaded"),
+        ("{folder}/cut.parquet", {}, "^dataset: .*cut.parquet' holds no row that can be read"),
+        ("{folder}/two.parquet", {}, "^column: .*two.parquet' has several columns of text; give one of a, b"),
+        ("{folder}/numbers.parquet", {"column": "number"}, "^column: 'number' of .* holds no text"),
+        ("{folder}/splits", {"split": "validation"}, "^split .*the nearest of 2: .*train"),
     ],
 )
 def test_what_is_refused(tmp_path, dataset, options, message):
     datasets.Dataset.from_dict({"number": [1, 2]}).to_parquet(str(tmp_path / "numbers.parquet"))
+    two = datasets.Dataset.from_dict({"a": ["x"], "b": ["y"]})
+    (tmp_path / "splits").mkdir()
+    for name in ("two", "splits/train-0000", "splits/test-0000"):
+        two.to_parquet(str(tmp_path / f"{name}.parquet"))
     (tmp_path / "empty.txt").write_text("\n \n")
     (tmp_path / "notes.md").write_text("a dog")
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x80")
@@ -57,6 +64,20 @@ def test_what_is_refused(tmp_path, dataset, options, message):
         prompts.load_prompts(dataset.format(folder=tmp_path), **options)
 
 
+def test_a_folder_of_parquet_files_gives_the_split_that_is_asked_for(tmp_path, capsys):
+    for split in ("train", "test"):
+        rows = datasets.Dataset.from_dict({"prompt": ["", f"of {split}"]})
+        rows.to_parquet(str(tmp_path / f"{split}-00000-of-00001.parquet"))
+        some = prompts.load_prompts(str(tmp_path), split=split)
+        assert some.texts == [f"of {split}"] and some.rows == [1]
+        assert "1 prompts (column 'prompt'); left out: 1 empty ones" in capsys.readouterr().out
+
+
+def test_a_line_ends_only_where_the_file_says(tmp_path):
+    (tmp_path / "some.txt").write_bytes("\ufeffa dog\u2028on a mat\r\na caf\u00e9\n".encode())
+    assert prompts.load_prompts(str(tmp_path / "some.txt")).texts == ["a dog\u2028on a mat", "a caf\u00e9"]
+
+
 def test_prompts_by_hand():
-    assert prompts.given([]) is None
-    assert prompts.given(["a", "b"]).texts == ["a", "b"]
+    assert prompts.from_list([]) is None
+    assert prompts.from_list(["a", "b"]).texts == ["a", "b"]

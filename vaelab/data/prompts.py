@@ -1,6 +1,5 @@
-"""Prompts by one name: the world, a hub id, a local text or parquet file."""
+"""Prompts by one name: the world, a hub id, a local text file or parquet files."""
 
-from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -8,21 +7,24 @@ from typing import TYPE_CHECKING, NamedTuple
 from vaelab import world
 from vaelab.core.paths import local
 from vaelab.core.validate import at_least, nearest, one_of
+from vaelab.data import folders
 from vaelab.world.scenes import Scene
 
 if TYPE_CHECKING:
     import datasets
 
 LIKELY = ("prompt", "caption", "text", "TEXT")
+"""Names of columns of prompts, the likeliest first."""
 MOVED = {"laion/laion-coco": "guangyil/laion-coco-aesthetic", "laion-coco": "guangyil/laion-coco-aesthetic"}
+"""What to use in the place of hub ids that have gone."""
 
 
 class Prompts(NamedTuple):
-    """Some prompts, and where they come from."""
+    """Prompts, and where they come from."""
 
     texts: list[str]
     rows: list[int]
-    """Of each its number in the data set; of the world the scene's seed."""
+    """The number of each prompt in its data set; of the world the scene's seed."""
     name: str
     split: str
 
@@ -48,27 +50,28 @@ class Prompts(NamedTuple):
         return [scene.spelled_out() for scene in self.scenes]
 
 
-def given(texts: list[str]) -> Prompts | None:
-    """Prompts written by hand; None for none."""
+def from_list(texts: list[str]) -> Prompts | None:
+    """Prompts written by hand; None for an empty list."""
     return Prompts(texts, list(range(len(texts))), "given", "given") if texts else None
 
 
 def load_prompts(
     dataset: str, *, split: str = "train", count: int = 0, column: str = "", revision: str | None = None
 ) -> Prompts:
-    """The first ``count`` prompts of a data set; empty ones are left out.
+    """The first ``count`` prompts of a data set, without empty ones; prints how many, and from which column.
 
     Args:
-        dataset: ``world``, a hub id (``owner/name``, streamed), a local parquet file, or a local
-            text file with a prompt a line.
-        split: a split's name; of a local file there is one only.
+        dataset: ``world``, a hub id (``owner/name``, streamed), a local text file with a prompt a
+            line, a local parquet file, or a folder of parquet files.
+        split: a split's name. A single file is one split, whatever name is asked for.
         count: how many; 0 takes all there are.
-        column: of the prompts; empty for the likeliest by name, or the only one of text.
+        column: the column of prompts. Empty for the likeliest by name (prompt, caption, text), or the
+            only one of text.
         revision: a branch, tag or commit on the hub.
 
     Raises:
-        ValueError: no such data set, split or column, no prompt in it, or all of the world, which
-            has no end.
+        ValueError: no such data set, split or column, several columns of text of which none is likely, no
+            prompt, or all of the world, which has no end.
     """
     at_least("max_images", count, 0)
     if dataset == "world":
@@ -76,63 +79,70 @@ def load_prompts(
         at_least("max_images (of the world, which has no end)", count, 1)
         return Prompts([world.sample(seed, split).prompt for seed in range(count)], list(range(count)), "world", split)
     path = local(dataset)
-    lines = _lines(path, dataset) if path and path.suffix == ".txt" else _texts(dataset, split, column, revision)
-    kept = list(islice(((row, text.strip()) for row, text in enumerate(lines) if text and text.strip()), count or None))
-    if not kept:
+    if path and path.suffix == ".txt":
+        lines, source = _lines(path, dataset), "lines"
+    else:
+        rows = _hub_rows(dataset, split, revision) if path is None else _parquet_rows(path, dataset, split)
+        source = f"column {(chosen := _column(rows, dataset, column))!r}"
+        lines = (row[chosen] for row in rows.select_columns([chosen]))
+    numbered = enumerate(text and text.strip() for text in lines)
+    filled = list(islice(((row, text) for row, text in numbered if text), count or None))
+    if not filled:
         raise ValueError(f"dataset: no prompt in {dataset!r}")
-    rows, texts = zip(*kept, strict=True)
+    rows, texts = zip(*filled, strict=True)
+    empty = rows[-1] + 1 - len(rows)
+    left_out = f"; left out: {empty} empty ones" if empty else ""
+    print(f"{dataset}[{split}]: {len(texts):,} prompts ({source}){left_out}")
     return Prompts(list(texts), list(rows), dataset, split)
 
 
 def _lines(path: Path, dataset: str) -> list[str]:
     try:
-        return path.read_text().splitlines()
+        return path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"dataset: {dataset!r} could not be read as text ({error})") from error
 
 
-def _texts(dataset: str, split: str, column: str, revision: str | None) -> Iterable[str]:
+def _parquet_rows(path: Path, dataset: str, split: str) -> "datasets.Dataset":
+    """The rows of one split of a local parquet file or a folder of such files."""
+    if path.is_file():
+        files = [path] if path.suffix == ".parquet" else []
+    else:
+        splits, _ = folders.parquet_splits(folders.list_files(path))
+        split = folders.find_split(f"split (of {dataset!r})", split, splits)
+        files = [path / name for name in splits[split]]
+    if not files:
+        raise ValueError(f"dataset: {dataset!r} holds no prompts; expected .txt, .parquet or a folder of the latter")
+    return folders.read_parquet(files, dataset)
+
+
+def _hub_rows(dataset: str, split: str, revision: str | None) -> "datasets.IterableDataset":
     import datasets
 
-    path = local(dataset)
-    files = None if path is None else _parquet(path, dataset)
-    if files is None:
-        _refuse_no_hub_id(dataset)
-    try:
-        if files is not None:
-            rows = datasets.load_dataset("parquet", data_files=files, split="train")
-        else:
-            rows = datasets.load_dataset(dataset, split=split, revision=revision, streaming=True)
-    except (OSError, RuntimeError, ValueError, datasets.exceptions.DatasetsError) as error:
-        moved = f" It is now {MOVED[dataset]!r}." if dataset in MOVED else ""
-        raise ValueError(f"dataset: {dataset!r} could not be loaded.{moved} ({error})") from error
-    chosen = _column(rows, dataset, column)
-    return (row[chosen] for row in rows.select_columns([chosen]))
-
-
-def _parquet(path: Path, dataset: str) -> list[str]:
-    files = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
-    if not files or any(file.suffix != ".parquet" for file in files):
-        raise ValueError(f"dataset: {dataset!r} holds no prompts; expected .txt, .parquet or a folder of the latter")
-    return [str(file) for file in files]
-
-
-def _refuse_no_hub_id(dataset: str) -> None:
     if dataset.count("/") != 1 or dataset.startswith((".", "/", "~")):
         known = ["world", *MOVED.values()]
         raise ValueError(
             f"dataset: {dataset!r} is neither the world, a local file, nor a hub id (owner/name). "
             f"Did you mean {nearest(dataset, known, 1)[0]!r}?"
         )
+    try:
+        return datasets.load_dataset(dataset, split=split, revision=revision, streaming=True)
+    except (OSError, RuntimeError, ValueError, datasets.exceptions.DatasetsError) as error:
+        moved = f" It is now {MOVED[dataset]!r}." if dataset in MOVED else ""
+        raise ValueError(f"dataset: {dataset!r} could not be loaded from the hub.{moved} ({error})") from error
 
 
 def _column(rows: "datasets.Dataset | datasets.IterableDataset", dataset: str, column: str) -> str:
     features = rows.features or dict.fromkeys(next(iter(rows)))
+    texts = [name for name, kind in features.items() if kind is None or getattr(kind, "dtype", "").endswith("string")]
     if column:
         one_of(f"column (of {dataset!r})", column, features)
+        if column not in texts:
+            raise ValueError(f"column: {column!r} of {dataset!r} holds no text")
         return column
-    texts = [name for name, kind in features.items() if kind is None or getattr(kind, "dtype", "").endswith("string")]
-    likely = [name for name in LIKELY if name in texts] or texts
-    if not likely:
+    if not texts:
         raise ValueError(f"dataset: no column of text in {dataset!r}; its columns: {', '.join(features)}")
-    return likely[0]
+    likely = [name for name in LIKELY if name in texts]
+    if not likely and len(texts) > 1:
+        raise ValueError(f"column: {dataset!r} has several columns of text; give one of {', '.join(texts)}")
+    return (likely or texts)[0]
