@@ -211,6 +211,23 @@ def test_dry_run_leaves_everything_as_it_was(tmp_path):
     assert content(tmp_path / "out") == before
 
 
+def test_numbers_recorded_before_a_failing_figure_are_not_lost(tmp_path):
+    import matplotlib.pyplot as plt
+
+    run = runner.start(NAME, namespace(tmp_path))
+    run.record({"mse": 0.25})
+    run.table("rows", pd.DataFrame({"value": [1.5]}))
+    figure = plt.figure()
+    figure.suptitle("$x^{$")  # cannot be drawn
+    with pytest.raises(ValueError):
+        run.figure("curve", figure)
+    recorded = json.loads((tmp_path / ".run" / "recorded.json").read_text())
+    assert recorded["metrics"] == {"mse": 0.25} and recorded["tables"] == {"rows": [{"value": 1.5}]}
+    assert not (tmp_path / "results.json").exists()
+    run.save()
+    assert not (tmp_path / ".run" / "recorded.json").exists()
+
+
 @pytest.mark.parametrize("text", ["{", "[]", "", "null", '{"metrics": 3}'])
 def test_damaged_results_are_named(tmp_path, text):
     (tmp_path / "results.json").write_text(text)

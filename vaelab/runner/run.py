@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 REPORTED = ("vaelab", "torch", "diffusers", "accelerate", "datasets", "transformers", "torchmetrics", "numpy")
+RECORDED = ".run/recorded.json"
+"""What an unfinished run has recorded so far, in its output folder."""
 INTERACTIVE = "interactive"
 """An output folder of this name is rewritten by every run: JupyterLab's default."""
 
@@ -70,10 +72,12 @@ class Run:
         """Record several numbers, see :meth:`metric`."""
         for name, value in metrics.items():
             self.metric(name, value)
+        self._note()
 
     def table(self, name: str, table: pd.DataFrame) -> pd.DataFrame:
         """Record a table, and return it to be shown."""
         self.tables[name] = table
+        self._note()
         return table
 
     def figure(self, name: str, figure: "Figure") -> "Figure":
@@ -108,7 +112,24 @@ class Run:
 
         A dry run writes ``.run/dry_run.json`` instead and stays unfinished.
         """
-        results = {
+        results = self._results()
+        if self.dry:
+            write_json(self.folder / ".run" / "dry_run.json", results)
+            return portable(str(self.folder / ".run" / "dry_run.json"))
+        write_json(self._output.place(RESULTS, staged=self._stage_results), results)
+        if self._stage_results:
+            self._output.commit(replace_all=self._stage_all)
+        self._output.release()
+        (self.folder / RECORDED).unlink(missing_ok=True)
+        return portable(str(self.folder / RESULTS))
+
+    def _note(self) -> None:
+        """Keep what is recorded so far: where a later figure fails, its numbers are not lost."""
+        if not self.dry:
+            write_json(self.folder / RECORDED, self._results())
+
+    def _results(self) -> dict[str, Any]:
+        return {
             "notebook": self.notebook,
             "params": {name: portable(value) for name, value in self.params.items()},
             "fingerprints": fingerprints(self.params, self._execution_only),
@@ -119,14 +140,6 @@ class Run:
             "environment": environment(self.params.get("device", "auto")),
             "files": self._files,
         }
-        if self.dry:
-            write_json(self.folder / ".run" / "dry_run.json", results)
-            return portable(str(self.folder / ".run" / "dry_run.json"))
-        write_json(self._output.place(RESULTS, staged=self._stage_results), results)
-        if self._stage_results:
-            self._output.commit(replace_all=self._stage_all)
-        self._output.release()
-        return portable(str(self.folder / RESULTS))
 
 
 def start(notebook: str, namespace: Mapping[str, Any], *, execution_only: Iterable[str] = ()) -> Run:
