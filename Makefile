@@ -8,16 +8,16 @@ export PYTHONPATH := $(CURDIR)
 export HF_HUB_DISABLE_TELEMETRY := 1
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
 
-.PHONY: help setup demo test lint run bench peers index lab
+.PHONY: help setup demo test test-cuda lint run bench peers index lab
 .DEFAULT_GOAL := help
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY) ## the environment alone
 
 demo: export HF_HUB_OFFLINE := 1
-demo: $(READY) ## every notebook on the embedded models, then outputs/index.html
+demo: $(READY) ## every notebook on the embedded models that is not finished, then outputs/index.html
 	$(PYTHON) -m vaelab.runner.cli all demo --jobs $(JOBS)
 
 test: export HF_HUB_OFFLINE := 1
@@ -26,14 +26,17 @@ test: $(READY) ## the tests, every notebook's smoke run among them
 	$(PYTHON) -m pytest -n $(JOBS) -m 'not smoke'
 	$(PYTHON) -m pytest -m smoke
 
+test-cuda: $(READY) ## the tests that need a CUDA GPU; without one they are skipped, with that reason
+	$(PYTHON) -m pytest -m cuda -rs tests/cuda
+
 lint: $(READY) ## style, and which folder may import which
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -c "from importlinter.cli import lint_imports_command; lint_imports_command()"
 
-run: $(READY) ## one run: make run P=params/10_finetune_vae/paper-fonts.yaml
+run: $(READY) ## one run: make run P=params/10_finetune_vae/paper-fonts.yaml (OVERWRITE=1 replaces a finished one)
 	@test -n "$(P)" || { echo "name a params file: make run P=params/12_channel_census/demo.yaml" >&2; exit 2; }
-	$(PYTHON) -m vaelab.runner.cli run $(P)
+	$(PYTHON) -m vaelab.runner.cli run $(P) $(if $(OVERWRITE),--overwrite)
 
 bench: $(READY) .peers/ready ## the whole of 90_benchmarks
 	$(PYTHON) -m vaelab.runner.cli run params/90_benchmarks/full.yaml
