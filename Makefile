@@ -39,7 +39,7 @@ run: $(READY) ## one run: make run P=params/10_finetune_vae/paper-fonts.yaml (OV
 	$(PYTHON) -m vaelab.runner.cli run $(P) $(if $(OVERWRITE),--overwrite)
 
 bench: $(READY) .peers/ready ## the whole of 90_benchmarks
-	$(PYTHON) -m vaelab.runner.cli run params/90_benchmarks/full.yaml
+	$(PYTHON) -m vaelab.runner.cli run params/90_benchmarks/full.yaml --overwrite
 
 peers: $(READY) .peers/ready ## the libraries that autoencoders are timed beside
 
