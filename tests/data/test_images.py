@@ -1,5 +1,6 @@
 import io
 from itertools import chain
+from pathlib import Path
 
 import datasets
 import huggingface_hub
@@ -9,9 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 from helpers import picture_folder, pixels, png
 
 from vaelab import data
+from vaelab.data import images as images_module
 from vaelab.data.images import load_images
 from vaelab.data.transforms import preprocess
 
@@ -212,6 +215,44 @@ def test_hub_id_with_subset_and_revision(monkeypatch, name, revision, expected):
     monkeypatch.setattr(datasets, "load_dataset", from_hub)
     assert len(load_images(name, split="test", revision=revision, resolution=16)) == 3
     assert asked == [("owner/set", {"split": "test", **expected})]
+
+
+def test_a_hub_id_that_needs_a_script_names_the_way(monkeypatch):
+    def refuse(*given, **options):
+        raise RuntimeError("Dataset scripts are no longer supported, but found it.py")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(
+        ValueError, match=r"^dataset: 'some/set' .*needs a loading script.*revision refs/convert/parquet"
+    ):
+        load_images("some/set")
+    with pytest.raises(ValueError, match=r"^dataset: .*needs a loading script.*Use a folder: .*metadata.csv"):
+        load_images("HuggingFaceM4/FGVC-Aircraft")
+
+
+def test_no_params_file_names_a_hub_id_that_needs_a_script():
+    scripts = {"frgfm/imagenette": images_module.PARQUET_CONVERSION, "HuggingFaceM4/FGVC-Aircraft": None}
+    files = sorted((Path(__file__).parents[2] / "params").glob("*/*.yaml"))
+    named = [yaml.safe_load(file.read_text()) for file in files]
+    named = [params for params in named if params.get("dataset", "").split(":")[0] in scripts]
+    assert named
+    for params in named:
+        assert params["dataset_revision"] == scripts[params["dataset"].split(":")[0]]
+
+
+@pytest.mark.parametrize(("split", "expected"), [("train+test", 5), ("train[:2]+test[1:]", 4)])
+def test_labels_of_text_on_the_hub_are_those_of_all_splits(monkeypatch, split, expected):
+    def part(labels):
+        features = datasets.Features(image=datasets.Image(), label=datasets.Value("string"))
+        rows = {"image": [{"bytes": png(i), "path": None} for i in range(len(labels))], "label": labels}
+        return datasets.Dataset.from_dict(rows, features=features)
+
+    parts = datasets.DatasetDict(train=part(["b", "c"]), test=part(["a", None, "b"]))
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split=None, **options: parts[split] if split else parts)
+    assert load_images("owner/set", resolution=16).classes == ["a", "b", "c"]
+    images = load_images("owner/set", split=split, resolution=16)
+    assert images.labels == [1, 2, 0, -1, 1][:2] + [0, -1, 1][5 - expected :]
+    assert [item["label"] for item in images] == images.labels
 
 
 @pytest.fixture
