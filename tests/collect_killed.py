@@ -32,8 +32,8 @@ def main(model, folder):
     def in_a_child(place):
         child = os.fork()
         if child == 0:
-            layout, per_prompt, _ = collect.probe(pipeline, prompts, config)
-            collect.collect(
+            layout, per_prompt, _ = collect.run_trial_batch(pipeline, prompts, config)
+            collect.collect_prompts(
                 pipeline, prompts, config, place, layout=layout, items_per_prompt=per_prompt, progress=False
             )
             os._exit(0)

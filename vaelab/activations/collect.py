@@ -1,11 +1,13 @@
-"""Collecting a denoiser's features over many prompts: into a store, or straight into what uses them.
+"""Collecting a denoiser's features over many prompts, into a store or straight into training.
 
-Prompt number i is drawn with the seed ``seed + i`` in whatever batch it comes, so a collection that
-was killed goes on to the same rows. From Surkov et al. ("Unpacking SDXL Turbo", section 3): there
-the updates of four blocks over 1.5 million prompts, one step each.
+From Surkov et al. ("Unpacking SDXL Turbo", section 3), who collect the updates of four blocks over 1.5 million
+prompts, one step each. Prompt number i is drawn with the seed ``seed + i``, whatever batch it is in, so that a
+resumed collection has the rows of an undisturbed one.
 """
 
 import hashlib
+import json
+import resource
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -25,107 +27,128 @@ from vaelab.activations.denoiser import Sampling
 from vaelab.core import devices
 from vaelab.core.validate import at_least, one_of
 from vaelab.hooks import SIDES
+from vaelab.models import block_names
 
 HALVES = ("guided", "both")
+SIZES = ("batch_size", "items_per_shard")
+"""Fields of :class:`CollectConfig` that do not decide the stored numbers."""
 
 
 @dataclass(frozen=True)
 class CollectConfig:
-    """What is captured of which blocks."""
+    """What is captured."""
 
     blocks: tuple[str, ...]
-    """Short names or module paths."""
+    """Short names or module paths of blocks."""
     sampling: Sampling
-    """How pictures are made."""
+    """How pictures are drawn."""
     side: str = "update"
     """``update`` (output minus input), ``output`` or ``input`` of the blocks."""
     steps: tuple[int, ...] = ()
-    """Steps to capture, counted from 0; none for all."""
+    """Denoising steps to capture, counted from 0; empty for all."""
     halves: str = "guided"
-    """Of classifier-free guidance: the half with the prompt, or ``both``, one item each."""
+    """With classifier-free guidance: ``guided`` captures the half with the prompt, ``both`` makes an item of each."""
     batch_size: int = 8
-    """Prompts at once."""
+    """Prompts at a time."""
     seed: int = 0
     """Prompt number i is drawn with ``seed + i``."""
     precision: str = "float16"
-    """Of what is stored."""
+    """Precision of the stored numbers."""
     items_per_shard: int = 256
-    """About how many items a shard holds: as many as make whole batches."""
+    """Items in a shard of a new store; a resumed store keeps its own."""
 
     def __post_init__(self) -> None:
         one_of("side", self.side, SIDES)
         one_of("halves", self.halves, HALVES)
         one_of("stored_precision", self.precision, devices.PRECISIONS)
-        for name in ("batch_size", "items_per_shard"):
+        for name in SIZES:
             at_least(name, getattr(self, name), 1)
         if not self.blocks or len(set(self.blocks)) < len(self.blocks):
             raise ValueError(f"blocks: expected one or more different names, got {list(self.blocks)}")
         if len(set(self.steps)) < len(self.steps):
-            raise ValueError(f"capture_steps: each once, got {list(self.steps)}")
+            raise ValueError(f"capture_steps: expected different steps, got {list(self.steps)}")
 
-    def captured(self, pipeline: Any) -> list[int]:
-        """The steps that are captured, in order; there may be more of them than were asked of the sampler."""
+    def captured_steps(self, pipeline: Any) -> list[int]:
+        """The captured steps, in order. A sampler may make more passes than the sampling has steps."""
         return sorted(self.steps) or list(range(denoiser.passes(pipeline, self.sampling)))
 
 
-class Captures(NamedTuple):
-    """What one batch of prompts gave: n items."""
+class CapturedBatch(NamedTuple):
+    """The n items of one batch of prompts."""
 
     items: list[dict[str, Any]]
-    """``prompt``, ``row``, ``seed``, ``step``, ``timestep`` and ``guided`` of each."""
+    """``prompt``, ``row``, ``seed``, ``step``, ``timestep`` and ``guided`` of each item."""
     maps: dict[str, Tensor]
     """For each block (n, h, w, d)."""
 
 
-def captures(
+class Trial(NamedTuple):
+    """What a trial batch showed about a collection."""
+
+    layout: store.Layout
+    """The blocks and the shapes of their maps."""
+    items_per_prompt: int
+    """Captured steps, times two where both halves of the guidance are captured."""
+    seconds_per_item: float
+    """Time of one item."""
+
+
+def capture_batches(
     pipeline: Any, prompts: Sequence[str], config: CollectConfig, *, rows: Sequence[int] = (), start: int = 0
-) -> Iterator[Captures]:
-    """Batches of features, prompt by prompt and within a prompt step by step.
+) -> Iterator[CapturedBatch]:
+    """Capture features batch by batch. Items are ordered by prompt, then step, then half of the guidance.
 
     Args:
         pipeline: a diffusers pipeline.
-        prompts: all of them.
+        prompts: all prompts.
         config: what is captured.
-        rows: of each prompt its number in its data set, for the items.
-        start: prompts to pass over.
+        rows: for each prompt its number in its data set, recorded in its items.
+        start: number of the first prompt to capture.
     """
-    captured = config.captured(pipeline)
+    steps = config.captured_steps(pipeline)
     for first in range(start, len(prompts), config.batch_size):
         numbers = range(first, min(first + config.batch_size, len(prompts)))
         features = denoiser.from_prompts(
             pipeline, [prompts[i] for i in numbers], [config.seed + i for i in numbers], config.blocks,
-            config.sampling, side=config.side, steps=captured,
+            config.sampling, side=config.side, steps=steps,
         )  # fmt: skip
         halves = [features.maps, *([features.unguided] if config.halves == "both" and features.unguided else [])]
-        # (B, steps, halves, h, w, d), so that a prompt's items follow each other
-        maps = {
+        maps = {  # (B, steps, halves, h, w, d), so that the items of a prompt follow each other
             name: torch.stack([torch.stack(half[name], 1) for half in halves], 2).flatten(0, 2)
             for name in features.maps
         }
-        times = [float(t) for t in pipeline.scheduler.timesteps]
+        timesteps = [float(t) for t in pipeline.scheduler.timesteps]
         items = [
             {
                 "prompt": prompts[i], "row": rows[i] if rows else i, "seed": config.seed + i, "step": step,
-                "timestep": times[step], "guided": half == 0,
+                "timestep": timesteps[step], "guided": half == 0,
             }
-            for i in numbers for step in captured for half in range(len(halves))
+            for i in numbers for step in steps for half in range(len(halves))
         ]  # fmt: skip
-        yield Captures(items, maps)
+        yield CapturedBatch(items, maps)
 
 
-def probe(pipeline: Any, prompts: Sequence[str], config: CollectConfig) -> tuple[store.Layout, int, float]:
-    """The layout, the items a prompt, and the seconds an item: one batch, made twice, the second timed."""
+def run_trial_batch(pipeline: Any, prompts: Sequence[str], config: CollectConfig) -> Trial:
+    """Capture the first batch twice, and time the second run."""
     first = prompts[: config.batch_size]
     for _ in range(2):
         began = time.perf_counter()
-        batch = next(captures(pipeline, first, config))
+        batch = next(capture_batches(pipeline, first, config))
         maps = {name: tensor.cpu() for name, tensor in batch.maps.items()}
         seconds = time.perf_counter() - began
-    layout = {name: store.BlockShape(tuple(one.shape[1:-1]), one.shape[-1]) for name, one in maps.items()}
-    return layout, len(batch.items) // len(first), seconds / len(batch.items)
+    layout = {name: store.BlockShape(tuple(value.shape[1:-1]), value.shape[-1]) for name, value in maps.items()}
+    return Trial(layout, len(batch.items) // len(first), seconds / len(batch.items))
 
 
-def collect(
+def peak_memory(device: torch.device) -> int:
+    """The most memory in bytes that this process has used so far: of a GPU, else of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak  # macOS reports bytes, Linux units of 1024
+
+
+def collect_prompts(
     pipeline: Any,
     prompts: Sequence[str],
     config: CollectConfig,
@@ -137,82 +160,92 @@ def collect(
     settings: dict[str, Any] | None = None,
     progress: bool = True,
 ) -> store.Store:
-    """Write the features of all prompts to a store, going on where a killed call left it.
+    """Write the features of all prompts to a store, or resume the store that is there.
+
+    A store is resumed where everything that decides its numbers is the same: ``config`` without its sizes, the
+    prompts and their rows, the pipeline's precision and scheduler, and ``settings``. The batch size may change, for
+    instance after running out of memory. A complete store is returned as it is.
 
     Args:
         pipeline: a diffusers pipeline.
-        prompts: all of them.
+        prompts: all prompts.
         config: what is captured.
-        folder: of the store.
-        layout: as :func:`probe` found it.
-        items_per_prompt: as :func:`probe` found it.
-        rows: of each prompt its number in its data set.
-        settings: what else decides the numbers, plain JSON, such as the model's name.
-        progress: whether to show a bar.
+        folder: the folder of the store.
+        layout: as in :class:`Trial`.
+        items_per_prompt: as in :class:`Trial`.
+        rows: for each prompt its number in its data set.
+        settings: what else decides the numbers, as plain JSON: the model's identity.
+        progress: whether to show a progress bar.
 
     Raises:
-        ValueError: a store of other settings, or values that the precision cannot hold.
+        ValueError: the folder holds something else or a store of other settings, or the precision cannot hold a value.
     """
-    a_batch = config.batch_size * items_per_prompt
-    per_shard = -(-config.items_per_shard // a_batch) * a_batch
-    decides = {key: value for key, value in asdict(config).items() if key not in ("items_per_shard", "batch_size")}
-    digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:16]
-    named = {**decides, **(settings or {}), "prompts": len(prompts), "prompts_sha256": digest}
     with store.create(
-        folder, layout, precision=config.precision, items_per_shard=per_shard, settings=_plain(named)
-    ) as writer:
-        done = writer.items_done // items_per_prompt
-        bar = tqdm(
-            total=len(prompts),
-            initial=done,
-            desc="collecting",
-            unit="prompt",
-            file=sys.stdout,
-            mininterval=2,
-            ncols=100,
-            disable=not progress,
-        )
-        if not writer.complete:
-            for batch in captures(pipeline, prompts, config, rows=rows, start=done):
-                writer.add({name: maps.cpu() for name, maps in batch.maps.items()}, batch.items)
+        folder, layout, precision=config.precision, items_per_shard=config.items_per_shard,
+        settings=_signature(pipeline, prompts, config, rows, settings or {}),
+    ) as writer:  # fmt: skip
+        if writer.spec.items_per_shard != config.items_per_shard:
+            print(f"{folder} keeps its shards of {writer.spec.items_per_shard} items")
+        # resume at the begin of a batch, so that with the same batch size every batch is computed as it was
+        first = writer.items_done // items_per_prompt // config.batch_size * config.batch_size
+        stored = writer.items_done - first * items_per_prompt
+        with tqdm(
+            total=len(prompts), initial=first, desc="collecting", unit="prompt", file=sys.stdout, mininterval=2,
+            ncols=100, disable=not progress,
+        ) as bar:  # fmt: skip
+            for batch in [] if writer.complete else capture_batches(pipeline, prompts, config, rows=rows, start=first):
+                writer.add({name: maps[stored:].cpu() for name, maps in batch.maps.items()}, batch.items[stored:])
+                stored = 0
                 bar.update(len(batch.items) // items_per_prompt)
-        bar.close()
     return store.open(folder)
 
 
-def vectors(pipeline: Any, prompts: Sequence[str], config: CollectConfig, block: str) -> Iterator[Tensor]:
-    """One block's rows (n, d), batch by batch, for :func:`vaelab.store.shuffling.shuffle_stream`: made and
-    used without touching the disk."""
-    for batch in captures(pipeline, prompts, config):
+def stream_rows(pipeline: Any, prompts: Sequence[str], config: CollectConfig, block: str) -> Iterator[Tensor]:
+    """One block's rows (n, d), batch by batch, for :func:`vaelab.store.shuffle_stream`; nothing touches the disk."""
+    for batch in capture_batches(pipeline, prompts, config):
         yield batch.maps[block].flatten(0, 2)
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(entry) for key, entry in value.items()}
-    return [_plain(entry) for entry in value] if isinstance(value, tuple | list) else value
-
-
-def summary(kept: store.Store, *, seed: int = 0, most: int = 20_000) -> pd.DataFrame:
-    """What the rows of each block are like, from at most ``most`` of them.
+def summarize_blocks(activations: store.Store, *, seed: int = 0, max_rows: int = 20_000) -> pd.DataFrame:
+    """Statistics of each block's rows, over at most ``max_rows`` of them (whole items, at least one).
 
     Returns:
-        ``block``, ``rows``, ``width``, ``norm`` (mean length of a row), ``between_prompts`` (the
-        share of the variance that is between the items' means) and ``mean_share`` (the squared
-        length of the mean row over the mean squared length).
+        ``block``, ``rows``, ``width``, ``norm`` (mean length of a row), ``between_prompts`` (the share of the
+        variance that is between the means of items) and ``mean_share`` (the squared length of the mean row over the
+        mean squared length of a row).
     """
-    rows = []
-    for block, shape in kept.layout.items():
-        count = min(len(kept.items), max(1, most // shape.count))
+    table = []
+    for block, shape in activations.layout.items():
+        count = min(len(activations.items), max(1, max_rows // shape.count))
         if not count:
             continue
-        chosen = np.sort(np.random.default_rng(seed).permutation(len(kept.items))[:count])
-        maps = kept.maps(block, chosen.tolist()).double().reshape(count, shape.count, shape.width)
+        chosen = np.sort(np.random.default_rng(seed).permutation(len(activations.items))[:count])
+        maps = activations.maps(block, chosen.tolist()).double().reshape(count, shape.count, shape.width)
         mean = maps.mean((0, 1))
-        whole, between = (maps - mean).square().sum(-1).mean(), (maps.mean(1) - mean).square().sum(-1).mean()
-        rows.append({
-            "block": block, "rows": kept.rows(block), "width": shape.width, "norm": maps.norm(dim=-1).mean().item(),
-            "between_prompts": (between / whole).item(),
+        variance = (maps - mean).square().sum(-1).mean()
+        between = (maps.mean(1) - mean).square().sum(-1).mean()
+        table.append({
+            "block": block, "rows": activations.rows(block), "width": shape.width,
+            "norm": maps.norm(dim=-1).mean().item(), "between_prompts": (between / variance).item(),
             "mean_share": (mean.square().sum() / maps.square().sum(-1).mean()).item(),
         })  # fmt: skip
-    return pd.DataFrame(rows)
+    return pd.DataFrame(table)
+
+
+def _signature(
+    pipeline: Any, prompts: Sequence[str], config: CollectConfig, rows: Sequence[int], settings: dict[str, Any]
+) -> dict[str, Any]:
+    """Everything that decides the numbers of a collection, as plain JSON."""
+    scheduler = {name: str(value) for name, value in pipeline.scheduler.config.items() if not name.startswith("_")}
+    return {
+        **{name: value for name, value in asdict(config).items() if name not in SIZES},
+        "model_precision": str(block_names.denoiser(pipeline).dtype).removeprefix("torch."),
+        "scheduler_sha256": _digest([type(pipeline.scheduler).__name__, sorted(scheduler.items())]),
+        **settings,
+        "prompts": len(prompts),
+        "prompts_sha256": _digest([list(prompts), list(rows)]),
+    }
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from vaelab import activations
-from vaelab.activations.collect import CollectConfig, collect, probe
+from vaelab.activations.collect import CollectConfig, collect_prompts, run_trial_batch
 from vaelab.core import devices
 from vaelab.core.timing import interleaved
 from vaelab.data.images import Images
@@ -86,7 +86,7 @@ def collect_seconds(pipeline: Any, prompts: int, config: CollectConfig, rounds: 
         rounds: how often each is timed.
     """
     texts = load_prompts("world", count=prompts).texts
-    layout, per_prompt, _ = probe(pipeline, texts, config)
+    layout, per_prompt, _ = run_trial_batch(pipeline, texts, config)
 
     def plain(number: int) -> None:
         activations.generate_all(pipeline, texts, config.sampling, batch_size=config.batch_size, seed=number)
@@ -94,7 +94,7 @@ def collect_seconds(pipeline: Any, prompts: int, config: CollectConfig, rounds: 
     def collecting(number: int) -> None:
         with tempfile.TemporaryDirectory() as folder:
             now = replace(config, seed=number)
-            collect(pipeline, texts, now, folder, layout=layout, items_per_prompt=per_prompt, progress=False)
+            collect_prompts(pipeline, texts, now, folder, layout=layout, items_per_prompt=per_prompt, progress=False)
 
     actions = {"plain": plain, "twin": plain, "collecting": collecting}
     return interleaved(actions, rounds, device=pipeline.device, warmup=1, seed=config.seed)
