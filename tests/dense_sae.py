@@ -29,10 +29,11 @@ def losses(sae, x):
     """The loss with its parts, and the parameters that it can be differentiated by, as in equations 2, 3, 16, 17."""
     config = sae.config
     weights = {name: value.detach().double().requires_grad_() for name, value in sae.named_parameters()}
-    x, dead = x.double(), sae.silent >= config.dead_after
+    x, dead = x.double(), sae.inactive_for >= config.dead_after
     variance = (x - x.mean(0)).square().sum()
     pre = (x - weights["pre_bias"]) @ weights["encoder"].T + weights["latent_bias"]
-    s, counted = code(pre, weights.get("threshold"), config)
+    threshold = weights["log_threshold"].exp() if config.variant == "jumprelu" else None
+    s, counted = code(pre, threshold, config)
     unexplained = 0
     for size in config.prefixes:
         first = s * (torch.arange(config.n_features) < size)

@@ -66,7 +66,7 @@ def test_it_has_no_negative_values():
 
 
 def test_the_four_by_name():
-    found = baselines.baselines(baselines.moments([vectors()]), k=3, n_features=20)
+    found = baselines.build_baselines(baselines.moments([vectors()]), k=3, n_features=20)
     assert list(found) == ["zero", "mean", "random", "pca"]
     assert [len(one.features()) for one in found.values()] == [0, 0, 20, 3]
     x = vectors(5)
@@ -80,7 +80,7 @@ def test_the_four_by_name():
 )  # fmt: skip
 def test_a_wrong_k_is_refused(k, n_features, message):
     with pytest.raises(ValueError, match=message):
-        baselines.baselines(baselines.moments([vectors()]), k, n_features)
+        baselines.build_baselines(baselines.moments([vectors()]), k, n_features)
 
 
 def test_no_vectors_are_refused():

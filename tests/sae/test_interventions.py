@@ -15,7 +15,7 @@ from vaelab.data import prompts as data_prompts
 from vaelab.hooks import edit
 from vaelab.models import block_names
 from vaelab.sae import interventions
-from vaelab.sae.interventions import Perceptual
+from vaelab.sae.interventions import LPIPS
 
 # ablate: Blocks switched off, and what is measured of it.
 # perceptual: LPIPS where the package is there, where it is not, and where it cannot be loaded.
@@ -41,7 +41,7 @@ def package(kind):
 
 def test_it_is_the_packages_network_on_every_pair(monkeypatch):
     monkeypatch.setitem(sys.modules, "lpips", package(Fake))
-    found = interventions.load("vgg", device="cpu")
+    found = interventions.load_lpips("vgg", device="cpu")
     assert found.why is None and found.model.net == "vgg"
     before = torch.zeros(20, 3, 8, 8)
     after = before + torch.arange(20).reshape(20, 1, 1, 1) / 20
@@ -50,7 +50,7 @@ def test_it_is_the_packages_network_on_every_pair(monkeypatch):
 
 def test_without_the_package_it_says_how_to_have_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "lpips", None)
-    found = interventions.load(device="cpu")
+    found = interventions.load_lpips(device="cpu")
     assert found.model is None and "pip install vaelab[lpips]" in found.why
     assert torch.tensor(found.distance(torch.zeros(3, 3, 8, 8), torch.zeros(3, 3, 8, 8))).isnan().all()
 
@@ -62,12 +62,12 @@ def test_without_its_weights_it_says_what_went_wrong(monkeypatch):
         raise URLError("no route to host")
 
     monkeypatch.setitem(sys.modules, "lpips", package(offline))
-    assert "no route to host" in interventions.load(device="cpu").why
+    assert "no route to host" in interventions.load_lpips(device="cpu").why
 
 
 def test_an_unknown_network_is_refused():
     with pytest.raises(ValueError, match=r"lpips_net: unknown name 'alexnet'.*alex"):
-        interventions.load("alexnet")
+        interventions.load_lpips("alexnet")
 
 
 SAMPLING_ABLATE = Sampling(steps=1, guidance_scale=0.0)
@@ -79,7 +79,7 @@ def test_it_is_the_picture_without_the_blocks_residual_branch(pipeline_folder):
     pipeline = load_pipeline(str(pipeline_folder("sdxl")), device="cpu")
     prompts = ["a red thing", "a blue thing"]
     whole = activations.generate_all(pipeline, prompts, SAMPLING_ABLATE, seed=3)
-    off = interventions.switched_off(pipeline, prompts, "mid.0", SAMPLING_ABLATE, batch_size=1, seed=3)
+    off = interventions.generate_without_block(pipeline, prompts, "mid.0", SAMPLING_ABLATE, batch_size=1, seed=3)
     again = activations.generate_all(pipeline, prompts, SAMPLING_ABLATE, seed=3)
     assert torch.equal(whole, again) and not torch.equal(whole, off)
     projection = pipeline.unet.mid_block.attentions[0].proj_out
@@ -91,41 +91,41 @@ def test_it_is_the_picture_without_the_blocks_residual_branch(pipeline_folder):
 
 @pytest.mark.parametrize(("name", "some", "never"), [("sdxl", "down.2.1", "up_ft0"), ("dit", "block0", "bottleneck")])
 def test_the_blocks_that_can_be_switched_off(small_pipeline, name, some, never):
-    found = interventions.transformer_blocks(small_pipeline(name))
+    found = interventions.blocks_with_updates(small_pipeline(name))
     assert some in found and never not in found
 
 
 def test_blocks_are_chosen_by_name_or_glob_and_refused_before_anything_is_drawn(small_pipeline):
     pipeline = small_pipeline("sdxl")
-    assert interventions.chosen(pipeline, []) == interventions.transformer_blocks(pipeline)
-    assert interventions.chosen(pipeline, ["down.1.*", "mid.0"]) == ["down.1.0", "down.1.1", "mid.0"]
+    assert interventions.resolve_blocks(pipeline, []) == interventions.blocks_with_updates(pipeline)
+    assert interventions.resolve_blocks(pipeline, ["down.1.*", "mid.0"]) == ["down.1.0", "down.1.1", "mid.0"]
     with pytest.raises(ValueError, match=r"^blocks: unknown name 'mid.9'.*mid.0"):
-        interventions.chosen(pipeline, ["mid.0", "mid.9"])
+        interventions.resolve_blocks(pipeline, ["mid.0", "mid.9"])
     with pytest.raises(ValueError, match=r"^blocks: .*up_blocks.0 takes .* so it is no update of its input"):
-        interventions.chosen(pipeline, ["mid.0", "up_ft0"])
+        interventions.resolve_blocks(pipeline, ["mid.0", "up_ft0"])
 
 
 def test_manhattan_distance_of_a_planted_change():
     before = torch.zeros(2, 3, 4, 4)
     after = before.clone()
     after[0, :, 0, 0] = 1.0  # half the range in three channels of one pixel in 16
-    torch.testing.assert_close(interventions.change(before, after), torch.tensor([3 * 127.5 / 16, 0.0]))
+    torch.testing.assert_close(interventions.manhattan_distance(before, after), torch.tensor([3 * 127.5 / 16, 0.0]))
 
 
 def test_a_planted_loss_of_one_factor_is_found_and_no_other():
     scenes = [world.sample(seed).spelled_out() for seed in range(12)]
     drawn = world.render(scenes)
     grey = drawn.mean(1, keepdim=True).expand_as(drawn)
-    table = interventions.compare({"colour": grey, "nothing": drawn}, drawn, scenes).set_index("block")
+    table = interventions.ablation_table({"colour": grey, "nothing": drawn}, drawn, scenes).set_index("block")
     assert table.loc["colour", "colour"] < -0.4 and table.loc["colour", "ground"] < -0.2
     assert table.loc["colour", "manhattan"] > 5
     assert (table.loc["nothing"] == 0).all()
-    assert list(interventions.compare({"colour": grey}, drawn, None).columns) == ["block", "manhattan"]
+    assert list(interventions.ablation_table({"colour": grey}, drawn, None).columns) == ["block", "manhattan"]
 
 
 PROMPTS = ["a red circle", "a large blue square", "a star"]
 SAMPLING = Sampling(steps=3, guidance_scale=2.0)
-NO_LPIPS = Perceptual(None, "not measured: no network")
+NO_LPIPS = LPIPS(None, "not measured: no network")
 
 
 def halved(x):
@@ -144,20 +144,24 @@ def drawing(small_pipeline):
 @pytest.mark.parametrize("name", ["sdxl", "pixart"])
 def test_identity_is_the_same_picture_bit_for_bit_and_zero_is_the_block_switched_off(small_pipeline, name):
     pipeline, sampling = small_pipeline(name), Sampling(steps=2, guidance_scale=0.0)
-    block = interventions.transformer_blocks(pipeline)[1]
+    block = interventions.blocks_with_updates(pipeline)[1]
     whole = denoiser.generate_all(pipeline, PROMPTS, sampling, seed=5)
-    same = interventions.drawn(pipeline, PROMPTS, block, lambda x: x, sampling, batch_size=2, seed=5)
-    zero = interventions.drawn(pipeline, PROMPTS, block, nowhere, sampling, batch_size=2, seed=5)
-    off = interventions.switched_off(pipeline, PROMPTS, block, sampling, batch_size=2, seed=5)
+    same = interventions.generate_with_replacement(
+        pipeline, PROMPTS, block, lambda x: x, sampling, batch_size=2, seed=5
+    )
+    zero = interventions.generate_with_replacement(pipeline, PROMPTS, block, nowhere, sampling, batch_size=2, seed=5)
+    off = interventions.generate_without_block(pipeline, PROMPTS, block, sampling, batch_size=2, seed=5)
     assert torch.equal(denoiser.generate_all(pipeline, PROMPTS, sampling, batch_size=2, seed=5), same)
     assert torch.equal(zero, off) and not torch.equal(zero, whole)
-    assert (interventions.change(same, same) == 0).all()
+    assert (interventions.manhattan_distance(same, same) == 0).all()
 
 
 def test_the_function_gets_the_vectors_of_both_halves_position_by_position(drawing):
     pipeline, prompts, block = drawing
     seen = []
-    interventions.drawn(*drawing, lambda x: seen.append(x.clone()) or x, SAMPLING, steps=[1], batch_size=3, seed=4)
+    interventions.generate_with_replacement(
+        *drawing, lambda x: seen.append(x.clone()) or x, SAMPLING, steps=[1], batch_size=3, seed=4
+    )
     told = denoiser.from_prompts(pipeline, prompts, [4, 5, 6], [block], SAMPLING, steps=[1])
     halves = [told.unguided[block][0], told.maps[block][0]]
     (vectors,) = seen
@@ -177,7 +181,7 @@ def test_what_it_gives_back_takes_its_place_at_the_steps_asked_for_alone(drawing
 
     with edit(pipeline.unet, {path: naive}, side="update"):
         expected = denoiser.generate_all(pipeline, prompts, SAMPLING, batch_size=2)
-    found = interventions.drawn(*drawing, halved, SAMPLING, steps=[2, 0], batch_size=2)
+    found = interventions.generate_with_replacement(*drawing, halved, SAMPLING, steps=[2, 0], batch_size=2)
     assert torch.equal(found, expected)
     assert calls == [0, 1, 2] * 2  # two batches
 
@@ -185,19 +189,20 @@ def test_what_it_gives_back_takes_its_place_at_the_steps_asked_for_alone(drawing
 def test_steps(drawing):
     whole = denoiser.generate_all(*drawing[:2], SAMPLING)
     none, first, every, all_named = (
-        interventions.drawn(*drawing, halved, SAMPLING, steps=steps) for steps in ([], [0], None, [0, 1, 2])
+        interventions.generate_with_replacement(*drawing, halved, SAMPLING, steps=steps)
+        for steps in ([], [0], None, [0, 1, 2])
     )
     assert torch.equal(none, whole) and torch.equal(every, all_named)
     assert not torch.equal(first, whole) and not torch.equal(first, every)
     with pytest.raises(ValueError, match=r"replaced_steps: expected numbers from 0 to 2, got \[1, 3\]"):
-        interventions.drawn(*drawing, halved, SAMPLING, steps=[3, 1])
+        interventions.generate_with_replacement(*drawing, halved, SAMPLING, steps=[3, 1])
 
 
 def test_a_function_of_another_width_and_an_unknown_block_are_refused(drawing):
     with pytest.raises(ValueError, match=r"replace: gave \(\d+, 5\) for vectors \(\d+, 16\)"):
-        interventions.drawn(*drawing, lambda x: x[:, :5], SAMPLING)
+        interventions.generate_with_replacement(*drawing, lambda x: x[:, :5], SAMPLING)
     with pytest.raises(ValueError, match=r"blocks: unknown name 'up.7.1'.*up.1.1"):
-        interventions.drawn(*drawing[:2], "up.7.1", halved, SAMPLING)
+        interventions.generate_with_replacement(*drawing[:2], "up.7.1", halved, SAMPLING)
 
 
 def test_median_of_a_planted_change():
@@ -205,7 +210,9 @@ def test_median_of_a_planted_change():
     after = before.clone()
     after[0, :, :3] = 0.5  # twelve of sixteen pixels, a quarter of the range in each channel
     after[1, :, 0] = 0.5  # four of them
-    torch.testing.assert_close(interventions.median_change(before, after), torch.tensor([3 * 0.5 * 127.5, 0.0]))
+    torch.testing.assert_close(
+        interventions.median_manhattan_distance(before, after), torch.tensor([3 * 0.5 * 127.5, 0.0])
+    )
 
 
 def trial(monkeypatch, drawn, asked, perceptual=NO_LPIPS):
@@ -213,7 +220,7 @@ def trial(monkeypatch, drawn, asked, perceptual=NO_LPIPS):
     monkeypatch.setattr(denoiser, "generate_all", lambda *_, **__: drawn)
     monkeypatch.setattr(denoiser, "refuse_size", lambda *_: None)  # there is no pipeline
     monkeypatch.setattr(denoiser, "passes", lambda *_: 1)
-    return interventions.Trial(None, asked, SAMPLING, perceptual)
+    return interventions.ReplacementExperiment(None, asked, SAMPLING, perceptual)
 
 
 def test_a_planted_effect_on_pictures_of_the_world(monkeypatch):
@@ -228,10 +235,10 @@ def test_a_planted_effect_on_pictures_of_the_world(monkeypatch):
     assert table["read_alike"].tolist() == [False, False, False, True, True, True]
     assert not table["right"][:3].any() and table["right"][3:].all()
     assert (table["manhattan"] > 0).tolist() == [True] * 3 + [False] * 3
-    means = interventions.means(table)
+    means = interventions.mean_effects(table)
     assert means["oracle_agreement"] == means["oracle_right"] == 0.5 and "lpips" not in means
-    assert means["manhattan_mean"] == pytest.approx(interventions.change(drawn, changed).mean().item())
-    same = interventions.means(before.effects(drawn))
+    assert means["manhattan_mean"] == pytest.approx(interventions.manhattan_distance(drawn, changed).mean().item())
+    same = interventions.mean_effects(before.effects(drawn))
     assert same == {"manhattan_mean": 0, "manhattan_median": 0, "oracle_agreement": 1, "oracle_right": 1}
 
 
@@ -246,36 +253,42 @@ def test_what_no_prompt_names_counts_for_the_reading_and_not_for_being_right(mon
 
 def test_pictures_of_no_world_have_no_oracle(monkeypatch):
     pictures = torch.zeros(2, 3, 8, 8)
-    table = trial(monkeypatch, pictures, data_prompts.given(["one", "two"])).effects(pictures + 0.5)
+    table = trial(monkeypatch, pictures, data_prompts.from_list(["one", "two"])).effects(pictures + 0.5)
     assert list(table) == ["manhattan", "median", "lpips"]
 
 
 def test_a_trial_draws_replaces_and_keeps_a_few(small_pipeline):
-    pipeline, asked = small_pipeline("sd2"), data_prompts.given(PROMPTS)
-    before = interventions.Trial(pipeline, asked, SAMPLING, NO_LPIPS, batch_size=2, seed=3, keep=1)
+    pipeline, asked = small_pipeline("sd2"), data_prompts.from_list(PROMPTS)
+    before = interventions.ReplacementExperiment(pipeline, asked, SAMPLING, NO_LPIPS, batch_size=2, seed=3, keep=1)
     assert before.steps == 3
     assert torch.equal(before.pictures, denoiser.generate_all(pipeline, PROMPTS, SAMPLING, batch_size=2, seed=3))
     same, first = before.replaced("up.1.1", lambda x: x), before.replaced("up.1.1", nowhere, [0])
     assert (same.effects[["manhattan", "median"]] == 0).all(None) and torch.equal(same.pictures, before.pictures[:1])
-    after = interventions.drawn(pipeline, PROMPTS, "up.1.1", nowhere, SAMPLING, steps=[0], batch_size=2, seed=3)
-    assert first.effects["manhattan"].tolist() == interventions.change(before.pictures, after).tolist()
+    after = interventions.generate_with_replacement(
+        pipeline, PROMPTS, "up.1.1", nowhere, SAMPLING, steps=[0], batch_size=2, seed=3
+    )
+    assert first.effects["manhattan"].tolist() == interventions.manhattan_distance(before.pictures, after).tolist()
     assert (first.effects["manhattan"] > 0).all()
 
 
 def test_pictures_that_the_oracle_does_not_read_are_refused_before_any_is_drawn(small_pipeline, monkeypatch):
     monkeypatch.setattr(denoiser, "generate_all", None)
     with pytest.raises(ValueError, match=r"^resolution: pictures of 32 x 32; of this dataset they must be 64 x 64"):
-        interventions.Trial(small_pipeline("sd2"), data_prompts.load_prompts("world", count=1), SAMPLING, NO_LPIPS)
+        interventions.ReplacementExperiment(
+            small_pipeline("sd2"), data_prompts.load_prompts("world", count=1), SAMPLING, NO_LPIPS
+        )
 
 
 def test_the_table_says_why_there_is_no_lpips():
     one = pd.DataFrame({"manhattan": [1.0, 3.0], "median": [1.0, 2.0], "lpips": [float("nan")] * 2})
-    table = interventions.table({("mid.0", "sae"): interventions.Outcome(None, one)}, ["block", "who"], NO_LPIPS)
+    table = interventions.effects_table(
+        {("mid.0", "sae"): interventions.ReplacementOutcome(None, one)}, ["block", "who"], NO_LPIPS
+    )
     assert table.to_dict("records") == [
         {"block": "mid.0", "who": "sae", "manhattan_mean": 2.0, "manhattan_median": 1.5, "lpips": NO_LPIPS.why}
     ]
-    measured = interventions.Outcome(None, one.assign(lpips=[0.1, 0.3]))
-    there = interventions.table({("mid.0",): measured}, ["block"], Perceptual(object(), None))
+    measured = interventions.ReplacementOutcome(None, one.assign(lpips=[0.1, 0.3]))
+    there = interventions.effects_table({("mid.0",): measured}, ["block"], LPIPS(object(), None))
     assert there["lpips"].tolist() == [pytest.approx(0.2)]
 
 
@@ -285,7 +298,7 @@ def test_beside_the_paper_stands_its_row_of_the_same_share():
         {"block": "down.1.1", "k": 10, "n_features": 512, **here}, {"block": "mid.0", "k": 5, "n_features": 64, **here},
         {"block": "mid.0", "k": 7, "n_features": 64, **here},
     ])  # fmt: skip
-    found = interventions.beside_paper(table, {"down.1.1": 128, "mid.0": 128})
+    found = interventions.compare_with_paper(table, {"down.1.1": 128, "mid.0": 128})
     assert found["paper's block"].tolist() == ["down.2.1", "mid.0"] and found["paper's n_f"].tolist() == [5120, 640]
     assert found["paper's mean"].tolist() == [64.97, 52.64] and found["paper's explained %"].tolist() == [73.7, 43.4]
     assert found["explained %"].tolist() == [60.0, 60.0]

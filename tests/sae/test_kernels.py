@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vaelab.sae import kernels
-from vaelab.sae.kernels import Block, Entries, JumpReLU, SquaredNorm, Step, linear, variance_of
+from vaelab.sae.kernels import ActiveCount, DenseBlock, JumpReLU, SparseEntries, SquaredNorm, linear, total_variance
 
 N, FEATURES, D = 9, 37, 6
 
@@ -18,11 +18,11 @@ def entries(kind):
     generator = torch.Generator().manual_seed(3)
     if kind == "as many a row":
         indices = torch.rand(N, FEATURES, generator=generator).topk(4).indices
-        where = Entries(indices.flatten(), 4, N, FEATURES)
+        where = SparseEntries(indices.flatten(), 4, N, FEATURES)
     else:
         there = torch.rand(N, FEATURES, generator=generator) < {"few": 0.05, "many": 0.5}[kind]
         there[2] = False
-        where = Entries(there.nonzero()[:, 1], there.sum(1), N, FEATURES)
+        where = SparseEntries(there.nonzero()[:, 1], there.sum(1), N, FEATURES)
     values = random(len(where.indices))
     matrix = torch.zeros(N, FEATURES, dtype=torch.float64)
     for row, column, value in zip(where.rows, where.indices, values, strict=True):
@@ -51,7 +51,7 @@ class Elsewhere(torch.Tensor):
 
 
 def test_products_of_rows_without_a_kernel_are_the_same(monkeypatch):
-    monkeypatch.setattr(kernels, "AT_ONCE", 5)
+    monkeypatch.setattr(kernels, "ROWS_AT_ONCE", 5)
     where, _, _ = entries("few")
     left, right = random(N, D, seed=2), random(FEATURES, D, seed=1)
     elsewhere = left.as_subclass(Elsewhere)
@@ -63,7 +63,7 @@ def test_products_of_rows_without_a_kernel_are_the_same(monkeypatch):
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_a_block_is_a_dense_matrix(dtype):
     values, table, other = random(N, 5), random(5, D, seed=1), random(N, D, seed=2)
-    where, near = Block(dtype), {"rtol": 0.05, "atol": 0.05} if dtype else {}
+    where, near = DenseBlock(dtype), {"rtol": 0.05, "atol": 0.05} if dtype else {}
     torch.testing.assert_close(where.times(values, table), values @ table, **near)
     torch.testing.assert_close(where.transposed_times(values, other), values.T @ other, **near)
     torch.testing.assert_close(where.products(other, table), other @ table.T, **near)
@@ -85,7 +85,7 @@ def test_the_quickest_product_is_one_of_float32(transposed):
 def test_squared_norm_and_variance_with_their_gradients():
     x = random(5, 4).requires_grad_()
     torch.testing.assert_close(SquaredNorm.apply(x), x.square().sum())
-    torch.testing.assert_close(variance_of(x), (x - x.mean(0)).square().sum())
+    torch.testing.assert_close(total_variance(x), (x - x.mean(0)).square().sum())
     assert torch.autograd.gradcheck(SquaredNorm.apply, x)
 
 
@@ -98,7 +98,7 @@ def test_a_threshold_feels_the_values_in_its_window_only():
     assert values.grad.tolist() == [0, 0, 1, 1]
     assert threshold.grad.tolist() == pytest.approx([0, -10, -10, 0])  # -threshold / bandwidth in the window
     threshold.grad = None
-    counted = Step.apply(values, threshold, 0.1)
+    counted = ActiveCount.apply(values, threshold, 0.1)
     assert counted.tolist() == [0, 0, 1, 1]
     counted.sum().backward()
     assert threshold.grad.tolist() == pytest.approx([0, -10, -10, 0])

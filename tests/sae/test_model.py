@@ -21,8 +21,10 @@ def shaken(seed=0, **changes):
     with torch.no_grad():
         for weight in sae.parameters():
             weight.add_(0.05 * torch.randn(weight.shape, generator=generator))
-        if hasattr(sae, "threshold"):
-            sae.threshold.add_(1.5)
+        if changes.get("variant") == "jumprelu":
+            sae.set_thresholds(1.5 + 0.05 * torch.randn(FEATURES, generator=generator))
+        if changes.get("variant") == "batchtopk":
+            sae.set_thresholds(1.5)
     return sae
 
 
@@ -40,11 +42,13 @@ def test_losses_and_all_gradients_are_those_of_the_dense_formula(variant, dead, 
     monkeypatch.setattr(topk, "TILE", 64 * 7)  # several tiles, of which the last is smaller
     monkeypatch.setattr(topk, "WIDEST", 64)
     sae, x = shaken(variant=variant), vectors()
-    sae.silent[torch.randperm(FEATURES, generator=torch.Generator().manual_seed(1))[:dead]] = 100
+    sae.inactive_for[torch.randperm(FEATURES, generator=torch.Generator().manual_seed(1))[:dead]] = 100
     expected, auxiliary, s, weights = dense_sae.losses(sae, x)
     expected.backward()
     found = sae.losses(x)
     found.loss.backward()
+    if variant == "jumprelu":
+        assert sae.log_threshold.grad.abs().sum() > 0
     assert found.loss.item() == pytest.approx(expected.item(), rel=1e-5)
     assert found.auxiliary.item() == pytest.approx(auxiliary.item(), rel=1e-4)
     assert found.l0.item() == pytest.approx((s != 0).sum(1).double().mean().item())
@@ -69,7 +73,7 @@ def test_the_auxiliary_loss_alone_reaches_encoder_and_decoder_of_dead_features_o
     sae.losses(x).loss.backward()
     without = {name: weight.grad.clone() for name, weight in sae.named_parameters()}
     sae.zero_grad()
-    sae.silent[dead] = 100
+    sae.inactive_for[dead] = 100
     sae.losses(x).loss.backward()
     for name in ("encoder", "decoder", "latent_bias"):
         moved = (getattr(sae, name).grad - without[name]).reshape(FEATURES, -1).abs().sum(1) > 0
@@ -80,7 +84,7 @@ def test_the_auxiliary_loss_alone_reaches_encoder_and_decoder_of_dead_features_o
 @pytest.mark.parametrize("dead", [0, 12])
 def test_with_the_bfloat16_screen_gradients_are_those_of_float32(dead):
     sae, x = shaken(), vectors(200)
-    sae.silent[:dead] = 100
+    sae.inactive_for[:dead] = 100
     plain = SAE(sae.config)
     plain.load_state_dict(sae.state_dict())
     exact, screened = plain.losses(x), sae.losses(x, screen=True)
@@ -97,7 +101,7 @@ def test_encode_then_decode_is_the_formula(variant):
     dense = codes.dense(FEATURES)
     pre = (x - sae.pre_bias) @ sae.encoder.T + sae.latent_bias
     if variant == "batchtopk":
-        expected = pre * (pre > sae.threshold)
+        expected = pre * (pre > sae.thresholds())
     else:
         expected = dense_sae.losses(sae, x.reshape(-1, D))[2].float().view(4, 10, -1)
     torch.testing.assert_close(dense, expected, rtol=1e-4, atol=1e-5)
@@ -119,7 +123,7 @@ def test_a_feature_is_dead_when_it_was_silent_for_so_many_vectors():
     active = set(sae.encode(x).indices.flatten().tolist())
     fractions = [sae.losses(x).dead_fraction.item() for _ in range(4)]
     assert fractions == pytest.approx([0, 0, 0, 1 - len(active) / FEATURES])
-    assert {int(f) for f in (sae.silent == 0).nonzero()} == active
+    assert {int(f) for f in (sae.inactive_for == 0).nonzero()} == active
 
 
 def test_rescaled_it_does_the_same_to_longer_vectors():
@@ -160,24 +164,32 @@ def test_from_the_hub_as_a_folder_of_a_repository(tmp_path, monkeypatch):
         huggingface_hub, "snapshot_download", lambda name, **more: asked.append((name, more)) or str(tmp_path)
     )
     SAE.from_pretrained("somebody/saes", subfolder="up.0.1", revision="v2")
-    assert asked == [("somebody/saes", {"revision": "v2", "allow_patterns": "up.0.1/*"})]
+    assert asked == [
+        ("somebody/saes", {"revision": "v2", "allow_patterns": ["up.0.1/config.json", "up.0.1/sae.safetensors"]})
+    ]
+
+
+MISSING = object()
 
 
 def rewritten(folder, **changes):
     shaken().save_pretrained(folder)
-    told = {**json.loads((folder / "config.json").read_text()), **changes}
-    (folder / "config.json").write_text(json.dumps(told))
+    stored = {**json.loads((folder / "config.json").read_text()), **changes}
+    stored = {name: value for name, value in stored.items() if value is not MISSING}
+    (folder / "config.json").write_text(json.dumps(stored))
     return folder
 
 
 def test_what_is_not_of_this_lab_is_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match=r"newer.*newer version"):
         SAE.from_pretrained(rewritten(tmp_path / "newer", version=99))
-    with pytest.raises(ValueError, match=r"foreign.*sae_formats\.load"):
+    with pytest.raises(ValueError, match=r"older.*older version"):
+        SAE.from_pretrained(rewritten(tmp_path / "older", version=1))
+    with pytest.raises(ValueError, match=r"foreign.*formats\.load_sae"):
         SAE.from_pretrained(rewritten(tmp_path / "foreign", format="other"))
     with pytest.raises(ValueError, match="'wings'"):
         SAE.from_pretrained(rewritten(tmp_path / "more", wings=2))
-    with pytest.raises(ValueError, match=r"sae\.safetensors does not hold"):
+    with pytest.raises(ValueError, match=r"sae\.safetensors: does not hold"):
         SAE.from_pretrained(rewritten(tmp_path / "other", variant="jumprelu"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"empty.*no config\.json"):
@@ -187,6 +199,123 @@ def test_what_is_not_of_this_lab_is_refused_by_name(tmp_path):
     save_file({name: value for name, value in tensors.items() if name != "decoder"}, folder / "sae.safetensors")
     with pytest.raises(ValueError, match=r"half.*sae\.safetensors"):
         SAE.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"k": 5}, r"config\.json: edited, or of other weights than sae\.safetensors"),
+        ({"k": 2.5}, r"config\.json: k: expected a whole number, got 2\.5"),
+        ({"k": True}, r"config\.json: k: expected a whole number, got True"),
+        ({"k": "3"}, r"config\.json: k: expected a whole number, got '3'"),
+        ({"k": MISSING}, r"config\.json: has no 'k'"),
+        ({"variant": "k_sae"}, r"config\.json: edited, or of other weights"),
+        ({"variant": "matryoshka"}, r"config\.json: edited, or of other weights"),
+        ({"nested": ["a", 1.0]}, r"config\.json: "),
+        ({"aux_weight": 0.5}, r"config\.json: edited"),
+        ({"weights_sha256": MISSING}, r"sae\.safetensors: changed, or of another config\.json"),
+    ],
+)
+def test_an_edited_config_is_refused(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        SAE.from_pretrained(rewritten(tmp_path / "one", **changes))
+
+
+def test_weights_of_another_autoencoder_of_the_same_size_are_refused(tmp_path):
+    for seed in (0, 1):
+        shaken(seed).save_pretrained(tmp_path / str(seed))
+    (tmp_path / "0" / "sae.safetensors").write_bytes((tmp_path / "1" / "sae.safetensors").read_bytes())
+    with pytest.raises(ValueError, match=r"0.sae\.safetensors: changed, or of another config\.json"):
+        SAE.from_pretrained(tmp_path / "0")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["encoder", "decoder", "latent_bias", "pre_bias", "log_threshold"])
+def test_weights_that_are_not_finite_are_refused_by_name(tmp_path, name, bad):
+    sae = shaken(variant="jumprelu")
+    with torch.no_grad():
+        getattr(sae, name).view(-1)[3] = bad
+    sae.save_pretrained(tmp_path / "one")
+    with pytest.raises(ValueError, match=rf"sae\.safetensors: {name} holds NaN or infinity"):
+        SAE.from_pretrained(tmp_path / "one")
+
+
+@pytest.mark.parametrize("file", ["config.json", "sae.safetensors"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "byte", "missing", "bytes that are no text"])
+def test_a_damaged_file_is_one_sentence_with_its_name(tmp_path, file, damage):
+    shaken().save_pretrained(tmp_path / "one")
+    path = tmp_path / "one" / file
+    data = path.read_bytes()
+    if damage == "missing":
+        path.unlink()
+    else:
+        changed = {"cut": data[: len(data) // 2], "empty": b"", "byte": data[:-9] + b"\x07" + data[-8:],
+                   "bytes that are no text": b"\xff" * 80}  # fmt: skip
+        path.write_bytes(changed[damage])
+    with pytest.raises(ValueError, match=file.replace(".", r"\.")) as caught:
+        SAE.from_pretrained(tmp_path / "one")
+    assert "\n" not in str(caught.value)
+
+
+def test_jumprelu_thresholds_stay_positive_whatever_the_optimizer_does():
+    sae, x = shaken(variant="jumprelu", sparsity_weight=50.0, k=FEATURES), vectors()
+    sae.set_thresholds(0.02)
+    optimizer = torch.optim.Adam([sae.log_threshold], lr=0.5)
+    for _ in range(12):
+        sae.losses(x).loss.backward()
+        optimizer.step(), optimizer.zero_grad()
+    assert (sae.thresholds() > 0).all() and sae.thresholds().min() < 0.02
+    assert (sae.encode(x).values >= 0).all()
+    with pytest.raises(ValueError, match=r"threshold: must not be negative, got -0\.5"):
+        sae.set_thresholds(torch.full((FEATURES,), -0.5))
+    sae.set_thresholds(0.0)
+    assert (sae.thresholds() > 0).all() and sae.log_threshold.isfinite().all()
+
+
+@pytest.mark.parametrize("weight", [0.0, 1 / 32])
+def test_the_auxiliary_loss_is_not_computed_at_weight_0(monkeypatch, weight):
+    sae, x, called = shaken(aux_weight=weight), vectors(), []
+    own = SAE._auxiliary_loss
+    monkeypatch.setattr(SAE, "_auxiliary_loss", lambda self, *given: called.append(1) or own(self, *given))
+    sae.inactive_for[:12] = 100
+    losses = sae.losses(x)
+    assert losses.dead_fraction.item() == pytest.approx(12 / FEATURES)
+    assert len(called) == bool(weight) and (losses.auxiliary > 0) == bool(weight)
+
+
+def test_the_dead_are_looked_for_only_when_there_can_be_any(monkeypatch):
+    sae, x, read = shaken(dead_after=1000), vectors(), []
+    own = torch.Tensor.max
+    monkeypatch.setattr(torch.Tensor, "max", lambda self, *given: read.append(1) or own(self, *given))
+    expected = torch.zeros(FEATURES, dtype=torch.int64)
+    for step in range(40):
+        before = (expected >= 1000).float().mean().item()
+        active = sae.encode(x).indices.flatten()
+        read_before = len(read)
+        losses = sae.losses(x)
+        assert losses.dead_fraction.item() == pytest.approx(before), step
+        assert len(read) - read_before <= (step in (0, 25) or step > 25)
+        expected += 40
+        expected[active] = 0
+    assert before > 0
+    sae.load_state_dict({**sae.state_dict(), "inactive_for": torch.full((FEATURES,), 1000)})
+    assert sae.losses(x).dead_fraction == 1
+
+
+@pytest.mark.parametrize("norm", ["layer_norm", "constant_norm"])
+@pytest.mark.parametrize("variant", ["topk", "jumprelu"])
+def test_a_norm_of_the_input_is_applied_and_undone(norm, variant):
+    sae, plain, x = shaken(variant=variant, input_norm=norm), shaken(variant=variant), 3 * vectors().view(4, 10, D) + 1
+    mean = x.mean(-1, keepdim=True) if norm == "layer_norm" else torch.zeros(4, 10, 1)
+    scale = x.std(-1, keepdim=True) if norm == "layer_norm" else x.norm(dim=-1, keepdim=True) / D**0.5
+    inner = (x - mean) / (scale + (1e-5 if norm == "layer_norm" else 0))
+    torch.testing.assert_close(sae.encode(x).dense(FEATURES), plain.encode(inner).dense(FEATURES))
+    torch.testing.assert_close(sae(x), plain(inner) * scale + mean)
+    assert sae(x[:0]).shape == (0, 10, D)
+    with pytest.raises(ValueError, match="codes: with input_norm"):
+        sae.decode(Codes(*sae.encode(x)[:2]))
+    with pytest.raises(ValueError, match="input_norm: "):
+        sae.rescale(2.0)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
@@ -219,6 +348,9 @@ def test_no_vectors_have_no_code():
         ({"k": 0}, "k: must be at least 1"),
         ({"variant": "topp"}, "variant: unknown name 'topp'.*topk"),
         ({"d": 0}, "d: "),
+        ({"k": 2.5}, r"k: expected a whole number, got 2\.5"),
+        ({"aux_weight": "0.1"}, "aux_weight: expected a number, got '0.1'"),
+        ({"input_norm": "batch"}, "input_norm: unknown name 'batch'"),
         ({"dead_after": 0}, "dead_after: "),
         ({"aux_weight": -1.0}, "aux_weight: "),
         ({"bandwidth": 0.0}, "bandwidth: "),

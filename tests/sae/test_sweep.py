@@ -31,16 +31,16 @@ def finished(tmp_path_factory, small_pipeline):
     folder = tmp_path_factory.mktemp("run")
     pipeline, asked = small_pipeline("sd2"), prompts.load_prompts("world", count=2)
     config = CollectConfig((BLOCK, OTHER), Sampling(1, 2.0), halves="both")
-    layout, per_prompt, _ = collect.probe(pipeline, asked.texts, config)
-    kept = collect.collect(
+    layout, per_prompt, _ = collect.run_trial_batch(pipeline, asked.texts, config)
+    kept = collect.collect_prompts(
         pipeline, asked.texts, config, folder / "activations", layout=layout, items_per_prompt=per_prompt,
         settings=SOURCE,
     )  # fmt: skip
-    others = sweep.other_prompts(kept.settings, "world", "train", 1)
-    sweep.hold_out(kept, pipeline, "sd2", others, folder / "held_out", blocks=[BLOCK, OTHER], batch_size=1)
-    wanted = sweep.grid(layout, [BLOCK, OTHER], [2, 4], [8, 24], [5, 6])
+    others = sweep.held_out_prompts(kept.settings, "world", "train", 1)
+    sweep.collect_held_out(kept, pipeline, "sd2", others, folder / "held_out", blocks=[BLOCK, OTHER], batch_size=1)
+    wanted = sweep.build_grid(layout, [BLOCK, OTHER], [2, 4], [8, 24], [5, 6])
     saes = {name: SAE(one.config, one.seed) for name, one in wanted.items()}
-    sweep.keep(saes, wanted, kept, folder / "saes")
+    sweep.save_sweep(saes, wanted, kept, folder / "saes")
     rows = [{"block": one.block, "k": one.config.k, "n_features": one.config.n_features, "seed": one.seed, "name": name}
             for name, one in wanted.items()]  # fmt: skip
     write_json(folder / "results.json", {"notebook": "31_train_sae", "tables": {"saes": rows}})
@@ -49,7 +49,7 @@ def finished(tmp_path_factory, small_pipeline):
 
 @pytest.fixture
 def found(finished, small_pipeline):
-    return sweep.read(str(finished), "sd2", small_pipeline("sd2"))
+    return sweep.load_sweep(str(finished), "sd2", small_pipeline("sd2"))
 
 
 def test_what_was_kept_is_read(found, finished):
@@ -62,7 +62,7 @@ def test_what_was_kept_is_read(found, finished):
     first_seed = SAE(chosen[OTHER, "sae", 2, 8].config, seed=5)
     assert torch.equal(chosen[OTHER, "sae", 2, 8].features(), first_seed.features())
     kept = store.open(finished / "activations")
-    measured = baselines.moments(sweep.vectors(kept, OTHER))
+    measured = baselines.moments(sweep.iterate_vectors(kept, OTHER))
     pca, again = chosen[OTHER, "pca", 4, 24], baselines.PrincipalComponents(measured, 4)
     assert torch.equal(pca.features(), again.features()) and torch.equal(pca.mean, again.mean)
     assert len(found.dictionaries([BLOCK, OTHER], (4, 24), others=False, seed=1)) == 10
@@ -70,21 +70,21 @@ def test_what_was_kept_is_read(found, finished):
 
 def test_one_size_and_some_names_are_selected(found):
     chosen = found.dictionaries([BLOCK], (2, 8), others=True, seed=1)
-    assert list(sweep.select(chosen, ["sae", "pca"], (2, 8))) == [(BLOCK, "sae", 2, 8), (BLOCK, "pca", 2, 8)]
+    assert list(sweep.select_methods(chosen, ["sae", "pca"], (2, 8))) == [(BLOCK, "sae", 2, 8), (BLOCK, "pca", 2, 8)]
     with pytest.raises(ValueError, match=r"by_step: unknown name 'zeros'.*zero"):
-        sweep.select(chosen, ["zeros"], (2, 8))
+        sweep.select_methods(chosen, ["zeros"], (2, 8))
 
 
 def test_each_is_measured_on_its_blocks_held_out_vectors(found):
     chosen = found.dictionaries([BLOCK, OTHER], (2, 8), others=False, seed=1)
-    table = sweep.measure_each(chosen, found.held_out)
-    assert table[sweep.NAMES].to_numpy().tolist() == [list(key) for key in chosen]
-    metrics = sweep.metrics(table.assign(lpips="not measured"), (2, 8))
+    table = sweep.evaluate_methods(chosen, found.held_out)
+    assert table[sweep.METHOD_KEY].to_numpy().tolist() == [list(key) for key in chosen]
+    metrics = sweep.methods_metrics(table.assign(lpips="not measured"), (2, 8))
     assert {f"{BLOCK}.explained_variance", f"{OTHER}.pca.l0", f"{BLOCK}.zero.dead_fraction"} <= metrics.keys()
     assert metrics[f"{OTHER}.pca.l0"] == 2 and metrics[f"{OTHER}.mean.l0"] == 0
     assert abs(metrics[f"{BLOCK}.mean.explained_variance"]) < 0.1
     assert not any("lpips" in name for name in metrics)
-    assert sweep.metrics(table, (4, 24)) == {}
+    assert sweep.methods_metrics(table, (4, 24)) == {}
 
 
 def test_what_does_not_fit_is_refused(found, finished, small_pipeline, pipeline_folder, tmp_path):
@@ -93,22 +93,22 @@ def test_what_does_not_fit_is_refused(found, finished, small_pipeline, pipeline_
         for weight in retrained.unet.up_blocks.parameters():
             weight.mul_(1.5)
     with pytest.raises(ValueError, match="holds no finished run of 31_train_sae; run it first"):
-        sweep.read("outputs/31_train_sae/never", "sd2", pipeline)
+        sweep.load_sweep("outputs/31_train_sae/never", "sd2", pipeline)
     write_json(tmp_path / "results.json", {"notebook": "30_collect_activations", "tables": {}})
     with pytest.raises(ValueError, match=r"^saes: .* holds no finished run of 31_train_sae"):
-        sweep.read(str(tmp_path), "sd2", pipeline)
+        sweep.load_sweep(str(tmp_path), "sd2", pipeline)
     with pytest.raises(ValueError, match="saes: of the model 'sd2'; expected 'embedded'"):
-        sweep.read(str(finished), "embedded", pipeline)
+        sweep.load_sweep(str(finished), "embedded", pipeline)
     with pytest.raises(ValueError, match=re.escape("the run has none of 7 and 8; it has 2 and 8, 2 and 24")):
         found.dictionaries([BLOCK], (7, 8), others=False, seed=0)
     with pytest.raises(ValueError, match=r"blocks \(of the autoencoders\): unknown name 'up.1.0'.*up.1.1"):
         found.dictionaries(["up.1.0"], (2, 8), others=False, seed=0)
     with pytest.raises(ValueError, match=r"saes: .*held_out was made with other weights than 'sd2' has now"):
-        sweep.read(str(finished), "sd2", retrained)
+        sweep.load_sweep(str(finished), "sd2", retrained)
     other_side = shutil.copytree(finished, tmp_path / "run")
     write_json(other_side / "saes" / "source.json", {**found.source, "side": "output"})
     with pytest.raises(ValueError, match="trained on the output of blocks; only an update"):
-        sweep.read(str(other_side), "sd2", pipeline)
+        sweep.load_sweep(str(other_side), "sd2", pipeline)
 
 
 def test_a_reconstruction_goes_into_the_model(found, small_pipeline):
@@ -119,14 +119,20 @@ def test_a_reconstruction_goes_into_the_model(found, small_pipeline):
     chosen, sampling = found.dictionaries([BLOCK], (2, 8), others=False, seed=1), activations.Sampling(2, 2.0)
     pipeline = small_pipeline("sd2")
     made = {
-        who: interventions.drawn(pipeline, asked, block, baselines.reconstruction(one), sampling)
+        who: interventions.generate_with_replacement(
+            pipeline, asked, block, baselines.reconstruction_function(one), sampling
+        )
         for (block, who, *_), one in chosen.items()
     }
     whole = activations.generate_all(pipeline, asked, sampling)
     assert all(torch.isfinite(one).all() and not torch.equal(one, whole) for one in made.values())
     assert not torch.equal(made["zero"], made["mean"])
-    every_component = baselines.PrincipalComponents(baselines.moments(sweep.vectors(found.held_out, BLOCK)), WIDTH)
-    same = interventions.drawn(pipeline, asked, BLOCK, baselines.reconstruction(every_component), sampling)
+    every_component = baselines.PrincipalComponents(
+        baselines.moments(sweep.iterate_vectors(found.held_out, BLOCK)), WIDTH
+    )
+    same = interventions.generate_with_replacement(
+        pipeline, asked, BLOCK, baselines.reconstruction_function(every_component), sampling
+    )
     torch.testing.assert_close(same, whole, rtol=0, atol=1e-4)
 
 
@@ -136,7 +142,7 @@ ITEM = {"prompt": "a star", "seed": 0, "timestep": 9}
 
 
 def test_the_grid_has_every_combination_once_of_each_blocks_width():
-    wanted = sweep.grid(LAYOUT, list(LAYOUT), [2, 4], [8, 64], [0, 3], aux_weight=0.5)
+    wanted = sweep.build_grid(LAYOUT, list(LAYOUT), [2, 4], [8, 64], [0, 3], aux_weight=0.5)
     assert len(wanted) == 16
     one = wanted["up.0.1-k4-n64-s3"]
     assert (one.block, one.seed) == ("up.0.1", 3)
@@ -157,16 +163,16 @@ def test_the_grid_has_every_combination_once_of_each_blocks_width():
 )
 def test_a_wrong_grid_is_refused(given, message):
     with pytest.raises(ValueError, match=message):
-        sweep.grid(LAYOUT, *given)
+        sweep.build_grid(LAYOUT, *given)
 
 
 def test_held_out_prompts_are_others():
     source = {"prompts": 5, "dataset": "world", "split": "train"}
-    same_split = sweep.other_prompts(source, "world", "train", 3)
+    same_split = sweep.held_out_prompts(source, "world", "train", 3)
     assert same_split.rows == [5, 6, 7] and same_split.scenes == prompts.load_prompts("world", count=8).scenes[5:]
-    assert sweep.other_prompts(source, "world", "test", 3).rows == [0, 1, 2]
+    assert sweep.held_out_prompts(source, "world", "test", 3).rows == [0, 1, 2]
     with pytest.raises(ValueError, match="max_images: must be at least 1"):
-        sweep.other_prompts(source, "world", "test", 0)
+        sweep.held_out_prompts(source, "world", "test", 0)
 
 
 def test_a_data_set_that_was_used_up_is_refused(tmp_path):
@@ -174,7 +180,7 @@ def test_a_data_set_that_was_used_up_is_refused(tmp_path):
     name = str(tmp_path / "prompts.txt")
     source = {"prompts": 2, "dataset": name, "split": "train"}
     with pytest.raises(ValueError, match="has no prompt of 'train' but those that"):
-        sweep.other_prompts(source, name, "train", 3)
+        sweep.held_out_prompts(source, name, "train", 3)
 
 
 @pytest.fixture
@@ -182,22 +188,22 @@ def kept(tmp_path, small_pipeline):
     """A store of two prompts' updates at one step, both halves."""
     pipeline, asked = small_pipeline("sd2"), prompts.load_prompts("world", count=2)
     config = CollectConfig((BLOCK,), Sampling(2, 2.0), steps=(1,), halves="both", batch_size=2, precision="float32")
-    layout, per_prompt, _ = collect.probe(pipeline, asked.texts, config)
-    return collect.collect(
+    layout, per_prompt, _ = collect.run_trial_batch(pipeline, asked.texts, config)
+    return collect.collect_prompts(
         pipeline, asked.texts, config, tmp_path / "kept", layout=layout, items_per_prompt=per_prompt, rows=asked.rows,
         settings={"model": "sd2", "dataset": "world", "split": "train"},
     )  # fmt: skip
 
 
 def test_held_out_vectors_are_made_as_the_stores_were_of_other_prompts_and_noise(kept, tmp_path, small_pipeline):
-    asked = sweep.other_prompts(kept.settings, "world", "train", 3)
-    made = sweep.hold_out(
+    asked = sweep.held_out_prompts(kept.settings, "world", "train", 3)
+    made = sweep.collect_held_out(
         kept, small_pipeline("sd2"), "sd2", asked, tmp_path / "held_out", blocks=[BLOCK], batch_size=3
     )
     assert made.layout == kept.layout and made.precision == "float32"
     told = [(item["row"], item["seed"], item["step"], item["guided"]) for item in made.items]
     assert told == [(row, row, 1, guided) for row in (2, 3, 4) for guided in (True, False)]
-    again = collect.captures(small_pipeline("sd2"), asked.texts, CollectConfig(
+    again = collect.capture_batches(small_pipeline("sd2"), asked.texts, CollectConfig(
         (BLOCK,), Sampling(2, 2.0), steps=(1,), halves="both", batch_size=3, seed=2))  # fmt: skip
     torch.testing.assert_close(made.maps(BLOCK, range(6)), next(again).maps[BLOCK], rtol=0, atol=0)
 
@@ -206,48 +212,48 @@ def test_a_store_of_another_model_or_of_nobody_knows_what_is_refused(kept, tmp_p
     given = {"blocks": [BLOCK], "batch_size": 2}
     asked = prompts.load_prompts("world", count=1)
     with pytest.raises(ValueError, match="activations: of the model 'sd2'; expected 'embedded'"):
-        sweep.hold_out(kept, small_pipeline("sd2"), "embedded", asked, tmp_path / "out", **given)
+        sweep.collect_held_out(kept, small_pipeline("sd2"), "embedded", asked, tmp_path / "out", **given)
     changed = models.load_pipeline(str(pipeline_folder("sd2")), device="cpu")
     with torch.no_grad():
         for weight in changed.unet.parameters():
             weight.mul_(1.5)
     with pytest.raises(ValueError, match="made with other weights than 'sd2' has now: its first item"):
-        sweep.hold_out(kept, changed, "sd2", asked, tmp_path / "out", **given)
+        sweep.collect_held_out(kept, changed, "sd2", asked, tmp_path / "out", **given)
     with store.create(tmp_path / "foreign", LAYOUT, settings={"model": "sd2"}) as writer:
         writer.add({name: torch.zeros(1, 8, 8, one.width) for name, one in LAYOUT.items()}, [ITEM])
     with pytest.raises(ValueError, match="does not say how it was collected"):
-        sweep.hold_out(store.open(tmp_path / "foreign"), None, "sd2", asked, tmp_path / "out", **given)
+        sweep.collect_held_out(store.open(tmp_path / "foreign"), None, "sd2", asked, tmp_path / "out", **given)
 
 
 def test_so_many_vectors_and_each_once(kept):
     rows = kept.rows(BLOCK)
-    whole = torch.cat(list(sweep.vectors(kept, BLOCK)))
+    whole = torch.cat(list(sweep.iterate_vectors(kept, BLOCK)))
     assert whole.shape == (rows, kept.layout[BLOCK].width)
     stored = kept.maps(BLOCK, range(len(kept.items))).flatten(0, -2)
     assert torch.equal(whole.sort(0).values, stored.sort(0).values)
-    assert torch.equal(torch.cat(list(sweep.vectors(kept, BLOCK, 7))), whole[:7])
+    assert torch.equal(torch.cat(list(sweep.iterate_vectors(kept, BLOCK, 7))), whole[:7])
 
 
 def test_autoencoders_are_measured_on_their_own_block_and_averaged_over_seeds(kept):
-    wanted = sweep.grid(kept.layout, [BLOCK], [2], [16, 32], [0, 1])
+    wanted = sweep.build_grid(kept.layout, [BLOCK], [2], [16, 32], [0, 1])
     saes = {name: SAE(one.config, one.seed) for name, one in wanted.items()}
-    table = sweep.measure(saes, wanted, kept)
+    table = sweep.evaluate_saes(saes, wanted, kept)
     assert table["name"].tolist() == list(wanted) and table["seed"].tolist() == [0, 1, 0, 1]
     name = f"{BLOCK}-k2-n32-s1"
-    x = torch.cat(list(sweep.vectors(kept, BLOCK))).double()
+    x = torch.cat(list(sweep.iterate_vectors(kept, BLOCK))).double()
     left = (x - saes[name](x.float()).double()).square().sum() / (x - x.mean(0)).square().sum()
     row = table.set_index("name").loc[name]
     assert row["explained_variance"] == pytest.approx(1 - left.item(), abs=1e-6) and row["l0"] <= 2
-    means = sweep.over_seeds(table, ["explained_variance", "l0", "dead_fraction"])
+    means = sweep.mean_over_seeds(table, ["explained_variance", "l0", "dead_fraction"])
     assert means["seeds"].tolist() == [2, 2]
     first = table["explained_variance"][:2]
     assert means["explained_variance"][0] == pytest.approx(first.mean())
     assert means["spread"][0] == pytest.approx(first.max() - first.min())
-    assert f"{BLOCK}.k2.n16.explained_variance" in sweep.by_size(means)
+    assert f"{BLOCK}.k2.n16.explained_variance" in sweep.sizes_metrics(means)
 
 
 def test_a_history_is_told_apart():
-    wanted = sweep.grid(LAYOUT, ["up.0.1"], [2], [8, 16], [0])
+    wanted = sweep.build_grid(LAYOUT, ["up.0.1"], [2], [8, 16], [0])
     history = pd.DataFrame({"step": [1, 1], "sae": list(wanted), "loss": [1.0, 2.0]})
-    told = sweep.described(history, wanted)
+    told = sweep.label_history(history, wanted)
     assert told[["block", "k", "n_features", "seed"]].to_numpy().tolist() == [["up.0.1", 2, 8, 0], ["up.0.1", 2, 16, 0]]

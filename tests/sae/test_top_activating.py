@@ -6,7 +6,7 @@ from vaelab import store
 from vaelab.probing import purity
 from vaelab.sae import top_activating
 from vaelab.sae.model import SAE, Codes, SAEConfig
-from vaelab.sae.top_activating import NONE, Tally, summarise
+from vaelab.sae.top_activating import NO_ITEM, FeatureAccumulator, summarise_features
 from vaelab.store.format import BlockShape
 
 TOP = 3
@@ -38,7 +38,7 @@ def plainly(codes, n, top):
 def test_tops_and_statistics_are_those_of_a_plain_computation(batch):
     codes = random_codes()
     dense, expected = plainly(codes, 12, TOP)
-    tally = Tally(12, TOP)
+    tally = FeatureAccumulator(12, TOP)
     for begin in range(0, 23, batch):
         part = Codes(codes.values[begin : begin + batch], codes.indices[begin : begin + batch])
         tally.add(part, range(100 + begin, 100 + min(begin + batch, 23)))
@@ -46,7 +46,7 @@ def test_tops_and_statistics_are_those_of_a_plain_computation(batch):
     for feature, best in enumerate(expected):
         rows = zip(found.values[feature].tolist(), found.items[feature].tolist(), found.positions[feature].tolist(),
                    strict=True)  # fmt: skip
-        assert list(rows) == [(value, 100 + item, place) for value, item, place in best] + [(0, NONE, 0)] * (
+        assert list(rows) == [(value, 100 + item, place) for value, item, place in best] + [(0, NO_ITEM, 0)] * (
             TOP - len(best)
         )
     flat = dense.flatten(0, 1).double()
@@ -60,7 +60,7 @@ def test_tops_and_statistics_are_those_of_a_plain_computation(batch):
 
 def test_the_table_describes_a_features_activations():
     codes = random_codes()
-    tally = Tally(12, TOP)
+    tally = FeatureAccumulator(12, TOP)
     tally.add(codes, range(23))
     table, flat = tally.summary().table(), codes.dense(12).flatten(0, 1).double()
     for feature in (0, 5):
@@ -80,7 +80,7 @@ def test_quantiles_are_numpys_but_for_the_width_of_a_bin(batch):
     planted[:, 1] = rng.normal(0.5, 2, 400)
     planted[::3, 2] = 0.7
     planted[17, 3] = -3.3
-    tally = Tally(5, TOP)
+    tally = FeatureAccumulator(5, TOP)
     for begin in range(0, 400, batch):
         values = torch.from_numpy(planted[begin : begin + batch])[:, None]
         tally.add(Codes(values, torch.arange(5).expand(len(values), 1, 5)), range(begin, begin + len(values)))
@@ -99,15 +99,18 @@ def test_quantiles_are_numpys_but_for_the_width_of_a_bin(batch):
 
 
 def test_bins_rise_with_the_values_and_hold_their_middles():
-    middles = top_activating.middles()
-    assert top_activating.bins(middles).tolist() == list(range(top_activating.BINS)) and (middles.diff() > 0).all()
-    assert top_activating.bins(torch.tensor([2.0**-30, -(2.0**-30), 2.0**30, -(2.0**30)])).tolist() == [
+    middles = top_activating.bin_centres()
+    assert (
+        top_activating.histogram_bins(middles).tolist() == list(range(top_activating.BINS))
+        and (middles.diff() > 0).all()
+    )
+    assert top_activating.histogram_bins(torch.tensor([2.0**-30, -(2.0**-30), 2.0**30, -(2.0**30)])).tolist() == [
         top_activating.BINS // 2, top_activating.BINS // 2 - 1, top_activating.BINS - 1, 0,
     ]  # fmt: skip
 
 
 def test_the_most_active_features_are_those_of_the_largest_activations_in_enough_items():
-    tally = Tally(4, top=2)
+    tally = FeatureAccumulator(4, top=2)
     values = torch.tensor([[1.0, 9.0, 3.0], [2.0, 0.0, 5.0]])[:, None]
     tally.add(Codes(values, torch.tensor([[0, 1, 2], [0, 1, 2]])[:, None]), [0, 1])
     found = tally.summary()
@@ -116,7 +119,7 @@ def test_the_most_active_features_are_those_of_the_largest_activations_in_enough
 
 
 def test_memory_does_not_grow_with_the_items():
-    tally = Tally(12, TOP)
+    tally = FeatureAccumulator(12, TOP)
     sizes = set()
     for number in range(5):
         tally.add(random_codes(seed=number), range(23 * number, 23 * number + 23))
@@ -151,7 +154,7 @@ def test_planted_features_have_the_purity_they_were_made_with(tmp_path, position
     with store.create(tmp_path / "kept", {"up.t25": BlockShape(positions, 4)}, items_per_shard=16) as writer:
         writer.add({"up.t25": maps}, items)
     kept = store.open(tmp_path / "kept")
-    found = summarise(identity_sae(4, 2), kept, "up.t25", batch_items=13)
+    found = summarise_features(identity_sae(4, 2), kept, "up.t25", batch_items=13)
     assert found.full().tolist() == [True, True, True, False]
     assert sorted(found.items[2].tolist()) == sorted(anywhere[10:].tolist())
     if positions:
@@ -161,11 +164,11 @@ def test_planted_features_have_the_purity_they_were_made_with(tmp_path, position
         one = purity.measure(labels, found.items[[feature]].numpy(), permutations=200)
         assert (one.entropy, one.majority) == (entropy, majority) and one.permutation_p < 0.02
     assert purity.measure(labels, found.items[[2]].numpy(), permutations=200).permutation_p > 0.05
-    half = summarise(identity_sae(4, 2), kept, "up.t25", items=range(0, 60, 2), top=5)
+    half = summarise_features(identity_sae(4, 2), kept, "up.t25", items=range(0, 60, 2), top=5)
     assert half.item_count == 30 and all(item % 2 == 0 for item in half.items[:3].flatten().tolist())
 
 
 def test_wrong_input_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"^top: must be at least 1"):
-        Tally(4, 0)
-    assert top_activating.Tally(4, 2).summary().most_active(3).tolist() == []
+        FeatureAccumulator(4, 0)
+    assert top_activating.FeatureAccumulator(4, 2).summary().most_active(3).tolist() == []

@@ -6,14 +6,22 @@ import torch
 from safetensors.torch import load_file
 
 from vaelab import store
-from vaelab.activations.collect import CollectConfig, vectors
+from vaelab.activations.collect import CollectConfig, stream_rows
 from vaelab.activations.denoiser import Sampling
 from vaelab.sae.model import VARIANTS, SAEConfig
-from vaelab.sae.synthetic import Planted, recovery
-from vaelab.sae.train import SAEObjective, Wanted, from_store, geometric_median, make_tangent, streaming, train_saes
+from vaelab.sae.synthetic import SyntheticSparseData, dictionary_recovery
+from vaelab.sae.train import (
+    SAEObjective,
+    SAESpec,
+    geometric_median,
+    remove_parallel_gradient,
+    store_batches,
+    streaming_batches,
+    train_saes,
+)
 from vaelab.training.loop import TrainConfig, Watcher
 
-PLANTED_SAE_BATCHES = Planted(d=32, n_features=48, active=2, length=30.0)
+PLANTED_SAE_BATCHES = SyntheticSparseData(d=32, n_features=48, active=2, length=30.0)
 
 
 def written(folder, items=60):
@@ -30,25 +38,25 @@ def written(folder, items=60):
 
 def test_several_blocks_of_a_store_in_one_pass(tmp_path):
     kept = written(tmp_path)
-    saes = {f"{block}-k{k}": Wanted(block, SAEConfig(32, 64, k)) for block in kept.layout for k in (2, 4)}
+    saes = {f"{block}-k{k}": SAESpec(block, SAEConfig(32, 64, k)) for block in kept.layout for k in (2, 4)}
     config = TrainConfig(steps=20, learning_rate=0.01, clip_norm=0.0, log_every=20, device="cpu")
-    trained = train_saes(saes, from_store(kept, ["mid.0", "up.0.1"], 96, seed=0), config)
+    trained = train_saes(saes, store_batches(kept, ["mid.0", "up.0.1"], 96, seed=0), config)
     last = trained.history[trained.history["step"] == 20].set_index("sae")
     assert list(last.index) == list(saes)
     assert (last["l0"] == [2, 4, 2, 4]).all() and (last["explained_variance"] > 0.3).all()
-    first = next(from_store(kept, ["mid.0"], 96, seed=0)(start=3))
-    again = next(islice(from_store(kept, ["mid.0"], 96, seed=0)(), 3, None))
+    first = next(store_batches(kept, ["mid.0"], 96, seed=0)(start=3))
+    again = next(islice(store_batches(kept, ["mid.0"], 96, seed=0)(), 3, None))
     assert list(first) == ["mid.0"] and torch.equal(first["mid.0"], again["mid.0"])
 
 
 def test_an_empty_store_and_an_unknown_block_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"^activations: .*empty holds no item"):
-        from_store(written(tmp_path / "empty", items=0), ["mid.0"], 8, seed=0)
+        store_batches(written(tmp_path / "empty", items=0), ["mid.0"], 8, seed=0)
     kept = written(tmp_path / "few", items=4)
     with pytest.raises(ValueError, match=r"^vectors: must be at least 1, got 0"):
-        from_store(kept, ["mid.0"], 0, seed=0)
+        store_batches(kept, ["mid.0"], 0, seed=0)
     with pytest.raises(ValueError, match=r"block: unknown name 'mid\.1'.*mid\.0"):
-        from_store(kept, ["mid.1"], 8, seed=0)
+        store_batches(kept, ["mid.1"], 8, seed=0)
 
 
 DRAWN = CollectConfig(("mid.0", "down.2.1"), Sampling(steps=2, guidance_scale=0.0), batch_size=2)
@@ -56,9 +64,9 @@ DRAWN = CollectConfig(("mid.0", "down.2.1"), Sampling(steps=2, guidance_scale=0.
 
 def test_streamed_batches_hold_the_vectors_that_are_drawn_and_go_on_where_asked(small_pipeline):
     pipeline, prompts = small_pipeline("sdxl"), ["a dog", "two cats", "a tree"]
-    batches = streaming(pipeline, prompts, DRAWN, batch_size=6, buffer_rows=10, seed=0)
+    batches = streaming_batches(pipeline, prompts, DRAWN, batch_size=6, buffer_rows=10, seed=0)
     found = list(islice(batches(), 7))
-    drawn = {block: torch.cat(list(vectors(pipeline, prompts, DRAWN, block))).float() for block in DRAWN.blocks}
+    drawn = {block: torch.cat(list(stream_rows(pipeline, prompts, DRAWN, block))).float() for block in DRAWN.blocks}
     places = []
     for batch in found:
         assert list(batch) == list(DRAWN.blocks)
@@ -73,14 +81,14 @@ def test_streamed_batches_hold_the_vectors_that_are_drawn_and_go_on_where_asked(
 
 
 def test_what_cannot_be_streamed_is_refused(small_pipeline):
-    with pytest.raises(ValueError, match="prompts: none"):
-        streaming(small_pipeline("sdxl"), [], DRAWN, batch_size=6, buffer_rows=10, seed=0)
+    with pytest.raises(ValueError, match="prompts: expected at least one"):
+        streaming_batches(small_pipeline("sdxl"), [], DRAWN, batch_size=6, buffer_rows=10, seed=0)
     uneven = replace(DRAWN, blocks=("mid.0", "up.1.0"))
     with pytest.raises(ValueError, match="blocks: expected maps of one size"):
-        next(streaming(small_pipeline("sdxl"), ["a"], uneven, batch_size=6, buffer_rows=10, seed=0)())
+        next(streaming_batches(small_pipeline("sdxl"), ["a"], uneven, batch_size=6, buffer_rows=10, seed=0)())
 
 
-PLANTED = Planted(d=32, n_features=48, active=2, length=30.0)
+PLANTED = SyntheticSparseData(d=32, n_features=48, active=2, length=30.0)
 
 
 def config(**changes):
@@ -91,14 +99,14 @@ def config(**changes):
 
 def wanted(*variants, block="planted", **changes):
     settings = {"d": 32, "n_features": 64, "k": 2, "dead_after": 2048, **changes}
-    return {variant: Wanted(block, SAEConfig(variant=variant, **settings)) for variant in variants}
+    return {variant: SAESpec(block, SAEConfig(variant=variant, **settings)) for variant in variants}
 
 
 def test_a_planted_dictionary_is_found_in_the_units_of_the_data():
     setting = config(steps=300, schedule="cosine")
     trained = train_saes(wanted("topk", n_features=48), PLANTED.batches(512), setting)
     sae, x = trained.saes["topk"], PLANTED.vectors(2000, number=10**6)
-    assert recovery(PLANTED.features(), sae.features()) > 0.95
+    assert dictionary_recovery(PLANTED.features(), sae.features()) > 0.95
     explained = 1 - (x - sae(x)).square().sum() / (x - x.mean(0)).square().sum()
     last = trained.history.iloc[-1]
     assert explained > 0.9
@@ -130,7 +138,7 @@ def test_dead_features_are_revived_by_the_auxiliary_loss_alone():
     left = {}
     for weight in (0.0, 1 / 32):
         objective = SAEObjective(wanted("topk", n_features=48, aux_weight=weight, dead_after=512))
-        objective.begin({"planted": PLANTED.vectors(4096, 10**6)})
+        objective.initialise({"planted": PLANTED.vectors(4096, 10**6)})
         (sae,) = objective.saes
         with torch.no_grad():
             sae.encoder[:40] *= 0.02  # these are never among the largest
@@ -138,7 +146,7 @@ def test_dead_features_are_revived_by_the_auxiliary_loss_alone():
         for number in range(200):
             objective({"planted": PLANTED.vectors(256, number)})["loss"].backward()
             optimizer.step(), optimizer.zero_grad(), sae.normalise()
-        left[weight] = int((sae.silent >= 512).sum())
+        left[weight] = int((sae.inactive_for >= 512).sum())
     assert left[0.0] >= 30
     assert left[1 / 32] <= 6
 
@@ -211,10 +219,10 @@ def test_the_gradient_of_a_feature_has_nothing_along_it():
     decoder.grad = torch.randn(7, 5, generator=generator)
     along = (decoder.grad * decoder).sum(1, keepdim=True)
     expected = (decoder.grad - along * decoder).detach()
-    make_tangent(decoder)
+    remove_parallel_gradient(decoder)
     torch.testing.assert_close(decoder.grad, expected)
     objective = SAEObjective(wanted("topk"))
-    objective.begin({"planted": PLANTED.vectors(512)})
+    objective.initialise({"planted": PLANTED.vectors(512)})
     objective({"planted": PLANTED.vectors(64)})["loss"].backward()
     (sae,) = objective.saes
     assert sae.decoder.grad.norm() > 0
@@ -223,13 +231,13 @@ def test_the_gradient_of_a_feature_has_nothing_along_it():
 
 def test_it_begins_with_the_datas_median_its_spread_and_k_features_a_vector():
     objective, x = SAEObjective(wanted(*VARIANTS)), PLANTED.vectors(3000)
-    objective.begin({"planted": x})
+    objective.initialise({"planted": x})
     scale = objective.scales.item()
     median = geometric_median(x)
     assert scale == pytest.approx((x - median).square().mean().sqrt().item(), rel=1e-5)
     for sae in objective.saes:
         torch.testing.assert_close(sae.pre_bias * scale, median)
-        if hasattr(sae, "threshold"):
+        if sae.config.variant in ("batchtopk", "jumprelu"):
             assert sae.encode(x / scale).l0().float().mean() == pytest.approx(2, abs=0.01)
 
 
@@ -242,7 +250,7 @@ def test_the_geometric_median_is_where_the_sum_of_distances_is_least():
     for step in torch.randn(30, 3, generator=generator, dtype=torch.float64):
         assert torch.linalg.vector_norm(x - median - 0.02 * step, dim=1).sum() > at - 1e-6 * at
     assert median.norm() < 0.6 < x.mean(0).norm()
-    with pytest.raises(ValueError, match="no vector"):
+    with pytest.raises(ValueError, match="at least one vector"):
         geometric_median(x[:0])
 
 
@@ -264,7 +272,7 @@ def test_a_vector_that_is_not_finite_is_named(at):
 
 
 def test_what_cannot_be_trained_is_refused():
-    with pytest.raises(ValueError, match="wanted: no autoencoder"):
+    with pytest.raises(ValueError, match="specs: no autoencoder"):
         train_saes({}, PLANTED.batches(8), config())
     with pytest.raises(ValueError, match=r"block: unknown name 'mid\.0'.*planted"):
         train_saes(wanted("topk", block="mid.0"), PLANTED.batches(8), config())

@@ -26,7 +26,7 @@ class Dictionary(Protocol):
         """The directions that codes are of: (n_features, d)."""
 
 
-def reconstruction(dictionary: Dictionary) -> Callable[[Tensor], Tensor]:
+def reconstruction_function(dictionary: Dictionary) -> Callable[[Tensor], Tensor]:
     """The function from vectors (N, d) to what their codes stand for, (N, d)."""
     return lambda x: dictionary.decode(dictionary.encode(x))
 
@@ -62,7 +62,7 @@ def moments(batches: Iterable[Tensor]) -> Moments:
     return Moments(total, shift + first, second / total - torch.outer(first, first))
 
 
-class Constant:
+class ConstantDictionary:
     """Every vector is replaced by the same one; there are no features."""
 
     def __init__(self, vector: Tensor):
@@ -133,7 +133,7 @@ class PrincipalComponents:
         return self.rows
 
 
-def baselines(measured: Moments, k: int, n_features: int, seed: int = 0) -> dict[str, Dictionary]:
+def build_baselines(measured: Moments, k: int, n_features: int, seed: int = 0) -> dict[str, Dictionary]:
     """The four baselines for an autoencoder of n_features of which k are active: ``zero``, ``mean``,
     ``random`` and ``pca``.
 
@@ -147,8 +147,8 @@ def baselines(measured: Moments, k: int, n_features: int, seed: int = 0) -> dict
         ValueError: k above n_features or above the vectors' width.
     """
     return {
-        "zero": Constant(torch.zeros_like(measured.mean)),
-        "mean": Constant(measured.mean),
+        "zero": ConstantDictionary(torch.zeros_like(measured.mean)),
+        "mean": ConstantDictionary(measured.mean),
         "random": RandomDictionary(measured.mean, k, n_features, seed),
         "pca": PrincipalComponents(measured, k),
     }

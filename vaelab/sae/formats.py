@@ -1,143 +1,398 @@
-"""Sparse autoencoders that others trained: their folders read into :class:`vaelab.sae.model.SAE`.
+"""Sparse autoencoders of other libraries, read into :class:`vaelab.sae.model.SAE`.
 
-- ``sdxl-unbox`` (Surkov et al.): ``config.json``, ``state_dict.pth``, and beside them ``mean.pt`` and
-  ``std.pt`` of each feature's activation;
-- ``sae-lens``: ``cfg.json``, ``sae_weights.safetensors``, of the architectures standard, topk and jumprelu
-  (as which it also saves batchtopk);
-- ``sparsify``: ``cfg.json``, ``sae.safetensors``.
+====================== ============================================ ===============================================
+format                 files                                        architectures
+====================== ============================================ ===============================================
+``sdxl-unbox``         ``config.json``, ``state_dict.pth``          top-k; ``mean.pt`` and ``std.pt`` of each
+                                                                    feature's activation are read with it
+``sae-lens``           ``cfg.json``, ``sae_weights.safetensors``    standard, topk, jumprelu (as which SAELens also
+                                                                    saves batchtopk)
+``sparsify``           ``cfg.json``, ``sae.safetensors``            top-k, also SAeUron's
+``dictionary-learning`` ``ae.pt``, ``config.json`` where there is   AutoEncoder, AutoEncoderNew, AutoEncoderTopK,
+                       one                                          BatchTopKSAE, MatryoshkaBatchTopKSAE, JumpReLU
+``saev``               ``sae.pt``                                   Relu, TopK, BatchTopK
+``gemma-scope``        ``params.npz``                               JumpReLU
+====================== ============================================ ===============================================
 
-What such an autoencoder does to a vector stays what it was, to rounding. Where that allows it, features
-are brought to unit length and their activations scaled instead.
+The codes stay those of the other library up to rounding, except that the features of architectures which choose
+without a top-k are scaled to unit length, and their activations accordingly. Every key of a configuration and every
+tensor is used, listed here as irrelevant to the codes, or refused by its name.
 """
 
+import io
 import json
 import pickle
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from vaelab.core.hub import find
-from vaelab.sae.model import FORMAT, SAE, SAEConfig
+from vaelab.core.hub import find_folder
+from vaelab.core.validate import at_least
+from vaelab.sae.model import FORMAT, SAE, SAEConfig, read_config_file
+
+REQUIRED: Any = object()
+"""Default of a key that must be there."""
+OF_TRAINING = {
+    "sparsify": ("normalize_decoder", "multi_topk"),
+    "sdxl-unbox": ("dead_steps_threshold",),
+    "sae-lens": (
+        "dtype", "device", "metadata", "decoder_init_norm", "l1_coefficient", "lp_norm", "l1_warm_up_steps",
+        "use_sparse_activations", "aux_loss_coefficient", "jumprelu_init_threshold", "jumprelu_bandwidth",
+        "jumprelu_sparsity_loss_mode", "jumprelu_tanh_scale", "jumprelu_ste_to_input", "l0_coefficient",
+        "l0_warm_up_steps", "pre_act_loss_coefficient", "target_l0",
+        # what was trained on, beside the autoencoder itself before version 6
+        "model_name", "model_class_name", "model_from_pretrained_kwargs", "hook_name", "hook_point", "hook_layer",
+        "hook_point_layer", "hook_head_index", "hook_point_head_index", "hf_hook_name", "prepend_bos",
+        "exclude_special_tokens", "neuronpedia_id", "context_size", "seqpos_slice", "dataset_path",
+        "dataset_trust_remote_code", "sae_lens_version", "sae_lens_training_version",
+    ),
+    "dictionary-learning": (
+        "trainer_class", "lr", "steps", "auxk_alpha", "top_k_aux", "warmup_steps", "decay_start", "threshold_beta",
+        "threshold_start_step", "seed", "device", "layer", "lm_name", "wandb_name", "submodule_name", "l1_penalty",
+        "resample_steps", "sparsity_warmup_steps", "bandwidth", "sparsity_penalty", "target_l0", "sparsity_function",
+        "p_start", "p_end", "anneal_start", "sparsity_queue_length", "n_sparsity_updates", "group_fractions",
+        "group_weights", "group_sizes", "k_anneal_steps",
+    ),
+    "saev": (
+        "n_reinit_samples", "remove_parallel_grads", "normalize_w_dec", "seed", "sparsity_coeff", "ghost_grads",
+        "l1_coeff", "use_ghost_grads", "reinit_blend", "reinit_enc_dec_tranpose",
+    ),
+}  # fmt: skip
+"""Keys of each format's configuration that say how or on what it was trained, and change no code."""
 
 
-class Loaded(NamedTuple):
-    """An autoencoder that was read."""
+class LoadedSAE(NamedTuple):
+    """An autoencoder with the format that it was read from; made by :func:`load_sae`."""
 
     sae: SAE
     """In evaluation mode, in float32."""
     format: str
-    """Whose folder it was."""
+    """One of :data:`READERS`, or :data:`vaelab.sae.model.FORMAT`."""
     mean: Tensor | None = None
     """(n_features,) mean activations, where the folder has them."""
     std: Tensor | None = None
     """(n_features,) their standard deviations."""
 
 
-def load(
-    name: str | Path, *, device: str | torch.device = "cpu", revision: str | None = None, subfolder: str = ""
-) -> Loaded:
-    """Read an autoencoder of any known format, this lab's among them.
+def load_sae(
+    name: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    revision: str | None = None,
+    subfolder: str = "",
+    input_scale: float | None = None,
+) -> LoadedSAE:
+    """Read an autoencoder of any format of :data:`FILES`.
 
     Args:
         name: a local folder, or an id on the hub (owner/name).
         device: where to put it.
         revision: a branch, tag or commit on the hub.
-        subfolder: which part of it.
+        subfolder: which part of the folder, such as a hookpoint.
+        input_scale: the factor by which vectors are multiplied before the autoencoder sees them. SAELens'
+            ``normalize_activations: expected_average_only_in`` needs it, because the factor (the square root of
+            the width over the mean length of the vectors) is not in the folder.
 
     Raises:
-        ValueError: no such folder, one of another format, or an autoencoder that does something that
-            :class:`vaelab.sae.model.SAE` does not, which is named.
+        ValueError: no such folder, an unknown or damaged format, weights that are not finite, or a configuration
+            that :class:`vaelab.sae.model.SAE` cannot follow. The error names the file and the key or tensor.
     """
-    folder = find(name, revision=revision, subfolder=subfolder)
-    kind = format_of(folder)
+    files = [*dict.fromkeys(file for names in FILES.values() for file in names), "mean.pt", "std.pt"]
+    folder = find_folder(name, revision=revision, subfolder=subfolder, files=files)
+    kind = detect_format(folder)
+    if input_scale is not None:
+        at_least("input_scale", input_scale, 0, exclusive=True)
+        if kind != "sae-lens":
+            raise ValueError(f"input_scale: belongs to sae-lens; {folder.name} is a folder of {kind}")
     if kind == FORMAT:
-        return Loaded(SAE.from_pretrained(folder, device=device), kind)
-    try:
-        loaded = READERS[kind](folder)
-    except (KeyError, OSError, SafetensorError, json.JSONDecodeError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{name}: not what {kind} writes ({type(error).__name__}: {error})") from error
+        return LoadedSAE(SAE.from_pretrained(folder, device=device), kind)
+    loaded = read_sae_lens(folder, input_scale) if kind == "sae-lens" else READERS[kind](folder)
     return loaded._replace(sae=loaded.sae.to(device).eval())
 
 
-def format_of(folder: Path) -> str:
-    """Whose folder it is, by its files.
+def detect_format(folder: Path) -> str:
+    """The format of a folder, by its files.
 
     Raises:
-        ValueError: nobody's that is known; it says which files there are.
+        ValueError: no known format; the error lists the folder's files, or its parts that hold autoencoders.
     """
-    for kind, files in FILES.items():
-        if all((folder / file).is_file() for file in files):
-            return kind
+    kind = _format_by_files(folder)
+    if kind:
+        return kind
+    parts = sorted(
+        str(path.relative_to(folder)) for path in (*folder.glob("*/"), *folder.glob("*/*/")) if _format_by_files(path)
+    )
+    if parts:
+        listed = ", ".join(parts[:20]) + (f" and {len(parts) - 20} more" if len(parts) > 20 else "")
+        raise ValueError(f"{folder.name}: holds {len(parts)} autoencoders; choose one as subfolder: {listed}")
     there = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
     known = "; ".join(f"{kind} ({', '.join(files)})" for kind, files in FILES.items())
     raise ValueError(f"{folder.name}: no autoencoder of a known format; it has {there}. Known are {known}")
 
 
-def read_unbox(folder: Path) -> Loaded:
-    """A folder of sdxl-unbox's ``SparseAutoencoder.save_to_disk``."""
-    told = json.loads((folder / "config.json").read_text())
-    config = SAEConfig(
-        told["d_model"], told["n_dirs_local"], told["k"], aux_weight=told.get("auxk_coef", 1 / 32),
-        k_aux=told.get("auxk") or 256,
-    )  # fmt: skip
-    state = _unpickled(folder / "state_dict.pth")["state_dict"]
-    sae = _filled(
-        config, folder, encoder=state["encoder.weight"], decoder=state["decoder.weight"].T,
-        latent_bias=state["latent_bias"], pre_bias=state["pre_bias"],
-    )  # fmt: skip
-    mean, std = (_unpickled(folder / file) if (folder / file).exists() else None for file in ("mean.pt", "std.pt"))
-    return Loaded(sae, "sdxl-unbox", mean, std)
+def _format_by_files(folder: Path) -> str | None:
+    return next((kind for kind, files in FILES.items() if all((folder / file).is_file() for file in files)), None)
 
 
-def read_sparsify(folder: Path) -> Loaded:
-    """A folder of sparsify's ``SparseCoder.save_to_disk``."""
-    told = json.loads((folder / "cfg.json").read_text())
-    _only(folder, told, activation=("topk",), skip_connection=(False,), transcode=(False,), signed=(False,))
-    d = told["d_in"]
-    config = SAEConfig(d, told.get("num_latents") or d * told["expansion_factor"], told["k"])
-    state = load_file(folder / "sae.safetensors")
-    sae = _filled(
-        config, folder, encoder=state["encoder.weight"], decoder=state["W_dec"], latent_bias=state["encoder.bias"],
-        pre_bias=state["b_dec"],
+def read_sdxl_unbox(folder: Path) -> LoadedSAE:
+    """A folder of sdxl-unbox's ``SparseAutoencoder.save_to_disk`` (Surkov et al.)."""
+    config = Fields(folder / "config.json", read_config_file(folder / "config.json"))
+    d, n, k = (config.take(name, int) for name in ("d_model", "n_dirs_local", "k"))
+    settings = SAEConfig(
+        d, n, k, aux_weight=config.take("auxk_coef", float, 1 / 32), k_aux=config.take("auxk", int, 256)
+    )
+    config.ignore(*OF_TRAINING["sdxl-unbox"])
+    config.require_empty()
+    path = folder / "state_dict.pth"
+    outer = Fields(path, read_torch_file(path))
+    state = Tensors(path, outer.take("state_dict", dict))
+    outer.require_empty()
+    state.ignore("stats_last_nonzero")
+    sae = build_sae(
+        settings, encoder=state.take("encoder.weight", n, d), decoder=state.take("decoder.weight", d, n).T,
+        latent_bias=state.take("latent_bias", n), pre_bias=state.take("pre_bias", d),
     )  # fmt: skip
-    return Loaded(sae, "sparsify")
+    state.require_empty()
+    statistics = {file: folder / f"{file}.pt" for file in ("mean", "std")}
+    found = {
+        name: Tensors(path, {name: read_torch_file(path)}).take(name, n) if path.exists() else None
+        for name, path in statistics.items()
+    }
+    return LoadedSAE(sae, "sdxl-unbox", found["mean"], found["std"])
 
 
-def read_sae_lens(folder: Path) -> Loaded:
-    """A folder of SAELens's ``SAE.save_model``, or of one of its training autoencoders."""
-    told = json.loads((folder / "cfg.json").read_text())
-    _only(
-        folder, told, architecture=("standard", "topk", "jumprelu"), normalize_activations=("none", False),
-        reshape_activations=("none",), activation_fn=("relu", "topk"), activation_fn_str=("relu", "topk"),
+def read_sparsify(folder: Path) -> LoadedSAE:
+    """A folder of sparsify's ``SparseCoder.save_to_disk``, or of SAeUron's ``Sae``.
+
+    SAeUron's ``input_unit_norm`` becomes ``input_norm: layer_norm``. Its ``batch_topk`` chooses in training only:
+    SAeUron itself switches it off before it uses an autoencoder, and takes the k largest of each vector.
+    """
+    path = folder / "cfg.json"
+    config = Fields(path, read_config_file(path))
+    config.require("activation", "topk")
+    for name in ("skip_connection", "transcode", "signed", "sample_topk"):
+        config.require(name, False)
+    config.take("batch_topk", bool, False)
+    d, k, factor = config.take("d_in", int), config.take("k", int), config.take("expansion_factor", int, 32)
+    n = config.take("num_latents", int, 0) or d * factor
+    norm = "layer_norm" if config.take("input_unit_norm", bool, False) else "none"
+    config.ignore(*OF_TRAINING["sparsify"])
+    config.require_empty()
+    state = read_safetensors_file(folder / "sae.safetensors")
+    sae = build_sae(
+        SAEConfig(d, n, k, input_norm=norm), encoder=state.take("encoder.weight", n, d),
+        decoder=state.take("W_dec", n, d), latent_bias=state.take("encoder.bias", n), pre_bias=state.take("b_dec", d),
     )  # fmt: skip
-    state = load_file(folder / "sae_weights.safetensors")
-    d, n = state["W_enc"].shape
-    architecture, k = told.get("architecture", "standard"), told.get("k")
-    if "topk" in (told.get("activation_fn"), told.get("activation_fn_str")):
-        architecture, k = "topk", told["activation_fn_kwargs"]["k"]
-    variant = {"standard": "relu_l1", "topk": "topk", "jumprelu": "jumprelu"}[architecture]
-    encoder, decoder, bias, threshold = state["W_enc"].T, state["W_dec"], state["b_enc"], state.get("threshold")
-    if not told.get("apply_b_dec_to_input", True):
-        bias = bias + encoder @ state["b_dec"]  # of what is done here, W (x - b_dec) + bias
-    if variant != "topk" or told.get("rescale_acts_by_decoder_norm", False):
-        lengths = decoder.norm(dim=1).clamp_min(1e-8)
-        encoder, decoder, bias = encoder * lengths[:, None], decoder / lengths[:, None], bias * lengths
-        threshold = None if threshold is None else (threshold * lengths).clamp_min(0)
-    if variant == "jumprelu" and threshold is None:
-        raise KeyError("threshold")
-    more = {"threshold": threshold} if variant == "jumprelu" else {}
-    config = SAEConfig(d, n, k if variant == "topk" else min(10, n), variant)
-    return Loaded(
-        _filled(
-            config, folder, encoder=encoder, decoder=decoder, latent_bias=bias, pre_bias=state["b_dec"], **more
-        ),
-        "sae-lens",
+    state.require_empty()
+    return LoadedSAE(sae, "sparsify")
+
+
+def read_sae_lens(folder: Path, input_scale: float | None = None) -> LoadedSAE:
+    """A folder of SAELens's ``SAE.save_model``, or of one of its training autoencoders.
+
+    Args:
+        folder: the folder.
+        input_scale: see :func:`load_sae`.
+    """
+    path = folder / "cfg.json"
+    config = Fields(path, read_config_file(path))
+    architecture, k = config.take("architecture", str, "standard"), config.take("k", int, None)
+    functions = {config.take(name, str, None) for name in ("activation_fn", "activation_fn_str")} - {None}
+    options = config.take("activation_fn_kwargs", dict, {})
+    if "topk" in functions and architecture in ("standard", "topk"):  # before version 6
+        architecture, k = "topk", Fields(path, options).take("k", int)
+    elif functions - {"relu"}:
+        raise ValueError(f"{path}: its activation_fn is {sorted(functions)[0]!r}; only 'relu' or 'topk' can be read")
+    variants = {"standard": "relu_l1", "topk": "topk", "jumprelu": "jumprelu"}
+    if architecture not in variants:
+        expected = " or ".join(map(repr, variants))
+        raise ValueError(f"{path}: its architecture is {architecture!r}; only {expected} can be read")
+    variant = variants[architecture]
+    if variant == "topk" and k is None:
+        raise ValueError(f"{path}: has no 'k'")
+    norm = config.take("normalize_activations", (str, bool), "none")
+    norm = {True: "expected_average_only_in", False: "none"}.get(norm, norm)
+    norms = {"none": "none", "expected_average_only_in": "none", "layer_norm": "layer_norm",
+             "constant_norm_rescale": "constant_norm"}  # fmt: skip
+    if norm not in norms:
+        expected = " or ".join(map(repr, norms))
+        raise ValueError(f"{path}: its normalize_activations is {norm!r}; only {expected} can be read")
+    if (norm == "expected_average_only_in") != (input_scale is not None):
+        raise ValueError(
+            f"{path}: its normalize_activations is {norm!r}, which "
+            + ("takes no input_scale" if input_scale else "needs input_scale: its factor is not in the folder")
+        )
+    config.require("reshape_activations", "none")
+    config.require("finetuning_scaling_factor", False)
+    subtracted, rescaled = (
+        config.take(name, bool, default)
+        for name, default in (("apply_b_dec_to_input", True), ("rescale_acts_by_decoder_norm", False))
+    )
+    d, n = config.take("d_in", int), config.take("d_sae", int)
+    config.ignore(*OF_TRAINING["sae-lens"])
+    config.require_empty()
+    state, scale = read_safetensors_file(folder / "sae_weights.safetensors"), input_scale or 1.0
+    if state.holds("scaling_factor") and (state.take("scaling_factor", n) != 1).any():
+        raise ValueError(f"{state.path}: its scaling_factor is not 1, which cannot be read")
+    more = {"threshold": state.take("threshold", n)} if variant == "jumprelu" else {}
+    sae = build_sae(
+        SAEConfig(d, n, k if variant == "topk" else min(10, n), variant, input_norm=norms[norm]),
+        encoder=state.take("W_enc", d, n).T * scale, decoder=state.take("W_dec", n, d) / scale,
+        latent_bias=state.take("b_enc", n), pre_bias=state.take("b_dec", d) / scale, subtracted=subtracted,
+        unit_length=variant != "topk" or rescaled, **more,
     )  # fmt: skip
+    state.require_empty(f"which SAELens' architecture {architecture!r} does not have")
+    return LoadedSAE(sae, "sae-lens")
+
+
+def read_dictionary_learning(folder: Path) -> LoadedSAE:
+    """A folder with dictionary-learning's ``ae.pt``, which needs ``config.json`` only where two of its classes have
+    the same tensors (``AutoEncoderTopK`` and ``BatchTopKSAE``)."""
+    path, stated = folder / "ae.pt", None
+    state = Tensors(path, read_torch_file(path))
+    width = features = k = None
+    if (folder / "config.json").is_file():
+        outer = Fields(folder / "config.json", read_config_file(folder / "config.json"))
+        config = Fields(folder / "config.json", outer.take("trainer", dict))
+        outer.ignore("buffer")
+        outer.require_empty()
+        stated = config.take("dict_class", str)
+        width, features = config.take("activation_dim", int, None), config.take("dict_size", int, None)
+        k = config.take("k", int, None)
+        config.ignore(*OF_TRAINING["dictionary-learning"])
+        config.require_empty()
+    names = {name for name in state.names if name not in ("k", "threshold", "group_sizes")}
+    linear = {"encoder.weight", "encoder.bias", "decoder.weight"}
+    if names == linear | {"bias"}:
+        kinds = ["AutoEncoder"]
+    elif names == linear | {"decoder.bias"}:
+        kinds = ["AutoEncoderNew"]
+    elif names == linear | {"b_dec"}:
+        kinds = ["AutoEncoderTopK", "BatchTopKSAE"]
+    elif names == {"W_enc", "b_enc", "W_dec", "b_dec"}:
+        kinds = ["MatryoshkaBatchTopKSAE" if state.holds("group_sizes") else "JumpReluAutoEncoder"]
+    else:
+        raise ValueError(f"{path}: holds {', '.join(sorted(names))}, which is none of the classes that can be read")
+    if (stated or kinds[0]) not in kinds or (stated is None and len(kinds) > 1):
+        said = f"config.json says {stated}" if stated else "a config.json with trainer.dict_class is needed"
+        raise ValueError(f"{path}: its tensors are those of {' or '.join(kinds)}; {said}")
+    kind = stated or kinds[0]
+    if "W_enc" in names:
+        d, n = state.shape("W_enc")
+        encoder, latent_bias = state.take("W_enc", d, n).T, state.take("b_enc", n)
+        decoder, pre_bias = state.take("W_dec", n, d), state.take("b_dec", d)
+    else:
+        n, d = state.shape("encoder.weight")
+        encoder, latent_bias = state.take("encoder.weight", n, d), state.take("encoder.bias", n)
+        decoder = state.take("decoder.weight", d, n).T
+        pre_bias = state.take(*(names - linear), d)
+    for name, expected, found in (("activation_dim", width, d), ("dict_size", features, n)):
+        if expected not in (None, found):
+            raise ValueError(f"{folder / 'config.json'}: its {name} is {expected}, that of ae.pt is {found}")
+    weights = {"encoder": encoder, "decoder": decoder, "latent_bias": latent_bias, "pre_bias": pre_bias}
+    if kind in ("AutoEncoder", "AutoEncoderNew"):
+        settings, more = (
+            SAEConfig(d, n, min(10, n), "relu_l1"),
+            {"subtracted": kind == "AutoEncoder", "unit_length": True},
+        )
+    elif kind == "JumpReluAutoEncoder":
+        settings = SAEConfig(d, n, min(10, n), "jumprelu")
+        more = {"threshold": state.take("threshold", n), "subtracted": False, "unit_length": True}
+    else:
+        k_there = int(state.take("k"))
+        if k not in (None, k_there):
+            raise ValueError(f"{folder / 'config.json'}: its k is {k}, that of ae.pt is {k_there}")
+        threshold = state.take("threshold")
+        state.ignore("group_sizes")
+        settings = SAEConfig(d, n, k_there, "topk" if kind == "AutoEncoderTopK" else "batchtopk")
+        more = {} if kind == "AutoEncoderTopK" else {"threshold": threshold}
+    sae = build_sae(settings, **weights, **more)
+    state.require_empty(f"which {kind} does not have")
+    return LoadedSAE(sae, "dictionary-learning")
+
+
+def read_saev(folder: Path) -> LoadedSAE:
+    """A folder with saev's ``sae.pt``: a line of JSON, then a state dict.
+
+    saev subtracted ``b_dec`` from its input until after it wrote a schema into its files, and not since it calls
+    the width ``d_model``. Files from in between do not say which, and are refused.
+    """
+    path = folder / "sae.pt"
+    line, _, rest = path.read_bytes().partition(b"\n")
+    header = Fields(path, _parsed(path, lambda: json.loads(line)))
+    legacy = not header.holds("schema")
+    if legacy:
+        config = header
+    else:
+        schema = header.take("schema", int)
+        if schema > 5:
+            raise ValueError(f"{path}: its schema is {schema}; only 1 to 5 can be read")
+        config = Fields(path, header.take("cfg", dict))
+        header.ignore("commit", "lib", "cls")
+        header.require_empty()
+        if config.holds("d_vit"):
+            raise ValueError(
+                f"{path}: has a schema and calls the width 'd_vit'; such files do not say whether b_dec is subtracted "
+                "from the input; save it again with a newer saev"
+            )
+    d = config.take("d_vit" if legacy else "d_model", int)
+    factor, n = config.take("exp_factor", int, None), config.take("d_sae", int, None)
+    if factor is None and n is None:
+        raise ValueError(f"{path}: has neither 'd_sae' nor 'exp_factor'")
+    n = n or d * factor
+    kind, k = "Relu", None
+    if not legacy:
+        activation = Fields(path, config.take("activation", dict))
+        kind, params = activation.take("cls", str), Fields(path, activation.take("params", dict))
+        activation.require_empty()
+        if kind not in ("Relu", "TopK", "BatchTopK"):
+            raise ValueError(f"{path}: its activation is {kind!r}; only 'Relu', 'TopK' or 'BatchTopK' can be read")
+        k = params.take("top_k", int) if kind != "Relu" else None
+        params.ignore("key", "kind", "sparsity", "aux", "momentum")
+        params.require_empty()
+    config.ignore(*OF_TRAINING["saev"])
+    config.require_empty()
+    state = Tensors(path, read_torch_file(path, rest))
+    more: dict[str, Any] = {}
+    if kind == "Relu":
+        settings = SAEConfig(d, n, min(10, n), "relu_l1")
+    elif state.holds("activation.threshold"):
+        settings, more = SAEConfig(d, n, k, "batchtopk"), {"threshold": state.take("activation.threshold")}
+    else:  # the k largest, negative ones among them
+        settings = SAEConfig(d, n, k, "k_sae")
+    sae = build_sae(
+        settings, encoder=state.take("W_enc", d, n).T, decoder=state.take("W_dec", n, d),
+        latent_bias=state.take("b_enc", n), pre_bias=state.take("b_dec", d), subtracted=legacy,
+        unit_length=kind == "Relu", **more,
+    )  # fmt: skip
+    state.require_empty()
+    return LoadedSAE(sae, "saev")
+
+
+def read_gemma_scope(folder: Path) -> LoadedSAE:
+    """A folder with Gemma Scope's ``params.npz`` (Lieberum et al., 2024)."""
+    path = folder / "params.npz"
+
+    def arrays() -> dict[str, Tensor]:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: torch.from_numpy(file[name]) for name in file.files}
+
+    state = Tensors(path, _parsed(path, arrays))
+    d, n = state.shape("W_enc")
+    sae = build_sae(
+        SAEConfig(d, n, min(10, n), "jumprelu"), encoder=state.take("W_enc", d, n).T, decoder=state.take("W_dec", n, d),
+        latent_bias=state.take("b_enc", n), pre_bias=state.take("b_dec", d), threshold=state.take("threshold", n),
+        subtracted=False, unit_length=True,
+    )  # fmt: skip
+    state.require_empty()
+    return LoadedSAE(sae, "gemma-scope")
 
 
 FILES = {
@@ -145,33 +400,181 @@ FILES = {
     "sdxl-unbox": ("config.json", "state_dict.pth"),
     "sae-lens": ("cfg.json", "sae_weights.safetensors"),
     "sparsify": ("cfg.json", "sae.safetensors"),
+    "dictionary-learning": ("ae.pt",),
+    "saev": ("sae.pt",),
+    "gemma-scope": ("params.npz",),
 }
-READERS: Mapping[str, Callable[[Path], Loaded]] = {
-    "sdxl-unbox": read_unbox,
+"""The files by which a folder of each format is recognised."""
+READERS: Mapping[str, Callable[[Path], LoadedSAE]] = {
+    "sdxl-unbox": read_sdxl_unbox,
     "sae-lens": read_sae_lens,
     "sparsify": read_sparsify,
+    "dictionary-learning": read_dictionary_learning,
+    "saev": read_saev,
+    "gemma-scope": read_gemma_scope,
 }
+"""The function that reads a folder of each format."""
 
 
-def _only(folder: Path, told: Mapping[str, Any], **allowed: tuple[Any, ...]) -> None:
-    for key, values in allowed.items():
-        if key in told and told[key] not in values:
-            expected = " or ".join(map(repr, values))
-            raise ValueError(f"{folder.name}: its {key} is {told[key]!r}; only {expected} can be read")
+def build_sae(
+    config: SAEConfig,
+    *,
+    encoder: Tensor,
+    decoder: Tensor,
+    latent_bias: Tensor,
+    pre_bias: Tensor,
+    threshold: Tensor | None = None,
+    subtracted: bool = True,
+    unit_length: bool = False,
+) -> SAE:
+    """An autoencoder of given weights.
 
-
-def _filled(config: SAEConfig, folder: Path, **weights: Tensor) -> SAE:
+    Args:
+        config: its configuration.
+        encoder: (n_features, d).
+        decoder: (n_features, d).
+        latent_bias: (n_features,).
+        pre_bias: (d,), added to reconstructions.
+        threshold: (n_features,) for ``jumprelu``, a scalar for ``batchtopk``. A negative one acts as 0, because the
+            libraries apply ReLU before they compare.
+        subtracted: whether ``pre_bias`` is subtracted from the input too; otherwise what that adds to the
+            pre-activations is taken out of ``latent_bias``.
+        unit_length: scale the features to unit length and their activations accordingly, which changes no
+            reconstruction where features are chosen one by one.
+    """
+    weights = {"encoder": encoder, "decoder": decoder, "latent_bias": latent_bias, "pre_bias": pre_bias}
+    weights = {name: value.double() for name, value in weights.items()}
+    threshold = None if threshold is None else threshold.double().clamp_min(0)
+    if not subtracted:
+        weights["latent_bias"] = weights["latent_bias"] + weights["encoder"] @ weights["pre_bias"]
+    if unit_length:
+        lengths = torch.linalg.vector_norm(weights["decoder"], dim=1).clamp_min(1e-8)
+        weights["decoder"] = weights["decoder"] / lengths[:, None]
+        weights["encoder"] = weights["encoder"] * lengths[:, None]
+        weights["latent_bias"] = weights["latent_bias"] * lengths
+        threshold = None if threshold is None else threshold * lengths
     sae = SAE(config)
-    for name, value in weights.items():
-        own = getattr(sae, name)
-        if own.shape != value.shape:
-            raise ValueError(
-                f"{folder.name}: its {name} is {tuple(value.shape)}; by its configuration {tuple(own.shape)} "
-                "was expected"
-            )
-        own.data.copy_(value)
+    with torch.no_grad():
+        for name, value in weights.items():
+            getattr(sae, name).copy_(value)
+        if config.variant == "jumprelu":
+            sae.set_thresholds(threshold)
+        elif config.variant == "batchtopk":
+            sae.threshold.copy_(threshold)
     return sae
 
 
-def _unpickled(path: Path) -> Any:
-    return torch.load(path, map_location="cpu", weights_only=True)
+class Fields:
+    """A JSON object of which every key must be taken, ignored by name, or refused."""
+
+    def __init__(self, path: Path, values: Any):
+        if not isinstance(values, dict):
+            raise ValueError(f"{path}: expected named values, got {type(values).__name__}")
+        self.path, self._values = path, dict(values)
+
+    def holds(self, name: str) -> bool:
+        """Whether a key is there and not taken yet."""
+        return name in self._values
+
+    def take(self, name: str, kind: Any, default: Any = REQUIRED) -> Any:
+        """A value of a type, or of one of several; ``default`` where the key is missing or null."""
+        value = self._values.pop(name, None)
+        if value is None:
+            if default is REQUIRED:
+                raise ValueError(f"{self.path}: has no {name!r}")
+            return default
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        if float in kinds and type(value) is int:
+            return float(value)
+        if type(value) not in kinds and not (dict in kinds and isinstance(value, dict)):
+            expected = " or ".join(one.__name__ for one in kinds)
+            raise ValueError(f"{self.path}: its {name} is {value!r}; expected {expected}")
+        return value
+
+    def require(self, name: str, expected: Any) -> None:
+        """Raise ValueError where the key has another value than the one that can be read."""
+        value = self._values.pop(name, None)
+        if value is not None and value != expected:
+            raise ValueError(f"{self.path}: its {name} is {value!r}; only {expected!r} can be read")
+
+    def ignore(self, *names: str) -> None:
+        """Drop keys that do not change the codes."""
+        for name in names:
+            self._values.pop(name, None)
+
+    def require_empty(self) -> None:
+        """Raise ValueError for a key that was neither taken nor ignored."""
+        for name, value in self._values.items():
+            raise ValueError(f"{self.path}: has the key {name!r} ({value!r}), which this lab does not understand")
+
+
+class Tensors:
+    """Named tensors of which every one must be taken, ignored by name, or refused."""
+
+    def __init__(self, path: Path, values: Any):
+        if not isinstance(values, Mapping) or not all(isinstance(value, Tensor) for value in values.values()):
+            raise ValueError(f"{path}: expected named tensors")
+        self.path, self._values = path, dict(values)
+
+    @property
+    def names(self) -> list[str]:
+        """Of the tensors that are left."""
+        return list(self._values)
+
+    def holds(self, name: str) -> bool:
+        """Whether a tensor is there and not taken yet."""
+        return name in self._values
+
+    def shape(self, name: str) -> tuple[int, int]:
+        """The shape of a matrix."""
+        if name not in self._values or self._values[name].ndim != 2:
+            raise ValueError(f"{self.path}: has no matrix {name!r}")
+        return tuple(self._values[name].shape)
+
+    def take(self, name: str, *shape: int) -> Tensor:
+        """A finite tensor of a shape, in float64."""
+        if name not in self._values:
+            raise ValueError(f"{self.path}: has no tensor {name!r}")
+        value = self._values.pop(name)
+        if tuple(value.shape) != shape:
+            raise ValueError(f"{self.path}: its {name} is {tuple(value.shape)}; its configuration says {shape}")
+        value = value.detach().double()
+        if not value.isfinite().all():
+            raise ValueError(f"{self.path}: {name} holds NaN or infinity")
+        return value
+
+    def ignore(self, *names: str) -> None:
+        """Drop tensors that do not change the codes."""
+        for name in names:
+            self._values.pop(name, None)
+
+    def require_empty(self, reason: str = "which this lab does not understand") -> None:
+        """Raise ValueError for a tensor that was neither taken nor ignored."""
+        for name in self._values:
+            raise ValueError(f"{self.path}: holds the tensor {name!r}, {reason}")
+
+
+def read_safetensors_file(path: Path) -> Tensors:
+    """The tensors of a safetensors file; a damaged one is a ValueError with its path."""
+    return Tensors(path, _parsed(path, lambda: load_file(path)))
+
+
+def read_torch_file(path: Path, data: bytes | None = None) -> Any:
+    """What ``torch.save`` wrote, weights only: no code is run. A damaged file is a ValueError with its path.
+
+    Args:
+        path: the file, and the name in errors.
+        data: the bytes to read instead of the file's.
+    """
+    source = path if data is None else io.BytesIO(data)
+    return _parsed(path, lambda: torch.load(source, map_location="cpu", weights_only=True))
+
+
+def _parsed(path: Path, parse: Callable[[], Any]) -> Any:
+    damage = (OSError, EOFError, KeyError, RuntimeError, SafetensorError, UnicodeDecodeError, ValueError,
+              pickle.UnpicklingError, zipfile.BadZipFile)  # fmt: skip
+    try:
+        return parse()
+    except damage as error:
+        reason = (str(error).splitlines() or [""])[0][:200]
+        raise ValueError(f"{path}: damaged, or not a file of that kind ({type(error).__name__}: {reason})") from error

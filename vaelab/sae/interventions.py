@@ -28,10 +28,10 @@ from vaelab.world.scenes import SIDE, Scene
 # perceptual: LPIPS (Zhang et al., 2018), an optional extra: its networks and their weights do not come with the lab.
 
 
-NETS = ("alex", "vgg", "squeeze")
+LPIPS_NETWORKS = ("alex", "vgg", "squeeze")
 
 
-class Perceptual(NamedTuple):
+class LPIPS(NamedTuple):
     """LPIPS, or why there is none; made by :func:`load`."""
 
     model: Any
@@ -49,25 +49,25 @@ class Perceptual(NamedTuple):
         return [one for x, y in parts for one in self.model(x.to(device), y.to(device)).flatten().tolist()]
 
 
-def load(net: str = "alex", device: str | torch.device = "auto") -> Perceptual:
+def load_lpips(net: str = "alex", device: str | torch.device = "auto") -> LPIPS:
     """The network of the ``lpips`` package, if it is there and its weights can be had.
 
     Args:
         net: ``alex`` (the package's own choice, and here the paper's, which names none), ``vgg`` or ``squeeze``.
         device: where it runs.
     """
-    one_of("lpips_net", net, NETS)
+    one_of("lpips_net", net, LPIPS_NETWORKS)
     try:
         package = importlib.import_module("lpips")
         model = package.LPIPS(net=net, verbose=False)
     except ModuleNotFoundError as error:
-        return Perceptual(None, f"not measured: {error.name} is not installed (pip install vaelab[lpips])")
+        return LPIPS(None, f"not measured: {error.name} is not installed (pip install vaelab[lpips])")
     except (ImportError, OSError, RuntimeError) as error:  # a torchvision of another torch; no network
-        return Perceptual(None, f"not measured: {error}")
-    return Perceptual(model.eval().requires_grad_(False).to(devices.pick(device)), None)
+        return LPIPS(None, f"not measured: {error}")
+    return LPIPS(model.eval().requires_grad_(False).to(devices.pick(device)), None)
 
 
-def switched_off(
+def generate_without_block(
     pipeline: Any, prompts: Sequence[str | int], block: str, sampling: Sampling, *, batch_size: int = 16, seed: int = 0
 ) -> Tensor:
     """Pictures (N, 3, H, W) in [-1, 1] made with a block's update left out at every step: the block
@@ -77,30 +77,30 @@ def switched_off(
         return activations.generate_all(pipeline, prompts, sampling, batch_size=batch_size, seed=seed)
 
 
-def transformer_blocks(pipeline: Any) -> list[str]:
+def blocks_with_updates(pipeline: Any) -> list[str]:
     """The blocks whose update can be switched off: a U-Net's cross-attention transformers, or all
     of a transformer's."""
     return [name for name in paths(pipeline) if name != "bottleneck" and not name.startswith("up_ft")]
 
 
-def chosen(pipeline: Any, names: Sequence[str]) -> list[str]:
+def resolve_blocks(pipeline: Any, names: Sequence[str]) -> list[str]:
     """The blocks of these names and globs, or all of :func:`transformer_blocks` where there is none.
 
     Raises:
         ValueError: an unknown block, or one that gives out another shape than it takes in, so that it has no update.
     """
-    found = resolve(pipeline, names or transformer_blocks(pipeline))
+    found = resolve(pipeline, names or blocks_with_updates(pipeline))
     example(pipeline, list(found.values()), side="update")
     return list(found)
 
 
-def change(before: Tensor, after: Tensor) -> Tensor:
+def manhattan_distance(before: Tensor, after: Tensor) -> Tensor:
     """Manhattan distance of pictures (B, 3, H, W) in [-1, 1], mean over pixels of the sum over the
     three channels in units of 0 to 255 (Surkov et al., Table 2): (B,)."""
     return (before - after).abs().sum(1).mean((1, 2)) * 127.5
 
 
-def compare(pictures: Mapping[str, Tensor], baseline: Tensor, scenes: Sequence[Scene] | None) -> pd.DataFrame:
+def ablation_table(pictures: Mapping[str, Tensor], baseline: Tensor, scenes: Sequence[Scene] | None) -> pd.DataFrame:
     """What switching off each block did.
 
     Args:
@@ -116,15 +116,15 @@ def compare(pictures: Mapping[str, Tensor], baseline: Tensor, scenes: Sequence[S
     rows = []
     for block, changed in pictures.items():
         lost = (_accuracy(scenes, changed) - before).to_dict() if scenes else {}
-        rows.append({"block": block, "manhattan": change(baseline, changed).mean().item(), **lost})
+        rows.append({"block": block, "manhattan": manhattan_distance(baseline, changed).mean().item(), **lost})
     return pd.DataFrame(rows)
 
 
 def _accuracy(scenes: Sequence[Scene], pictures: Tensor) -> pd.Series:
-    return oracle.accuracy(oracle.judge(scenes, pictures)).set_index("factor")["accuracy"]
+    return oracle.accuracy_by_factor(oracle.check_prompts(scenes, pictures)).set_index("factor")["accuracy"]
 
 
-Replace = Callable[[Tensor], Tensor]
+Replacement = Callable[[Tensor], Tensor]
 """Vectors (N, d) in float32 to vectors (N, d)."""
 PAPER_TABLE_2 = {
     ("down.2.1", 5, 640): (83.29, 50.04, 0.3383, 56.0), ("mid.0", 5, 640): (52.64, 26.82, 0.2032, 43.4),
@@ -142,15 +142,15 @@ PAPER_TABLE_2 = {
 }  # fmt: skip
 """Mean and median Manhattan distance, LPIPS and explained variance in percent, by block, k and n_f."""
 PAPER_WIDTH = 1280
-PAPER_KIN = {"down.1.1": "down.2.1"}
+PAPER_BLOCK = {"down.1.1": "down.2.1"}
 """The paper's block that a block of the embedded model stands for, where the names differ."""
 
 
-def drawn(
+def generate_with_replacement(
     pipeline: Any,
     prompts: Sequence[str | int],
     block: str,
-    replace: Replace,
+    replace: Replacement,
     sampling: Sampling,
     *,
     steps: Collection[int] | None = None,
@@ -187,7 +187,7 @@ def drawn(
         return activations.generate_all(pipeline, prompts, sampling, batch_size=batch_size, seed=seed)
 
 
-def _by_vectors(replace: Replace, update: Tensor) -> Tensor:
+def _by_vectors(replace: Replacement, update: Tensor) -> Tensor:
     """``replace`` applied to a map (B, d, h, w) or to tokens (B, n, d)."""
     spread = update.movedim(1, -1) if update.ndim == 4 else update
     vectors = spread.flatten(0, -2)
@@ -199,14 +199,14 @@ def _by_vectors(replace: Replace, update: Tensor) -> Tensor:
     return torch.empty_like(update).copy_(new.movedim(-1, 1) if update.ndim == 4 else new)
 
 
-def median_change(before: Tensor, after: Tensor) -> Tensor:
+def median_manhattan_distance(before: Tensor, after: Tensor) -> Tensor:
     """Manhattan distance of pictures (B, 3, H, W) in [-1, 1], the median over pixels of the sum over
     the three channels in units of 0 to 255 (Surkov et al., Table 2): (B,)."""
     distances = (before - after).abs().sum(1).flatten(1).cpu().numpy()
     return torch.from_numpy(np.median(distances, axis=1)) * 127.5
 
 
-class Outcome(NamedTuple):
+class ReplacementOutcome(NamedTuple):
     """What a replacement did."""
 
     pictures: Tensor
@@ -215,7 +215,7 @@ class Outcome(NamedTuple):
     """Of every picture, see :meth:`Trial.effects`."""
 
 
-class Trial:
+class ReplacementExperiment:
     """Pictures of some prompts as the model draws them by itself, to compare others with."""
 
     pictures: Tensor
@@ -224,7 +224,7 @@ class Trial:
     """Passes of the denoiser, see :func:`vaelab.activations.denoiser.passes`."""
 
     def __init__(
-        self, pipeline: Any, asked: Prompts, sampling: Sampling, perceptual: Perceptual, *, batch_size: int = 16,
+        self, pipeline: Any, asked: Prompts, sampling: Sampling, perceptual: LPIPS, *, batch_size: int = 16,
         seed: int = 0, keep: int = 8,
     ):  # fmt: skip
         """Draw them.
@@ -246,12 +246,12 @@ class Trial:
             activations.passes(pipeline, sampling),
         )
         self._scenes = asked.scenes if asked.of_the_world else None
-        self._readings = oracle.read(self.pictures) if self._scenes else None
+        self._readings = oracle.read_scenes(self.pictures) if self._scenes else None
 
-    def replaced(self, block: str, replace: Replace, steps: Collection[int] | None = None) -> Outcome:
+    def replaced(self, block: str, replace: Replacement, steps: Collection[int] | None = None) -> ReplacementOutcome:
         """Draw the same prompts with a block's update replaced, see :func:`drawn`."""
-        after = drawn(self._pipeline, self._texts, block, replace, steps=steps, **self._drawing)
-        return Outcome(after[: self._keep].clone(), self.effects(after))
+        after = generate_with_replacement(self._pipeline, self._texts, block, replace, steps=steps, **self._drawing)
+        return ReplacementOutcome(after[: self._keep].clone(), self.effects(after))
 
     def effects(self, after: Tensor) -> pd.DataFrame:
         """How pictures (N, 3, H, W) in [-1, 1] of the same prompts differ.
@@ -262,8 +262,8 @@ class Trial:
             scene, offsets apart) and ``right`` (whether every factor that the prompt names is right).
         """
         columns: dict[str, Any] = {
-            "manhattan": change(self.pictures, after).tolist(),
-            "median": median_change(self.pictures, after).tolist(),
+            "manhattan": manhattan_distance(self.pictures, after).tolist(),
+            "median": median_manhattan_distance(self.pictures, after).tolist(),
             "lpips": self.perceptual.distance(self.pictures, after),
         }
         if self._scenes:
@@ -272,10 +272,10 @@ class Trial:
 
 
 def _all_right(asked: Sequence[Scene], pictures: Tensor) -> list[bool]:
-    return oracle.judge(asked, pictures).groupby("picture")["right"].all().tolist()
+    return oracle.check_prompts(asked, pictures).groupby("picture")["correct"].all().tolist()
 
 
-def means(effects: pd.DataFrame) -> dict[str, float]:
+def mean_effects(effects: pd.DataFrame) -> dict[str, float]:
     """Over pictures: ``manhattan_mean``, ``manhattan_median``, with LPIPS ``lpips``, and of the
     world ``oracle_agreement`` (the share that is read alike) and ``oracle_right``."""
     names = {"manhattan": "manhattan_mean", "median": "manhattan_median", "lpips": "lpips",
@@ -284,7 +284,9 @@ def means(effects: pd.DataFrame) -> dict[str, float]:
     return {name: value for name, value in found.items() if not np.isnan(value)}
 
 
-def table(outcomes: Mapping[tuple, Outcome], names: Sequence[str], perceptual: Perceptual) -> pd.DataFrame:
+def effects_table(
+    outcomes: Mapping[tuple, ReplacementOutcome], names: Sequence[str], perceptual: LPIPS
+) -> pd.DataFrame:
     """The paper's Table 2, by whatever distinguishes its rows.
 
     Args:
@@ -295,12 +297,12 @@ def table(outcomes: Mapping[tuple, Outcome], names: Sequence[str], perceptual: P
     Returns:
         A row an entry: ``names`` and the columns of :func:`means`.
     """
-    rows = [{**dict(zip(names, key, strict=True)), **means(one.effects)} for key, one in outcomes.items()]
+    rows = [{**dict(zip(names, key, strict=True)), **mean_effects(one.effects)} for key, one in outcomes.items()]
     whole = pd.DataFrame(rows)
     return whole if perceptual.why is None else whole.assign(lpips=perceptual.why)
 
 
-def beside_paper(table: pd.DataFrame, widths: Mapping[str, int]) -> pd.DataFrame:
+def compare_with_paper(table: pd.DataFrame, widths: Mapping[str, int]) -> pd.DataFrame:
     """Table 2 here beside the paper's, at the same k and the same share n_features / d.
 
     Args:
@@ -313,7 +315,7 @@ def beside_paper(table: pd.DataFrame, widths: Mapping[str, int]) -> pd.DataFrame
     """
     rows = []
     for row in table.to_dict("records"):
-        kin = PAPER_KIN.get(row["block"], row["block"])
+        kin = PAPER_BLOCK.get(row["block"], row["block"])
         size = round(row["n_features"] * PAPER_WIDTH / widths[row["block"]])
         if (kin, row["k"], size) not in PAPER_TABLE_2:
             continue

@@ -19,7 +19,7 @@ from torch import Tensor
 
 DENSE_FROM = 8
 """One entry in so many is chosen: from there on dense products are quicker than sums over entries."""
-AT_ONCE = 2**14
+ROWS_AT_ONCE = 2**14
 """Pairs of rows that are copied at a time where there is no kernel for their products."""
 
 
@@ -36,11 +36,11 @@ def row_products(left: Tensor, right: Tensor, indices: Tensor, rows: Tensor, off
     right[indices[e]], with the entries of left's row i beginning at offsets[i]."""
     if left.device.type in ("cpu", "cuda"):
         return torch.ops.aten._embedding_bag_per_sample_weights_backward(left, right, indices, offsets, rows, 0, -1)
-    parts = zip(rows.split(AT_ONCE), indices.split(AT_ONCE), strict=True)
+    parts = zip(rows.split(ROWS_AT_ONCE), indices.split(ROWS_AT_ONCE), strict=True)
     return torch.cat([left.new_empty(0), *((left[row] * right[index]).sum(1) for row, index in parts)])
 
 
-class Entries:
+class SparseEntries:
     """Which entries of an (N, n) matrix are there, in the order of their rows."""
 
     def __init__(self, indices: Tensor, counts: Tensor | int, examples: int, features: int):
@@ -71,7 +71,9 @@ class Entries:
     def by_feature(self) -> tuple[Tensor, Tensor, Tensor]:
         """The entries in the order of their columns (E,), their rows (E,), where each column begins (n,)."""
         order = self.indices.sort().indices
-        counts = torch.bincount(self.indices, minlength=self.features)
+        # a bincount would make a GPU wait for the maximum
+        counts = torch.zeros(self.features, dtype=torch.int64, device=self.indices.device)
+        counts.scatter_add_(0, self.indices, torch.ones_like(self.indices))
         return order, self.rows[order], counts.cumsum(0) - counts
 
     def matrix(self, values: Tensor) -> Tensor:
@@ -103,7 +105,7 @@ class Entries:
         return values.new_zeros(self.features).index_add_(0, self.indices, values)
 
 
-class Block:
+class DenseBlock:
     """All entries of an (N, m) matrix are there, as of a few features together: the same sums as products."""
 
     def __init__(self, dtype: torch.dtype | None = None):
@@ -147,7 +149,7 @@ class Encode(torch.autograd.Function):
         bias: Tensor,
         centred: Tensor,
         values: Tensor,
-        where: Entries | Block,
+        where: SparseEntries | DenseBlock,
     ) -> Tensor:
         """The values, as they are."""
         ctx.where = where
@@ -172,7 +174,7 @@ class Decode(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, bias: Tensor | None, values: Tensor, weight: Tensor, target: Tensor, where: Entries | Block
+        ctx: Any, bias: Tensor | None, values: Tensor, weight: Tensor, target: Tensor, where: SparseEntries | DenseBlock
     ) -> Tensor:
         """The error (N, d)."""
         ctx.where = where
@@ -204,7 +206,7 @@ class SquaredNorm(torch.autograd.Function):
         return x * (2 * of_sum)
 
 
-def variance_of(x: Tensor) -> Tensor:
+def total_variance(x: Tensor) -> Tensor:
     """The sum of squared distances of rows (N, d) from their mean."""
     return (SquaredNorm.apply(x) - len(x) * x.mean(0).square().sum()).clamp_min(0)
 
@@ -230,7 +232,7 @@ class JumpReLU(torch.autograd.Function):
         return of_out * (values > threshold), of_out * window * (-threshold / ctx.bandwidth), None
 
 
-class Step(torch.autograd.Function):
+class ActiveCount(torch.autograd.Function):
     """1 where a value (E,) is above its threshold (E,), with the gradient of :class:`JumpReLU`'s window
     (Rajamanoharan et al., 2024, equation 12)."""
 

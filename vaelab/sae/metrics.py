@@ -54,7 +54,7 @@ class _Sums:
 
 
 @torch.no_grad()
-def measure(
+def evaluate_dictionaries(
     dictionaries: Mapping[str, Dictionary], batches: Iterable[Tensor], *, dense: float = DENSE
 ) -> dict[str, Fidelity]:
     """Measure several dictionaries on the same vectors, read once and summed in float64.
@@ -110,13 +110,13 @@ def _finite(batch: Tensor, before: int) -> None:
         raise ValueError(f"activations: vector {before + bad.nonzero()[0].item()} of this pass is not finite")
 
 
-def table(measured: Mapping[tuple, Fidelity], names: Iterable[str]) -> pd.DataFrame:
+def fidelity_table(measured: Mapping[tuple, Fidelity], names: Iterable[str]) -> pd.DataFrame:
     """A row a dictionary: ``names``, whose values are the keys, and the fields of :class:`Fidelity`."""
     names = list(names)
     return pd.DataFrame([{**dict(zip(names, key, strict=True)), **one._asdict()} for key, one in measured.items()])
 
 
-def wide(table: pd.DataFrame, value: str = "explained_variance") -> pd.DataFrame:
+def paper_layout(table: pd.DataFrame, value: str = "explained_variance") -> pd.DataFrame:
     """The paper's layout: a row for each k and n_features, a column a block.
 
     Args:

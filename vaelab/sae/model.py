@@ -7,96 +7,131 @@ With the features f_1 ... f_n (rows of ``decoder``, of unit length), for a vecto
     loss = |x - x'|^2 / variance + aux_weight |(x - x') - x'_dead|^2 / its variance + sparsity
 
 From Surkov et al. ("Unpacking SDXL Turbo", equations 2, 3, 16 and 17 with appendix A), who follow
-Gao et al. (2024), and Kim et al. ("Revelio", equations 3 and 4: ``k_sae``). What makes a training step
-quick is in :mod:`vaelab.sae.topk` and :mod:`vaelab.sae.kernels`.
+Gao et al. (2024), and Kim et al. ("Revelio", equations 3 and 4: ``k_sae``). :mod:`vaelab.sae.topk` and
+:mod:`vaelab.sae.kernels` hold what makes a training step fast.
 """
 
 import dataclasses
+import hashlib
+import json
+import math
+import numbers
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vaelab.core.hub import find
+from vaelab.core.hub import find_folder
 from vaelab.core.io import atomic, read_json, write_json
 from vaelab.core.validate import at_least, one_of
-from vaelab.sae.kernels import Block, Decode, Encode, Entries, JumpReLU, SquaredNorm, Step, variance_of
-from vaelab.sae.topk import Chosen, choose_above, choose_of_batch, choose_top, largest
+from vaelab.sae.kernels import (
+    ActiveCount,
+    Decode,
+    DenseBlock,
+    Encode,
+    JumpReLU,
+    SparseEntries,
+    SquaredNorm,
+    total_variance,
+)
+from vaelab.sae.topk import Selection, select_above, select_batch_topk, select_topk, topk_mask
 
-FORMAT, VERSION = "vaelab.sae.model", 1
+FORMAT, VERSION = "vaelab.sae.model", 2
 VARIANTS = ("topk", "k_sae", "batchtopk", "matryoshka", "jumprelu", "relu_l1")
-SCREENED = 6
-"""Candidates beyond k that are computed again in float32 where bfloat16 makes the choice."""
-BLOCK_UP_TO = 16
-"""k_aux times so many dead features are a dense block; of more, the k_aux chosen ones are summed."""
+INPUT_NORMS = ("none", "layer_norm", "constant_norm")
+SCREEN_EXTRA = 6
+"""Candidates beyond k that are computed again in float32 where bfloat16 screens for the top-k."""
+DENSE_AUXILIARY_UP_TO = 16
+"""Up to k_aux times so many dead features, the auxiliary loss uses dense products; beyond, sums over the selected."""
+LAYER_NORM_EPSILON = 1e-5
+LEAST_THRESHOLD = torch.finfo(torch.float32).tiny
+"""Stands for a JumpReLU threshold of 0, which has no logarithm."""
 
 
 @dataclass(frozen=True)
 class SAEConfig:
-    """What a sparse autoencoder is, and what it is trained for."""
+    """The architecture and the loss of a sparse autoencoder."""
 
     d: int
     """Width of the vectors."""
     n_features: int
     """Size of the dictionary."""
     k: int = 10
-    """Active features of a vector; their mean for ``batchtopk``, what ``jumprelu`` aims at, and what
-    ``relu_l1`` begins with."""
+    """Active features of a vector: exactly for ``topk``, on average for ``batchtopk``, the target for ``jumprelu``,
+    the number at initialisation for ``relu_l1``."""
     variant: str = "topk"
     """``topk``: the k largest, then ReLU (eq. 16). ``k_sae``: without ReLU (Revelio, eq. 3).
-    ``batchtopk``: the k N largest of a batch of N (Bussmann et al., 2024). ``matryoshka``: topk whose
-    first features must do without the later ones (Bussmann et al., 2025). ``jumprelu``: all above a
-    learned threshold (Rajamanoharan et al., 2024). ``relu_l1``: all above 0, which costs."""
+    ``batchtopk``: the k N largest of a batch of N (Bussmann et al., 2024). ``matryoshka``: topk in which nested
+    prefixes of the dictionary reconstruct by themselves (Bussmann et al., 2025). ``jumprelu``: all above a
+    learned threshold (Rajamanoharan et al., 2024). ``relu_l1``: all above 0, with an L1 penalty."""
     aux_weight: float = 1 / 32
-    """alpha of eq. 17."""
+    """alpha of eq. 17; 0 leaves the auxiliary loss out."""
     k_aux: int = 256
-    """Dead features that reconstruct what is left, for each vector (eq. 17)."""
+    """Dead features that reconstruct the error of each vector (eq. 17)."""
     dead_after: int = 10_000_000
-    """A feature that was silent for so many vectors is dead."""
+    """A feature that was inactive for so many vectors is dead."""
     nested: tuple[float, ...] = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
-    """``matryoshka``: the shares of the dictionary, from its beginning, that reconstruct by themselves."""
+    """``matryoshka``: the nested prefixes, as rising fractions of the dictionary that end with 1."""
     sparsity_weight: float = 0.1
-    """Of (L0 / k - 1)^2 for ``jumprelu``, of the mean L1 over the data's standard deviation for ``relu_l1``."""
+    """Weight of (L0 / k - 1)^2 for ``jumprelu``, of the mean L1 over the data's standard deviation for ``relu_l1``."""
     bandwidth: float = 0.5
-    """``jumprelu``: around a threshold, the width in which it is felt, in units of the data's standard deviation."""
+    """``jumprelu``: width of the window around a threshold in which values contribute to the threshold's gradient, in
+    units of the data's standard deviation."""
+    input_norm: str = "none"
+    """Normalisation of each vector before the autoencoder, undone after it. ``layer_norm``: (x - mean) / (std + 1e-5),
+    SAELens' ``layer_norm`` and SAeUron's ``input_unit_norm``. ``constant_norm``: sqrt(d) x / |x|, SAELens'
+    ``constant_norm_rescale``. Autoencoders with one are read from other libraries, not trained here."""
 
     def __post_init__(self) -> None:
+        kinds = {"int": numbers.Integral, "float": numbers.Real, "str": str}
+        for field in dataclasses.fields(self):
+            value, kind = getattr(self, field.name), kinds.get(getattr(field.type, "__name__", field.type))
+            if kind and (isinstance(value, bool) or not isinstance(value, kind)):
+                expected = "a whole number" if kind is numbers.Integral else "a number" if kind is not str else "text"
+                raise ValueError(f"{field.name}: expected {expected}, got {value!r}")
         for name in ("d", "n_features", "k", "k_aux", "dead_after"):
             at_least(name, getattr(self, name), 1)
         for name in ("aux_weight", "sparsity_weight"):
             at_least(name, getattr(self, name), 0)
         at_least("bandwidth", self.bandwidth, 0, exclusive=True)
         one_of("variant", self.variant, VARIANTS)
+        one_of("input_norm", self.input_norm, INPUT_NORMS)
         if self.k > self.n_features:
             raise ValueError(f"k: {self.k} active features of {self.n_features}; it must be n_features at most")
         object.__setattr__(self, "nested", tuple(self.nested))
         if not self.nested or sorted(set(self.nested)) != list(self.nested) or self.nested[-1] != 1:
-            raise ValueError(f"nested: expected rising shares that end with 1.0, got {list(self.nested)}")
+            raise ValueError(f"nested: expected rising fractions that end with 1.0, got {list(self.nested)}")
         at_least("nested", self.nested[0], 0, exclusive=True)
 
     @property
     def prefixes(self) -> list[int]:
-        """How many features, from the first on, must reconstruct by themselves."""
+        """Sizes of the prefixes of the dictionary that reconstruct by themselves, rising."""
         if self.variant != "matryoshka":
             return [self.n_features]
         return sorted({max(1, round(share * self.n_features)) for share in self.nested})
 
 
 class Codes(NamedTuple):
-    """What vectors (..., d) are made of. Where their counts differ, K is the largest and the others are
+    """Active features of vectors (..., d). Where their numbers differ, K is the largest, and the others are
     padded: an entry whose value is 0 is not active, whatever its index."""
 
     values: Tensor
-    """(..., K), in the units of the vectors."""
+    """(..., K), in the units of the vectors; with ``input_norm``, of the normalised vectors."""
     indices: Tensor
     """(..., K) int64."""
+    scale: Tensor | None = None
+    """(..., 1): with ``input_norm``, the factor by which :meth:`SAE.decode` multiplies."""
+    shift: Tensor | None = None
+    """(..., 1): with ``input_norm``, the number that :meth:`SAE.decode` then adds."""
 
     def l0(self) -> Tensor:
-        """Active features of each vector: (...)."""
+        """Number of active features of each vector: (...)."""
         return (self.values != 0).sum(-1)
 
     def dense(self, n_features: int) -> Tensor:
@@ -106,26 +141,31 @@ class Codes(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """Of a batch; scalars."""
+    """The losses of a batch; scalars."""
 
     loss: Tensor
-    """What is minimised."""
+    """The sum that is minimised."""
     unexplained: Tensor
     """|x - x'|^2 over the batch's variance around its mean: 1 - explained variance."""
     auxiliary: Tensor
-    """What the dead features leave of x - x', over its variance around its mean; 0 where none is dead."""
+    """The part of x - x' that the dead features leave, over its variance around its mean; 0 where no feature is
+    dead, and where ``aux_weight`` is 0."""
     l0: Tensor
     """Mean number of active features."""
     dead_fraction: Tensor
-    """Share of the features that are dead."""
+    """Fraction of the features that are dead."""
 
 
 class SAE(nn.Module):
-    """A sparse autoencoder. Its parameters are ``encoder`` and ``decoder`` (n_features, d), ``latent_bias``
-    (n_features,), ``pre_bias`` (d,), and for ``jumprelu`` ``threshold`` (n_features,)."""
+    """A sparse autoencoder.
+
+    Its parameters are ``encoder`` and ``decoder`` (n_features, d), ``latent_bias`` (n_features,), ``pre_bias`` (d,),
+    and for ``jumprelu`` ``log_threshold`` (n_features,). The buffer ``inactive_for`` (n_features,) counts the vectors
+    since each feature was last active.
+    """
 
     def __init__(self, config: SAEConfig, seed: int = 0):
-        """Untrained: random features of unit length, the encoder equal to the decoder (tied initialisation)."""
+        """Initialise the features at random with unit length, and the encoder equal to the decoder."""
         super().__init__()
         self.config = config
         generator = torch.Generator().manual_seed(seed)
@@ -133,29 +173,60 @@ class SAE(nn.Module):
         self.encoder, self.decoder = nn.Parameter(features.clone()), nn.Parameter(features)
         self.latent_bias, self.pre_bias = nn.Parameter(torch.zeros(len(features))), nn.Parameter(torch.zeros(config.d))
         if config.variant == "jumprelu":
-            self.threshold = nn.Parameter(torch.zeros(len(features)))
+            self.log_threshold = nn.Parameter(torch.full((len(features),), math.log(1e-3)))
         elif config.variant == "batchtopk":
-            self.register_buffer("threshold", torch.zeros(()))  # what stands for the batch where there is none
-        self.register_buffer("silent", torch.zeros(len(features), dtype=torch.int64))
+            self.register_buffer("threshold", torch.zeros(()))  # used outside training, where there is no batch
+        self.register_buffer("inactive_for", torch.zeros(len(features), dtype=torch.int64))
+        self._none_dead_for, self._counted_version = 0, -1
 
     @property
     def device(self) -> torch.device:
-        """Where it is."""
+        """The device of the weights."""
         return self.encoder.device
+
+    def thresholds(self) -> Tensor:
+        """The largest pre-activation that is still inactive: (n_features,) for ``jumprelu``, whose thresholds are
+        exponentials of its parameter and therefore positive (Rajamanoharan et al., 2024); a scalar for ``batchtopk``.
+
+        Raises:
+            ValueError: another variant.
+        """
+        if self.config.variant == "jumprelu":
+            return self.log_threshold.exp()
+        if self.config.variant == "batchtopk":
+            return self.threshold
+        raise ValueError(f"variant: {self.config.variant!r} has no thresholds")
+
+    @torch.no_grad()
+    def set_thresholds(self, value: float | Tensor) -> None:
+        """Set the thresholds of ``jumprelu`` or ``batchtopk``; 0 becomes the least positive number.
+
+        Raises:
+            ValueError: a negative threshold, or another variant.
+        """
+        value = torch.as_tensor(value, dtype=torch.float64)
+        if not (value >= 0).all():
+            raise ValueError(f"threshold: must not be negative, got {value.min().item()}")
+        if self.config.variant == "jumprelu":
+            self.log_threshold.copy_(value.clamp_min(LEAST_THRESHOLD).log())
+        else:
+            self.thresholds().copy_(value)
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> Codes:
-        """The active features of vectors (..., d), after the choice; keeps no graph.
+        """The active features of vectors (..., d); keeps no graph.
 
         Raises:
-            ValueError: another width, or a vector with NaN or infinity, which is named.
+            ValueError: another width, or a vector with NaN or infinity; the error names its row.
         """
         if not x.numel():
-            return Codes(
-                x.new_empty(*x.shape[:-1], 0), torch.empty(*x.shape[:-1], 0, dtype=torch.int64, device=x.device)
-            )
-        centred = self._centred(x.reshape(-1, x.shape[-1]))[0]
-        chosen = self._chosen(centred)
+            none = torch.empty(*x.shape[:-1], 0, dtype=torch.int64, device=x.device)
+            norms = () if self.config.input_norm == "none" else (x.new_empty(*x.shape[:-1], 1),) * 2
+            return Codes(x.new_empty(*x.shape[:-1], 0), none, *norms)
+        require_width(x, self.config.d)
+        normalised, *norms = self._normalised(x.reshape(-1, x.shape[-1]))
+        centred = self._centred(normalised)[0]
+        chosen = self._selected(centred)
         values = self._activated(chosen)
         indices, count = chosen.entries.indices, chosen.entries.counts
         if not isinstance(count, int):
@@ -163,17 +234,30 @@ class SAE(nn.Module):
             where, count = (chosen.entries.rows, places), int(count.max())
             values = values.new_zeros(len(centred), count).index_put_(where, values)
             indices = indices.new_zeros(len(centred), count).index_put_(where, indices)
-        return Codes(values.view(*x.shape[:-1], count), indices.view(*x.shape[:-1], count))
+        shape = x.shape[:-1]
+        norms = [one if one is None else one.view(*shape, 1) for one in norms]
+        return Codes(values.view(*shape, count), indices.view(*shape, count), *norms)
 
     @torch.no_grad()
     def decode(self, codes: Codes) -> Tensor:
-        """The vectors (..., d) that codes stand for (eq. 3); keeps no graph."""
+        """The vectors (..., d) that codes reconstruct (eq. 3); keeps no graph.
+
+        Raises:
+            ValueError: codes without scale and shift, where ``input_norm`` needs them.
+        """
+        if self.config.input_norm != "none" and codes.scale is None:
+            raise ValueError(
+                f"codes: with input_norm {self.config.input_norm!r} they need the scale and shift of encode"
+            )
         count = codes.indices.shape[-1]
-        if not codes.indices.numel():
-            return self.pre_bias.expand(*codes.indices.shape[:-1], -1).clone()
-        entries = Entries(codes.indices.reshape(-1), count, codes.indices[..., 0].numel(), self.config.n_features)
-        out = entries.times(codes.values.to(self.decoder).reshape(-1), self.decoder).add_(self.pre_bias)
-        return out.view(*codes.indices.shape[:-1], self.config.d)
+        if codes.indices.numel():
+            rows = codes.indices[..., 0].numel()
+            entries = SparseEntries(codes.indices.reshape(-1), count, rows, self.config.n_features)
+            out = entries.times(codes.values.to(self.decoder).reshape(-1), self.decoder).add_(self.pre_bias)
+            out = out.view(*codes.indices.shape[:-1], self.config.d)
+        else:
+            out = self.pre_bias.expand(*codes.indices.shape[:-1], -1).clone()
+        return out if codes.scale is None else out.mul_(codes.scale).add_(codes.shift)
 
     def forward(self, x: Tensor) -> Tensor:
         """The reconstruction of vectors (..., d); keeps no graph."""
@@ -184,101 +268,151 @@ class SAE(nn.Module):
         return F.normalize(self.decoder.detach())
 
     def losses(self, x: Tensor, *, screen: bool = False) -> Losses:
-        """What training minimises, on a batch (N, d), which also tells which features are silent.
+        """The losses of a batch (N, d), with a graph; it also updates which features are dead.
+
+        On a CPU a vector that is not finite is an error. On a GPU that question would stop the device in every step,
+        and such a vector shows as a loss that is not finite.
 
         Args:
             x: the batch.
-            screen: let bfloat16 choose the candidates of the top-k, see :func:`choose_top`, and make
-                the products of the auxiliary loss in it.
+            screen: find the candidates of the top-k, and make the products of the auxiliary loss, in bfloat16; see
+                :func:`vaelab.sae.topk.select_topk`.
 
         Raises:
             ValueError: as :meth:`encode`.
         """
         config = self.config
         with torch.no_grad():
-            centred, variance = self._centred(x)
-            chosen = self._chosen(centred, training=True, screen=screen)
+            require_width(x, config.d)
+            normalised, *_ = self._normalised(x)
+            centred, variance = self._centred(normalised, check=x.device.type == "cpu")
+            chosen = self._selected(centred, training=True, screen=screen)
         entries = chosen.entries
         found = Encode.apply(self.pre_bias, self.encoder, self.latent_bias, centred, chosen.values, entries)
-        values = self._activated(Chosen(found, entries))
+        threshold = self.thresholds()[entries.indices] if config.variant == "jumprelu" else None
+        values = self._activated(Selection(found, entries), threshold)
         unexplained = 0
         for size in config.prefixes:
             nested = values if size == config.n_features else values * (entries.indices < size)
             error = Decode.apply(self.pre_bias, nested, self.decoder, centred, entries)
             unexplained = unexplained + SquaredNorm.apply(error) / variance / len(config.prefixes)
-        dead = (self.silent >= config.dead_after).nonzero().flatten()
-        auxiliary = self._auxiliary(centred, error.detach(), dead, screen) if len(dead) else torch.zeros_like(variance)
+        auxiliary, dead_fraction = self._auxiliary(centred, error.detach(), screen)
         with torch.no_grad():
             active = values != 0
             l0 = active.sum() / len(x)
             whole = SquaredNorm.apply(error) / variance if len(config.prefixes) > 1 else unexplained.detach()
-            self.silent.add_(len(x)).mul_(entries.by_column(active.to(values.dtype)) == 0)
+            self.inactive_for.add_(len(x)).mul_(entries.by_column(active.to(values.dtype)) == 0)
+            self._none_dead_for -= len(x)
+            self._counted_version = self.inactive_for._version
             if config.variant == "batchtopk" and len(values):
                 self.threshold.lerp_(values.min(), 0.01)
         loss = unexplained + config.aux_weight * auxiliary
         if config.variant == "relu_l1":
             loss = loss + config.sparsity_weight * values.sum() / len(x) / (variance / len(x)).sqrt()
         if config.variant == "jumprelu":
-            counted = Step.apply(chosen.values, self.threshold[entries.indices], config.bandwidth).sum() / len(x)
+            counted = ActiveCount.apply(chosen.values, threshold, config.bandwidth).sum() / len(x)
             loss = loss + config.sparsity_weight * (counted / config.k - 1).square()
-        return Losses(loss, whole, auxiliary.detach(), l0, loss.new_tensor(len(dead) / config.n_features))
+        return Losses(loss, whole, auxiliary.detach(), l0, dead_fraction)
 
-    def _auxiliary(self, centred: Tensor, error: Tensor, dead: Tensor, screen: bool) -> Tensor:
-        """Eq. 17's second term: the k_aux most active of the dead features reconstruct what is left.
+    def _auxiliary(self, centred: Tensor, error: Tensor, screen: bool) -> tuple[Tensor, Tensor]:
+        """The auxiliary loss, and the fraction of dead features, without waiting for a GPU where none can be dead."""
+        none = centred.new_zeros(())
+        if self._none_can_be_dead():
+            return none, none
+        is_dead = self.inactive_for >= self.config.dead_after
+        if not self.config.aux_weight:
+            return none, (is_dead.sum() / self.config.n_features).to(none.dtype)
+        dead = is_dead.nonzero().flatten()
+        fraction = torch.full_like(none, len(dead) / self.config.n_features)
+        return (self._auxiliary_loss(centred, error, dead, screen) if len(dead) else none), fraction
 
-        As in Gao et al. and in the paper's code, what is left is x - x'; the equation as printed says x.
+    def _none_can_be_dead(self) -> bool:
+        """Whether too few vectors have passed since the longest inactivity was read for any feature to be dead.
+
+        ``inactive_for`` grows by at most a batch's size in a step, so it is read from the device only when that
+        could matter, or when something else has changed it.
+        """
+        if self._none_dead_for <= 0 or self._counted_version != self.inactive_for._version:
+            self._none_dead_for = self.config.dead_after - int(self.inactive_for.max())
+        return self._none_dead_for > 0
+
+    def _auxiliary_loss(self, centred: Tensor, error: Tensor, dead: Tensor, screen: bool) -> Tensor:
+        """Eq. 17's second term: the k_aux most active of the dead features reconstruct the error.
+
+        As in Gao et al. and in the paper's code, the error is x - x'; the equation as printed says x.
         """
         encoder, bias, k = self.encoder[dead], self.latent_bias[dead], min(self.config.k_aux, len(dead))
         with torch.no_grad():
-            if len(dead) <= BLOCK_UP_TO * k:
-                where = Block(torch.bfloat16 if screen else None)
+            if len(dead) <= DENSE_AUXILIARY_UP_TO * k:
+                where = DenseBlock(torch.bfloat16 if screen else None)
                 found = where.products(centred, encoder).add_(bias)
             else:
-                found, where = choose_top(centred, encoder, bias, k)
+                found, where = select_topk(centred, encoder, bias, k)
         values = Encode.apply(self.pre_bias, encoder, bias, centred, found, where)
         if self.config.variant != "k_sae":
             values = values.relu()
-        if isinstance(where, Block) and k < len(dead):
-            values = values * largest(values.detach(), k, signed=self.config.variant == "k_sae")
+        if isinstance(where, DenseBlock) and k < len(dead):
+            values = values * topk_mask(values.detach(), k, signed=self.config.variant == "k_sae")
         left = -error
         error = Decode.apply(None, values, self.decoder[dead], left, where)
-        return SquaredNorm.apply(error) / variance_of(left).clamp_min(1e-30)
+        return SquaredNorm.apply(error) / total_variance(left).clamp_min(1e-30)
 
-    def _centred(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _normalised(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Vectors (N, d) under ``input_norm``, with the scale and shift (N, 1) that undo it."""
+        if self.config.input_norm == "none":
+            return x, None, None
+        x = x.to(self.encoder)
+        if self.config.input_norm == "constant_norm":
+            scale = torch.linalg.vector_norm(x, dim=1, keepdim=True) / self.config.d**0.5
+            return x / scale.clamp_min(LEAST_THRESHOLD), scale, torch.zeros_like(scale)
+        shift = x.mean(1, keepdim=True)
+        scale = x.std(1, keepdim=True)
+        return (x - shift) / (scale + LAYER_NORM_EPSILON), scale, shift
+
+    def _centred(self, x: Tensor, *, check: bool = True) -> tuple[Tensor, Tensor]:
         """x - pre_bias, and the sum of the squared distances from the mean."""
-        refuse_other_width(x, self.config.d)
         centred = (x.to(self.encoder) - self.pre_bias).contiguous()
-        variance = variance_of(centred)
-        if not variance.isfinite():
-            refuse_not_finite(centred)
+        variance = total_variance(centred)
+        if check and not variance.isfinite():
+            require_finite_vectors(centred)
             raise ValueError("x: vectors too long for their squares to be summed")
         return centred, variance
 
-    def _chosen(self, centred: Tensor, *, training: bool = False, screen: bool = False) -> Chosen:
+    def _selected(self, centred: Tensor, *, training: bool = False, screen: bool = False) -> Selection:
         config, given = self.config, (centred, self.encoder, self.latent_bias)
         if config.variant == "relu_l1":
-            return choose_above(*given, centred.new_zeros(()))
+            return select_above(*given, centred.new_zeros(()))
         if config.variant == "jumprelu":
-            return choose_above(*given, self.threshold - (config.bandwidth / 2 if training else 0))
+            return select_above(*given, self.thresholds() - (config.bandwidth / 2 if training else 0))
         if config.variant == "batchtopk" and training:
-            return choose_of_batch(*given, len(centred) * config.k)
+            return select_batch_topk(*given, len(centred) * config.k)
         if config.variant == "batchtopk":
-            return choose_above(*given, self.threshold)
-        return choose_top(*given, config.k, extra=SCREENED if screen else 0)
+            return select_above(*given, self.threshold)
+        return select_topk(*given, config.k, extra=SCREEN_EXTRA if screen else 0)
 
-    def _activated(self, chosen: Chosen) -> Tensor:
+    def _activated(self, chosen: Selection, threshold: Tensor | None = None) -> Tensor:
         if self.config.variant == "k_sae":
             return chosen.values
         if self.config.variant == "jumprelu":
-            return JumpReLU.apply(chosen.values, self.threshold[chosen.entries.indices], self.config.bandwidth)
+            threshold = self.thresholds()[chosen.entries.indices] if threshold is None else threshold
+            return JumpReLU.apply(chosen.values, threshold, self.config.bandwidth)
         return chosen.values.relu()
 
     @torch.no_grad()
     def rescale(self, factor: float | Tensor) -> None:
-        """Make it the autoencoder of vectors that are ``factor`` times as long, with codes as much larger."""
-        for name in ("pre_bias", "latent_bias", "threshold"):
-            if hasattr(self, name):
-                getattr(self, name).mul_(factor)
+        """Convert to an autoencoder of vectors that are ``factor`` times as long, whose codes are as much larger.
+
+        Raises:
+            ValueError: an autoencoder with ``input_norm``.
+        """
+        if self.config.input_norm != "none":
+            raise ValueError(f"input_norm: {self.config.input_norm!r} takes the length of the vectors away already")
+        self.pre_bias.mul_(factor)
+        self.latent_bias.mul_(factor)
+        if self.config.variant == "jumprelu":
+            self.log_threshold.add_(torch.as_tensor(factor, device=self.device).log())
+        elif self.config.variant == "batchtopk":
+            self.threshold.mul_(factor)
 
     @torch.no_grad()
     def normalise(self) -> None:
@@ -286,55 +420,114 @@ class SAE(nn.Module):
         self.decoder.div_(torch.linalg.vector_norm(self.decoder, dim=1, keepdim=True))
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write ``config.json`` and ``sae.safetensors`` to a folder."""
-        told = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self.config)}
+        """Write ``config.json`` and ``sae.safetensors`` to a folder; each holds the other's checksum."""
+        config = json.loads(json.dumps(dataclasses.asdict(self.config)))
         tensors = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
-        del tensors["silent"]
+        del tensors["inactive_for"]
+        metadata = {"format": FORMAT, "config_sha256": config_checksum(config)}
         with atomic(Path(folder, "sae.safetensors")) as draft:
-            save_file(tensors, draft, metadata={"format": FORMAT})
-        write_json(Path(folder, "config.json"), told)
+            save_file(tensors, draft, metadata=metadata)
+        header = {"format": FORMAT, "version": VERSION, "weights_sha256": weights_checksum(tensors)}
+        write_json(Path(folder, "config.json"), {**header, **config})
 
     @classmethod
     def from_pretrained(
         cls, name: str | Path, *, device: str | torch.device = "cpu", revision: str | None = None, subfolder: str = ""
     ) -> "SAE":
-        """What :meth:`save_pretrained` wrote, in evaluation mode.
+        """Read what :meth:`save_pretrained` wrote, in evaluation mode.
 
         Args:
             name: a local folder, or an id on the hub (owner/name).
             device: where to put it.
             revision: a branch, tag or commit on the hub.
-            subfolder: where in it the two files are.
+            subfolder: which part of the folder holds the two files.
 
         Raises:
-            ValueError: no such folder, files of another kind, or of a newer version.
+            ValueError: no such folder; files of another kind, of another version, damaged, edited, or not of each
+                other; weights that are not finite. The error names the file.
         """
-        folder = find(name, revision=revision, subfolder=subfolder)
-        if not (folder / "config.json").is_file():
+        files = ("config.json", "sae.safetensors")
+        folder = find_folder(name, revision=revision, subfolder=subfolder, files=files)
+        path, weights = folder / "config.json", folder / "sae.safetensors"
+        if not path.is_file():
             raise ValueError(f"{name}: no config.json; expected the folder of an autoencoder of this lab")
-        told = read_json(folder / "config.json")
-        if not isinstance(told, dict) or told.pop("format", None) != FORMAT:
-            raise ValueError(f"{name}: config.json is not of an autoencoder of this lab; see vaelab.sae.formats.load")
-        if told.pop("version") > VERSION:
-            raise ValueError(f"{name} was written by a newer version of this lab; update it to read this")
-        strange = set(told) - {field.name for field in dataclasses.fields(SAEConfig)}
-        if strange:
-            raise ValueError(f"{name}: config.json has {sorted(strange)[0]!r}, which this lab does not know")
-        sae = cls(SAEConfig(**told))
-        missing = sae.load_state_dict(load_file(folder / "sae.safetensors"), strict=False)
-        if missing.unexpected_keys or set(missing.missing_keys) != {"silent"}:
-            raise ValueError(f"{name}: sae.safetensors does not hold what its config.json says")
+        stored = read_config_file(path)
+        if stored.pop("format", None) != FORMAT:
+            raise ValueError(f"{path}: not of an autoencoder of this lab; see vaelab.sae.formats.load_sae")
+        version = stored.pop("version", None)
+        if version != VERSION:
+            age = "a newer version" if isinstance(version, int) and version > VERSION else "an older version"
+            raise ValueError(f"{path}: written by {age} of this lab ({version!r}; this one reads {VERSION})")
+        checksum, names = stored.pop("weights_sha256", None), [field.name for field in dataclasses.fields(SAEConfig)]
+        for key in stored:
+            if key not in names:
+                raise ValueError(f"{path}: has the key {key!r}, which this lab does not know")
+        for key in names:
+            if key not in stored:
+                raise ValueError(f"{path}: has no {key!r}")
+        try:
+            sae = cls(SAEConfig(**stored))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: {error}") from error
+        try:
+            with safe_open(weights, framework="pt", device="cpu") as file:
+                metadata = file.metadata() or {}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{weights}: missing or damaged ({error})") from error
+        shapes = {key: value.shape for key, value in sae.state_dict().items() if key != "inactive_for"}
+        if {key: value.shape for key, value in tensors.items()} != shapes:
+            raise ValueError(f"{weights}: does not hold the tensors of its config.json")
+        require_finite_weights(weights, tensors)
+        if metadata.get("config_sha256") != config_checksum(stored):
+            raise ValueError(f"{path}: edited, or of other weights than {weights.name}; their checksums differ")
+        if checksum != weights_checksum(tensors):
+            raise ValueError(f"{weights}: changed, or of another config.json; their checksums differ")
+        sae.load_state_dict(tensors, strict=False)
         return sae.to(device).eval()
 
 
-def refuse_not_finite(x: Tensor) -> None:
+def config_checksum(config: Mapping[str, Any]) -> str:
+    """SHA-256 of a configuration as sorted JSON."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+
+
+def weights_checksum(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of tensors on the CPU: their names, types, shapes and bytes, by name."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name].contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(memoryview(value.view(-1).view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
+
+def read_config_file(path: Path) -> dict[str, Any]:
+    """The JSON object of a file; a damaged or missing file is a ValueError with its path."""
+    try:
+        value = read_json(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: not a readable JSON file ({error})") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def require_finite_weights(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError, naming the tensor, where weights hold NaN or infinity."""
+    for name, value in tensors.items():
+        if not value.isfinite().all():
+            raise ValueError(f"{path}: {name} holds NaN or infinity")
+
+
+def require_finite_vectors(x: Tensor) -> None:
     """Raise ValueError, naming the first row of x (N, d) that has NaN or infinity."""
     bad = (~x.isfinite()).any(1).nonzero().flatten()
     if len(bad):
         raise ValueError(f"x: row {int(bad[0])} of {len(x)} is not finite ({len(bad)} such rows)")
 
 
-def refuse_other_width(x: Tensor, d: int) -> None:
+def require_width(x: Tensor, d: int) -> None:
     """Raise ValueError unless x is (..., d)."""
     if x.shape[-1] != d:
         raise ValueError(f"x: vectors of {x.shape[-1]} numbers; this autoencoder is for {d}")

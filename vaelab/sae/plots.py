@@ -23,7 +23,7 @@ SMALL_CHANGE = 0.1
 
 
 @plain_text
-def training(history: pd.DataFrame, title: str = "") -> Figure:
+def training_curves(history: pd.DataFrame, title: str = "") -> Figure:
     """Loss, explained variance, L0 and dead fraction over steps: a row a measure, a column a block.
 
     Args:
@@ -56,7 +56,7 @@ def training(history: pd.DataFrame, title: str = "") -> Figure:
     return figure
 
 
-class Live:
+class LiveCurves:
     """The curves of a training drawn in one place of a notebook while it runs, anew every so many seconds.
 
     ::
@@ -75,7 +75,7 @@ class Live:
             return
         from IPython.display import display
 
-        figure = training(self._prepare(history), f"so far: {int(history['step'].max())} steps")
+        figure = training_curves(self._prepare(history), f"so far: {int(history['step'].max())} steps")
         if self._place is None:
             self._place = display(figure, display_id=True)
         elif self._place:
@@ -85,7 +85,7 @@ class Live:
 
 
 @plain_text
-def by_size(table: pd.DataFrame, title: str = "") -> Figure:
+def size_curves(table: pd.DataFrame, title: str = "") -> Figure:
     """Explained variance and dead features against k: a panel a block, a line for each n_features,
     of several seeds with their range.
 
@@ -124,7 +124,7 @@ def _colours(values: pd.Series) -> dict:
 
 
 @plain_text
-def change_bars(outcomes: Mapping[tuple, Any], hue: str, title: str = "") -> Figure:
+def manhattan_bars(outcomes: Mapping[tuple, Any], hue: str, title: str = "") -> Figure:
     """Manhattan distance per pixel of every picture, and the means, on an axis that is linear up to
     ``SMALL_CHANGE`` and logarithmic beyond: a few pictures change a hundred times as much as most.
 

@@ -23,33 +23,33 @@ from vaelab.core.paths import resolve
 from vaelab.core.validate import at_least, one_of, unknown
 from vaelab.data.prompts import Prompts, load_prompts
 from vaelab.sae import metrics as sae_metrics
-from vaelab.sae.baselines import Dictionary, Moments, baselines, moments
+from vaelab.sae.baselines import Dictionary, Moments, build_baselines, moments
 from vaelab.sae.model import SAE, VARIANTS, SAEConfig
-from vaelab.sae.train import Wanted
+from vaelab.sae.train import SAESpec
 
 # sae_runs: Autoencoders kept in the folder of a run of notebook 31, and read again to be put into the model beside
 # their baselines.
 #
 
 
-WHO = ("sae", "zero", "mean", "random", "pca")
-NAMES = ["block", "who", "k", "n_features"]
-FOR_MOMENTS = 500_000
+METHODS = ("sae", "zero", "mean", "random", "pca")
+METHOD_KEY = ["block", "who", "k", "n_features"]
+MOMENT_VECTORS = 500_000
 """The most vectors of a block that its mean and covariance are taken of."""
 
 
-def keep(saes: Mapping[str, SAE], wanted: Mapping[str, Wanted], kept: store.Store, folder: Path) -> None:
+def save_sweep(saes: Mapping[str, SAE], wanted: Mapping[str, SAESpec], kept: store.Store, folder: Path) -> None:
     """Save autoencoders, by block the moments of what they were trained on, and where that came from."""
     for name, sae in saes.items():
         sae.save_pretrained(folder / name)
     for block in dict.fromkeys(one.block for one in wanted.values()):
-        one = moments(vectors(kept, block, FOR_MOMENTS))
+        one = moments(iterate_vectors(kept, block, MOMENT_VECTORS))
         tensors = {"mean": one.mean.cpu(), "covariance": one.covariance.cpu().contiguous()}
         save_file(tensors, folder / f"{block}.moments.safetensors", metadata={"count": str(one.count)})
     write_json(folder / "source.json", kept.settings)
 
 
-class SAERun(NamedTuple):
+class SAESweep(NamedTuple):
     """A finished run of notebook 31; made by :func:`read`."""
 
     folder: Path
@@ -103,11 +103,11 @@ class SAERun(NamedTuple):
             found |= {(block, "sae", *one): SAE.from_pretrained(place, device=device) for one, place in folders.items()}
             tensors = load_file(self.folder / f"{block}.moments.safetensors")
             measured = Moments(0, tensors["mean"], tensors["covariance"])
-            found |= {(block, who, *size): one for who, one in baselines(measured, *size, seed).items()}
+            found |= {(block, who, *size): one for who, one in build_baselines(measured, *size, seed).items()}
         return found
 
 
-def read(folder: str, model: str, pipeline: Any) -> SAERun:
+def load_sweep(folder: str, model: str, pipeline: Any) -> SAESweep:
     """Read what a run of notebook 31 left in its output folder.
 
     Args:
@@ -127,16 +127,18 @@ def read(folder: str, model: str, pipeline: Any) -> SAERun:
             f"(make run P={folder.replace('outputs/', 'params/', 1)}.yaml)"
         )
     stored = results["tables"]["saes"]
-    names = {tuple(row[part] for part in KEY): row["name"] for row in stored}
+    names = {tuple(row[part] for part in SAE_KEY): row["name"] for row in stored}
     held_out = store.open(place / "held_out")
-    found = SAERun(place / "saes", read_json(place / "saes" / "source.json"), names, held_out)
-    refuse_other_model(held_out, pipeline, model, "saes")
+    found = SAESweep(place / "saes", read_json(place / "saes" / "source.json"), names, held_out)
+    require_same_model(held_out, pipeline, model, "saes")
     if found.source["side"] != "update":
         raise ValueError(f"saes: trained on the {found.source['side']} of blocks; only an update can be replaced")
     return found
 
 
-def measure_each(dictionaries: Mapping[tuple, Dictionary], held_out: store.Store, device: Any = "cpu") -> pd.DataFrame:
+def evaluate_methods(
+    dictionaries: Mapping[tuple, Dictionary], held_out: store.Store, device: Any = "cpu"
+) -> pd.DataFrame:
     """Autoencoders and baselines, under :data:`NAMES`, on the held-out vectors of their blocks.
 
     Returns:
@@ -145,11 +147,13 @@ def measure_each(dictionaries: Mapping[tuple, Dictionary], held_out: store.Store
     measured = {}
     for block in dict.fromkeys(key[0] for key in dictionaries):
         own = {key: one for key, one in dictionaries.items() if key[0] == block}
-        measured |= sae_metrics.measure(own, (batch.to(device) for batch in vectors(held_out, block)))
-    return sae_metrics.table(measured, NAMES)
+        measured |= sae_metrics.evaluate_dictionaries(
+            own, (batch.to(device) for batch in iterate_vectors(held_out, block))
+        )
+    return sae_metrics.fidelity_table(measured, METHOD_KEY)
 
 
-def select(
+def select_methods(
     dictionaries: Mapping[tuple, Dictionary], who: Iterable[str], size: tuple[int, int]
 ) -> dict[tuple, Dictionary]:
     """Those of one size that are an autoencoder or a baseline of these names.
@@ -159,11 +163,11 @@ def select(
     """
     who = list(who)
     for name in who:
-        one_of("by_step", name, WHO)
+        one_of("by_step", name, METHODS)
     return {key: one for key, one in dictionaries.items() if key[1] in who and key[2:] == size}
 
 
-def metrics(table: pd.DataFrame, size: tuple[int, int]) -> dict[str, float]:
+def methods_metrics(table: pd.DataFrame, size: tuple[int, int]) -> dict[str, float]:
     """``<block>.<measure>`` of the autoencoders of one size and ``<block>.<baseline>.<measure>``.
 
     Args:
@@ -174,19 +178,19 @@ def metrics(table: pd.DataFrame, size: tuple[int, int]) -> dict[str, float]:
     named = {}
     for row in own.to_dict("records"):
         place = row["block"] if row["who"] == "sae" else f"{row['block']}.{row['who']}"
-        measures = {name: value for name, value in row.items() if name not in NAMES}
+        measures = {name: value for name, value in row.items() if name not in METHOD_KEY}
         named |= {f"{place}.{name}": value for name, value in measures.items() if not isinstance(value, str)}
     return named
 
 
-KEY = ("block", "k", "n_features", "seed")
+SAE_KEY = ("block", "k", "n_features", "seed")
 READ_AT_ONCE = 4096
 SAME_MODEL = 0.1
 """How far, as a share of its length, an item made again may be from the stored one: more than precisions
 and devices differ, less than weights that were trained further."""
 
 
-def grid(
+def build_grid(
     layout: store.Layout,
     blocks: Sequence[str],
     ks: Sequence[int],
@@ -194,7 +198,7 @@ def grid(
     seeds: Sequence[int],
     kind: str = "topk",
     **options: Any,
-) -> dict[str, Wanted]:
+) -> dict[str, SAESpec]:
     """What is to be trained, under the names of the folders that it is kept in.
 
     Args:
@@ -219,12 +223,12 @@ def grid(
         if block not in layout:
             raise unknown("blocks (of the activations)", block, layout)
     return {
-        f"{block}-k{k}-n{size}-s{seed}": Wanted(block, SAEConfig(layout[block].width, size, k, **options), seed)
+        f"{block}-k{k}-n{size}-s{seed}": SAESpec(block, SAEConfig(layout[block].width, size, k, **options), seed)
         for block, k, size, seed in itertools.product(blocks, ks, sizes, seeds)
     }
 
 
-def other_prompts(
+def held_out_prompts(
     source: Mapping[str, Any], dataset: str, split: str, count: int, column: str = "", revision: str = ""
 ) -> Prompts:
     """``count`` prompts that a store was not made from: of the same data set and split those that follow.
@@ -248,7 +252,7 @@ def other_prompts(
     return found._replace(texts=found.texts[used:], rows=found.rows[used:])
 
 
-def hold_out(
+def collect_held_out(
     kept: store.Store,
     pipeline: Any,
     model: str,
@@ -276,7 +280,7 @@ def hold_out(
     """
     if resolution:
         refuse_size(pipeline, Sampling(height=resolution, width=resolution))
-    refuse_other_model(kept, pipeline, model, "activations")
+    require_same_model(kept, pipeline, model, "activations")
     told = kept.settings
     sampling = Sampling(**told["sampling"])
     if resolution:
@@ -285,15 +289,15 @@ def hold_out(
         tuple(blocks), sampling, side=told["side"], steps=tuple(told["steps"]), halves=told["halves"],
         batch_size=batch_size, seed=told["seed"] + told["prompts"], precision=kept.precision,
     )  # fmt: skip
-    layout, per_prompt, _ = collect.probe(pipeline, asked.texts, config)
+    layout, per_prompt, _ = collect.run_trial_batch(pipeline, asked.texts, config)
     settings = {"model": model, "dataset": asked.name, "split": asked.split}
-    return collect.collect(
+    return collect.collect_prompts(
         pipeline, asked.texts, config, folder, layout=layout, items_per_prompt=per_prompt, rows=asked.rows,
         settings=settings,
     )  # fmt: skip
 
 
-def refuse_other_model(kept: store.Store, pipeline: Any, model: str, parameter: str) -> None:
+def require_same_model(kept: store.Store, pipeline: Any, model: str, parameter: str) -> None:
     """Raise ValueError unless a store was made with this model as it now is: its name is compared, and its
     first item is made again.
 
@@ -324,7 +328,7 @@ def refuse_other_model(kept: store.Store, pipeline: Any, model: str, parameter: 
         )
 
 
-def vectors(kept: store.Store, block: str, most: int = 0) -> Iterator[Tensor]:
+def iterate_vectors(kept: store.Store, block: str, most: int = 0) -> Iterator[Tensor]:
     """A block's vectors in batches (n, d), shuffled; the first ``most`` of them, 0 for all."""
     left = most or kept.rows(block)
     for batch in kept.batches(block, READ_AT_ONCE, seed=0):
@@ -334,7 +338,7 @@ def vectors(kept: store.Store, block: str, most: int = 0) -> Iterator[Tensor]:
             return
 
 
-def measure(saes: Mapping[str, SAE], wanted: Mapping[str, Wanted], held_out: store.Store) -> pd.DataFrame:
+def evaluate_saes(saes: Mapping[str, SAE], wanted: Mapping[str, SAESpec], held_out: store.Store) -> pd.DataFrame:
     """Every autoencoder on the held-out vectors of its block.
 
     Returns:
@@ -344,8 +348,8 @@ def measure(saes: Mapping[str, SAE], wanted: Mapping[str, Wanted], held_out: sto
     for block in dict.fromkeys(one.block for one in wanted.values()):
         own = {name: saes[name] for name, one in wanted.items() if one.block == block}
         device = next(iter(own.values())).device
-        batches = (batch.to(device) for batch in vectors(held_out, block))
-        parts += sae_metrics.measure(own, batches).items()
+        batches = (batch.to(device) for batch in iterate_vectors(held_out, block))
+        parts += sae_metrics.evaluate_dictionaries(own, batches).items()
     rows = [
         {"block": one.block, "k": one.config.k, "n_features": one.config.n_features, "seed": one.seed, "name": name,
          **measured._asdict()}
@@ -354,14 +358,14 @@ def measure(saes: Mapping[str, SAE], wanted: Mapping[str, Wanted], held_out: sto
     return pd.DataFrame(rows)
 
 
-def described(history: pd.DataFrame, wanted: Mapping[str, Wanted]) -> pd.DataFrame:
+def label_history(history: pd.DataFrame, wanted: Mapping[str, SAESpec]) -> pd.DataFrame:
     """The history of a training, whose column ``sae`` has names, with the columns :data:`KEY`."""
     of = [wanted[name] for name in history["sae"]]
     sizes = {"k": [one.config.k for one in of], "n_features": [one.config.n_features for one in of]}
     return history.assign(block=[one.block for one in of], seed=[one.seed for one in of], **sizes)
 
 
-def over_seeds(table: pd.DataFrame, columns: Iterable[str]) -> pd.DataFrame:
+def mean_over_seeds(table: pd.DataFrame, columns: Iterable[str]) -> pd.DataFrame:
     """Means over seeds of ``columns``, with the number of ``seeds`` and, of the first column, how far
     apart they are (``spread``)."""
     columns = list(columns)
@@ -371,7 +375,7 @@ def over_seeds(table: pd.DataFrame, columns: Iterable[str]) -> pd.DataFrame:
     return whole.reset_index()
 
 
-def by_size(means: pd.DataFrame) -> dict[str, float]:
+def sizes_metrics(means: pd.DataFrame) -> dict[str, float]:
     """``<block>.k<k>.n<n_features>.<measure>`` of what :func:`over_seeds` gave."""
     return {
         f"{row['block']}.k{row['k']}.n{row['n_features']}.{name}": row[name]

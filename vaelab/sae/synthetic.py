@@ -12,7 +12,7 @@ from vaelab.core.validate import at_least
 
 
 @dataclass(frozen=True)
-class Planted:
+class SyntheticSparseData:
     """Sparse sums of known features, with a little noise and a mean."""
 
     d: int = 128
@@ -69,6 +69,6 @@ class Planted:
         return batches
 
 
-def recovery(truth: Tensor, found: Tensor) -> float:
+def dictionary_recovery(truth: Tensor, found: Tensor) -> float:
     """The mean, over the rows of ``truth`` (n, d), of the largest cosine with a row of ``found`` (m, d)."""
     return float((F.normalize(truth) @ F.normalize(found).T).amax(1).mean())

@@ -17,7 +17,7 @@ from vaelab.core.validate import at_least
 from vaelab.sae.model import SAE, Codes
 from vaelab.store.reader import Store
 
-NONE = -1
+NO_ITEM = -1
 """The item of a place that no picture has taken."""
 FINEST, OCTAVES, PARTS = -16, 32, 8
 """The histogram's bins divide each of so many octaves, from 2^FINEST on, in equal parts; what is beyond either end
@@ -27,7 +27,7 @@ QUANTILES = {"lower_quartile": 0.25, "median": 0.5, "upper_quartile": 0.75, "q99
 """Those of the table."""
 
 
-class Summary(NamedTuple):
+class FeatureSummary(NamedTuple):
     """What n features do over M items of P positions each; all on the CPU."""
 
     values: Tensor
@@ -55,7 +55,7 @@ class Summary(NamedTuple):
 
     def full(self) -> Tensor:
         """(n,) bool: active in at least ``top`` items."""
-        return self.items[:, -1] != NONE
+        return self.items[:, -1] != NO_ITEM
 
     def most_active(self, count: int) -> Tensor:
         """Numbers (at most ``count``,) of the features with the largest activations of all, falling, of
@@ -78,7 +78,7 @@ class Summary(NamedTuple):
         counts = self.histogram.long().cumsum(1)
         rank = (share * self.active_rows.double()).ceil().clamp_min(1).long()
         bins = torch.searchsorted(counts, rank[:, None]).flatten().clamp_max(BINS - 1)
-        return middles()[bins].masked_fill(self.active_rows == 0, 0)
+        return bin_centres()[bins].masked_fill(self.active_rows == 0, 0)
 
     def table(self) -> pd.DataFrame:
         """A row a feature: ``feature``, ``items`` and ``density`` (the shares of items and of positions
@@ -96,14 +96,14 @@ class Summary(NamedTuple):
         })  # fmt: skip
 
 
-class Tally:
+class FeatureAccumulator:
     """A :class:`Summary` in the making, batch by batch."""
 
     def __init__(self, n_features: int, top: int = 10, device: Any = "cpu"):
         at_least("top", top, 1)
         self.top, self.device = top, torch.device(device)
         self._values = torch.full((n_features, top), -torch.inf, device=self.device)
-        self._items = torch.full((n_features, top), NONE, device=self.device)
+        self._items = torch.full((n_features, top), NO_ITEM, device=self.device)
         self._positions = torch.zeros_like(self._items)
         self._active_items, self._active_rows = (
             torch.zeros(n_features, dtype=torch.int64, device=self.device) for _ in range(2)
@@ -133,7 +133,7 @@ class Tally:
         self._total.index_add_(0, feature, value.double())
         self._squares.index_add_(0, feature, value.double().square())
         one = torch.ones((), dtype=torch.int32, device=self.device).expand(len(value))
-        self._histogram.view(-1).index_add_(0, feature * BINS + bins(value), one)
+        self._histogram.view(-1).index_add_(0, feature * BINS + histogram_bins(value), one)
         # of every item and feature the largest, the first of equals
         order = torch.sort(value, descending=True, stable=True).indices
         order = order[torch.sort(item[order] * n + feature[order], stable=True).indices]
@@ -157,7 +157,7 @@ class Tally:
     ) -> None:
         shape = (len(features), self.top)
         values = self._values.new_full(shape, -torch.inf).index_put_(where, value)
-        items = self._items.new_full(shape, NONE).index_put_(where, item)
+        items = self._items.new_full(shape, NO_ITEM).index_put_(where, item)
         places = self._positions.new_zeros(shape).index_put_(where, place)
         values, order = torch.cat([self._values[features], values], 1).sort(dim=1, descending=True, stable=True)
         order = order[:, : self.top]
@@ -165,19 +165,19 @@ class Tally:
         self._items[features] = torch.cat([self._items[features], items], 1).gather(1, order)
         self._positions[features] = torch.cat([self._positions[features], places], 1).gather(1, order)
 
-    def summary(self) -> Summary:
+    def summary(self) -> FeatureSummary:
         """What was seen so far."""
-        values = self._values.masked_fill(self._items == NONE, 0)
+        values = self._values.masked_fill(self._items == NO_ITEM, 0)
         tensors = (
             values, self._items, self._positions, self._active_items, self._active_rows, self._total, self._squares,
             self._histogram,
         )  # fmt: skip
-        return Summary(*(one.to("cpu", copy=True) for one in tensors), self._item_count, self._row_count)
+        return FeatureSummary(*(one.to("cpu", copy=True) for one in tensors), self._item_count, self._row_count)
 
 
-def summarise(
+def summarise_features(
     sae: SAE, kept: Store, block: str, *, top: int = 10, items: Sequence[int] | None = None, batch_items: int = 64
-) -> Summary:
+) -> FeatureSummary:
     """Go once over a block of a store.
 
     Args:
@@ -193,7 +193,7 @@ def summarise(
     """
     at_least("batch_items", batch_items, 1)
     numbers = range(len(kept.items)) if items is None else list(items)
-    tally = Tally(sae.config.n_features, top, sae.device)
+    tally = FeatureAccumulator(sae.config.n_features, top, sae.device)
     for begin in range(0, len(numbers), batch_items):
         part = numbers[begin : begin + batch_items]
         maps = kept.maps(block, part).float().to(sae.device)
@@ -201,7 +201,7 @@ def summarise(
     return tally.summary()
 
 
-def bins(values: Tensor) -> Tensor:
+def histogram_bins(values: Tensor) -> Tensor:
     """The histogram's bin (N,) int64, from 0 to BINS - 1, of each value (N,), rising with it."""
     mantissa, exponent = torch.frexp(values.abs().float())  # value = mantissa 2^exponent, mantissa in [0.5, 1)
     part = ((2 * mantissa - 1) * PARTS).long()
@@ -209,7 +209,7 @@ def bins(values: Tensor) -> Tensor:
     return torch.where(values < 0, BINS // 2 - 1 - place, BINS // 2 + place)
 
 
-def middles() -> Tensor:
+def bin_centres() -> Tensor:
     """The middle (BINS,) float64 of each bin."""
     octaves = torch.arange(FINEST, FINEST + OCTAVES, dtype=torch.float64)
     parts = 1 + (torch.arange(PARTS, dtype=torch.float64) + 0.5) / PARTS

@@ -1,10 +1,10 @@
-"""Training sparse autoencoders: any number of them, of any blocks, in one pass over the activations.
+"""Training of sparse autoencoders: any number of them, for any blocks, in one pass over the activations.
 
-Every batch of a block goes to all of its autoencoders. Before the first step each is told what the
-data are like: their geometric median becomes ``pre_bias``, and their spread the unit in which it is
-trained, so that one learning rate serves all blocks; afterwards it is rescaled to the data's units.
-Hyperparameters of Surkov et al., appendix A: Adam with a learning rate of 1e-4, batches of 4096; of
-Kim et al., appendix F: ``k_sae``, k = 32, 64 d features, 4e-4 after a warm-up of 500 steps.
+Every batch of a block goes to all of its autoencoders. Before the first step they are initialised from the data: the
+geometric median of a block's vectors becomes ``pre_bias``, and their spread the unit in which they are trained, so that
+one learning rate suits all blocks. After training each autoencoder is rescaled to the data's units. Hyperparameters of
+Surkov et al., appendix A: Adam with a learning rate of 1e-4, batches of 4096; of Kim et al., appendix F: ``k_sae``,
+k = 32, 64 d features, 4e-4 after a warm-up of 500 steps.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,30 +17,35 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from vaelab.activations.collect import CollectConfig, captures
+from vaelab.activations.collect import CollectConfig, capture_batches
+from vaelab.core import devices
 from vaelab.core.validate import at_least, unknown
 from vaelab.hooks import on_gradient
 from vaelab.sae.kernels import row_products
-from vaelab.sae.model import SAE, SAEConfig, refuse_not_finite, refuse_other_width
-from vaelab.sae.topk import choose_of_batch
+from vaelab.sae.model import SAE, SAEConfig, require_finite_vectors, require_width
+from vaelab.sae.topk import select_batch_topk
 from vaelab.store.reader import Store
 from vaelab.store.shuffling import shuffle_stream
-from vaelab.training.loop import Batches, TrainConfig, Watcher, train
+from vaelab.training import Batches, TrainConfig, Watcher, train
 
-# sae_batches: What sparse autoencoders are trained on: batches of the activations of several blocks, from a store
-# or drawn as they are used.
+INITIALISATION_VECTORS = 2**14
+"""Vectors of a block, at most, from which medians, spreads and first thresholds are taken."""
+CURVES = ("loss", "explained_variance", "l0", "dead_fraction")
+"""Columns of a training's history."""
 
 
-def from_store(kept: Store, blocks: Sequence[str], batch_size: int, seed: int) -> Batches:
-    """Endless shuffled batches (batch_size, d) of blocks of a store, for :func:`vaelab.sae.train.train_saes`.
+def store_batches(store: Store, blocks: Sequence[str], batch_size: int, seed: int) -> Batches:
+    """Endless shuffled batches (batch_size, d) of blocks of a store, for :func:`train_saes`, in the stored type: half
+    the bytes travel to a GPU, where they are widened exactly.
 
     Raises:
-        ValueError: no such block, a store that holds no item, or batches of none.
+        ValueError: no such block, a store that holds no item, or a batch size below 1.
     """
     at_least("vectors", batch_size, 1)
-    if not len(kept.items):
-        raise ValueError(f"activations: {kept.url} holds no item (was it dry_run?); nothing can be learned from it")
-    each = {block: kept.shuffled(block, batch_size, seed) for block in blocks}
+    if not len(store.items):
+        raise ValueError(f"activations: {store.url} holds no item (was it dry_run?); nothing can be learned from it")
+    dtype = devices.dtype(store.precision)
+    each = {block: store.shuffled(block, batch_size, seed, dtype=dtype) for block in blocks}
 
     def batches(start: int = 0, rank: int = 0, world: int = 1) -> Iterator[dict[str, Tensor]]:
         streams = [shuffled(start=start, rank=rank, world=world) for shuffled in each.values()]
@@ -49,33 +54,33 @@ def from_store(kept: Store, blocks: Sequence[str], batch_size: int, seed: int) -
     return batches
 
 
-def streaming(
+def streaming_batches(
     pipeline: Any, prompts: Sequence[str], config: CollectConfig, *, batch_size: int, buffer_rows: int, seed: int
 ) -> Batches:
-    """Endless shuffled batches (batch_size, d) of blocks, drawn as they are used and never stored.
+    """Endless shuffled batches (batch_size, d) of blocks, generated while training and never stored.
 
-    Prompts are drawn again and again, with other seeds each time. What is drawn depends on the seeds
-    alone: a training that is gone on with draws anew what it has used before, and passes over it.
+    The prompts are repeated with other seeds each time. The vectors depend on the seeds alone; a resumed training
+    generates the vectors that it has already used once more, and skips them.
 
     Args:
         pipeline: a diffusers pipeline.
-        prompts: all of them.
-        config: what is captured; its blocks must have maps of one size.
+        prompts: the prompts of one pass.
+        config: the blocks to capture, which must have maps of one size, and the sampling.
         batch_size: vectors of each block.
-        buffer_rows: vectors of each block that are mixed.
-        seed: fixes the mixing.
+        buffer_rows: vectors of each block that are shuffled together.
+        seed: fixes the shuffling.
 
     Raises:
         ValueError: no prompt; when batches are taken, blocks with maps of different sizes.
     """
     if not prompts:
-        raise ValueError("prompts: none to draw")
+        raise ValueError("prompts: expected at least one, got none")
     widths: dict[str, int] = {}
 
-    def drawn() -> Iterator[Tensor]:
+    def generated() -> Iterator[Tensor]:
         for turn in count():
             now = replace(config, seed=config.seed + turn * len(prompts))
-            for batch in captures(pipeline, prompts, now):
+            for batch in capture_batches(pipeline, prompts, now):
                 sizes = {name: tuple(maps.shape[1:-1]) for name, maps in batch.maps.items()}
                 if len(set(sizes.values())) > 1:
                     raise ValueError(f"blocks: expected maps of one size, got {sizes}")
@@ -83,30 +88,26 @@ def streaming(
                 yield torch.cat([maps.flatten(0, -2) for maps in batch.maps.values()], 1)
 
     def batches(start: int = 0, rank: int = 0, world: int = 1) -> Iterator[dict[str, Tensor]]:
-        mixed = shuffle_stream(drawn(), batch_size, buffer_rows=buffer_rows, seed=seed)
+        mixed = shuffle_stream(generated(), batch_size, buffer_rows=buffer_rows, seed=seed)
         for rows in islice(mixed, start * world + rank, None, world):
             yield dict(zip(widths, rows.split(list(widths.values()), 1), strict=True))
 
     return batches
 
 
-SAMPLE = 2**14
-"""Vectors of a block, at most, from which medians, spreads and first thresholds are taken."""
-CURVES = ("loss", "explained_variance", "l0", "dead_fraction")
-
-
-class Wanted(NamedTuple):
-    """An autoencoder to be trained."""
+class SAESpec(NamedTuple):
+    """An autoencoder to train."""
 
     block: str
-    """Of whose vectors."""
+    """The block whose vectors it is trained on."""
     config: SAEConfig
+    """Its architecture and loss."""
     seed: int = 0
-    """Of its first weights."""
+    """Seed of its initial weights."""
 
 
 class TrainedSAEs(NamedTuple):
-    """What :func:`train_saes` gives back."""
+    """The result of :func:`train_saes`."""
 
     saes: dict[str, SAE]
     """By name, in evaluation mode, on the training device, in the units of the data."""
@@ -116,64 +117,72 @@ class TrainedSAEs(NamedTuple):
     seconds: float
     """Time spent in this process."""
     resumed_at: int
-    """The step of the checkpoint that was gone on from, 0 for none."""
+    """The step of the checkpoint that training resumed from, 0 for none."""
 
 
 class SAEObjective(nn.Module):
     """The sum of the losses of several autoencoders on a batch of their blocks, for :func:`vaelab.training.loop.train`.
 
-    Each one's gradients are its own, so they are trained as if alone. What a decoder's gradient
-    would do to the lengths of the features is taken out of it as it is made.
+    The gradients of each autoencoder are its own, so each is trained as if alone. The component of a decoder's gradient
+    that would change the lengths of the features is removed as the gradient is made.
     """
 
     scales: Tensor
 
-    def __init__(self, wanted: Mapping[str, Wanted]):
-        super().__init__()
-        self.wanted = dict(wanted)
-        self.blocks = sorted({one.block for one in self.wanted.values()})
-        self.saes = nn.ModuleList(SAE(one.config, one.seed) for one in self.wanted.values())
-        self.register_buffer("scales", torch.ones(len(self.blocks)))
-        for sae in self.saes:
-            on_gradient(sae.decoder, make_tangent)
-
-    @torch.no_grad()
-    def begin(self, sample: Mapping[str, Tensor]) -> None:
-        """Set what depends on the data, from vectors (N, d) of each block: the unit of each block, every
-        ``pre_bias``, and, where the number of active features is free, thresholds (for ``relu_l1`` the
-        encoder's bias) such that it is k in the mean.
+    def __init__(self, specs: Mapping[str, SAESpec]):
+        """Args: the autoencoders to train, by name.
 
         Raises:
-            ValueError: a vector with NaN or infinity, vectors of another width, or that are all the same.
+            ValueError: an ``input_norm``, with which autoencoders are read from other libraries but not trained.
+        """
+        super().__init__()
+        self.specs = dict(specs)
+        for name, spec in self.specs.items():
+            if spec.config.input_norm != "none":
+                raise ValueError(f"input_norm: {name} has {spec.config.input_norm!r}; only 'none' can be trained")
+        self.blocks = sorted({spec.block for spec in self.specs.values()})
+        self.saes = nn.ModuleList(SAE(spec.config, spec.seed) for spec in self.specs.values())
+        self.register_buffer("scales", torch.ones(len(self.blocks)))
+        for sae in self.saes:
+            on_gradient(sae.decoder, remove_parallel_gradient)
+
+    @torch.no_grad()
+    def initialise(self, sample: Mapping[str, Tensor]) -> None:
+        """Set the parameters that depend on the data from vectors (N, d) of each block: the unit of each block, every
+        ``pre_bias``, and, for variants with a variable number of active features, the thresholds (for ``relu_l1`` the
+        encoder's bias) such that this number is k on average.
+
+        Raises:
+            ValueError: a vector with NaN or infinity, vectors of another width, or vectors that are all the same.
         """
         for number, block in enumerate(self.blocks):
             x = sample[block].to(self.scales)
-            refuse_not_finite(x)
+            require_finite_vectors(x)
             median = geometric_median(x)
             scale = (x - median).square().mean().sqrt()
             if not scale:
                 raise ValueError(f"{block}: all vectors are the same; there is nothing to explain")
             self.scales[number] = scale
-            for sae, one in zip(self.saes, self.wanted.values(), strict=True):
-                if one.block == block:
-                    refuse_other_width(x, one.config.d)
+            for sae, spec in zip(self.saes, self.specs.values(), strict=True):
+                if spec.block == block:
+                    require_width(x, spec.config.d)
                     sae.pre_bias.copy_(median / scale)
-                    if one.config.variant in ("batchtopk", "jumprelu", "relu_l1"):
+                    if spec.config.variant in ("batchtopk", "jumprelu", "relu_l1"):
                         centred = (x - median) / scale
-                        count = len(x) * one.config.k
-                        least = choose_of_batch(centred, sae.encoder, sae.latent_bias, count).values.min()
-                        if one.config.variant == "relu_l1":
+                        count = len(x) * spec.config.k
+                        least = select_batch_topk(centred, sae.encoder, sae.latent_bias, count).values.min()
+                        if spec.config.variant == "relu_l1":
                             sae.latent_bias.fill_(-least)
                         else:
-                            sae.threshold.fill_(least)
+                            sae.set_thresholds(least)
 
     def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The summed ``loss`` and, for each autoencoder, ``<name>.loss`` and so on, see :data:`CURVES`.
 
-        Under autocast, bfloat16 finds the candidates of each top-k; all else is done in float32.
+        Under autocast, bfloat16 screens for the candidates of each top-k; everything else is computed in float32.
 
         Raises:
-            ValueError: a block that is not in the batch, or as :meth:`vaelab.sae.model.SAE.encode`.
+            ValueError: a block that is not in the batch, or as :meth:`vaelab.sae.model.SAE.losses`.
         """
         device = self.scales.device.type
         screen = torch.is_autocast_enabled(device)
@@ -184,23 +193,23 @@ class SAEObjective(nn.Module):
                 if block not in batch:
                     raise unknown("block", block, batch)
                 scaled[block] = batch[block].float() / scale
-            for sae, (name, one) in zip(self.saes, self.wanted.items(), strict=True):
-                losses = sae.losses(scaled[one.block], screen=screen)
+            for sae, (name, spec) in zip(self.saes, self.specs.items(), strict=True):
+                losses = sae.losses(scaled[spec.block], screen=screen)
                 out["loss"] = out["loss"] + losses.loss
-                shown = (losses.loss, 1 - losses.unexplained, losses.l0, losses.dead_fraction)
-                out |= {f"{name}.{curve}": value.detach() for curve, value in zip(CURVES, shown, strict=True)}
+                values = (losses.loss, 1 - losses.unexplained, losses.l0, losses.dead_fraction)
+                out |= {f"{name}.{curve}": value.detach() for curve, value in zip(CURVES, values, strict=True)}
         return out
 
-    def finished(self) -> dict[str, SAE]:
-        """The autoencoders by name, rescaled to the units of the data."""
+    def rescaled(self) -> dict[str, SAE]:
+        """The autoencoders by name, rescaled in place to the units of the data."""
         scales = dict(zip(self.blocks, self.scales, strict=True))
-        for sae, one in zip(self.saes, self.wanted.values(), strict=True):
-            sae.rescale(scales[one.block])
+        for sae, spec in zip(self.saes, self.specs.values(), strict=True):
+            sae.rescale(scales[spec.block])
         self.scales.fill_(1)
-        return dict(zip(self.wanted, self.saes, strict=True))
+        return dict(zip(self.specs, self.saes, strict=True))
 
 
-class UnitLength(Watcher):
+class NormaliseDecoders(Watcher):
     """Scales every feature back to unit length after each step."""
 
     def __init__(self, saes: Sequence[SAE]):
@@ -212,8 +221,8 @@ class UnitLength(Watcher):
             sae.normalise()
 
 
-class Live(Watcher):
-    """Passes the history on as it grows."""
+class HistoryCallback(Watcher):
+    """Calls a function with the history whenever it has grown."""
 
     def __init__(self, names: Iterable[str], show: Callable[[pd.DataFrame], None]):
         self._names, self._show = list(names), show
@@ -224,15 +233,15 @@ class Live(Watcher):
 
 
 @torch.no_grad()
-def make_tangent(decoder: Tensor) -> None:
-    """Take out of the gradient of a decoder (n, d), whose rows are of unit length, what is parallel to them."""
+def remove_parallel_gradient(decoder: Tensor) -> None:
+    """Remove from the gradient of a decoder (n, d) with rows of unit length the component parallel to each row."""
     rows = torch.arange(len(decoder), device=decoder.device)
     parallel = row_products(decoder.grad, decoder, rows, rows, rows)
     decoder.grad.addcmul_(decoder, parallel[:, None], value=-1)
 
 
 def train_saes(
-    wanted: Mapping[str, Wanted],
+    specs: Mapping[str, SAESpec],
     batches: Batches,
     config: TrainConfig,
     *,
@@ -244,43 +253,44 @@ def train_saes(
     """Train autoencoders in one pass.
 
     Args:
-        wanted: by name; a name goes into the history.
-        batches: gives dicts of a batch (N, d) for each block: those of :mod:`vaelab.sae.train`,
-            or any such function of :func:`vaelab.training.loop.train`.
-        config: how to train; ``clip_norm`` must be 0, for clipping would let one autoencoder's
-            gradient shrink another's step. ``precision: bfloat16`` makes choices quicker, see
+        specs: the autoencoders by name; a name goes into the history.
+        batches: gives dicts of a batch (N, d) for each block: :func:`store_batches`, :func:`streaming_batches`,
+            or any other resumable source, see :mod:`vaelab.training.batches`.
+        config: the optimisation; ``clip_norm`` must be 0, because clipping would let the gradient of one
+            autoencoder shrink another's step. With ``precision: bfloat16`` the selection is faster, see
             :class:`SAEObjective`.
-        folder: where the checkpoint goes, and is gone on from.
-        settings: what else, as plain JSON, a checkpoint must agree on.
-        live: called with the history so far whenever it has grown.
+        folder: where checkpoints are written, and training resumes from.
+        settings: further settings, as plain JSON, that must be equal for a checkpoint to be resumed.
+        live: called with the history whenever it has grown.
         title: the progress bar's.
 
     Raises:
-        ValueError: nothing wanted, a gradient that is to be clipped, or what is wrong with a batch.
+        ValueError: no autoencoder, a ``clip_norm``, or a batch that cannot be trained on.
     """
-    if not wanted:
-        raise ValueError("wanted: no autoencoder to train")
+    if not specs:
+        raise ValueError("specs: no autoencoder to train")
     if config.clip_norm:
         raise ValueError(f"clip_norm: must be 0 where several autoencoders are trained, got {config.clip_norm}")
-    objective = SAEObjective(wanted)
+    objective = SAEObjective(specs)
     stream = batches(start=0, rank=0, world=1)
-    held: list[Mapping[str, Tensor]] = []
+    first: list[Mapping[str, Tensor]] = []
     if not (folder and Path(folder, "checkpoint.safetensors").exists()):
-        held = _first(stream, objective.blocks)
-        objective.begin({block: torch.cat([batch[block] for batch in held])[:SAMPLE] for block in objective.blocks})
+        first = _first_batches(stream, objective.blocks)
+        sample = {block: torch.cat([batch[block] for batch in first]) for block in objective.blocks}
+        objective.initialise({block: x[:INITIALISATION_VECTORS] for block, x in sample.items()})
 
     def from_the_first(start: int = 0, rank: int = 0, world: int = 1) -> Iterator[Mapping[str, Tensor]]:
         if (start, rank, world) == (0, 0, 1):
-            return chain(held, stream)
+            return chain(first, stream)
         return batches(start=start, rank=rank, world=world)
 
-    told = {name: {**one._asdict(), "config": asdict(one.config)} for name, one in wanted.items()}
-    watchers = [UnitLength(objective.saes), *([Live(wanted, live)] if live else [])]
+    described = {name: {**spec._asdict(), "config": asdict(spec.config)} for name, spec in specs.items()}
+    watchers = [NormaliseDecoders(objective.saes), *([HistoryCallback(specs, live)] if live else [])]
     trained = train(
         objective, from_the_first, config, folder=folder, watchers=watchers,
-        settings={**(settings or {}), "saes": told}, title=title,
+        settings={**(settings or {}), "saes": described}, title=title,
     )  # fmt: skip
-    return TrainedSAEs(objective.finished(), _by_name(trained.history, wanted), trained.seconds, trained.resumed_at)
+    return TrainedSAEs(objective.rescaled(), _by_name(trained.history, specs), trained.seconds, trained.resumed_at)
 
 
 def _by_name(history: Sequence[Mapping[str, float]], names: Iterable[str]) -> pd.DataFrame:
@@ -292,8 +302,8 @@ def _by_name(history: Sequence[Mapping[str, float]], names: Iterable[str]) -> pd
     return pd.DataFrame(rows)
 
 
-def _first(stream: Iterator[Mapping[str, Tensor]], blocks: Sequence[str]) -> list[Mapping[str, Tensor]]:
-    """The batches that the sample is taken from."""
+def _first_batches(stream: Iterator[Mapping[str, Tensor]], blocks: Sequence[str]) -> list[Mapping[str, Tensor]]:
+    """The batches that the autoencoders are initialised from."""
     held, seen = [], 0
     for batch in stream:
         for block in blocks:
@@ -301,7 +311,7 @@ def _first(stream: Iterator[Mapping[str, Tensor]], blocks: Sequence[str]) -> lis
                 raise unknown("block", block, batch)
         held.append(batch)
         seen += len(batch[blocks[0]])
-        if seen >= SAMPLE:
+        if seen >= INITIALISATION_VECTORS:
             break
     return held
 
@@ -315,7 +325,7 @@ def geometric_median(x: Tensor, *, iterations: int = 100, tolerance: float = 1e-
         ValueError: no row.
     """
     if not len(x):
-        raise ValueError("x: no vector to take the median of")
+        raise ValueError("x: a median needs at least one vector")
     guess = x.mean(0)
     for _ in range(iterations):
         distances = torch.linalg.vector_norm(x - guess, dim=1)
