@@ -1,4 +1,4 @@
-"""A small store of pictures' features whose classes are known, as notebook 40 leaves them."""
+"""A small store of layer features of pictures with known classes, in the layout that notebook 40 writes."""
 
 import numpy as np
 import torch
@@ -17,22 +17,22 @@ def labels(count, seed=0):
 
 
 def planted_maps(truth, noise=0.1, seed=0):
-    """(N, 4, 4, WIDTH): channel ``shape`` is 1 in one place of a picture; the colours are nowhere."""
+    """Maps (N, 4, 4, WIDTH): the channel of a picture's shape is raised by 4 in one place; colours leave no trace."""
     generator = torch.Generator().manual_seed(seed)
     maps = noise * torch.randn(len(truth), 4, 4, WIDTH, generator=generator)
-    for number, one in enumerate(truth):
-        maps[number, number % 4, number // 4 % 4, one["shape"]] += 4
+    for number, classes in enumerate(truth):
+        maps[number, number % 4, number // 4 % 4, classes["shape"]] += 4
     return maps
 
 
 def fill(folder, truth, *, noise=0.1, seed=0, views=1, images=None, **more):
-    """A complete store of pictures; of every picture ``views`` items, each with noise of its own."""
+    """Write a complete store with ``views`` items of every picture, each with its own noise."""
     images = list(range(len(truth))) if images is None else images
     drawn = [planted_maps(truth, noise, 100 * seed + view) for view in range(views)]
     maps = torch.stack(drawn, 1).flatten(0, 1)
     items = [
-        {"image": image, "view": view, "seed": seed, "timestep": [25], "labels": one}
-        for image, one in zip(images, truth, strict=True) for view in range(views)
+        {"image": image, "view": view, "seed": seed, "timestep": [25], "labels": classes}
+        for image, classes in zip(images, truth, strict=True) for view in range(views)
     ]  # fmt: skip
     settings = {"classes": CLASSES, "model": "planted", "timesteps": [25], "blocks": ["up"], **more}
     with store.create(folder, LAYOUT, precision="float32", items_per_shard=7, settings=settings) as writer:

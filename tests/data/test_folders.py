@@ -127,6 +127,7 @@ def test_a_sorted_split_has_classes_and_a_flat_one_beside_it_has_none(tmp_path):
         (["__cats__/0.png", "dogs/1.png"], ["__cats__", "dogs"]),
         (["n01/images/0.png", "n02/images/1.png"], ["n01/images", "n02/images"]),
         (["0.png", "dogs/1.png"], []),
+        (["a$$b/0.png", "c_{^d/1.png"], ["a$$b", "c_{^d"]),
     ],
 )
 def test_names_of_folders_mean_what_they_seem_to(tmp_path, names, classes):
@@ -154,6 +155,40 @@ def test_links_are_followed_and_what_is_left_out_is_said(tmp_path, capsys):
     for kind in ("hidden file", r"hidden folder (.cache)", "link that leads nowhere", "link to a folder above it",
                  "file that is no picture (.txt)"):  # fmt: skip
         assert f"left out: 1 x {kind}" in said
+
+
+@pytest.mark.parametrize("name", ["a$$b", "a [x] *", "50% é", "hf:x"])
+def test_odd_names_of_folders_are_only_names(tmp_path, name):
+    (tmp_path / name).mkdir()
+    pq.write_table(pa.table({"image": [png(0)]}), tmp_path / name / "a.parquet")
+    assert len(load(tmp_path / name)) == len(load(tmp_path / name / "a.parquet")) == 1
+    (tmp_path / name / "a.parquet").rename(tmp_path / "a.parquet")
+    (tmp_path / name / "0.png").write_bytes(png(0))
+    (tmp_path / name / os.fsdecode(b"\xff.png")).write_bytes(png(1))
+    images = load(tmp_path / name)
+    torch.testing.assert_close(images[0]["pixels"], of_file(0))
+    assert len(images) == 1 and "left out: 1 x file whose name is no UTF-8" in images.summary
+
+
+def test_two_colons_are_no_part_of_a_parquet_files_path(tmp_path):
+    (tmp_path / "a::b").mkdir()
+    pq.write_table(pa.table({"image": [png(0)]}), tmp_path / "a::b" / "a.parquet")
+    with pytest.raises(ValueError, match=r"^dataset: .*a::b/a.parquet' has '::' in its path"):
+        load(tmp_path / "a::b")
+    picture_folder(tmp_path / "c::d", ["a.png"])
+    assert len(load(tmp_path / "c::d")) == 1
+
+
+def test_of_several_frames_the_first_is_read_and_said(tmp_path, capsys):
+    frames = [PIL.Image.new("RGB", (16, 16), colour) for colour in ("white", "black")]
+    for kind in ("gif", "tiff", "webp"):
+        frames[0].save(tmp_path / f"a.{kind}", save_all=True, append_images=frames[1:])
+    frames[0].save(tmp_path / "b.png")
+    images = load(tmp_path)
+    assert all(item["pixels"].min() > 0.98 for item in images)
+    assert images.first_frames == {0, 1, 2}
+    assert "row 0 has several frames; only the first is read" in capsys.readouterr().out
+    assert "3 with several frames, of which the first is read" in images.report()
 
 
 @pytest.mark.parametrize("kind", ["parquet", "picture"])

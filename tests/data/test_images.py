@@ -345,7 +345,7 @@ def test_drawn_pictures_are_different_rows_of_the_whole():
     assert set(drawn) <= whole
 
 
-def test_name_tells_drawn_pictures_apart():
+def test_name_contains_how_the_pictures_were_drawn():
     names = [
         load_images("digits", max_images=count, seed=seed).name for count, seed in ((0, 0), (9, 0), (9, 1), (10**6, 1))
     ]
@@ -367,7 +367,7 @@ def test_batch_size_of_nothing_is_refused():
         images.shuffled(0, seed=0)
 
 
-def taken(images, count, *, batch_size=4, seed=0, **options):
+def first_batches(images, count, *, batch_size=4, seed=0, **options):
     stream = images.shuffled(batch_size, seed)(**options)
     return [next(stream)["index"].tolist() for _ in range(count)]
 
@@ -377,8 +377,8 @@ def twelve():
     return load_images("digits", split="test[:12]", resolution=16)
 
 
-def test_shuffled_shows_every_picture_once_an_epoch(twelve):
-    batches = taken(twelve, 6)
+def test_shuffled_gives_every_picture_once_an_epoch(twelve):
+    batches = first_batches(twelve, 6)
     epochs = [[*chain(*batches[:3])], [*chain(*batches[3:])]]
     assert [sorted(epoch) for epoch in epochs] == [list(range(12))] * 2
     assert epochs[0] != epochs[1]
@@ -386,25 +386,25 @@ def test_shuffled_shows_every_picture_once_an_epoch(twelve):
 
 
 def test_shuffled_is_fixed_by_its_seed(twelve):
-    assert taken(twelve, 4) == taken(twelve, 4)
-    assert taken(twelve, 4) != taken(twelve, 4, seed=1)
+    assert first_batches(twelve, 4) == first_batches(twelve, 4)
+    assert first_batches(twelve, 4) != first_batches(twelve, 4, seed=1)
 
 
 @pytest.mark.parametrize("start", [1, 3, 5])
-def test_shuffled_can_be_taken_up_anywhere(twelve, start):
-    assert taken(twelve, 7 - start, start=start) == taken(twelve, 7)[start:]
+def test_shuffled_can_be_resumed_at_any_batch(twelve, start):
+    assert first_batches(twelve, 7 - start, start=start) == first_batches(twelve, 7)[start:]
 
 
 def test_two_ranks_share_an_epoch(twelve):
-    ranks = [taken(twelve, 4, batch_size=3, rank=rank, world=2) for rank in (0, 1)]
+    ranks = [first_batches(twelve, 4, batch_size=3, rank=rank, world=2) for rank in (0, 1)]
     for epoch in (slice(0, 2), slice(2, 4)):
         first, second = (set(chain(*rank[epoch])) for rank in ranks)
         assert first.isdisjoint(second)
         assert first | second == set(range(12))
 
 
-def test_more_to_a_batch_than_pictures_takes_them_all(twelve):
-    assert [sorted(batch) for batch in taken(twelve, 2, batch_size=100)] == [list(range(12))] * 2
+def test_batch_larger_than_the_data_set_holds_all_pictures(twelve):
+    assert [sorted(batch) for batch in first_batches(twelve, 2, batch_size=100)] == [list(range(12))] * 2
 
 
 def test_batch_that_cannot_be_read_at_all_is_an_error(tmp_path):
@@ -416,7 +416,7 @@ def test_batch_that_cannot_be_read_at_all_is_an_error(tmp_path):
         images.stack()
 
 
-def test_stack_passes_over_the_broken_ones(with_broken):
+def test_stack_leaves_out_broken_pictures(with_broken):
     assert torch.equal(with_broken.stack(2), torch.stack([with_broken[i]["pixels"] for i in (0, 2)]))
     assert len(with_broken.stack()) == 4
 
@@ -434,7 +434,7 @@ def test_pair_of_the_same_pictures_is_refused(tmp_path):
             data.load_pair(dataset, split, eval_split, **options)
 
 
-def test_a_picture_for_a_figure_and_what_is_said_where_there_is_none(tmp_path):
+def test_picture_takes_the_next_readable_one_or_is_refused(tmp_path):
     for name in ("a", "c"):
         (tmp_path / f"{name}.png").write_bytes(b"no picture")
     PIL.Image.new("RGB", (20, 20), "red").save(tmp_path / "b.png")
@@ -446,7 +446,7 @@ def test_a_picture_for_a_figure_and_what_is_said_where_there_is_none(tmp_path):
         images.picture(2)
 
 
-def test_a_set_of_which_nothing_can_be_read_is_refused(tmp_path):
+def test_data_set_without_a_readable_picture_is_refused(tmp_path):
     (tmp_path / "a.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match="dataset: no picture can be read"):
         list(data.load_images(str(tmp_path), resolution=16).batches(4))

@@ -29,7 +29,7 @@ def test_the_worlds_scenes_of_one_thing_have_every_factor():
         torch.testing.assert_close(picture.pixels, world.render([scene])[0], atol=1 / 127, rtol=0)
 
 
-def test_where_the_worlds_things_are_is_known_and_of_no_other_data_set():
+def test_masks_exist_for_the_world_alone():
     pictures = load_labelled("world", split="test", resolution=32, max_images=3)
     masks = pictures.masks(pictures.numbers)
     assert masks.shape == (3, 64, 64) and masks.dtype == torch.bool
@@ -53,7 +53,7 @@ def test_slices_of_the_world_are_disjoint_and_can_be_cut_short():
      ({"split": "train[5:5]"}, r"split: 'train\[5:5\]' holds no picture"), ({"split": "trian[0:5]"}, "split .*train"),
      ({"split": "[0:5]"}, "split "), ({"resolution": 4, "max_images": 1}, "resolution: ")],
 )  # fmt: skip
-def test_what_the_world_cannot_give_is_refused(given, message):
+def test_splits_that_the_world_has_not_are_refused(given, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         load_labelled("world", **given)
 
@@ -63,11 +63,11 @@ def test_a_folder_of_classes_and_a_picture_that_cannot_be_read(tmp_path):
     (tmp_path / "cat" / "1.png").write_bytes(b"no picture")
     pictures = load_labelled(str(tmp_path), resolution=16)
     assert pictures.classes == {"label": ["cat", "dog"]}
-    found = [pictures[i] for i in range(6)]
-    assert found[1] is None
-    assert [one.labels["label"] for one in found if one] == [0, 0, 1, 1, 1]
+    read = [pictures[i] for i in range(6)]
+    assert read[1] is None
+    assert [picture.labels["label"] for picture in read if picture] == [0, 0, 1, 1, 1]
     assert pictures.class_names({"label": -1}) == {}
-    assert torch.equal(pictures.stack([4, 0]), torch.stack([found[4].pixels, found[0].pixels]))
+    assert torch.equal(pictures.stack([4, 0]), torch.stack([read[4].pixels, read[0].pixels]))
 
 
 def test_a_data_set_without_labels_has_no_classes(tmp_path):
@@ -119,8 +119,8 @@ def test_what_two_splits_have_in_common_is_counted(dataset, split, other, shared
 def test_classes_are_known_before_a_picture_is_read(tmp_path):
     folder = str(picture_folder(tmp_path, [f"{kind}/{i}.png" for kind in ("cat", "dog") for i in range(3)]))
     for pictures in (load_labelled("world", max_images=6), load_labelled(folder, resolution=8)):
-        read = [one.labels for one in pictures]
-        assert pictures.read_labels() == {factor: [one[factor] for one in read] for factor in pictures.classes}
+        labels = [picture.labels for picture in pictures]
+        assert pictures.read_labels() == {factor: [label[factor] for label in labels] for factor in pictures.classes}
     flat = str(picture_folder(tmp_path / "flat", ["a.png"]))
     assert load_labelled(flat, resolution=8, labels=False).read_labels is None
 
@@ -133,7 +133,7 @@ def test_classes_are_known_before_a_picture_is_read(tmp_path):
         ([0, 2, 1], r"dataset: 'p' has 3 pictures of 3 classes \(label\); expected .* more pictures than classes"),
     ],
 )
-def test_classes_that_cannot_be_told_apart_are_refused(labels, message):
+def test_classes_that_cannot_be_learned_are_refused(labels, message):
     pictures = LabelledPictures("p", 8, {"label": ["a", "b", "c"]}, range(3), lambda i: None)
     validate_classes(pictures)
     validate_classes(replace(pictures, read_labels=lambda: {"label": [0, 1, 1]}))

@@ -196,7 +196,7 @@ def see_through(mode):
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB"])
 @pytest.mark.parametrize("background", ["white", "#00ff00"])
 def test_transparent_pixels_show_the_background(mode, background):
-    image, composited = to_rgb(see_through(mode), background=background)
+    image, composited, _ = to_rgb(see_through(mode), background=background)
     assert composited and image.mode == "RGB"
     assert image.getpixel((12, 8)) == ((255,) * 3 if background == "white" else (0, 255, 0))
     assert image.getpixel((2, 8)) == ((76,) * 3 if mode == "LA" else (255, 0, 0))
@@ -204,7 +204,7 @@ def test_transparent_pixels_show_the_background(mode, background):
 
 def test_an_alpha_channel_that_hides_nothing_changes_nothing():
     image = PIL.Image.fromarray(pixels(0, (40, 32)))
-    opaque, composited = to_rgb(image.convert("RGBA"))
+    opaque, composited, _ = to_rgb(image.convert("RGBA"))
     assert not composited and np.array_equal(np.asarray(opaque), np.asarray(image))
 
 

@@ -74,6 +74,8 @@ def list_files(folder: Path) -> Listing:
                 found.left_out["hidden file"] += 1
             elif not path.exists():
                 found.left_out["link that leads nowhere"] += 1
+            elif not _is_text(inside):
+                found.left_out["file whose name is no UTF-8"] += 1
             elif name in METADATA:
                 found.metadata.append(inside)
             elif suffix == ".parquet":
@@ -94,6 +96,11 @@ def picture_suffixes() -> set[str]:
     PIL.Image.init()
     formats = PIL.Image.registered_extensions().items()
     return {suffix for suffix, name in formats if name in PIL.Image.OPEN and name not in NOT_DECODED}
+
+
+def _is_text(path: str) -> bool:
+    """Whether a file's name is UTF-8; Python marks other bytes by code points that cannot be encoded."""
+    return not any("\udc80" <= character <= "\udcff" for character in path)
 
 
 def _raise(error: OSError) -> None:
@@ -279,10 +286,12 @@ def read_parquet(files: Sequence[Path], name: str) -> "datasets.Dataset":
     another file of the same name and time is read.
 
     Raises:
-        ValueError: a damaged file.
+        ValueError: a damaged file, or a path with ``::``, by which the library joins protocols.
     """
     import datasets
 
+    if chained := next((str(file) for file in files if "::" in str(file)), None):
+        raise ValueError(f"dataset: {chained!r} has '::' in its path, which cannot be read; expected another name")
     stats = [(str(file.resolve()), file.stat()) for file in files]
     identity = [(path, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for path, stat in stats]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]

@@ -72,6 +72,7 @@ class Images:
         notes: what was left out or chosen when the data set was loaded, a sentence each.
         skipped: why a picture could not be read, by its index; once a picture.
         composited: the indices of the pictures read so far that had transparent pixels.
+        first_frames: the indices of the pictures read so far that are the first of several in their file.
         label_choices: the columns that could be labels, where ``label_column`` must choose one.
     """
 
@@ -97,6 +98,7 @@ class Images:
         self._background, self._white_level = background, white_level
         self.skipped: dict[int, str] = {}
         self.composited: set[int] = set()
+        self.first_frames: set[int] = set()
         self.notes = [note for part in self._parts for note in part.notes]
         self.classes: list[str] = self._parts[0].classes
         """The names of the classes; empty where the data set has none."""
@@ -104,7 +106,7 @@ class Images:
         if any(part.classes != self.classes for part in self._parts):
             self.classes = []
             self.notes.append("no classes: the joined data sets have different ones")
-        self._reported = (0, 0)
+        self._reported = self._counts()
 
     def __len__(self) -> int:
         return len(self._where)
@@ -126,20 +128,25 @@ class Images:
         number, row = self._where[index]
         part = self._parts[number]
         try:
-            stored = part.rows[int(row)][part.image]
-            image, composited = to_rgb(
-                decode(stored, part.roots(int(row))), background=self._background, white_level=self._white_level
+            opaque = to_rgb(
+                decode(part.rows[int(row)][part.image], part.roots(int(row))),
+                background=self._background,
+                white_level=self._white_level,
             )
-            pixels = square(image, self.resolution)
+            pixels = square(opaque.image, self.resolution)
         except BROKEN as error:
             if not self.skipped:
                 print(f"{self.name}: row {index} cannot be read and is skipped ({error})")
             self.skipped[index] = str(error)
             return None
-        if composited:
+        if opaque.composited:
             if not self.composited:
                 print(f"{self.name}: row {index} has transparent pixels; they are composited on {self._background}")
             self.composited.add(index)
+        if opaque.several_frames:
+            if not self.first_frames:
+                print(f"{self.name}: row {index} has several frames; only the first is read")
+            self.first_frames.add(index)
         label = {"label": int(part.labels[row])} if self.classes else {}
         return {"pixels": pixels, "index": index, **label}
 
@@ -171,10 +178,12 @@ class Images:
                 yield batch
         if not readable:
             raise ValueError(f"dataset: no picture can be read: {self.report()}")
-        counts = len(self.skipped), len(self.composited)
-        if counts != self._reported:
-            self._reported = counts
+        if self._counts() != self._reported:
+            self._reported = self._counts()
             print(self.report())
+
+    def _counts(self) -> tuple[int, ...]:
+        return len(self.skipped), len(self.composited), len(self.first_frames)
 
     def stack(self, count: int | None = None) -> Tensor:
         """The first ``count`` readable pictures (all if None) as one tensor (N, 3, R, R)."""
@@ -203,13 +212,15 @@ class Images:
         return shuffled_batches(len(self), min(batch_size, len(self)), seed, take)
 
     def report(self) -> str:
-        """One line on the pictures read so far: how many were skipped, how many composited."""
+        """One line on the pictures read so far: how many were skipped, composited, or first of several frames."""
         said = []
         if self.skipped:
             index, reason = next(iter(self.skipped.items()))
             said.append(f"{len(self.skipped)} skipped as unreadable, first row {index} ({reason})")
         if self.composited:
             said.append(f"{len(self.composited)} with transparent pixels composited on {self._background}")
+        if self.first_frames:
+            said.append(f"{len(self.first_frames)} with several frames, of which the first is read")
         return f"{self.name}: {'; '.join(said) or 'every picture that was asked for could be read'}"
 
     @property

@@ -17,7 +17,7 @@ import PIL.ImageOps
 import torch
 from torch import Tensor
 
-BROKEN = (OSError, RuntimeError, SyntaxError, ValueError, struct.error, PIL.Image.DecompressionBombError)
+BROKEN = (EOFError, OSError, RuntimeError, SyntaxError, ValueError, struct.error, PIL.Image.DecompressionBombError)
 """What a damaged picture raises when it is read."""
 SIXTEEN_BITS = 2**16 - 1
 LEAST_WHITE = 2**14
@@ -52,8 +52,10 @@ class Opaque(NamedTuple):
 
     image: PIL.Image.Image
     """Mode RGB, or mode F with values in [0, 255] for a greyscale picture of more than 8 bits."""
-    composited: bool
+    composited: bool = False
     """Whether the original had transparent pixels."""
+    several_frames: bool = False
+    """Whether the file holds more pictures than this, its first."""
 
 
 def to_rgb(image: PIL.Image.Image, *, background: str = "white", white_level: float | None = None) -> Opaque:
@@ -72,10 +74,11 @@ def to_rgb(image: PIL.Image.Image, *, background: str = "white", white_level: fl
     Raises:
         ValueError: values outside the range, or a range that is neither declared nor plausible.
     """
+    several_frames = getattr(image, "is_animated", False)
     depth = _depth(image)  # before the picture is loaded or turned, which loses what its file says
     image = PIL.ImageOps.exif_transpose(image)
     if image.mode[0] in "IF":
-        return Opaque(_scaled(image, depth, white_level), False)
+        return Opaque(_scaled(image, depth, white_level), False, several_frames)
     composited = False
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
@@ -90,7 +93,7 @@ def to_rgb(image: PIL.Image.Image, *, background: str = "white", white_level: fl
                 f"a 16-bit colour picture with values of up to about {(brightest + 1) << 8} of {SIXTEEN_BITS}: it "
                 "seems to hold fewer bits; expected a picture that uses the whole range, or one of 8 bits"
             )
-    return Opaque(image, composited)
+    return Opaque(image, composited, several_frames)
 
 
 def square(image: PIL.Image.Image, resolution: int) -> Tensor:
