@@ -237,6 +237,17 @@ def test_damaged_results_are_named(tmp_path, text):
         runner.read_results(tmp_path / "nowhere")
 
 
+def test_results_of_another_notebook_are_refused_with_the_command_to_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    finish("outputs/10_finetune_vae/demo")
+    assert runner.read_results("outputs/10_finetune_vae/demo", NAME, "runs")["params"]["steps"] == 5
+    message = (
+        "^runs: 'outputs/10_finetune_vae/demo' holds no finished run of 31_train_sae; run it first .vaelab run params/"
+    )
+    with pytest.raises(ValueError, match=message):
+        runner.read_results("outputs/10_finetune_vae/demo", "31_train_sae", "runs")
+
+
 def test_workspace_of_an_unfinished_run_is_kept(tmp_path):
     run = runner.start(NAME, namespace(tmp_path))
     (run.workspace("runs") / "checkpoint").write_text("half way")

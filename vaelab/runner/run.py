@@ -215,22 +215,35 @@ def environment(device: str) -> dict[str, Any]:
     }
 
 
-def read_results(folder: Path) -> dict[str, Any]:
+def read_results(folder: str | Path, notebook: str = "", parameter: str = "") -> dict[str, Any]:
     """The results of the finished run in an output folder.
 
+    Args:
+        folder: the output folder, as a parameter names it.
+        notebook: the notebook that must have made it; empty for any.
+        parameter: the notebook parameter that named the folder, which begins the errors.
+
     Raises:
-        ValueError: there are none, or the file is damaged; the error names it.
+        ValueError: no finished run of that notebook, or a damaged file; the error names it.
     """
-    file = folder / RESULTS
-    if not file.is_file():
-        raise ValueError(f"{portable(str(folder))!r} holds no finished run")
+    shown, before = portable(str(folder)), f"{parameter}: " if parameter else ""
+    file = resolve(folder) / RESULTS
     try:
-        results = read_json(file)
+        results = read_json(file) if file.is_file() else None
     except (ValueError, OSError) as error:
-        raise ValueError(f"{portable(str(file))!r} is damaged: {error}") from error
-    if not isinstance(results, dict) or not isinstance(results.get("metrics", {}), dict):
-        raise ValueError(f"{portable(str(file))!r} is damaged: it does not hold the results of a run")
+        raise ValueError(f"{before}'{shown}/{RESULTS}' is damaged: {error}") from error
+    if file.is_file() and not _complete(results):
+        raise ValueError(f"{before}'{shown}/{RESULTS}' is damaged: it does not hold the results of a run")
+    if not file.is_file() or (notebook and results.get("notebook") != notebook):
+        params = f"{shown}.yaml".replace("outputs/", "params/", 1)
+        hint = f"; run it first (vaelab run {params})" if notebook else ""
+        raise ValueError(f"{before}{shown!r} holds no finished run{f' of {notebook}' if notebook else ''}{hint}")
     return results
+
+
+def _complete(results: Any) -> bool:
+    parts = ("params", "metrics", "tables")
+    return isinstance(results, dict) and all(isinstance(results.get(part, {}), dict) for part in parts)
 
 
 def _finished_message(folder: Path, params: Mapping[str, Any]) -> str:
