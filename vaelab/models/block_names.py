@@ -36,6 +36,12 @@ class Block(NamedTuple):
     """(height, width, channels) of what it gives out for a picture of the model's own size."""
 
 
+def architecture(model: nn.Module | type) -> str | None:
+    """The supported denoiser class that a module (or class) is or inherits from; None for any other."""
+    kind = model if isinstance(model, type) else type(model)
+    return next((base.__name__ for base in kind.__mro__ if base.__name__ in EXAMPLES), None)
+
+
 def denoiser(pipeline: Any) -> nn.Module:
     """A pipeline's U-Net or transformer; a denoiser is itself.
 
@@ -44,7 +50,7 @@ def denoiser(pipeline: Any) -> nn.Module:
     """
     parts = [pipeline] if isinstance(pipeline, nn.Module) else [getattr(pipeline, name, None) for name in DENOISERS]
     found = next((part for part in parts if part is not None), None)
-    if type(found).__name__ not in EXAMPLES:
+    if architecture(found) is None:
         what = "no denoiser" if found is None else f"{type(found).__name__} for its denoiser"
         raise ValueError(f"model: {type(pipeline).__name__} has {what}; known are {', '.join(EXAMPLES)}")
     return found
@@ -113,7 +119,7 @@ def example(pipeline: Any, layers: Sequence[str], side: str = "output") -> dict[
     model = denoiser(pipeline)
     with torch.device("meta"), torch.no_grad():
         twin = type(model).from_config(dict(model.config)).to("meta").eval()
-        inputs = EXAMPLES[type(model).__name__](twin.config)
+        inputs = EXAMPLES[architecture(model)](twin.config)
         try:
             with capture(twin, layers, side=side, entry=PICTURE) as seen:
                 twin(**inputs)

@@ -1,7 +1,7 @@
-"""What a denoiser takes in: noisy latents, a timestep, and what it is told of the picture.
+"""A denoiser's inputs from a picture and a prompt: scaled latents, noise, timestep, conditioning.
 
-Every kind of pipeline has its own way to say it; here a picture and a prompt are enough for any of
-them.
+Each kind of pipeline encodes these in its own way; the functions here are the same for all of them. What a model or
+scheduler needs is read from its configuration and its own functions.
 """
 
 import contextlib
@@ -12,23 +12,29 @@ import torch
 from torch import Tensor, nn
 
 from vaelab.models import loading
-from vaelab.models.block_names import denoiser
+from vaelab.models.block_names import architecture, denoiser
 
-DIT, FLUX = "DiTTransformer2DModel", "FluxTransformer2DModel"
+UNET, DIT, FLUX = "UNet2DConditionModel", "DiTTransformer2DModel", "FluxTransformer2DModel"
 FLUX_PATCH = 2
 """Sides of the square of latent pixels that FLUX's pipeline, not its transformer, makes a token of."""
-PIXART_TOLD_THE_SIZE = 128
-"""The ``sample_size`` of the PixArt that is told its picture's size and aspect."""
+AESTHETIC_SCORE = 6.0, 2.5
+"""What SDXL's refiner takes for a picture's score with and without a prompt, as its pipeline does by default."""
 
 
 def by_class(pipeline: Any) -> bool:
     """Whether the pipeline's prompts are class numbers."""
-    return type(denoiser(pipeline)).__name__ == DIT
+    return architecture(denoiser(pipeline)) == DIT
 
 
 def is_flow(pipeline: Any) -> bool:
-    """Whether the pipeline's schedule is a rectified flow."""
-    return "Flow" in type(pipeline.scheduler).__name__
+    """Whether the pipeline's schedule is a rectified flow.
+
+    The scheduler's configuration says so (a solver of diffusion that is set to flow sigmas), or the scheduler has the
+    function by which diffusers' flow schedulers add noise.
+    """
+    scheduler = pipeline.scheduler
+    by_config = scheduler.config.get("use_flow_sigmas") or scheduler.config.get("prediction_type") == "flow_prediction"
+    return bool(by_config) or hasattr(scheduler, "scale_noise")
 
 
 def last_timestep(pipeline: Any) -> int:
@@ -38,7 +44,7 @@ def last_timestep(pipeline: Any) -> int:
 
 def patch(model: nn.Module) -> int:
     """Side of the square of latent pixels that a denoiser makes a token of; 1 for a U-Net."""
-    return FLUX_PATCH if type(model).__name__ == FLUX else model.config.get("patch_size", 1)
+    return FLUX_PATCH if architecture(model) == FLUX else model.config.get("patch_size", 1)
 
 
 def encode(pipeline: Any, pixels: Tensor) -> Tensor:
@@ -51,17 +57,18 @@ def encode(pipeline: Any, pixels: Tensor) -> Tensor:
         ValueError: sides that autoencoder and denoiser cannot divide evenly.
     """
     model, vae = denoiser(pipeline), getattr(pipeline, "vae", None)
-    pixels = pixels.to(model.device, model.dtype)
-    if vae is None:
-        return nn.functional.interpolate(pixels, size=model.config.sample_size, mode="bilinear", antialias=True)
+    pixels = pixels.to(model.device)
+    if vae is None:  # resized in float32: on a CPU there is no such kernel for half precision
+        sized = nn.functional.interpolate(pixels, size=model.config.sample_size, mode="bilinear", antialias=True)
+        return sized.to(model.dtype)
+    pixels = pixels.to(model.dtype)
     with _wide_enough(vae):
-        latents = loading.latent(vae, pixels.to(vae.dtype))
+        latents = loading.encode_latents(vae, pixels.to(vae.dtype))
     multiple = pixels.shape[-1] // latents.shape[-1] * patch(model)
     if any(side % multiple for side in pixels.shape[-2:]):
         height, width = pixels.shape[-2:]
         raise ValueError(f"resolution: pictures of {height} x {width}; this model takes multiples of {multiple}")
-    shift = vae.config.get("shift_factor") or 0.0
-    return ((latents - shift) * vae.config.scaling_factor).to(model.dtype)
+    return loading.scale_latents(vae, latents).to(model.dtype)
 
 
 @contextlib.contextmanager
@@ -91,12 +98,16 @@ def add_noise(pipeline: Any, latents: Tensor, noise: Tensor, timestep: int) -> T
     """
     scheduler = pipeline.scheduler
     if is_flow(pipeline):
+        if scheduler.config.get("invert_sigmas"):
+            raise ValueError(
+                f"model: {type(scheduler).__name__} with invert_sigmas runs its flow backwards; unsupported"
+            )
         share = timestep / scheduler.config.num_train_timesteps
         return (1 - share) * latents + share * noise
     if not hasattr(scheduler, "alphas_cumprod"):
         raise ValueError(f"model: {type(scheduler).__name__} has neither alphas_cumprod nor is it a rectified flow")
-    kept = scheduler.alphas_cumprod[timestep].item()
-    return kept**0.5 * latents + (1 - kept) ** 0.5 * noise
+    signal = scheduler.alphas_cumprod[timestep].item()  # abar_t, the signal's share of the variance
+    return signal**0.5 * latents + (1 - signal) ** 0.5 * noise
 
 
 def condition(pipeline: Any, prompts: Sequence[str | int] | None, count: int, size: Sequence[int]) -> dict[str, Any]:
@@ -119,12 +130,18 @@ def condition(pipeline: Any, prompts: Sequence[str | int] | None, count: int, si
         numbers = none if prompts is None else classes(pipeline, prompts)
         return {"class_labels": torch.tensor(numbers, device=model.device)}
     texts = [""] * count if prompts is None else [str(prompt) for prompt in prompts]
-    told = CONDITIONS[type(model).__name__](pipeline, texts, size)
-    if prompts is None and getattr(pipeline.config, "force_zeros_for_empty_prompt", False):
-        states, added = told["encoder_hidden_states"], told["added_cond_kwargs"]
-        nothing = {**added, "text_embeds": torch.zeros_like(added["text_embeds"])}
-        return {"encoder_hidden_states": torch.zeros_like(states), "added_cond_kwargs": nothing}
-    return told
+    conditions = CONDITIONS[architecture(model)](pipeline, texts, size)
+    if prompts is not None or architecture(model) != UNET:
+        return conditions
+    added = dict(conditions.get("added_cond_kwargs", {}))
+    if getattr(pipeline.config, "requires_aesthetics_score", False):
+        added["time_ids"] = torch.cat(
+            [added["time_ids"][:, :-1], torch.full_like(added["time_ids"][:, -1:], AESTHETIC_SCORE[1])], 1
+        )
+    if getattr(pipeline.config, "force_zeros_for_empty_prompt", False) and added:
+        conditions["encoder_hidden_states"] = torch.zeros_like(conditions["encoder_hidden_states"])
+        added["text_embeds"] = torch.zeros_like(added["text_embeds"])
+    return {**conditions, "added_cond_kwargs": added} if added else conditions
 
 
 def classes(pipeline: Any, prompts: Sequence[str | int]) -> list[int]:
@@ -160,7 +177,7 @@ def predict(pipeline: Any, noisy: Tensor, timestep: int, conditions: dict[str, A
     """
     model = denoiser(pipeline)
     times = torch.full((len(noisy),), timestep, device=noisy.device)
-    if type(model).__name__ != FLUX:
+    if architecture(model) != FLUX:
         return model(noisy, timestep=times, **conditions, return_dict=False)[0]
     share = times.to(noisy.dtype) / pipeline.scheduler.config.num_train_timesteps
     tokens, places = _flux_tokens(noisy)
@@ -181,24 +198,31 @@ def _unet_condition(pipeline: Any, texts: list[str], size: Sequence[int]) -> dic
     states, *others = pipeline.encode_prompt(
         texts, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
     )
+    conditions = {"encoder_hidden_states": states}
+    width = pipeline.unet.config.get("time_cond_proj_dim")
+    if width is not None:  # a model distilled from guided ones, such as LCM, takes the guidance scale minus 1
+        unguided = pipeline.get_guidance_scale_embedding(torch.zeros(len(texts)), embedding_dim=width)
+        conditions["timestep_cond"] = unguided.to(device, states.dtype)
     if pipeline.unet.config.addition_embed_type != "text_time":
-        return {"encoder_hidden_states": states}
+        return conditions
     original, corner, target = [*size], [0, 0], [*size]
-    told = torch.tensor([original + corner + target] * len(texts), device=device, dtype=states.dtype)
-    return {"encoder_hidden_states": states, "added_cond_kwargs": {"text_embeds": others[1], "time_ids": told}}
+    if getattr(pipeline.config, "requires_aesthetics_score", False):
+        target = [AESTHETIC_SCORE[0]]
+    ids = torch.tensor([original + corner + target] * len(texts), device=device, dtype=states.dtype)
+    return {**conditions, "added_cond_kwargs": {"text_embeds": others[1], "time_ids": ids}}
 
 
 def _pixart_condition(pipeline: Any, texts: list[str], size: Sequence[int]) -> dict[str, Any]:
     device = pipeline.transformer.device
     states, mask, *_ = pipeline.encode_prompt(texts, device=device, do_classifier_free_guidance=False)
-    told = {"resolution": None, "aspect_ratio": None}
-    if pipeline.transformer.config.sample_size == PIXART_TOLD_THE_SIZE:
+    sizes = {"resolution": None, "aspect_ratio": None}
+    if pipeline.transformer.use_additional_conditions:
         values = {"resolution": [*size], "aspect_ratio": [size[0] / size[1]]}
-        told = {
+        sizes = {
             name: torch.tensor([value] * len(texts), device=device, dtype=states.dtype)
             for name, value in values.items()
         }
-    return {"encoder_hidden_states": states, "encoder_attention_mask": mask, "added_cond_kwargs": told}
+    return {"encoder_hidden_states": states, "encoder_attention_mask": mask, "added_cond_kwargs": sizes}
 
 
 def _sd3_condition(pipeline: Any, texts: list[str], size: Sequence[int]) -> dict[str, Any]:

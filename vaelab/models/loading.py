@@ -1,23 +1,27 @@
-"""Any diffusers autoencoder or text-to-image pipeline by one name: ``embedded``, a hub id, or a local
-diffusers folder; and the short names of a denoiser's blocks.
+"""Loading autoencoders and pipelines by name, and pictures through an autoencoder.
 
-By ``embedded`` :func:`load_pipeline` means the text-to-image model that was trained on the world, which
-has an autoencoder of its own, and :func:`load_vae` the one that the study of silent channels is about;
-``embedded-dit`` is the class-conditional transformer, with the former's autoencoder.
+:func:`load_pipeline` and :func:`load_vae` take ``embedded``, an id on the hub, or a local diffusers folder. For
+:func:`load_pipeline`, ``embedded`` is the text-to-image model that was trained on the world; for :func:`load_vae` it is
+the autoencoder with suppressed channels. Weights that are missing, unused, of another shape, NaN or infinite are an
+error that names them: a model is never completed at random.
 """
 
+import importlib
+import json
 import logging
+import re
 from collections.abc import Iterable
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from vaelab.core import devices
 from vaelab.core.validate import one_of, unknown
-from vaelab.models.block_names import DENOISERS, EXAMPLES, Block, blocks, denoiser
+from vaelab.models.block_names import DENOISERS, EXAMPLES, architecture
 from vaelab.models.registry import (
     embedded_dit_path,
     embedded_path,
@@ -25,22 +29,23 @@ from vaelab.models.registry import (
     hub_hint,
     locate_vae,
     pipeline_folder,
+    variants,
 )
-
-__all__ = [
-    "Block", "blocks", "check_precision", "decode", "denoiser", "embedded_dit_path", "embedded_path",
-    "embedded_vae_path", "latent", "load_pipeline", "load_vae", "posterior", "put_in_place", "reconstruct",
-    "require_groupnorm", "ship",
-]  # fmt: skip
 
 LEFT_OUT = {
     "safety_checker": None, "requires_safety_checker": False, "watermarker": None, "add_watermarker": False,
     "feature_extractor": None, "image_encoder": None,
 }  # fmt: skip
-"""Arguments of pipelines for parts that neither make the picture nor are looked at here."""
+"""Arguments for a pipeline's parts that neither make the picture nor are analysed here."""
 SHIPPED = ("vae", "pipeline", "dit")
 """The embedded models."""
 SDXL_SCALING_FACTOR = 0.13025
+UNUSED_WEIGHTS = re.compile(r"(^|\.)position_ids$")
+"""Tensors that older checkpoints hold and today's models do not: 0, 1, 2, ..."""
+ADDED_EMBEDDINGS = (None, "text", "text_time")
+"""What a U-Net's ``addition_embed_type`` may be: embeddings that a prompt and a size determine."""
+READ_ERRORS = (OSError, RuntimeError, ValueError, SafetensorError)
+"""How diffusers, transformers and safetensors report files that they cannot read."""
 
 
 def load_pipeline(
@@ -51,12 +56,12 @@ def load_pipeline(
     revision: str | None = None,
     variant: str | None = None,
 ) -> Any:
-    """Load a text-to-image (or class-conditional) pipeline by diffusers' own auto class.
+    """Load a text-to-image or class-conditional pipeline.
 
-    Safety checkers, watermarkers and image encoders are left out: they are not looked at.
+    Safety checkers, watermarkers and image encoders are left out: they are not analysed.
 
     Args:
-        name: ``embedded``, ``embedded-dit``, a hub id, or a local diffusers folder with a ``model_index.json``.
+        name: ``embedded``, ``embedded-dit``, an id on the hub, or a local diffusers folder with a ``model_index.json``.
         device: ``auto``, ``cpu``, ``cuda``, ``mps``.
         precision: ``float32``, ``bfloat16`` or ``float16``, of all weights.
         revision: a branch, tag or commit on the hub.
@@ -66,26 +71,260 @@ def load_pipeline(
         The diffusers pipeline, its progress bar off.
 
     Raises:
-        ValueError: no such pipeline, or one whose denoiser the lab does not know.
+        ValueError: no such pipeline or variant; a denoiser that is not supported, or that needs more than a prompt
+            (an inpainting or editing model); weights that are damaged, missing, unused, NaN or infinite.
     """
     from diffusers import DiffusionPipeline
 
     path, dtype, device = pipeline_folder(name), devices.dtype(precision), devices.pick(device)
+    options = {"revision": revision, "variant": variant, "dtype": dtype}
     try:
         index = DiffusionPipeline.load_config(path, revision=revision)
         kind = _pipeline_class(index, name)
-        given = {part: nothing for part, nothing in LEFT_OUT.items() if part in signature(kind).parameters}
-        if "id2label" in index:  # JSON has made text of the numbers, of which diffusers warns
-            given["id2label"] = {int(number): label for number, label in index["id2label"].items()}
-        pipeline = kind.from_pretrained(path, dtype=dtype, revision=revision, variant=variant, **given)
+        _validate_denoiser(path, index, name, revision)
     except OSError as error:
-        raise ValueError(f"model: {name!r} could not be read as a pipeline.{hub_hint(name)} ({error})") from error
+        raise ValueError(_damaged_file(path, name) or _could_not_be_read(name, error)) from error
+    given = {part: nothing for part, nothing in LEFT_OUT.items() if part in signature(kind).parameters}
+    for part, entry in index.items():
+        if entry == [None, None]:  # a part that the pipeline does without, such as the third text encoder of SD3
+            given.setdefault(part, None)
+        elif part not in given and (module := _module_class(entry)) is not None:
+            given[part] = _load_module(module, path, name, part, options)
+    if "id2label" in index:  # JSON has made text of the numbers, of which diffusers warns
+        given["id2label"] = {int(number): label for number, label in index["id2label"].items()}
+    try:
+        pipeline = kind.from_pretrained(path, **options, **given)
+    except READ_ERRORS as error:
+        raise ValueError(_could_not_be_read(name, error)) from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
 
 
+def load_vae(
+    name: str = "embedded",
+    *,
+    device: str = "auto",
+    precision: str = "float32",
+    revision: str | None = None,
+    variant: str | None = None,
+    config: str | None = None,
+    groupnorm: bool = False,
+    changes: dict[str, Any] | None = None,
+    seed: int = 0,
+) -> nn.Module:
+    """Load an autoencoder in evaluation mode.
+
+    Args:
+        name: ``embedded``, an id on the hub, a local diffusers folder, or a local ``.safetensors`` file; of a whole
+            pipeline, its ``vae`` is loaded.
+        device: ``auto``, ``cpu``, ``cuda``, ``mps``.
+        precision: ``float32``, ``bfloat16`` or ``float16``, of the weights.
+        revision: a branch, tag or commit on the hub.
+        variant: of the weight files, such as ``fp16``.
+        config: for a single file, the folder of its config.json; None for the file's own folder.
+        groupnorm: require a GroupNorm with a learned scale, for studies of that scale.
+        changes: make an untrained model of this configuration with these entries replaced, such
+            as ``block_out_channels`` (none: ``{}``); None loads the weights.
+        seed: fixes an untrained model's weights.
+
+    Returns:
+        The diffusers autoencoder. Use :func:`encode_latents` and :func:`decode_latents` on pictures (B, 3, H, W) in
+        [-1, 1]: they also know autoencoders of videos.
+
+    Raises:
+        ValueError: no such model or variant; a model that is no autoencoder of RGB pictures; no GroupNorm where one
+            is required; float16 for the SDXL-VAE, whose activations pass float16's 65,504; weights that are damaged,
+            missing, unused, NaN or infinite.
+    """
+    path, subfolder, entries = locate_vae(name, revision, config)
+    _refuse_overflow(entries, precision, name)
+    kind, dtype = _autoencoder_class(entries, name), devices.dtype(precision)
+    if changes is not None:
+        vae = nn.Module.to(_untrained(kind, {**entries, **changes}, seed), dtype)
+    elif Path(path).is_file():
+        vae = _load_single_file(kind, path, config or str(Path(path).parent), name, dtype)
+    else:
+        options = {"revision": revision, "variant": variant, "dtype": dtype}
+        vae = _load_module(kind, path, name, subfolder or "", options)
+    if groupnorm:
+        require_groupnorm(vae, name)
+    return vae.to(devices.pick(device)).eval()
+
+
+def posterior(vae: nn.Module, pixels: Tensor) -> Any:
+    """The Gaussian posterior q(z|x) of pictures (B, 3, H, W): a diffusers distribution over latents (B, c, h, w).
+
+    Raises:
+        ValueError: an autoencoder whose latent is no distribution.
+    """
+    encoded = vae.encode(_with_frames(vae, pixels))
+    if not hasattr(encoded, "latent_dist"):
+        raise ValueError(f"model: {type(vae).__name__} has no Gaussian posterior; the KL term needs one")
+    distribution = encoded.latent_dist
+    if distribution.parameters.ndim == 5:
+        return type(distribution)(distribution.parameters.squeeze(2))
+    return distribution
+
+
+@torch.no_grad()
+def reconstruct(vae: nn.Module, pixels: Tensor) -> Tensor:
+    """Pictures (B, 3, H, W) through encoder and decoder, by the posterior's mean; no graph is kept."""
+    return decode_latents(vae, encode_latents(vae, pixels), pixels.shape)
+
+
+def encode_latents(vae: nn.Module, pixels: Tensor) -> Tensor:
+    """The latents (B, c, h, w) of pictures (B, 3, H, W), not yet scaled; of a posterior, its mean.
+
+    An autoencoder of videos gets each picture as a video of one frame.
+    """
+    encoded = vae.encode(_with_frames(vae, pixels))
+    if hasattr(encoded, "latent_dist"):
+        latents = encoded.latent_dist.mode()
+    else:
+        latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent
+    return latents.squeeze(2) if latents.ndim == 5 else latents
+
+
+def decode_latents(vae: nn.Module, latents: Tensor, shape: torch.Size) -> Tensor:
+    """Pictures of the given shape (B, 3, H, W) from unscaled latents (B, c, h, w).
+
+    Raises:
+        ValueError: pictures of another shape, since a side was no multiple of the model's downsampling.
+    """
+    decoded = vae.decode(_with_frames(vae, latents)).sample
+    decoded = decoded.squeeze(2) if decoded.ndim == 5 else decoded
+    if decoded.shape != shape:
+        raise ValueError(
+            f"resolution: pictures of {shape[-2]} x {shape[-1]} come back as {decoded.shape[-2]} x "
+            f"{decoded.shape[-1]}; take a multiple of {max(1, decoded.shape[-1] // latents.shape[-1])}"
+        )
+    return decoded
+
+
+def scale_latents(vae: nn.Module, latents: Tensor) -> Tensor:
+    """Latents (B, c, h, w) as the denoiser takes them: standardized as the autoencoder's own pipelines do it.
+
+    (z - latents_mean) / latents_std x scaling_factor where the configuration gives these; (z - shift_factor) x
+    scaling_factor otherwise. FLUX.2 standardizes with the running statistics of its batch norm, one for each channel of
+    the 2 x 2 patches that its denoiser takes as tokens.
+
+    Raises:
+        ValueError: for FLUX.2, latents whose sides are not even.
+    """
+    mean, std = _latent_statistics(vae, latents)
+    return (latents - mean) / std
+
+
+def unscale_latents(vae: nn.Module, latents: Tensor) -> Tensor:
+    """The inverse of :func:`scale_latents`: a denoiser's latents (B, c, h, w) as the decoder takes them."""
+    mean, std = _latent_statistics(vae, latents)
+    return latents * std + mean
+
+
+def _latent_statistics(vae: nn.Module, latents: Tensor) -> tuple[Tensor | float, Tensor | float]:
+    config = vae.config
+    norm = getattr(vae, "bn", None)
+    if norm is not None:
+        return (
+            _unpatched(norm.running_mean, latents),
+            _unpatched((norm.running_var + config.batch_norm_eps).sqrt(), latents),
+        )
+    factor = config.get("scaling_factor") or 1.0
+    mean, std = (_per_channel(vae, name, latents) for name in ("latents_mean", "latents_std"))
+    if mean is not None and std is not None:
+        return mean, std / factor
+    return config.get("shift_factor") or 0.0, 1 / factor
+
+
+def _per_channel(vae: nn.Module, name: str, latents: Tensor) -> Tensor | None:
+    values = vae.config.get(name)
+    if values is None:  # some autoencoders of videos hold them as buffers
+        values = dict(vae.named_buffers(recurse=False)).get(name)
+    return None if values is None else torch.as_tensor(values).to(latents).view(-1, 1, 1)
+
+
+def _unpatched(values: Tensor, latents: Tensor) -> Tensor:
+    """Values (4 c) of the channels of 2 x 2 patches, at every place of latents (B, c, h, w)."""
+    channels, height, width = latents.shape[1:]
+    if height % 2 or width % 2:
+        raise ValueError(f"resolution: latents of {height} x {width}; this model takes patches of 2 x 2")
+    return values.to(latents).view(channels, 2, 2).repeat(1, height // 2, width // 2)
+
+
+def _with_frames(vae: nn.Module, images: Tensor) -> Tensor:
+    """Pictures or latents with a frame axis (B, c, 1, h, w) where the autoencoder convolves over time."""
+    return images.unsqueeze(2) if any(isinstance(module, nn.Conv3d) for module in vae.modules()) else images
+
+
+def require_groupnorm(model: nn.Module, name: str) -> None:
+    """Raise ValueError where ``model`` has no GroupNorm with a learned scale."""
+    if not any(isinstance(module, nn.GroupNorm) and module.affine for module in model.modules()):
+        raise ValueError(
+            f"model: {name!r} ({type(model).__name__}) has no GroupNorm layer with a scale, "
+            "and channel suppression is about that scale; take a model that has one, "
+            "such as stabilityai/sdxl-vae or embedded"
+        )
+
+
+def require_finite(tensors: Iterable[tuple[str, Tensor]], what: str) -> None:
+    """Raise ValueError for the first tensor with a NaN or infinite entry.
+
+    Args:
+        tensors: names and tensors, such as a state dict's items.
+        what: begins the error, such as ``model: 'embedded' (vae)``.
+    """
+    for key, tensor in tensors:
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ValueError(f"{what} has NaN or infinite entries in {key} ({tensor.dtype}); expected finite weights")
+
+
+def check_precision(name: str, precision: str, revision: str | None = None) -> None:
+    """Raise ValueError for the SDXL-VAE in float16, in which its activations overflow.
+
+    It is recognized by ``force_upcast`` in its configuration, or by its latents' scaling factor where
+    the configuration does not say (``sdxl-vae-fp16-fix`` says that it need not).
+    """
+    _refuse_overflow(locate_vae(name, revision).config, precision, name)
+
+
+def ship(model: Any, folder: Path) -> None:
+    """Save a module or pipeline in float16 as a diffusers folder; its own weights are float16 afterwards.
+
+    A text model stays in float32: transformers loads it in the precision it has on disk, the rest of
+    a pipeline comes in float32, and the two would not fit together.
+    """
+    model.to(dtype=torch.float16)
+    if hasattr(model, "text_encoder"):
+        model.text_encoder.to(torch.float32)
+    model.save_pretrained(folder)
+
+
+def put_in_place(made: dict[str, Any], names: Iterable[str]) -> None:
+    """Save trained models over the embedded ones.
+
+    Args:
+        made: modules or pipelines by name: ``vae``, ``pipeline``, ``dit``.
+        names: which of them to save.
+
+    Raises:
+        ValueError: a name that is not in ``made``.
+    """
+    folders = {"vae": embedded_vae_path(), "pipeline": embedded_path(), "dit": embedded_dit_path()}
+    for name in names:
+        if name not in made:
+            raise unknown("ship", name, made)
+    for name in names:
+        ship(made[name], folders[name])
+
+
+def refuse_unshipped(names: Iterable[str]) -> None:
+    """Raise ValueError for a name that is no embedded model's, before there is anything to save."""
+    for name in names:
+        one_of("ship", name, SHIPPED)
+
+
 def _pipeline_class(index: dict[str, Any], name: str) -> type:
-    """The class that a ``model_index.json`` names, refused before anything large is read."""
+    """The class that a ``model_index.json`` names; an unsupported one is refused before anything large is read."""
     import diffusers
 
     kind = _quietly_imported(index.get("_class_name"))
@@ -94,7 +333,7 @@ def _pipeline_class(index: dict[str, Any], name: str) -> type:
     denoisers = [index[part][1] for part in DENOISERS if part in index]
     if not set(denoisers) & set(EXAMPLES):
         what = " and ".join(map(str, denoisers)) or "no denoiser"
-        raise ValueError(f"model: {name!r} has {what}; known are {', '.join(EXAMPLES)}")
+        raise ValueError(f"model: {name!r} has {what}; supported are {', '.join(EXAMPLES)}")
     return kind
 
 
@@ -111,143 +350,147 @@ def _quietly_imported(name: Any) -> Any:
         logger.setLevel(level)
 
 
-def ship(model: Any, folder: Path) -> None:
-    """Save a module or pipeline in float16 as a diffusers folder; its own weights are float16 afterwards.
-
-    A text model stays in float32: transformers loads it in the precision it has on disk, the rest of
-    a pipeline comes in float32, and the two would not fit together.
-    """
-    model.to(dtype=torch.float16)
-    if hasattr(model, "text_encoder"):
-        model.text_encoder.to(torch.float32)
-    model.save_pretrained(folder)
+def _module_class(entry: Any) -> type | None:
+    """The class of a pipeline's part by its entry (library, class); None for parts without weights."""
+    if not (isinstance(entry, list | tuple) and len(entry) == 2 and entry[0] in ("diffusers", "transformers")):
+        return None
+    kind = getattr(importlib.import_module(entry[0]), str(entry[1]), None)
+    return kind if isinstance(kind, type) and issubclass(kind, nn.Module) else None
 
 
-def put_in_place(made: dict[str, Any], names: Iterable[str]) -> None:
-    """Ship those of the models made whose names are given, in place of the embedded ones.
+def _validate_denoiser(path: str, index: dict[str, Any], name: str, revision: str | None) -> None:
+    """Refuse, by its configuration, a denoiser that needs more than noisy latents, a timestep and a prompt."""
+    import diffusers
 
-    Args:
-        made: modules or pipelines by name: ``vae``, ``pipeline``, ``dit``.
-        names: of them, which.
-
-    Raises:
-        ValueError: a name of none.
-    """
-    folders = {"vae": embedded_vae_path(), "pipeline": embedded_path(), "dit": embedded_dit_path()}
-    for name in names:
-        if name not in made:
-            raise unknown("ship", name, made)
-    for name in names:
-        ship(made[name], folders[name])
-
-
-def refuse_unshipped(names: Iterable[str]) -> None:
-    """Raise ValueError for a name that :func:`put_in_place` does not know, before there is anything to ship."""
-    for name in names:
-        one_of("ship", name, SHIPPED)
-
-
-def load_vae(
-    name: str = "embedded",
-    *,
-    device: str = "auto",
-    precision: str = "float32",
-    revision: str | None = None,
-    groupnorm: bool = False,
-    changes: dict[str, Any] | None = None,
-    seed: int = 0,
-) -> nn.Module:
-    """Load an autoencoder in evaluation mode.
-
-    Args:
-        name: ``embedded``, a hub id, or a local diffusers folder; of a whole pipeline, local or
-            on the hub, its ``vae`` is taken.
-        device: ``auto``, ``cpu``, ``cuda``, ``mps``.
-        precision: ``float32``, ``bfloat16`` or ``float16``, of the weights.
-        revision: a branch, tag or commit on the hub.
-        groupnorm: refuse a model that has no GroupNorm with a scale, where the study needs one.
-        changes: make an untrained model of this configuration with these entries replaced, such
-            as ``block_out_channels`` (none: ``{}``); None loads the weights.
-        seed: fixes an untrained model's weights.
-
-    Returns:
-        The diffusers autoencoder: ``encode(x)`` and ``decode(z)`` on pictures of shape
-        (B, 3, H, W) in [-1, 1].
-
-    Raises:
-        ValueError: no such model, a model that is no autoencoder, no GroupNorm where one is
-            needed, or float16 for the SDXL-VAE, whose activations pass float16's 65,504.
-    """
-    path, subfolder, config = locate_vae(name, revision)
-    _refuse_overflow(config, precision, name)
-    kind, dtype = _autoencoder_class(config, name), devices.dtype(precision)
-    if changes is None:
-        vae = kind.from_pretrained(path, subfolder=subfolder, revision=revision, torch_dtype=dtype)
-    else:
-        vae = nn.Module.to(_untrained(kind, {**config, **changes}, seed), dtype)
-    if groupnorm:
-        require_groupnorm(vae, name)
-    return vae.to(devices.pick(device)).eval()
-
-
-def posterior(vae: nn.Module, pixels: Tensor) -> Any:
-    """The Gaussian posterior q(z|x) of pictures (B, 3, R, R), a diffusers distribution.
-
-    Raises:
-        ValueError: an autoencoder whose latent is no distribution.
-    """
-    encoded = vae.encode(pixels)
-    if not hasattr(encoded, "latent_dist"):
-        raise ValueError(f"model: {type(vae).__name__} has no Gaussian posterior; the KL term needs one")
-    return encoded.latent_dist
-
-
-@torch.no_grad()
-def reconstruct(vae: nn.Module, pixels: Tensor) -> Tensor:
-    """Pictures (B, 3, R, R) through encoder and decoder; of a posterior, its mean. Keeps no graph."""
-    return decode(vae, latent(vae, pixels), pixels.shape)
-
-
-def latent(vae: nn.Module, pixels: Tensor) -> Tensor:
-    """The latents (B, c, h, w) of pictures (B, 3, R, R), not yet scaled; of a posterior, its mean."""
-    encoded = vae.encode(pixels)
-    if hasattr(encoded, "latent_dist"):
-        return encoded.latent_dist.mode()
-    return encoded.latents if hasattr(encoded, "latents") else encoded.latent
-
-
-def decode(vae: nn.Module, latent: Tensor, shape: torch.Size) -> Tensor:
-    """Pictures from latents, refused where their shape is not that of what was encoded.
-
-    Raises:
-        ValueError: pictures whose side is no multiple of the model's downsampling.
-    """
-    decoded = vae.decode(latent).sample
-    if decoded.shape != shape:
+    part = next(part for part in DENOISERS if part in index and index[part][1] in EXAMPLES)
+    if not _has_part(path, part):
+        return  # which loading refuses
+    kind = getattr(diffusers, index[part][1])
+    config = {**_defaults(kind), **kind.load_config(path, subfolder=part, revision=revision)}
+    reason = None
+    if index.get("vae", [None])[0] is not None and _has_part(path, "vae"):
+        entries = diffusers.AutoencoderKL.load_config(path, subfolder="vae", revision=revision)
+        channels = entries.get("latent_channels", 4) * (4 if architecture(kind) == "FluxTransformer2DModel" else 1)
+        if config["in_channels"] != channels:
+            reason = f"takes {config['in_channels']} channels where its autoencoder gives {channels}"
+    elif config["in_channels"] != 3 and "vae" not in index:
+        reason = f"takes {config['in_channels']} channels where a picture has 3"
+    if config.get("class_embed_type") or config.get("num_class_embeds"):
+        reason = "takes class labels or a noise level beside the prompt"
+    if config.get("addition_embed_type") not in ADDED_EMBEDDINGS or "image" in str(config.get("encoder_hid_dim_type")):
+        reason = "takes the embedding of a picture"
+    if reason:
         raise ValueError(
-            f"resolution: pictures of {shape[-2]} x {shape[-1]} come back as {decoded.shape[-2]} x "
-            f"{decoded.shape[-1]}; take a multiple of {max(1, decoded.shape[-1] // latent.shape[-1])}"
-        )
-    return decoded
-
-
-def require_groupnorm(model: nn.Module, name: str) -> None:
-    """Raise ValueError where ``model`` has no GroupNorm with a learned scale."""
-    if not any(isinstance(module, nn.GroupNorm) and module.affine for module in model.modules()):
-        raise ValueError(
-            f"model: {name!r} ({type(model).__name__}) has no GroupNorm layer with a scale, "
-            "and channel suppression is a matter of that scale; take a model that has, "
-            "such as stabilityai/sdxl-vae or embedded"
+            f"model: {name!r} is no text-to-image or class-conditional model: its {part} {reason}, as models for "
+            "inpainting, editing or upscaling do; supported are denoisers of latents (or pixels) by a prompt or a class"
         )
 
 
-def check_precision(name: str, precision: str, revision: str | None = None) -> None:
-    """Raise ValueError for the SDXL-VAE in float16, in which its activations overflow.
+def _defaults(kind: type) -> dict[str, Any]:
+    return {key: value.default for key, value in signature(kind.__init__).parameters.items()}
 
-    It is known by ``force_upcast`` in its configuration, or by its latents' scaling factor where
-    the configuration does not say (``sdxl-vae-fp16-fix`` says that it need not).
+
+def _has_part(path: str, part: str) -> bool:
+    """Whether a part's configuration is there; of a repository on the hub this is taken for granted."""
+    return not Path(path).is_dir() or (Path(path) / part / "config.json").is_file()
+
+
+def _load_module(kind: type, path: str, name: str, part: str, options: dict[str, Any]) -> nn.Module:
+    """A module with all of its weights and no others.
+
+    Args:
+        kind: a class of diffusers or transformers.
+        path: a local folder or an id on the hub.
+        name: what the user calls the model, for errors.
+        part: the folder in it, or "".
+        options: ``revision``, ``variant``, ``dtype``.
     """
-    _refuse_overflow(locate_vae(name, revision).config, precision, name)
+    given = {key: value for key, value in options.items() if value is not None}
+    try:
+        module, report = kind.from_pretrained(path, subfolder=part, output_loading_info=True, **given)
+    except READ_ERRORS as error:
+        raise ValueError(_explanation(path, name, part, options, error)) from error
+    what = f"model: {name!r} ({part or kind.__name__})"
+    _validate_report(report, what)
+    require_finite(module.state_dict().items(), what)
+    return module
+
+
+def _validate_report(report: dict[str, Any], what: str) -> None:
+    for key, wrong in (
+        ("missing_keys", "lacks the weights"),
+        ("unexpected_keys", "has weights that its configuration does not use:"),
+        ("mismatched_keys", "has weights of another shape than its configuration says:"),
+    ):
+        names = sorted(entry if isinstance(entry, str) else str(entry[0]) for entry in report.get(key, ()))
+        names = [tensor for tensor in names if not UNUSED_WEIGHTS.search(tensor)]
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise ValueError(f"{what} {wrong} {', '.join(names[:3])}{more}")
+
+
+def _load_single_file(kind: type, file: str, config: str, name: str, dtype: torch.dtype) -> nn.Module:
+    if not hasattr(kind, "from_single_file"):
+        raise ValueError(f"model: {name!r}: diffusers reads {kind.__name__} from a folder only, not from a single file")
+    folder, subfolder, entries = locate_vae(config)
+    what = f"model: {name!r}"
+    try:
+        with safe_open(file, "pt") as stored:
+            keys = set(stored.keys())
+        with torch.device("meta"):
+            expected = kind.from_config(entries).state_dict().keys()
+        if keys & expected:  # names in a layout other than diffusers' are converted there, and cannot be compared here
+            _validate_report({"missing_keys": expected - keys, "unexpected_keys": keys - expected}, what)
+        vae = kind.from_single_file(file, config=str(Path(folder) / (subfolder or "")), local_files_only=True)
+    except READ_ERRORS as error:
+        if str(error).startswith(what):
+            raise
+        raise ValueError(f"{what} could not be read as a {kind.__name__}, or is damaged ({error})") from error
+    vae = nn.Module.to(vae, dtype)
+    require_finite(vae.state_dict().items(), what)
+    return vae
+
+
+def _explanation(path: str, name: str, part: str, options: dict[str, Any], error: Exception) -> str:
+    """One sentence for weights that could not be read: another variant, the damaged file, or the library's reason."""
+    variant = options.get("variant") or "none"
+    where = f" in {part}" if part else ""
+    known = variants(_file_names(path, part, options.get("revision")))
+    if known and variant not in known:
+        return f"variant: {name!r} has no weights of variant {variant!r}{where}; it has {', '.join(known)}"
+    return _damaged_file(path, name, part) or _could_not_be_read(name, error)
+
+
+def _damaged_file(path: str, name: str, part: str = "") -> str | None:
+    """The error for the first file of a local folder that is no JSON or no safetensors; None where all can be read."""
+    for file in sorted((Path(path) / part).rglob("*")):
+        try:
+            if file.suffix == ".json":
+                json.loads(file.read_bytes())
+            elif file.suffix == ".safetensors":
+                with safe_open(file, "pt"):
+                    pass
+        except (ValueError, SafetensorError) as error:
+            return f"model: {file.relative_to(path).as_posix()} of {name!r} is damaged ({error})"
+    return None
+
+
+def _file_names(path: str, part: str, revision: str | None) -> list[str]:
+    """The names of the files of a local folder, or of a repository on the hub as far as it can be reached."""
+    if Path(path).exists():
+        return [file.name for file in (Path(path) / part).glob("*")]
+    from huggingface_hub import list_repo_files
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+    try:
+        files = list_repo_files(path, revision=revision)
+    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError):
+        return []
+    return [file for file in files if str(Path(file).parent) == (part or ".")]
+
+
+def _could_not_be_read(name: str, error: Exception) -> str:
+    return f"model: {name!r} could not be read.{hub_hint(name)} ({error})"
 
 
 def _refuse_overflow(config: dict[str, Any], precision: str, name: str) -> None:
@@ -270,9 +513,21 @@ def _untrained(kind: type, config: dict[str, Any], seed: int) -> nn.Module:
 
 
 def _autoencoder_class(config: dict[str, Any], name: str) -> type:
+    """The class that a configuration names, an autoencoder of RGB pictures (or of videos)."""
     import diffusers
 
     kind = getattr(diffusers, str(config.get("_class_name")), None)
     if kind is None or not (hasattr(kind, "encode") and hasattr(kind, "decode")):
         raise ValueError(f"model: {name!r} is a {config.get('_class_name')}; expected a diffusers autoencoder")
+    entries = {**_defaults(kind), **config}
+    if "audio_channels" in entries:
+        raise ValueError(f"model: {name!r} is a {kind.__name__} of sounds; supported are autoencoders of RGB pictures")
+    channels = entries.get("in_channels", entries.get("input_channels", 3))
+    patch = entries.get("patch_size")
+    of_patches = 3 * patch**2 if isinstance(patch, int) else 3  # some take squares of pixels for channels
+    if channels not in (3, of_patches):
+        raise ValueError(
+            f"model: {name!r} is a {kind.__name__} of pictures with {channels} channel{'s' * (channels != 1)}; "
+            "supported are autoencoders of RGB pictures (3 channels)"
+        )
     return kind

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from vaelab import models
 from vaelab.core.validate import at_least
+from vaelab.training.evaluation import evaluation_mode
 
 
 class Reconstruction(NamedTuple):
-    """How well pictures come back, with pixels in [-1, 1] as the paper's Table 1 has them."""
+    """Reconstruction quality, with pixels in [-1, 1], the range of the paper's Table 1."""
 
     mse: float
     """Mean squared error over all pixel values."""
@@ -41,14 +42,14 @@ class VAEObjective(nn.Module):
         """Losses of a batch with ``pixels`` (B, 3, R, R) in [-1, 1]."""
         pixels = batch["pixels"]
         posterior = models.posterior(self.vae, pixels)
-        decoded = models.decode(self.vae, posterior.sample(), pixels.shape)
+        decoded = models.decode_latents(self.vae, posterior.sample(), pixels.shape)
         reconstruction = nn.functional.mse_loss(decoded.float(), pixels)
         kl = posterior.kl().mean()
         return {"loss": reconstruction + self.kl_weight * kl, "reconstruction": reconstruction, "kl": kl}
 
 
 @torch.no_grad()
-def evaluate(vae: nn.Module, batches: Iterable[dict[str, Tensor]]) -> Reconstruction:
+def evaluate_reconstruction(vae: nn.Module, batches: Iterable[dict[str, Tensor]]) -> Reconstruction:
     """Measure reconstructions from the posterior's mean, in evaluation mode.
 
     Args:
@@ -63,18 +64,16 @@ def evaluate(vae: nn.Module, batches: Iterable[dict[str, Tensor]]) -> Reconstruc
     psnr = PeakSignalNoiseRatio(data_range=2.0).to(parameter.device)
     ssim = StructuralSimilarityIndexMeasure(data_range=2.0).to(parameter.device)
     kl, pictures, entries = 0.0, 0, 1
-    was_training = vae.training
-    vae.eval()
-    for batch in batches:
-        pixels = batch["pixels"].to(parameter.device)
-        posterior = models.posterior(vae, pixels.to(parameter.dtype))
-        decoded = models.decode(vae, posterior.mode(), pixels.shape).float()
-        for metric in (mse, psnr, ssim):
-            metric.update(decoded.contiguous(), pixels)
-        kl += posterior.kl().sum().item()
-        pictures += len(pixels)
-        entries = posterior.mean[0].numel()
-    vae.train(was_training)
+    with evaluation_mode(vae):
+        for batch in batches:
+            pixels = batch["pixels"].to(parameter.device)
+            posterior = models.posterior(vae, pixels.to(parameter.dtype))
+            decoded = models.decode_latents(vae, posterior.mode(), pixels.shape).float()
+            for metric in (mse, psnr, ssim):
+                metric.update(decoded.contiguous(), pixels)
+            kl += posterior.kl().sum().item()
+            pictures += len(pixels)
+            entries = posterior.mean[0].numel()
     if not pictures:
         raise ValueError("batches: no picture to evaluate on")
     values = (metric.compute().item() for metric in (mse, psnr, ssim))
@@ -86,9 +85,11 @@ def latent_scale(vae: nn.Module, batches: Iterable[dict[str, Tensor]]) -> float:
     """diffusers' ``scaling_factor``: one over the latents' standard deviation, so that scaled
     latents have unit variance (Rombach et al. 2022, section G of the supplement)."""
     parameter = next(vae.parameters())
-    posteriors = [models.posterior(vae, batch["pixels"].to(parameter.device, parameter.dtype)) for batch in batches]
+    with evaluation_mode(vae):
+        posteriors = [models.posterior(vae, batch["pixels"].to(parameter.device, parameter.dtype)) for batch in batches]
     means, variances = (
-        torch.cat([getattr(one, moment).cpu().double().flatten() for one in posteriors]) for moment in ("mean", "var")
+        torch.cat([getattr(posterior, moment).cpu().double().flatten() for posterior in posteriors])
+        for moment in ("mean", "var")
     )
     # Var z = Var E[z|x] + E Var[z|x]: no sample, so no seed
     return float((means.var() + variances.mean()) ** -0.5)
