@@ -81,7 +81,7 @@ class TestFindLayers:
             find_layers(tiny_vae, ["encoder.conv_in", "encoder.*.norm9"])
 
     def test_asking_for_none_is_refused(self, tiny_vae):
-        with pytest.raises(ValueError, match="layers: none"):
+        with pytest.raises(ValueError, match="layers: none given"):
             find_layers(tiny_vae, [])
 
     def test_wrappers_are_looked_through(self, tiny_vae):
@@ -138,7 +138,7 @@ class TestCapture:
 
     def test_an_output_without_a_tensor_is_an_error(self):
         model = nn.Sequential(Giving(lambda x: ("a", None)))
-        with pytest.raises(RuntimeError, match="0 gave a tuple with no tensor"), capture(model, "0"):
+        with pytest.raises(RuntimeError, match="0 returned a tuple with no tensor"), capture(model, "0"):
             model(torch.ones(1))
         assert hook_count(model) == 0
 
@@ -314,6 +314,18 @@ class TestEdit:
             flag, hidden, other = inner("a", torch.ones(2), other=torch.ones(1))
         assert (flag, other) == ("a", torch.ones(1))
         assert torch.equal(hidden, torch.full((2,), 2.0))
+
+    @pytest.mark.parametrize("side", ["input", "update"])
+    def test_the_input_is_the_layers_first_parameter_in_whatever_order_keywords_are_given(self, side):
+        inner = nn.Module()
+        inner.forward = lambda hidden, context=None: hidden * 3 + 0 * context
+        hidden, context = torch.ones(2), torch.full((2,), 7.0)
+        with capture(Outer(inner), "inner", side=side) as seen:
+            inner(context=context, hidden=hidden)
+        assert torch.equal(seen["inner"][0], hidden if side == "input" else 2 * hidden)
+        with edit(Outer(inner), {"inner": torch.zeros_like}, side=side):
+            edited = inner(context=context, hidden=hidden)
+        assert torch.equal(edited, torch.zeros(2) if side == "input" else hidden)
 
     @pytest.mark.parametrize("kind", [tuple, list])
     def test_a_sequence_keeps_its_type_and_other_entries(self, kind):
@@ -688,7 +700,7 @@ class TestEntry:
     @pytest.mark.parametrize("side", ["output", "update"])
     def test_one_that_is_not_there_is_an_error_naming_it(self, side, entry):
         model = nn.Sequential(Giving(lambda x: (x, "a", x + 1)))
-        message = f"layers: 0 gave a tuple with 2 tensors, no number {entry}"
+        message = f"layers: 0 returned a tuple with 2 tensors, no number {entry}"
         with pytest.raises(RuntimeError, match=message), capture(model, "0", side=side, entry=entry):
             model(torch.ones(1))
         with pytest.raises(RuntimeError, match=message), edit(model, {"0": doubled}, side=side, entry=entry):

@@ -1,4 +1,4 @@
-"""Reading and editing what flows through a model's layers: the only place that registers a hook.
+"""Read and edit the inputs and outputs of a model's layers. Only this module registers hooks.
 
 ::
 
@@ -9,10 +9,11 @@
     with edit(vae, {"decoder.conv_norm_out": lambda h: h * 0}):   # change
         vae.decode(latents)
 
-Both are context managers; whatever happens inside, their hooks are gone afterwards.
+Both are context managers. They remove their hooks on leaving, also after an exception.
 """
 
 import fnmatch
+import inspect
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from copy import copy
@@ -48,7 +49,7 @@ def find_layers(model: nn.Module, layers: str | Iterable[str]) -> dict[str, nn.M
     patterns = [layers] if isinstance(layers, str) else list(layers)
     modules = {name: module for name, module in unwrap(model).named_modules() if name}
     if not patterns:
-        raise ValueError("layers: none were asked for")
+        raise ValueError("layers: none given; expected module paths or globs")
     matched = set()
     for pattern in patterns:
         found = [pattern] if pattern in modules else fnmatch.filter(modules, pattern)
@@ -59,7 +60,7 @@ def find_layers(model: nn.Module, layers: str | Iterable[str]) -> dict[str, nn.M
 
 
 def _like(pattern: str, names: Iterable[str]) -> list[str]:
-    """The names that a mistyped glob may have meant: those it matches with its last part mended."""
+    """The names that a mistyped glob may mean: those that match when its last part is replaced by the nearest name."""
     names = list(names)
     head, _, tail = pattern.rpartition(".")
     mended = nearest(tail, {name.rpartition(".")[2] for name in names}, 1)[0]
@@ -67,10 +68,10 @@ def _like(pattern: str, names: Iterable[str]) -> list[str]:
 
 
 class Captured(Mapping[str, list[Any]]):
-    """What :func:`capture` saw: a list for each layer, with one entry for each call of it.
+    """The result of :func:`capture`: for each layer a list with one entry for each call.
 
-    Iterating gives the layers in the model's order. ``clear()`` forgets what was seen and goes
-    on watching, for loops that run many batches inside one ``capture``.
+    Iterating gives the layers in the model's order. In a loop over many batches inside one ``capture``,
+    ``clear()`` discards the entries so far.
     """
 
     def __init__(self, layers: Iterable[str]):
@@ -88,7 +89,7 @@ class Captured(Mapping[str, list[Any]]):
         return len(self._calls)
 
     def clear(self) -> None:
-        """Forget what was seen so far."""
+        """Discard all entries; later calls are still captured."""
         for calls in self._calls.values():
             calls.clear()
 
@@ -106,22 +107,21 @@ def capture(
     entry: int = 0,
     stop: bool = False,
 ) -> Iterator[Captured]:
-    """Record what the named layers take in or give out while the ``with`` block runs.
+    """Record the inputs or outputs of the named layers while the ``with`` block runs.
 
     Args:
-        model: the module to watch; it may be wrapped by accelerate, compiled layers excepted.
+        model: the module; it may be wrapped by accelerate. A layer that was compiled before runs without hooks.
         layers: module paths or globs, see :func:`find_layers`.
-        side: ``"output"``, ``"input"``, or ``"update"``: what the layer adds to its input, output
-            minus input, for layers that keep the shape. Of a tuple, a list or a diffusers output
-            the first tensor is meant.
-        reduce: called, without gradient and on the tensor's own device, when a layer has run;
-            its result is kept in place of the tensor, so that a statistic never stores a map.
-        to: a device to copy what is kept to; None leaves it where it is.
-        grad: keep the autograd graph of the captured tensors; not together with ``reduce``.
-        calls: which calls of each layer to keep, counted from 0; None keeps them all.
-        entry: which tensor of an output with several is meant, counted from 0, or from -1 for the last.
-        stop: leave the ``with`` block as soon as every layer has run (has had the last of its
-            ``calls``), in the middle of the model's forward pass; the model's call must be the
+        side: ``"output"``, ``"input"``, or ``"update"``, which is output minus input, for layers that keep
+            the shape. The input is the first tensor in the order of the layer's parameters.
+        reduce: called on each tensor, without gradient and on the tensor's device, when a layer has run. Its
+            result is recorded in place of the tensor, so a statistic needs no memory for maps.
+        to: device to which the recorded tensors are moved; None leaves them where they are.
+        grad: keep the autograd graph of the recorded tensors; not together with ``reduce``.
+        calls: the calls of each layer to record, counted from 0; None records all.
+        entry: which tensor of an output with several is recorded, counted from 0, or from -1 for the last.
+        stop: leave the ``with`` block as soon as every layer has run (or has had the last of its
+            ``calls``), in the middle of the model's forward pass. The model's call must be the
             block's last statement.
 
     Yields:
@@ -129,48 +129,49 @@ def capture(
 
     Raises:
         ValueError: an unknown layer or side.
-        RuntimeError: on leaving, a layer that was asked for never ran, or not as often as
-            ``calls`` asks; or a layer gave no tensor.
+        RuntimeError: on leaving, a named layer never ran, or less often than ``calls`` needs; or a layer
+            returned no tensor.
     """
     one_of("side", side, SIDES)
     if calls is not None and (not calls or min(calls) < 0):
-        raise ValueError(f"calls: expected one or more numbers from 0 on, got {list(calls)}")
+        raise ValueError(f"calls: expected one or more numbers, at least 0, got {list(calls)}")
     if grad and reduce is not None:
-        raise ValueError("grad: a reduced capture keeps no graph; ask for one of grad and reduce")
+        raise ValueError("grad: a reduced capture has no autograd graph; give either grad or reduce")
     found = find_layers(model, layers)
     captured = Captured(found)
     ran = dict.fromkeys(found, 0)
     needed = max(calls) + 1 if calls is not None else 1
-    everything_seen = _EverythingSeen()
+    stop_signal = _StopForward()
 
-    def keep(layer: str, tensor: Tensor) -> None:
+    def record(layer: str, tensor: Tensor) -> None:
         ran[layer] += 1
         if calls is None or ran[layer] - 1 in calls:
-            captured[layer].append(_kept(tensor, reduce, to, grad))
+            captured[layer].append(_recorded(tensor, reduce, to, grad))
         if stop and min(ran.values()) >= needed:
-            raise everything_seen
+            raise stop_signal
 
     with ExitStack() as hooks:
         for name, module in found.items():
-            hooks.enter_context(_hooked(name, module, side, entry, keep))
+            hooks.enter_context(_hooked(name, module, side, entry, record))
         try:
             yield captured
-        except _EverythingSeen as signal:
-            if signal is not everything_seen:  # that of a capture around this one
+        except _StopForward as signal:
+            if signal is not stop_signal:  # it belongs to a capture around this one
                 raise
     silent = [name for name, times in ran.items() if times < needed]
     if silent:
         rarely = f" {needed} times" if needed > 1 else ""
         raise RuntimeError(
-            f"layers: {', '.join(silent)} never ran{rarely} inside `capture`; was the right part of the model called?"
+            f"layers: {', '.join(silent)} never ran{rarely} inside `capture`; "
+            "was the right part of the model called, or were they compiled before?"
         )
 
 
-class _EverythingSeen(BaseException):
-    """Ends a forward pass of which nothing more is needed."""
+class _StopForward(BaseException):
+    """Ends a forward pass whose remainder is not needed."""
 
 
-def _kept(tensor: Tensor, reduce: Callable[[Tensor], Any] | None, to: Any, grad: bool) -> Any:
+def _recorded(tensor: Tensor, reduce: Callable[[Tensor], Any] | None, to: Any, grad: bool) -> Any:
     if not grad:
         tensor = tensor.detach()
     if reduce is not None:
@@ -187,22 +188,22 @@ def edit(
     side: str = "output",
     entry: int = 0,
 ) -> Iterator[None]:
-    """Change what the named layers give out (or take in) while the ``with`` block runs.
+    """Replace the outputs (or inputs) of the named layers while the ``with`` block runs.
 
     Args:
         model: the module to edit.
-        edits: for each module path or glob a function from the layer's tensor to its
-            replacement. A tuple or diffusers output keeps its other entries. Where two keys
-            match one layer, both are applied, in the order given.
-        side: ``"output"``, ``"input"``, or ``"update"``, what the layer adds to its input: where
-            the function leaves an entry as it is, the output is left as it is, bit for bit; where
-            it gives 0, the output is the input.
-        entry: which tensor of an output with several is meant, counted from 0, or from -1 for the last.
+        edits: for each module path or glob a function from the layer's tensor to its replacement. The
+            other entries of a tuple or diffusers output stay the same. Where two keys match one layer,
+            both are applied in the given order.
+        side: ``"output"``, ``"input"``, or ``"update"``, which is output minus input. Where the function
+            leaves an element of the update unchanged, the output is unchanged, bit for bit; where it
+            returns 0, the output is the input.
+        entry: which tensor of an output with several is replaced, counted from 0, or from -1 for the last.
 
     Raises:
         ValueError: an unknown layer or side.
-        TypeError: a function that returns something else than a tensor.
-        RuntimeError: on leaving, a layer that was to be edited never ran.
+        TypeError: a function returned something other than a tensor.
+        RuntimeError: on leaving, a named layer never ran.
     """
     one_of("side", side, SIDES)
     found = [(find_layers(model, key), function) for key, function in edits.items()]
@@ -223,18 +224,20 @@ def edit(
         yield
     silent = [name for name, it_ran in ran.items() if not it_ran]
     if silent:
-        raise RuntimeError(f"layers: {', '.join(silent)} never ran inside `edit`; nothing of them was edited")
+        raise RuntimeError(
+            f"layers: {', '.join(silent)} never ran inside `edit`, so they were not edited; "
+            "was the right part of the model called, or were they compiled before?"
+        )
 
 
 @contextmanager
 def _hooked(
     name: str, module: nn.Module, side: str, entry: int, act: Callable[[str, Tensor], Tensor | None]
 ) -> Iterator[None]:
-    """``act`` is called with the layer's name and tensor; a tensor that it returns takes its place."""
+    """Call ``act`` with the layer's name and tensor; a tensor that it returns replaces the layer's."""
 
     def on_input(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        positional = any(isinstance(argument, Tensor) for argument in args)
-        given = args if positional else kwargs
+        given, positional = _given(module, args, kwargs)
         new = act(name, _tensor(name, given))
         if new is None:
             return None
@@ -246,12 +249,12 @@ def _hooked(
         return None if new is None else _with_tensor(out, new, entry)
 
     def on_update(_: nn.Module, args: tuple, kwargs: dict, out: Any) -> Any:
-        before = _tensor(name, args if any(isinstance(argument, Tensor) for argument in args) else kwargs)
+        before = _tensor(name, _given(module, args, kwargs)[0])
         after = _tensor(name, out, entry)
         if before.shape != after.shape:
             raise RuntimeError(
                 f"layers: {name} takes {tuple(before.shape)} in and gives {tuple(after.shape)} out, "
-                "so it is no update of its input; take side output"
+                "so it has no update; use side output"
             )
         update = after - before
         new = act(name, update)
@@ -274,8 +277,19 @@ def _hooked(
         handle.remove()
 
 
+def _given(module: nn.Module, args: tuple, kwargs: dict) -> tuple[Any, bool]:
+    """The arguments that hold a layer's input, and whether they are positional.
+
+    Keyword arguments are put in the order of the layer's parameters, since a caller may give them in any.
+    """
+    if any(isinstance(argument, Tensor) for argument in args):
+        return args, True
+    order = [name for name in inspect.signature(module.forward).parameters if name in kwargs]
+    return {name: kwargs[name] for name in [*order, *(name for name in kwargs if name not in order)]}, False
+
+
 def _entries(value: Any) -> dict[Any, Tensor]:
-    """The tensors of a tensor, a tuple, a list, a dict or a diffusers output, by their place in it."""
+    """The tensors in a tensor, tuple, list, dict or diffusers output, by index or key."""
     if isinstance(value, Tensor):
         return {None: value}
     if not isinstance(value, Mapping | tuple | list):
@@ -287,8 +301,8 @@ def _entries(value: Any) -> dict[Any, Tensor]:
 def _tensor(layer: str, value: Any, entry: int = 0) -> Tensor:
     tensors = list(_entries(value).values())
     if not -len(tensors) <= entry < len(tensors):
-        wanted = "no tensor" if not tensors else f"{len(tensors)} tensors, no number {entry}"
-        raise RuntimeError(f"layers: {layer} gave a {type(value).__name__} with {wanted} in it")
+        content = "no tensor" if not tensors else f"{len(tensors)} tensors, no number {entry}"
+        raise RuntimeError(f"layers: {layer} returned a {type(value).__name__} with {content} in it")
     return tensors[entry]
 
 
@@ -305,9 +319,9 @@ def _with_tensor(value: Any, new: Tensor, entry: int = 0) -> Any:
 
 
 def on_gradient(parameter: nn.Parameter, function: Callable[[nn.Parameter], None]) -> Any:
-    """Call ``function`` on a parameter whenever its gradient has been made, for as long as the parameter lives.
+    """Call ``function`` on a parameter whenever its gradient has been accumulated.
 
     Returns:
-        A handle, whose ``remove()`` ends it.
+        A handle; its ``remove()`` ends the calls.
     """
     return parameter.register_post_accumulate_grad_hook(function)
