@@ -63,7 +63,7 @@ def test_what_the_metadata_leaves_out_is_counted_and_said(tmp_path, capsys):
     images = load(tmp_path)
     assert len(images) == 2 and images.labels == [0, -1]
     said = capsys.readouterr().out
-    assert "left out: 2 of 4 rows of metadata.csv, whose picture is not there" in said
+    assert "left out: 2 of 4 rows of metadata.csv, of no picture" in said
     assert "left out: 1 pictures that the metadata does not name" in said
 
 
@@ -88,6 +88,14 @@ def test_metadata_without_labels_leaves_the_folders_classes(tmp_path):
     write_metadata(tmp_path, "jsonl", rows)
     images = load(tmp_path)
     assert images.classes == ["cat", "dog"] and "classes are the names of the folders" in images.summary
+
+
+def test_two_files_of_metadata_for_the_same_pictures_are_refused(tmp_path):
+    picture_folder(tmp_path, ["a.png"])
+    for kind in ("csv", "jsonl"):
+        write_metadata(tmp_path, kind, [{"file_name": "a.png", "label": "x"}])
+    with pytest.raises(ValueError, match=r"^dataset: .* has metadata.csv and metadata.jsonl; expected one of them"):
+        load(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -242,7 +250,9 @@ def test_of_several_picture_columns_image_is_taken_or_one_must_be_named(tmp_path
         with pytest.raises(ValueError, match=r"^image_column: .* has 2 columns of pictures; give one of mask, photo"):
             load(tmp_path)
     for index, name in enumerate(names):
-        torch.testing.assert_close(load(tmp_path, image_column=name)[0]["pixels"], of_file(index))
+        images = load(tmp_path, image_column=name)
+        torch.testing.assert_close(images[0]["pixels"], of_file(index))
+        assert images.name == f"{tmp_path}[train], image_column {name}"
     with pytest.raises(ValueError, match=r"^image_column .*unknown name 'msk'"):
         load(tmp_path, image_column="msk")
 
@@ -286,6 +296,13 @@ def test_composited_and_unreadable_pictures_are_said_once_and_counted(tmp_path, 
     assert load(tmp_path, background="black")[0]["pixels"].unique().tolist() == [-1]
     with pytest.raises(ValueError, match=r"^background: 'whit' is no colour"):
         load(tmp_path, background="whit")
+
+
+def test_pictures_that_metadata_names_twice_are_said(tmp_path):
+    picture_folder(tmp_path, ["a.png"])
+    write_metadata(tmp_path, "csv", [{"file_name": "a.png", "label": label} for label in ("x", "y")])
+    images = load(tmp_path)
+    assert images.labels == [0, 1] and "the metadata has 1 more rows than pictures" in images.summary
 
 
 def test_white_level_reaches_the_pictures(tmp_path):

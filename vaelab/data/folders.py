@@ -156,6 +156,9 @@ def picture_folder(folder: Path, listing: Listing) -> PictureFolder:
     # a file of metadata speaks for its folder and all below it that have none of their own
     for path in sorted(listing.metadata, key=lambda path: path.count("/"), reverse=True):
         beside = posixpath.dirname(path)
+        alike = [other for other in listing.metadata if posixpath.dirname(other) == beside]
+        if len(alike) > 1:
+            raise ValueError(f"dataset: {str(folder)!r} has {' and '.join(alike)}; expected one of them")
         below = {p for p in listing.pictures if not beside or p.startswith(beside + "/")} - governed
         governed |= below
         rows, missing = _metadata_rows(folder, path), 0
@@ -166,9 +169,13 @@ def picture_folder(folder: Path, listing: Listing) -> PictureFolder:
             else:
                 missing += 1
         if missing:
-            notes.append(f"left out: {missing} of {len(rows)} rows of {path}, whose picture is not there")
+            notes.append(
+                f"left out: {missing} of {len(rows)} rows of {path}, of no picture or one with nearer metadata"
+            )
     if silent := len(governed - metadata.keys()):
         notes.append(f"left out: {silent} pictures that the metadata does not name")
+    if repeated := sum(len(rows) for rows in metadata.values()) - len(metadata):
+        notes.append(f"the metadata has {repeated} more rows than pictures; each row counts as a picture")
     pictures = [path for path in listing.pictures if path in metadata or path not in governed]
     if not pictures:
         raise ValueError(

@@ -287,6 +287,10 @@ def load_images(
     if not sum(len(part.numbers) for part in parts):
         raise ValueError(f"dataset: {dataset!r} has no picture in its split {split!r}")
     name = f"{dataset}[{split}]" + (f"@{revision}" if revision else "")
+    # the name is part of what stores and checkpoints are resumed by: it holds all that decides the pictures and labels
+    chosen = {"image_column": image_column, "label_column": label_column, "white_level": white_level}
+    chosen["background"] = background if background != "white" else None
+    name += "".join(f", {parameter} {value}" for parameter, value in chosen.items() if value)
     drawn = {"max_images": max_images or 0, "seed": seed}
     images = Images(parts, resolution, name, **drawn, background=background, white_level=white_level)
     print(images.summary)
