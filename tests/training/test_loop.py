@@ -6,6 +6,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from vaelab.training import loop
 from vaelab.training.loop import TrainConfig, Watcher, train
 
 
@@ -359,3 +360,16 @@ def test_tensorboard_gets_the_history(tmp_path):
 def test_unknown_undecayed_parameter_is_refused():
     with pytest.raises(ValueError, match=r"undecayed.*'wight'.*weight"):
         train(Line(), batches, config(undecayed=("wight",)))
+
+
+def test_float16_without_a_loss_scaler_is_refused_and_not_trained_in_float32():
+    with pytest.raises(ValueError, match=r"^precision: float16 trains on a GPU only, not on cpu"):
+        train(Line(), batches, config(steps=1, precision="float16", device="cpu"))
+
+
+def test_tf32_is_on_in_the_steps_of_a_gpu_only_and_restored():
+    before = torch.get_float32_matmul_precision()
+    for device, tf32, inside in (("cuda", True, "high"), ("cuda", False, "highest"), ("cpu", True, before)):
+        with loop._float32_products(tf32, torch.device(device)):
+            assert torch.get_float32_matmul_precision() == inside
+        assert torch.get_float32_matmul_precision() == before
