@@ -217,7 +217,7 @@ def test_a_store_of_another_model_or_of_nobody_knows_what_is_refused(kept, tmp_p
     with torch.no_grad():
         for weight in changed.unet.parameters():
             weight.mul_(1.5)
-    with pytest.raises(ValueError, match="made with other weights than 'sd2' has now: its first item"):
+    with pytest.raises(ValueError, match="made with other weights than 'sd2' has now: its "):
         sweep.collect_held_out(kept, changed, "sd2", asked, tmp_path / "out", **given)
     with store.create(tmp_path / "foreign", LAYOUT, settings={"model": "sd2"}) as writer:
         writer.add({name: torch.zeros(1, 8, 8, one.width) for name, one in LAYOUT.items()}, [ITEM])

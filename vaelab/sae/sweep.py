@@ -1,5 +1,5 @@
-"""A grid of autoencoders (blocks, k, n_features, seeds): which are trained, on what vectors they are measured,
-and the tables of it.
+"""A sweep of autoencoders over blocks, k, n_features and seeds: the grid to train, held-out vectors, tables, and the
+saved sweep read back beside its baselines.
 
 The paper's grid is that of Surkov et al. ("Unpacking SDXL Turbo", appendix D, Table 2).
 """
@@ -11,183 +11,37 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from vaelab import store
 from vaelab.activations import collect
 from vaelab.activations.collect import CollectConfig
 from vaelab.activations.denoiser import Sampling, from_prompts, refuse_size
-from vaelab.core.io import read_json, write_json
+from vaelab.core.io import atomic, write_json
 from vaelab.core.paths import resolve
 from vaelab.core.validate import at_least, one_of, unknown
 from vaelab.data.prompts import Prompts, load_prompts
+from vaelab.runner.run import read_results
 from vaelab.sae import metrics as sae_metrics
 from vaelab.sae.baselines import Dictionary, Moments, build_baselines, moments
-from vaelab.sae.model import SAE, VARIANTS, SAEConfig
+from vaelab.sae.formats import read_safetensors_file
+from vaelab.sae.model import SAE, VARIANTS, SAEConfig, read_config_file
 from vaelab.sae.train import SAESpec
 
-# sae_runs: Autoencoders kept in the folder of a run of notebook 31, and read again to be put into the model beside
-# their baselines.
-#
-
-
-METHODS = ("sae", "zero", "mean", "random", "pca")
-METHOD_KEY = ["block", "who", "k", "n_features"]
-MOMENT_VECTORS = 500_000
-"""The most vectors of a block that its mean and covariance are taken of."""
-
-
-def save_sweep(saes: Mapping[str, SAE], wanted: Mapping[str, SAESpec], kept: store.Store, folder: Path) -> None:
-    """Save autoencoders, by block the moments of what they were trained on, and where that came from."""
-    for name, sae in saes.items():
-        sae.save_pretrained(folder / name)
-    for block in dict.fromkeys(one.block for one in wanted.values()):
-        one = moments(iterate_vectors(kept, block, MOMENT_VECTORS))
-        tensors = {"mean": one.mean.cpu(), "covariance": one.covariance.cpu().contiguous()}
-        save_file(tensors, folder / f"{block}.moments.safetensors", metadata={"count": str(one.count)})
-    write_json(folder / "source.json", kept.settings)
-
-
-class SAESweep(NamedTuple):
-    """A finished run of notebook 31; made by :func:`read`."""
-
-    folder: Path
-    """Of the autoencoders."""
-    source: dict[str, Any]
-    """The settings of the store that they were trained on."""
-    names: dict[tuple, str]
-    """Of each autoencoder, by block, k, n_features and seed."""
-    held_out: store.Store
-
-    @property
-    def blocks(self) -> list[str]:
-        """The blocks that there are autoencoders of."""
-        return list(dict.fromkeys(block for block, *_ in self.names))
-
-    @property
-    def widths(self) -> dict[str, int]:
-        """The width d of each block's vectors."""
-        return {block: shape.width for block, shape in self.held_out.layout.items()}
-
-    def sizes(self) -> list[tuple[int, int]]:
-        """The pairs of k and n_features."""
-        return list(dict.fromkeys((k, size) for _, k, size, _ in self.names))
-
-    def dictionaries(
-        self, blocks: Sequence[str], size: tuple[int, int], *, others: bool, seed: int, device: Any = "cpu"
-    ) -> dict[tuple[str, str, int, int], Dictionary]:
-        """What updates are replaced by, under :data:`NAMES`: of each block the autoencoder of one size and its
-        baselines, and the autoencoders of the other sizes; all of the first seed.
-
-        Args:
-            blocks: short names.
-            size: k and n_features of the ones that have baselines.
-            others: whether the other sizes are wanted too.
-            seed: of the random dictionaries.
-            device: where the autoencoders are.
-
-        Raises:
-            ValueError: no autoencoder of a block, or none of that size.
-        """
-        if size not in self.sizes():
-            there = ", ".join(f"{k} and {n}" for k, n in self.sizes())
-            raise ValueError(f"k and n_features: the run has none of {size[0]} and {size[1]}; it has {there}")
-        sizes = [size, *([one for one in self.sizes() if one != size] if others else [])]
-        first = next(iter(self.names))[3]
-        found: dict[tuple[str, str, int, int], Dictionary] = {}
-        for block in blocks:
-            if block not in self.blocks:
-                raise unknown("blocks (of the autoencoders)", block, self.blocks)
-            folders = {one: self.folder / self.names[block, *one, first] for one in sizes}
-            found |= {(block, "sae", *one): SAE.from_pretrained(place, device=device) for one, place in folders.items()}
-            tensors = load_file(self.folder / f"{block}.moments.safetensors")
-            measured = Moments(0, tensors["mean"], tensors["covariance"])
-            found |= {(block, who, *size): one for who, one in build_baselines(measured, *size, seed).items()}
-        return found
-
-
-def load_sweep(folder: str, model: str, pipeline: Any) -> SAESweep:
-    """Read what a run of notebook 31 left in its output folder.
-
-    Args:
-        folder: the run's.
-        model: the name of the model to use them on, which must be the one that they were trained on.
-        pipeline: that model.
-
-    Raises:
-        ValueError: the run has not finished; another model, or one whose weights have changed since; or
-            other vectors than updates.
-    """
-    place = resolve(folder)
-    results = read_json(place / "results.json") if (place / "results.json").is_file() else {}
-    if results.get("notebook") != "31_train_sae" or not (place / "saes" / "source.json").is_file():
-        raise ValueError(
-            f"saes: {folder!r} holds no finished run of 31_train_sae; run it first "
-            f"(make run P={folder.replace('outputs/', 'params/', 1)}.yaml)"
-        )
-    stored = results["tables"]["saes"]
-    names = {tuple(row[part] for part in SAE_KEY): row["name"] for row in stored}
-    held_out = store.open(place / "held_out")
-    found = SAESweep(place / "saes", read_json(place / "saes" / "source.json"), names, held_out)
-    require_same_model(held_out, pipeline, model, "saes")
-    if found.source["side"] != "update":
-        raise ValueError(f"saes: trained on the {found.source['side']} of blocks; only an update can be replaced")
-    return found
-
-
-def evaluate_methods(
-    dictionaries: Mapping[tuple, Dictionary], held_out: store.Store, device: Any = "cpu"
-) -> pd.DataFrame:
-    """Autoencoders and baselines, under :data:`NAMES`, on the held-out vectors of their blocks.
-
-    Returns:
-        A row each: :data:`NAMES` and the fields of :class:`vaelab.sae.metrics.Fidelity`.
-    """
-    measured = {}
-    for block in dict.fromkeys(key[0] for key in dictionaries):
-        own = {key: one for key, one in dictionaries.items() if key[0] == block}
-        measured |= sae_metrics.evaluate_dictionaries(
-            own, (batch.to(device) for batch in iterate_vectors(held_out, block))
-        )
-    return sae_metrics.fidelity_table(measured, METHOD_KEY)
-
-
-def select_methods(
-    dictionaries: Mapping[tuple, Dictionary], who: Iterable[str], size: tuple[int, int]
-) -> dict[tuple, Dictionary]:
-    """Those of one size that are an autoencoder or a baseline of these names.
-
-    Raises:
-        ValueError: a name that is not of :data:`WHO`.
-    """
-    who = list(who)
-    for name in who:
-        one_of("by_step", name, METHODS)
-    return {key: one for key, one in dictionaries.items() if key[1] in who and key[2:] == size}
-
-
-def methods_metrics(table: pd.DataFrame, size: tuple[int, int]) -> dict[str, float]:
-    """``<block>.<measure>`` of the autoencoders of one size and ``<block>.<baseline>.<measure>``.
-
-    Args:
-        table: columns :data:`NAMES`, and the measures.
-        size: k and n_features.
-    """
-    own = table[(table["k"] == size[0]) & (table["n_features"] == size[1])]
-    named = {}
-    for row in own.to_dict("records"):
-        place = row["block"] if row["who"] == "sae" else f"{row['block']}.{row['who']}"
-        measures = {name: value for name, value in row.items() if name not in METHOD_KEY}
-        named |= {f"{place}.{name}": value for name, value in measures.items() if not isinstance(value, str)}
-    return named
-
-
 SAE_KEY = ("block", "k", "n_features", "seed")
+"""Columns that identify an autoencoder of a sweep."""
+METHODS = ("sae", "zero", "mean", "random", "pca")
+"""The autoencoder, and the baselines of :func:`vaelab.sae.baselines.build_baselines`."""
+METHOD_KEY = ["block", "who", "k", "n_features"]
+"""Columns that identify a replacement of a block's update; ``who`` is one of :data:`METHODS`."""
+MOMENT_VECTORS = 500_000
+"""The most vectors of a block that its mean and covariance are computed from."""
 READ_AT_ONCE = 4096
+"""Vectors of a batch in evaluation."""
 SAME_MODEL = 0.1
-"""How far, as a share of its length, an item made again may be from the stored one: more than precisions
-and devices differ, less than weights that were trained further."""
+"""The largest relative difference between a stored item and the same item generated again: above what precisions and
+devices cause, below what further training of the weights causes."""
 
 
 def build_grid(
@@ -199,16 +53,16 @@ def build_grid(
     kind: str = "topk",
     **options: Any,
 ) -> dict[str, SAESpec]:
-    """What is to be trained, under the names of the folders that it is kept in.
+    """The autoencoders to train, by the names of the folders in which they are saved.
 
     Args:
-        layout: of the store, which says how wide a block's vectors are.
-        blocks: whose updates are learned.
-        ks: active features a vector.
-        sizes: n_features.
-        seeds: of the initial dictionaries.
-        kind: of autoencoder, the ``variant`` of :class:`vaelab.sae.model.SAEConfig`.
-        options: other fields of it.
+        layout: the store's layout, which holds the width of each block's vectors.
+        blocks: the blocks on whose vectors autoencoders are trained.
+        ks: numbers of active features.
+        sizes: dictionary sizes, n_features.
+        seeds: seeds of the initial dictionaries.
+        kind: the ``variant`` of :class:`vaelab.sae.model.SAEConfig`.
+        options: further fields of it.
 
     Raises:
         ValueError: a block that the store does not have, no or repeated values, an unknown kind, or k
@@ -231,143 +85,147 @@ def build_grid(
 def held_out_prompts(
     source: Mapping[str, Any], dataset: str, split: str, count: int, column: str = "", revision: str = ""
 ) -> Prompts:
-    """``count`` prompts that a store was not made from: of the same data set and split those that follow.
+    """``count`` prompts that a store was not collected from: in the same data set and split, those that follow.
 
     Args:
         source: the store's settings.
-        dataset: see :func:`vaelab.data.prompts.load_prompts`, as the other arguments.
-        split: its split.
-        count: how many.
-        column: of the prompts.
-        revision: on the hub; empty for its main one.
+        dataset: see :func:`vaelab.data.prompts.load_prompts`.
+        split: split of the data set.
+        count: number of prompts.
+        column: column that holds the prompts.
+        revision: revision on the hub; empty for the main one.
 
     Raises:
-        ValueError: as there; a number of prompts below 1; or none that follow.
+        ValueError: as :func:`vaelab.data.prompts.load_prompts`; a count below 1; or no prompt left.
     """
     at_least("max_images", count, 1)
     used = source["prompts"] if (dataset, split) == (source.get("dataset"), source.get("split")) else 0
     found = load_prompts(dataset, split=split, count=used + count, column=column, revision=revision or None)
     if len(found.texts) <= used:
-        raise ValueError(f"dataset: {dataset!r} has no prompt of {split!r} but those that the activations are of")
+        raise ValueError(
+            f"dataset: {dataset!r} has no prompt in {split!r} beyond those that the activations were collected from"
+        )
     return found._replace(texts=found.texts[used:], rows=found.rows[used:])
 
 
 def collect_held_out(
-    kept: store.Store,
+    activation_store: store.Store,
     pipeline: Any,
     model: str,
-    asked: Prompts,
+    prompts: Prompts,
     folder: Path,
     *,
     blocks: Sequence[str],
     batch_size: int,
     resolution: int = 0,
 ) -> store.Store:
-    """Collect vectors of other prompts, and of other noise, in just the way in which a store's were.
+    """Collect vectors of other prompts and other noise with the settings of an existing store.
 
     Args:
-        kept: the store that is learned from.
-        pipeline: the model that it was made with.
-        model: its name, which must be the store's.
-        asked: prompts that the store has not.
-        folder: of the new store.
-        blocks: which of the store's.
-        batch_size: prompts at once.
-        resolution: side of the pictures, pixels; 0 takes the store's.
+        activation_store: the store of the training vectors.
+        pipeline: the model that it was collected from.
+        model: the model's name, which must be the store's.
+        prompts: prompts that the store does not hold.
+        folder: folder of the new store.
+        blocks: blocks of the store to collect.
+        batch_size: prompts of a batch.
+        resolution: side of the pictures, pixels; 0 for the store's.
 
     Raises:
-        ValueError: see :func:`refuse_other_model`.
+        ValueError: as :func:`require_same_model`.
     """
     if resolution:
         refuse_size(pipeline, Sampling(height=resolution, width=resolution))
-    require_same_model(kept, pipeline, model, "activations")
-    told = kept.settings
-    sampling = Sampling(**told["sampling"])
+    require_same_model(activation_store, pipeline, model, "activations")
+    source = activation_store.settings
+    sampling = Sampling(**source["sampling"])
     if resolution:
         sampling = replace(sampling, height=resolution, width=resolution)
     config = CollectConfig(
-        tuple(blocks), sampling, side=told["side"], steps=tuple(told["steps"]), halves=told["halves"],
-        batch_size=batch_size, seed=told["seed"] + told["prompts"], precision=kept.precision,
+        tuple(blocks), sampling, side=source["side"], steps=tuple(source["steps"]), halves=source["halves"],
+        batch_size=batch_size, seed=source["seed"] + source["prompts"], precision=activation_store.precision,
     )  # fmt: skip
-    layout, per_prompt, _ = collect.run_trial_batch(pipeline, asked.texts, config)
-    settings = {"model": model, "dataset": asked.name, "split": asked.split}
+    layout, per_prompt, _ = collect.run_trial_batch(pipeline, prompts.texts, config)
+    settings = {"model": model, "dataset": prompts.name, "split": prompts.split}
     return collect.collect_prompts(
-        pipeline, asked.texts, config, folder, layout=layout, items_per_prompt=per_prompt, rows=asked.rows,
+        pipeline, prompts.texts, config, folder, layout=layout, items_per_prompt=per_prompt, rows=prompts.rows,
         settings=settings,
     )  # fmt: skip
 
 
-def require_same_model(kept: store.Store, pipeline: Any, model: str, parameter: str) -> None:
-    """Raise ValueError unless a store was made with this model as it now is: its name is compared, and its
-    first item is made again.
+def require_same_model(activation_store: store.Store, pipeline: Any, model: str, parameter: str) -> None:
+    """Raise ValueError unless a store was collected from this model with its present weights: the names are compared,
+    and the first item is generated again.
 
     Args:
-        kept: the store.
+        activation_store: the store.
         pipeline: the model.
         model: its name.
-        parameter: what named the store, for the message.
+        parameter: the notebook parameter that error messages name.
     """
-    told = kept.settings
-    if not {"model", "sampling", "side", "steps", "halves", "seed", "prompts"} <= told.keys() or not len(kept.items):
+    source = activation_store.settings
+    if not {"model", "sampling", "side", "steps", "halves", "seed", "prompts"} <= source.keys() or not len(
+        activation_store.items
+    ):
         raise ValueError(
-            f"{parameter}: {kept.url} does not say how it was collected, or is empty; make it with "
+            f"{parameter}: {activation_store.url} does not say how it was collected, or is empty; make it with "
             "30_collect_activations"
         )
-    if told["model"] != model:
-        raise ValueError(f"{parameter}: of the model {told['model']!r}; expected {model!r}, the parameter model")
-    item, block = kept.items[0], next(iter(kept.layout))
+    if source["model"] != model:
+        raise ValueError(f"{parameter}: of the model {source['model']!r}; expected {model!r}, the parameter model")
+    item, block = activation_store.items[0], next(iter(activation_store.layout))
     now = from_prompts(
-        pipeline, [item["prompt"]], [item["seed"]], block, Sampling(**told["sampling"]), side=told["side"],
+        pipeline, [item["prompt"]], [item["seed"]], block, Sampling(**source["sampling"]), side=source["side"],
         steps=[item["step"]],
     ).maps[block][0].float().cpu()  # fmt: skip
-    stored = kept.maps(block, [0]).float()
+    stored = activation_store.maps(block, [0]).float()
     if now.shape != stored.shape or (now - stored).norm() > SAME_MODEL * stored.norm():
         raise ValueError(
-            f"{parameter}: {kept.url} was made with other weights than {model!r} has now: its first item comes out "
-            "otherwise; collect it anew"
+            f"{parameter}: {activation_store.url} was made with other weights than {model!r} has now: its "
+            "first item differs when it is generated again; collect it again"
         )
 
 
-def iterate_vectors(kept: store.Store, block: str, most: int = 0) -> Iterator[Tensor]:
-    """A block's vectors in batches (n, d), shuffled; the first ``most`` of them, 0 for all."""
-    left = most or kept.rows(block)
-    for batch in kept.batches(block, READ_AT_ONCE, seed=0):
+def iterate_vectors(activation_store: store.Store, block: str, most: int = 0) -> Iterator[Tensor]:
+    """Shuffled batches (n, d) of a block's vectors; the first ``most`` vectors, 0 for all."""
+    left = most or activation_store.rows(block)
+    for batch in activation_store.batches(block, READ_AT_ONCE, seed=0):
         yield batch[:left]
         left -= len(batch)
         if left <= 0:
             return
 
 
-def evaluate_saes(saes: Mapping[str, SAE], wanted: Mapping[str, SAESpec], held_out: store.Store) -> pd.DataFrame:
-    """Every autoencoder on the held-out vectors of its block.
+def evaluate_saes(saes: Mapping[str, SAE], specs: Mapping[str, SAESpec], held_out: store.Store) -> pd.DataFrame:
+    """Evaluate every autoencoder on the held-out vectors of its block.
 
     Returns:
-        A row each: :data:`KEY`, ``name`` and the fields of :class:`vaelab.sae.metrics.Fidelity`.
+        One row per autoencoder: :data:`SAE_KEY`, ``name`` and the fields of :class:`vaelab.sae.metrics.Fidelity`.
     """
     parts = []
-    for block in dict.fromkeys(one.block for one in wanted.values()):
-        own = {name: saes[name] for name, one in wanted.items() if one.block == block}
+    for block in dict.fromkeys(one.block for one in specs.values()):
+        own = {name: saes[name] for name, one in specs.items() if one.block == block}
         device = next(iter(own.values())).device
         batches = (batch.to(device) for batch in iterate_vectors(held_out, block))
         parts += sae_metrics.evaluate_dictionaries(own, batches).items()
     rows = [
         {"block": one.block, "k": one.config.k, "n_features": one.config.n_features, "seed": one.seed, "name": name,
          **measured._asdict()}
-        for name, measured in parts for one in [wanted[name]]
+        for name, measured in parts for one in [specs[name]]
     ]  # fmt: skip
     return pd.DataFrame(rows)
 
 
-def label_history(history: pd.DataFrame, wanted: Mapping[str, SAESpec]) -> pd.DataFrame:
-    """The history of a training, whose column ``sae`` has names, with the columns :data:`KEY`."""
-    of = [wanted[name] for name in history["sae"]]
+def label_history(history: pd.DataFrame, specs: Mapping[str, SAESpec]) -> pd.DataFrame:
+    """The history of a training, whose column ``sae`` has names, with the columns :data:`SAE_KEY`."""
+    of = [specs[name] for name in history["sae"]]
     sizes = {"k": [one.config.k for one in of], "n_features": [one.config.n_features for one in of]}
     return history.assign(block=[one.block for one in of], seed=[one.seed for one in of], **sizes)
 
 
 def mean_over_seeds(table: pd.DataFrame, columns: Iterable[str]) -> pd.DataFrame:
-    """Means over seeds of ``columns``, with the number of ``seeds`` and, of the first column, how far
-    apart they are (``spread``)."""
+    """Means over seeds of ``columns``, with the number of ``seeds`` and the range of the first
+    column (``spread``)."""
     columns = list(columns)
     by_size = table.groupby(["block", "k", "n_features"], sort=False)
     first = by_size[columns[0]]
@@ -376,9 +234,153 @@ def mean_over_seeds(table: pd.DataFrame, columns: Iterable[str]) -> pd.DataFrame
 
 
 def sizes_metrics(means: pd.DataFrame) -> dict[str, float]:
-    """``<block>.k<k>.n<n_features>.<measure>`` of what :func:`over_seeds` gave."""
+    """``<block>.k<k>.n<n_features>.<measure>`` from a table of :func:`mean_over_seeds`."""
     return {
         f"{row['block']}.k{row['k']}.n{row['n_features']}.{name}": row[name]
         for row in means.to_dict("records")
         for name in ("explained_variance", "l0", "dead_fraction")
     }
+
+
+def save_sweep(
+    saes: Mapping[str, SAE], specs: Mapping[str, SAESpec], activation_store: store.Store, folder: Path
+) -> None:
+    """Save autoencoders, the moments of each block's training vectors, and the settings of their store."""
+    for name, sae in saes.items():
+        sae.save_pretrained(folder / name)
+    for block in dict.fromkeys(spec.block for spec in specs.values()):
+        measured = moments(iterate_vectors(activation_store, block, MOMENT_VECTORS))
+        tensors = {"mean": measured.mean.cpu(), "covariance": measured.covariance.cpu().contiguous()}
+        with atomic(folder / f"{block}.moments.safetensors") as draft:
+            save_file(tensors, draft, metadata={"count": str(measured.count)})
+    write_json(folder / "source.json", activation_store.settings)
+
+
+class SAESweep(NamedTuple):
+    """A finished run of notebook 31; made by :func:`load_sweep`."""
+
+    folder: Path
+    """Folder of the autoencoders."""
+    source: dict[str, Any]
+    """The settings of the store that they were trained on."""
+    names: dict[tuple, str]
+    """Folder names of the autoencoders, by block, k, n_features and seed."""
+    held_out: store.Store
+    """Vectors that they were not trained on."""
+
+    @property
+    def blocks(self) -> list[str]:
+        """The blocks of the autoencoders."""
+        return list(dict.fromkeys(block for block, *_ in self.names))
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """The width d of each block's vectors."""
+        return {block: shape.width for block, shape in self.held_out.layout.items()}
+
+    def sizes(self) -> list[tuple[int, int]]:
+        """The pairs of k and n_features."""
+        return list(dict.fromkeys((k, size) for _, k, size, _ in self.names))
+
+    def dictionaries(
+        self, blocks: Sequence[str], size: tuple[int, int], *, others: bool, seed: int, device: Any = "cpu"
+    ) -> dict[tuple[str, str, int, int], Dictionary]:
+        """Replacements of the blocks' updates, by :data:`METHOD_KEY`: for each block the autoencoder of one size with
+        its baselines, and the autoencoders of the other sizes; all of the first seed.
+
+        Args:
+            blocks: short names.
+            size: k and n_features of the autoencoders that get baselines.
+            others: whether to include the other sizes.
+            seed: seed of the random dictionaries.
+            device: device of the autoencoders.
+
+        Raises:
+            ValueError: no autoencoder of a block, or none of that size.
+        """
+        if size not in self.sizes():
+            there = ", ".join(f"{k} and {n}" for k, n in self.sizes())
+            raise ValueError(f"k and n_features: the run has none of {size[0]} and {size[1]}; it has {there}")
+        sizes = [size, *([one for one in self.sizes() if one != size] if others else [])]
+        first = next(iter(self.names))[3]
+        found: dict[tuple[str, str, int, int], Dictionary] = {}
+        for block in blocks:
+            if block not in self.blocks:
+                raise unknown("blocks (of the autoencoders)", block, self.blocks)
+            folders = {one: self.folder / self.names[block, *one, first] for one in sizes}
+            found |= {(block, "sae", *one): SAE.from_pretrained(place, device=device) for one, place in folders.items()}
+            tensors, d = read_safetensors_file(self.folder / f"{block}.moments.safetensors"), self.widths[block]
+            measured = Moments(0, tensors.take("mean", d), tensors.take("covariance", d, d))
+            found |= {(block, who, *size): one for who, one in build_baselines(measured, *size, seed).items()}
+        return found
+
+
+def load_sweep(folder: str, model: str, pipeline: Any) -> SAESweep:
+    """Open the autoencoders of a finished run of notebook 31.
+
+    Args:
+        folder: the run's output folder.
+        model: name of the model to use them on, which must be the one that they were trained on.
+        pipeline: that model.
+
+    Raises:
+        ValueError: an unfinished or damaged run; another model, or changed weights; or vectors other than updates.
+    """
+    place, results = resolve(folder), read_results(folder, "31_train_sae", "saes")
+    if not (place / "saes" / "source.json").is_file():
+        raise ValueError(f"saes: {folder!r} has no saes/source.json; run 31_train_sae again")
+    stored = results["tables"]["saes"]
+    names = {tuple(row[part] for part in SAE_KEY): row["name"] for row in stored}
+    held_out = store.open(place / "held_out")
+    found = SAESweep(place / "saes", read_config_file(place / "saes" / "source.json"), names, held_out)
+    require_same_model(held_out, pipeline, model, "saes")
+    if found.source["side"] != "update":
+        raise ValueError(f"saes: trained on the {found.source['side']} of blocks; only an update can be replaced")
+    return found
+
+
+def evaluate_methods(
+    dictionaries: Mapping[tuple, Dictionary], held_out: store.Store, device: Any = "cpu"
+) -> pd.DataFrame:
+    """Evaluate autoencoders and baselines, by :data:`METHOD_KEY`, on the held-out vectors of their blocks.
+
+    Returns:
+        One row per dictionary: :data:`METHOD_KEY` and the fields of :class:`vaelab.sae.metrics.Fidelity`.
+    """
+    measured = {}
+    for block in dict.fromkeys(key[0] for key in dictionaries):
+        own = {key: one for key, one in dictionaries.items() if key[0] == block}
+        measured |= sae_metrics.evaluate_dictionaries(
+            own, (batch.to(device) for batch in iterate_vectors(held_out, block))
+        )
+    return sae_metrics.fidelity_table(measured, METHOD_KEY)
+
+
+def select_methods(
+    dictionaries: Mapping[tuple, Dictionary], who: Iterable[str], size: tuple[int, int]
+) -> dict[tuple, Dictionary]:
+    """The dictionaries of one size whose method is named.
+
+    Raises:
+        ValueError: a name that is not in :data:`METHODS`.
+    """
+    who = list(who)
+    for name in who:
+        one_of("by_step", name, METHODS)
+    return {key: one for key, one in dictionaries.items() if key[1] in who and key[2:] == size}
+
+
+def methods_metrics(table: pd.DataFrame, size: tuple[int, int]) -> dict[str, float]:
+    """``<block>.<measure>`` of the autoencoders of one size and ``<block>.<baseline>.<measure>``.
+
+    Args:
+        table: columns :data:`METHOD_KEY`, and the measures.
+        size: k and n_features.
+    """
+    own = table[(table["k"] == size[0]) & (table["n_features"] == size[1])]
+    named = {}
+    for row in own.to_dict("records"):
+        place = row["block"] if row["who"] == "sae" else f"{row['block']}.{row['who']}"
+        measures = {name: value for name, value in row.items() if name not in METHOD_KEY}
+        named |= {f"{place}.{name}": value for name, value in measures.items() if not isinstance(value, str)}
+    return named
