@@ -202,14 +202,14 @@ def test_unknown_block_lists_the_nearest(small_pipeline, name, unknown, nearest)
 
 
 def test_no_block_is_refused(small_pipeline):
-    with pytest.raises(ValueError, match=r"^blocks: none were asked for"):
+    with pytest.raises(ValueError, match=r"^blocks: expected at least one, got none"):
         resolve(small_pipeline("sd"), [])
 
 
 @pytest.mark.parametrize(
     ("thing", "message"),
     [
-        (torch.nn.Linear(1, 1), "Linear has Linear for its denoiser; known are UNet2DConditionModel"),
+        (torch.nn.Linear(1, 1), "Linear has Linear for its denoiser; supported are UNet2DConditionModel"),
         (types.SimpleNamespace(unet=torch.nn.Linear(1, 1)), "SimpleNamespace has Linear for its denoiser"),
         (types.SimpleNamespace(unet=None, vae=1), "SimpleNamespace has no denoiser"),
     ],
@@ -231,10 +231,12 @@ def test_tokens_and_maps_of_the_same_thing_are_the_same(height, width):
 
 @pytest.mark.parametrize(("tokens", "aspect"), [(77, 1), (63, 1), (64, 0.5), (13, 0.75), (120, 1)])
 def test_tokens_that_are_no_grid_are_refused(tokens, aspect):
-    with pytest.raises(ValueError, match=f"^blocks: {tokens} tokens are no grid of the picture's aspect, {aspect}"):
+    with pytest.raises(
+        ValueError, match=f"^blocks: {tokens} tokens do not fill a grid of the picture's aspect, {aspect}"
+    ):
         maps(torch.zeros(1, tokens, 4), aspect)
 
 
 def test_what_is_neither_map_nor_tokens_is_refused():
-    with pytest.raises(ValueError, match=r"^blocks: one gave \(2, 16\); expected a map"):
+    with pytest.raises(ValueError, match=r"^blocks: a block's output has shape \(2, 16\); expected a map"):
         maps(torch.zeros(2, 16))

@@ -7,18 +7,19 @@ noised to a timestep and passed once through the denoiser (Kim et al., "Revelio"
 
 import contextlib
 import math
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections import ChainMap
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vaelab.core.validate import at_least
 from vaelab.hooks import capture
 from vaelab.models import block_names
-from vaelab.models.block_names import PICTURE, denoiser
+from vaelab.models.block_names import denoiser, picture_entry
 from vaelab.models.conditioning import add_noise, by_class, classes, condition, encode, last_timestep, patch, predict
 
 __all__ = [
@@ -138,7 +139,7 @@ def from_prompts(
         raise ValueError(f"capture_steps: expected numbers from 0 to {made - 1}, got {wanted}")
     images = None
     model, paths = denoiser(pipeline), list(dict.fromkeys(found.values()))
-    with capture(model, paths, side=side, entry=PICTURE, calls=wanted, stop=not pictures) as seen:
+    with _capture_pictures(model, paths, side, calls=wanted, stop=not pictures) as seen:
         images = generate(pipeline, prompts, seeds, sampling)
     aspect = sampling.height / sampling.width if sampling.height else block_names.own_aspect(model)
     whole = {name: [block_names.maps(one, aspect) for one in seen[path]] for name, path in found.items()}
@@ -185,7 +186,7 @@ def from_pictures(
     captured: dict[str, list[Tensor]] = {name: [] for name in found}
     for timestep in timesteps:
         noisy = add_noise(pipeline, latents, noise, timestep)
-        with capture(model, paths, side=side, entry=PICTURE, stop=True) as seen:
+        with _capture_pictures(model, paths, side, stop=True) as seen:
             predict(pipeline, noisy, timestep, conditions)
         for name, path in found.items():
             captured[name].append(block_names.maps(seen[path][0], latents.shape[-2] / latents.shape[-1]))
@@ -234,6 +235,23 @@ def refuse_size(pipeline: Any, sampling: Sampling, only: int | None = None) -> N
         raise ValueError(f"resolution: pictures of {height} x {width}; of this dataset they must be {only} x {only}")
 
 
+@contextlib.contextmanager
+def _capture_pictures(
+    model: nn.Module, paths: Sequence[str], side: str, *, calls: Collection[int] | None = None, stop: bool
+) -> Iterator[Mapping[str, list[Tensor]]]:
+    """Capture of each module the picture's tensor."""
+    groups: dict[int, list[str]] = {}
+    for path in paths:
+        groups.setdefault(picture_entry(model, path), []).append(path)
+    stop = stop and len(groups) == 1  # a pass that ends for one group would end before the other's last layer
+    with contextlib.ExitStack() as stack:
+        captures = [
+            stack.enter_context(capture(model, group, side=side, entry=entry, calls=calls, stop=stop))
+            for entry, group in groups.items()
+        ]
+        yield ChainMap(*captures)
+
+
 def _halves(pipeline: Any, maps: dict[str, list[Tensor]], count: int) -> tuple[dict, dict]:
     """The maps with the prompts, and those without where the batch was doubled for guidance."""
     if all(len(one) == count for ones in maps.values() for one in ones):
@@ -249,6 +267,12 @@ def _same_number(parameter: str, given: Sequence, count: int) -> None:
 
 def _call(pipeline: Any, prompts: Sequence[str | int], seeds: Sequence[int], sampling: Sampling) -> dict[str, Any]:
     at_least("prompts", len(prompts), 1)
+    arguments = signature(pipeline.__call__).parameters
+    if "image" in arguments and "prompt" in arguments:
+        raise ValueError(
+            f"model: {type(pipeline).__name__} makes pictures from a picture and a prompt; "
+            "supported are from_pictures, or a pipeline that makes them from a prompt alone"
+        )
     for name, given in (("prompts", prompts), ("seeds", seeds)):
         _same_number(name, given, len(prompts))
     if by_class(pipeline):

@@ -1,4 +1,4 @@
-"""The blocks of a denoiser by the papers' short names, and what each kind of denoiser is called with.
+"""A denoiser's blocks by the papers' short names, their shapes, and example inputs for each kind of denoiser.
 
 ``down.2.1``, ``mid.0``, ``up.0.1`` are the cross-attention transformer blocks of a U-Net (Surkov et
 al., "Unpacking SDXL Turbo", Figure 2); ``bottleneck`` and ``up_ft0`` to ``up_ft3`` its middle and the
@@ -18,22 +18,27 @@ from vaelab.hooks import capture
 
 PROMPT_TOKENS = 77
 FLUX_TOKENS = (64, 64)
-"""Of FLUX's own picture: its pipeline makes latents of 128 x 128, of which it takes 2 x 2 as a token."""
+"""The tokens of a picture of FLUX's default size: latents of 128 x 128, in patches of 2 x 2."""
 DENOISERS = ("unet", "transformer")
-"""What a pipeline calls its denoiser."""
+"""The names that pipelines have for their denoiser."""
 PICTURE = -1
-"""Of a block's output tensors the picture's; blocks with a text stream give that one first."""
+"""Index of the picture's tensor in a block's output; blocks with a text stream give the text's first."""
+TEXT_LAYERS = (
+    "context_embedder", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "norm_added_q", "norm_added_k",
+    "caption_projection", "encoder_hid_proj",
+)  # fmt: skip
+"""Names of modules that work on the prompt; so do all whose name ends in ``_context``."""
 LARGEST_ROUNDING = 1.15
-"""How far a grid of tokens may be from the picture's aspect."""
+"""The largest ratio between a token grid's aspect and the picture's; a model's stages round their sides."""
 
 
 class Block(NamedTuple):
     """A block that can be captured or edited."""
 
     path: str
-    """Of the module inside the denoiser."""
+    """The module's path inside the denoiser."""
     shape: tuple[int, int, int]
-    """(height, width, channels) of what it gives out for a picture of the model's own size."""
+    """(height, width, channels) of its output for a picture of the model's default size."""
 
 
 def architecture(model: nn.Module | type) -> str | None:
@@ -43,16 +48,16 @@ def architecture(model: nn.Module | type) -> str | None:
 
 
 def denoiser(pipeline: Any) -> nn.Module:
-    """A pipeline's U-Net or transformer; a denoiser is itself.
+    """A pipeline's U-Net or transformer; a denoiser is returned as it is.
 
     Raises:
-        ValueError: it has none, or one of a kind that the lab does not know.
+        ValueError: a pipeline without a denoiser, or with one that is not supported.
     """
     parts = [pipeline] if isinstance(pipeline, nn.Module) else [getattr(pipeline, name, None) for name in DENOISERS]
     found = next((part for part in parts if part is not None), None)
     if architecture(found) is None:
         what = "no denoiser" if found is None else f"{type(found).__name__} for its denoiser"
-        raise ValueError(f"model: {type(pipeline).__name__} has {what}; known are {', '.join(EXAMPLES)}")
+        raise ValueError(f"model: {type(pipeline).__name__} has {what}; supported are {', '.join(EXAMPLES)}")
     return found
 
 
@@ -97,7 +102,7 @@ def blocks(pipeline: Any) -> dict[str, Block]:
         pipeline: a diffusers pipeline, or its U-Net or transformer.
 
     Raises:
-        ValueError: a denoiser of a kind that the lab does not know.
+        ValueError: a denoiser that is not supported.
     """
     model, found = denoiser(pipeline), paths(pipeline)
     seen, aspect = example(model, list(found.values())), own_aspect(model)
@@ -105,8 +110,8 @@ def blocks(pipeline: Any) -> dict[str, Block]:
 
 
 def example(pipeline: Any, layers: Sequence[str], side: str = "output") -> dict[str, Tensor]:
-    """What layers would give for one picture of the model's own size, by module path: tensors on the meta device,
-    so that nothing is computed.
+    """Outputs of layers for one picture of the model's default size, by module path: tensors on the meta device, which
+    have shapes but no values.
 
     Args:
         pipeline: a diffusers pipeline, or its U-Net or transformer.
@@ -114,7 +119,7 @@ def example(pipeline: Any, layers: Sequence[str], side: str = "output") -> dict[
         side: ``output``, ``input`` or ``update``.
 
     Raises:
-        ValueError: an update asked of a layer that gives out another shape than it takes in.
+        ValueError: side ``update`` for a layer whose output and input differ in shape.
     """
     model = denoiser(pipeline)
     with torch.device("meta"), torch.no_grad():
@@ -128,8 +133,29 @@ def example(pipeline: Any, layers: Sequence[str], side: str = "output") -> dict[
     return {layer: calls[0] for layer, calls in seen.items()}
 
 
+def picture_entry(pipeline: Any, path: str) -> int:
+    """Which of a module's output tensors is the picture's, as an index.
+
+    It follows from what the module is, not from shapes, which may be equal: blocks with a text stream give (text,
+    picture), all other modules give the picture's tensor first.
+
+    Raises:
+        ValueError: a module that works on text, or on text and picture in one sequence.
+    """
+    model = denoiser(pipeline)
+    if path in paths(model).values():
+        return PICTURE
+    if any(part.endswith("_context") or part in TEXT_LAYERS for part in path.split(".")):
+        raise ValueError(f"blocks: {path} works on the text's tokens; expected a layer of the picture's")
+    if architecture(model) == "FluxTransformer2DModel" and path.startswith("single_transformer_blocks."):
+        raise ValueError(
+            f"blocks: {path} works on the tokens of text and picture in one sequence; take the whole block"
+        )
+    return 0
+
+
 def own_aspect(model: nn.Module) -> float:
-    """Height over width of the pictures that a denoiser makes unless it is told otherwise."""
+    """Height over width of the pictures that a denoiser makes by default."""
     height, width = _sides(model.config.get("sample_size") or 1)
     return height / width
 
@@ -143,7 +169,7 @@ def resolve(pipeline: Any, names: str | Iterable[str], parameter: str = "blocks"
     """
     names = [names] if isinstance(names, str) else list(names)
     if not names:
-        raise ValueError(f"{parameter}: none were asked for")
+        raise ValueError(f"{parameter}: expected at least one, got none")
     model, known = denoiser(pipeline), paths(pipeline)
     modules = {path for path, _ in model.named_modules() if path}
     found: dict[str, str] = {}
@@ -156,11 +182,11 @@ def resolve(pipeline: Any, names: str | Iterable[str], parameter: str = "blocks"
 
 
 def maps(tensor: Tensor, aspect: float = 1.0) -> Tensor:
-    """What a block gave, (B, d, h, w) or tokens (B, h w, d), as maps (B, h, w, d).
+    """A block's output, (B, d, h, w) or tokens (B, h w, d), as maps (B, h, w, d).
 
     Args:
-        tensor: what was captured.
-        aspect: the picture's height over its width, which tells the grid of tokens.
+        tensor: the captured output.
+        aspect: the picture's height over its width, which determines the grid of tokens.
 
     Raises:
         ValueError: neither a map nor tokens, or tokens that fill no grid of that aspect.
@@ -168,7 +194,9 @@ def maps(tensor: Tensor, aspect: float = 1.0) -> Tensor:
     if tensor.ndim == 4:
         return tensor.permute(0, 2, 3, 1).contiguous()
     if tensor.ndim != 3:
-        raise ValueError(f"blocks: one gave {tuple(tensor.shape)}; expected a map (B, d, h, w) or tokens (B, n, d)")
+        raise ValueError(
+            f"blocks: a block's output has shape {tuple(tensor.shape)}; expected a map (B, d, h, w) or tokens (B, n, d)"
+        )
     return tensor.unflatten(1, _grid(tensor.shape[1], aspect))
 
 
@@ -180,7 +208,7 @@ def _grid(tokens: int, aspect: float) -> tuple[int, int]:
 
     height = min((side for side in range(1, tokens + 1) if tokens % side == 0), key=distance)
     if distance(height) > math.log(LARGEST_ROUNDING):
-        raise ValueError(f"blocks: {tokens} tokens are no grid of the picture's aspect, {aspect:.3g}")
+        raise ValueError(f"blocks: {tokens} tokens do not fill a grid of the picture's aspect, {aspect:.3g}")
     return height, tokens // height
 
 
