@@ -17,17 +17,17 @@ def kept(tmp_path_factory):
 
 
 def test_pictures_with_their_views_and_a_factors_classes(kept):
-    found = dataset.read(kept, "colour")
+    found = dataset.load_examples(kept, "colour")
     assert len(found) == 10 and found.classes == ["red", "blue"]
     assert found.labels.tolist() == [one["colour"] for one in TRUTH]
     assert found.items == [[3 * i, 3 * i + 1, 3 * i + 2] for i in range(10)]
-    assert dataset.read(kept).labels.tolist() == [one["shape"] for one in TRUTH]
+    assert dataset.load_examples(kept).labels.tolist() == [one["shape"] for one in TRUTH]
     with pytest.raises(ValueError, match=r"^factors: unknown name 'size'"):
-        dataset.read(kept, "size")
+        dataset.load_examples(kept, "size")
 
 
 def test_vectors_and_batches_are_those_of_the_pictures_as_they_are(kept):
-    found = dataset.read(kept)
+    found = dataset.load_examples(kept)
     expected = planted_pictures.planted_maps(TRUTH)
     vectors, labels = found.vectors("up.t25")
     np.testing.assert_allclose(vectors, expected.mean((1, 2)).numpy(), atol=1e-6)
@@ -39,7 +39,7 @@ def test_vectors_and_batches_are_those_of_the_pictures_as_they_are(kept):
 
 
 def test_an_epoch_has_every_picture_in_one_of_its_views_and_can_be_taken_up_anywhere(kept):
-    found = dataset.read(kept)
+    found = dataset.load_examples(kept)
     stream = found.shuffled("up.t25.maps", 4, seed=1)
     first = list(islice(stream(), 6))
     rows = kept.maps("up.t25.maps", range(30)).float()
@@ -58,7 +58,7 @@ def test_an_epoch_has_every_picture_in_one_of_its_views_and_can_be_taken_up_anyw
 
 
 def test_vector_batches_are_of_the_pictures_as_they_are_each_once_a_pass(kept):
-    found = dataset.read(kept)
+    found = dataset.load_examples(kept)
     whole = torch.from_numpy(found.vectors("up.t25")[0])
     stream = found.vector_batches(["up.t25"], 4, seed=3)
     drawn = torch.cat([batch["up.t25"] for batch in islice(stream(), 5)])
@@ -70,12 +70,12 @@ def test_vector_batches_are_of_the_pictures_as_they_are_each_once_a_pass(kept):
     assert torch.equal(torch.cat(ranks), drawn[8:16])
     longer = next(found.vector_batches(["up.t25"], 23, seed=3)())["up.t25"]
     assert torch.equal(longer[:20], drawn)
-    with pytest.raises(ValueError, match=r"^blocks: 'up.t25.maps' holds maps"):
+    with pytest.raises(ValueError, match=r"^layers: 'up.t25.maps' holds maps"):
         found.vector_batches(["up.t25.maps"], 4, seed=3)
 
 
 def test_a_split_has_every_picture_on_one_side(kept):
-    found = dataset.read(kept)
+    found = dataset.load_examples(kept)
     rest, share = found.split(0.3, seed=5)
     assert (len(rest), len(share)) == (7, 3)
     assert sorted(rest.items + share.items) == found.items
@@ -89,9 +89,9 @@ def test_a_split_has_every_picture_on_one_side(kept):
 def test_labels_that_are_withheld_or_missing_are_refused(tmp_path):
     withheld = planted_pictures.fill(tmp_path / "withheld", [*TRUTH, {"shape": -1, "colour": 0}])
     with pytest.raises(ValueError, match=r"^split: 1 of 11 pictures have no label, first 10"):
-        dataset.read(withheld, "shape")
-    assert len(dataset.read(withheld, "colour")) == 11
+        dataset.load_examples(withheld, "shape")
+    assert len(dataset.load_examples(withheld, "colour")) == 11
     with store.create(tmp_path / "none", planted_pictures.LAYOUT):
         pass
     with pytest.raises(ValueError, match="have no labels"):
-        dataset.read(store.open(tmp_path / "none"))
+        dataset.load_examples(store.open(tmp_path / "none"))

@@ -1,13 +1,13 @@
 import planted_pictures
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from vaelab.hooks import capture
 from vaelab.probing import dataset, diffc
-from vaelab.probing.diffc import DiffC, DiffCConfig, fit
-from vaelab.probing.linear import score
+from vaelab.probing.diffc import DiffC, DiffCConfig, train_diffc
+from vaelab.probing.linear import measure_accuracy
+from vaelab.training.checkpoint import write_tensors
 
 BLOCK = "up.t25.maps"
 SMALL = {"width": 8, "epochs": 4, "batch_size": 8, "learning_rate": 1e-2, "final_rate": 5e-3, "device": "cpu"}
@@ -51,9 +51,9 @@ def test_it_is_trained_as_section_4_1_says(pictures, monkeypatch):
         raise Stopped
 
     monkeypatch.setattr(diffc, "train", noted)
-    learn, validate, _ = (dataset.read(one) for one in pictures)
+    learn, validate, _ = (dataset.load_examples(one) for one in pictures)
     with pytest.raises(Stopped):
-        fit(learn, validate, BLOCK)
+        train_diffc(learn, validate, BLOCK)
     config = seen["config"]
     assert (config.steps, seen["batch"], seen["width"]) == (30 * 4, (16, 4, 4, 6), 1024)
     assert (config.rate(1), config.schedule, config.clip_norm) == (1e-4, "cosine", 0)
@@ -71,28 +71,30 @@ def pictures(tmp_path_factory):
 def test_what_is_planted_is_read_and_what_is_not_there_is_not(pictures):
     learn, validate, test = pictures
     for factor, there in (("shape", True), ("colour", False)):
-        parts = [dataset.read(one, factor) for one in (learn, validate, test)]
-        fitted = fit(*parts[:2], BLOCK, DiffCConfig(**{**SMALL, "epochs": 12}))
-        found = score(diffc.classify(fitted.model, parts[2], BLOCK), parts[2].labels, parts[0].labels)
+        parts = [dataset.load_examples(one, factor) for one in (learn, validate, test)]
+        fitted = train_diffc(*parts[:2], BLOCK, DiffCConfig(**{**SMALL, "epochs": 12}))
+        found = measure_accuracy(diffc.classify_stored(fitted.model, parts[2], BLOCK), parts[2].labels, parts[0].labels)
         assert found.accuracy > 0.95 if there else found.low < 0.55, (factor, found)
 
 
 def test_the_chosen_epoch_is_the_best_on_the_validation_pictures(pictures, tmp_path):
-    learn, validate, _ = (dataset.read(one, "colour") for one in pictures)
-    fitted = fit(learn, validate, BLOCK, DiffCConfig(**SMALL), folder=tmp_path)
+    learn, validate, _ = (dataset.load_examples(one, "colour") for one in pictures)
+    fitted = train_diffc(learn, validate, BLOCK, DiffCConfig(**SMALL), folder=tmp_path)
     assert fitted.epochs["epoch"].tolist() == [1, 2, 3, 4]
     best = fitted.epochs.sort_values(["accuracy", "loss"], ascending=[False, True]).iloc[0]
     assert fitted.epoch == best["epoch"]
-    accuracy = (diffc.classify(fitted.model, validate, BLOCK) == validate.labels).float().mean().item()
+    accuracy = (diffc.classify_stored(fitted.model, validate, BLOCK) == validate.labels).float().mean().item()
     assert accuracy == pytest.approx(best["accuracy"])
-    kept = load_file(tmp_path / diffc.BEST)
-    assert all(torch.equal(value, kept[name]) for name, value in fitted.model.state_dict().items())
+    names = [file.name for file in tmp_path.glob("epoch-*")]
+    assert names == [f"epoch-{fitted.epoch}.safetensors"], "the other epochs' weights are removed"
+    saved = diffc.read_weights(tmp_path / names[0], fitted.model)
+    assert all(torch.equal(value, saved[name]) for name, value in fitted.model.state_dict().items())
 
 
 def test_killed_between_epochs_it_ends_in_the_same_weights(pictures, tmp_path, monkeypatch):
-    learn, validate, _ = (dataset.read(one, "colour") for one in pictures)
-    whole = fit(learn, validate, BLOCK, DiffCConfig(**SMALL))
-    after, steps = diffc.Selection.after, []
+    learn, validate, _ = (dataset.load_examples(one, "colour") for one in pictures)
+    whole = train_diffc(learn, validate, BLOCK, DiffCConfig(**SMALL))
+    after, steps = diffc.EpochSelection.after, []
 
     def killed(self, step, optimizer):
         after(self, step, optimizer)
@@ -101,20 +103,98 @@ def test_killed_between_epochs_it_ends_in_the_same_weights(pictures, tmp_path, m
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(diffc.Selection, "after", killed)
-        fit(learn, validate, BLOCK, DiffCConfig(**SMALL), folder=tmp_path)
-    again = fit(learn, validate, BLOCK, DiffCConfig(**SMALL), folder=tmp_path)
+        patched.setattr(diffc.EpochSelection, "after", killed)
+        train_diffc(learn, validate, BLOCK, DiffCConfig(**SMALL), folder=tmp_path)
+    again = train_diffc(learn, validate, BLOCK, DiffCConfig(**SMALL), folder=tmp_path)
     assert again.epoch == whole.epoch and again.epochs.equals(whole.epochs)
     assert all(torch.equal(value, whole.model.state_dict()[name]) for name, value in again.model.state_dict().items())
     with pytest.raises(ValueError, match="made with other settings"):
-        fit(learn, validate, BLOCK, DiffCConfig(**{**SMALL, "width": 9}), folder=tmp_path)
+        train_diffc(learn, validate, BLOCK, DiffCConfig(**{**SMALL, "width": 9}), folder=tmp_path)
 
 
 def test_wrong_input_is_refused(pictures):
-    learn = dataset.read(pictures[0])
-    with pytest.raises(ValueError, match=r"^block: 'up.t25' has items of \(\) positions"):
-        fit(learn, learn, "up.t25")
+    learn = dataset.load_examples(pictures[0])
+    with pytest.raises(ValueError, match=r"^layer: 'up.t25' has items with positions \(\)"):
+        train_diffc(learn, learn, "up.t25")
     with pytest.raises(ValueError, match=r"^epochs: must be at least 1"):
         DiffCConfig(epochs=0)
-    with pytest.raises(ValueError, match=r"^final_rate: must lie between"):
-        fit(learn, learn, BLOCK, DiffCConfig(**{**SMALL, "final_rate": 1.0}))
+    with pytest.raises(ValueError, match=r"^final_rate: expected 0 to learning_rate"):
+        DiffCConfig(**{**SMALL, "final_rate": 1.0})
+
+
+@pytest.mark.parametrize("damage", ["nan", "infinite", "cut", "changed", "renamed", "shape", "missing"])
+def test_damaged_best_weights_are_one_error_that_names_file_and_tensor(pictures, tmp_path, damage):
+    learn, validate, _ = (dataset.load_examples(one, "colour") for one in pictures)
+    fitted = train_diffc(learn, validate, BLOCK, DiffCConfig(**{**SMALL, "epochs": 1}), folder=tmp_path)
+    file, weights = tmp_path / "epoch-1.safetensors", dict(fitted.model.state_dict())
+    if damage in ("nan", "infinite"):
+        weights["fc.bias"] = weights["fc.bias"] + float(damage.replace("infinite", "inf"))
+    elif damage == "renamed":
+        weights["fc.offset"] = weights.pop("fc.bias")
+    elif damage == "shape":
+        weights["fc.bias"] = weights["fc.bias"][:1]
+    write_tensors(file, weights, {})
+    whole = bytearray(file.read_bytes())
+    if damage == "cut":
+        file.write_bytes(whole[:-9])
+    elif damage == "changed":
+        whole[-3] ^= 1
+        file.write_bytes(whole)
+    elif damage == "missing":
+        file.unlink()
+    what = {
+        "nan": "fc.bias has NaN or inf",
+        "infinite": "fc.bias has NaN or inf",
+        "renamed": "fc.bias is absent",
+        "shape": r"fc.bias is \(1,\), expected \(2,\)",
+        "missing": "is missing",
+    }.get(damage, "is damaged")
+    with pytest.raises(ValueError, match=rf"epoch-1.safetensors .*{what}"):
+        train_diffc(learn, validate, BLOCK, DiffCConfig(**{**SMALL, "epochs": 1}), folder=tmp_path)
+
+
+def test_killed_after_the_best_weights_were_written_and_before_the_checkpoint(pictures, tmp_path, monkeypatch):
+    """The checkpoint's best epoch keeps its weights: a rerun epoch need not come out best again on a GPU."""
+    learn, validate, _ = (dataset.load_examples(one, "shape") for one in pictures)
+    config, state = DiffCConfig(**SMALL), diffc.EpochSelection.state
+
+    def killed(self):
+        if len(self.rows) == 3:
+            raise KeyboardInterrupt
+        return state(self)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(diffc.EpochSelection, "state", killed)
+        train_diffc(learn, validate, BLOCK, config, folder=tmp_path)
+    with monkeypatch.context() as patched:  # no later epoch is better
+        patched.setattr(diffc, "_logits", lambda model, examples, *_: torch.zeros(len(examples), 3))
+        again = train_diffc(learn, validate, BLOCK, config, folder=tmp_path)
+    saved = diffc.read_weights(tmp_path / f"epoch-{again.epoch}.safetensors", again.model)
+    assert again.epoch <= 2 and all(torch.equal(value, saved[name]) for name, value in again.model.state_dict().items())
+
+
+def test_logits_that_are_not_finite_are_no_prediction(pictures):
+    test = dataset.load_examples(pictures[2])
+    model = DiffC(planted_pictures.WIDTH, 3, width=4)
+    torch.nn.init.constant_(model.fc.bias, torch.nan)
+    with pytest.raises(FloatingPointError, match=r"up.t25.maps: the logits of Diff-C are not finite"):
+        diffc.classify_stored(model, test, BLOCK)
+
+
+def test_the_precision_of_training_is_its_own(pictures, monkeypatch):
+    """``precision`` is the model's in every notebook; Diff-C trains in float32 unless asked otherwise."""
+
+    class Stopped(Exception):
+        pass
+
+    def noted(objective, batches, config, **options):
+        seen.append(config.precision)
+        raise Stopped
+
+    seen = []
+    monkeypatch.setattr(diffc, "train", noted)
+    learn = dataset.load_examples(pictures[0])
+    for config in (DiffCConfig(**SMALL), DiffCConfig(**SMALL, training_precision="bfloat16")):
+        with pytest.raises(Stopped):
+            train_diffc(learn, learn, BLOCK, config)
+    assert seen == ["float32", "bfloat16"]

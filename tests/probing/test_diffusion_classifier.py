@@ -1,3 +1,5 @@
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
@@ -5,7 +7,15 @@ import torch
 from vaelab.models.block_names import denoiser
 from vaelab.models.conditioning import add_noise, condition, encode, predict
 from vaelab.probing import diffusion_classifier
-from vaelab.probing.diffusion_classifier import DiffusionClassifier, Stages, class_prompts, decide, target, timesteps
+from vaelab.probing.diffusion_classifier import (
+    DiffusionClassifier,
+    Stages,
+    class_prompts,
+    classify_by_error,
+    even_timesteps,
+    midpoints,
+    prediction_target,
+)
 
 PROMPTS = ["a red circle", "a large blue square", "two yellow stars"]
 SMALL = Stages((2, 6), (2, 1))
@@ -20,6 +30,34 @@ def test_the_stages_of_the_paper_are_evenly_spaced_and_make_no_trial_twice():
     assert first == list(range(5, 250, 10)) and len(first) == 25
     assert sorted(first + second) == list(range(250))
     assert Stages((3,), (1,)).schedule() == [[0, 1, 2]]
+
+
+@pytest.mark.parametrize("total", [1, 7, 10, 97, 250])
+def test_middles_of_equal_parts_cover_the_range_for_every_count(total):
+    """Each of the parts [i T / n, (i + 1) T / n) holds exactly one of the n middles, at its centre."""
+    for count in range(1, total + 1):
+        middles = midpoints(total, count)
+        exact = [Fraction(2 * part + 1, 2) * total / count for part in range(count)]
+        assert middles == [int(one) for one in exact] and len(set(middles)) == count
+        assert middles[0] <= Fraction(total, 2 * count) and total - middles[-1] <= Fraction(total, 2 * count) + 1
+
+
+def test_300_and_600_timesteps_of_1000_reach_the_end(small_pipeline):
+    pipeline = small_pipeline("sd")
+    for count, first, last in ((300, 1, 998), (600, 0, 999), (25, 20, 980), (1000, 0, 999)):
+        chosen = even_timesteps(pipeline, count)
+        assert (chosen[0], chosen[-1]) == (first, last)
+
+
+@pytest.mark.parametrize("trials", [(25, 250), (5, 50, 250), (7, 8, 10), (3, 4, 5, 6, 600), (300, 1000), (6, 7)])
+def test_a_stage_ends_with_as_many_trials_as_it_says_and_they_cover_the_range(trials):
+    done, total = [], trials[-1]
+    for count, added in zip(trials, Stages(trials, range(len(trials), 0, -1)).schedule(), strict=True):
+        done = sorted(done + added)
+        assert len(done) == len(set(done)) == count
+        gaps = np.diff([-1, *done, total])
+        assert gaps.max() <= 2 * total / count + 1
+    assert done == list(range(total))
 
 
 def planted(classes, gap, noise, seed=0):
@@ -39,8 +77,8 @@ def test_adaptive_and_full_evaluation_agree_on_a_planted_denoiser_and_the_adapti
     stages, full = Stages((5, 50), (3, 1)), Stages((50,), (1,))
     for seed in range(20):
         errors = planted(12, gap=0.5, noise=0.3, seed=seed)
-        adaptive, whole = decide(errors, 12, stages), decide(errors, 12, full)
-        assert adaptive.chosen == whole.chosen == seed % 12
+        adaptive, whole = classify_by_error(errors, 12, stages), classify_by_error(errors, 12, full)
+        assert adaptive.predicted == whole.predicted == seed % 12
         plain = torch.stack([errors(range(12), trial) for trial in range(50)]).mean(0)
         np.testing.assert_allclose(whole.errors, plain, rtol=1e-12)
         assert whole.passes == 12 * 50 and adaptive.passes == 12 * 5 + 3 * 45
@@ -50,13 +88,15 @@ def test_adaptive_and_full_evaluation_agree_on_a_planted_denoiser_and_the_adapti
 
 
 def test_more_classes_than_there_are_to_drop_are_all_kept():
-    verdict = decide(planted(2, 1.0, 0.1), 2, Stages((2, 4), (5, 1)))
-    assert verdict.chosen == 0 and verdict.trials.tolist() == [4, 4]
+    result = classify_by_error(planted(2, 1.0, 0.1), 2, Stages((2, 4), (5, 1)))
+    assert result.predicted == 0 and result.trials.tolist() == [4, 4]
 
 
-def test_an_overflow_is_no_verdict():
-    with pytest.raises(FloatingPointError, match="trial 1: an error is not finite"):
-        decide(lambda classes, trial: torch.full((len(classes),), torch.nan if trial else 1.0), 3, Stages((4,), (1,)))
+def test_an_overflow_is_refused():
+    with pytest.raises(FloatingPointError, match="the error of trial 1 is not finite"):
+        classify_by_error(
+            lambda classes, trial: torch.full((len(classes),), torch.nan if trial else 1.0), 3, Stages((4,), (1,))
+        )
 
 
 @pytest.mark.parametrize("name", ["sd", "sd2", "sdxl", "dit", "sd3", "pixart", "deepfloyd"])
@@ -74,10 +114,10 @@ def test_errors_are_those_of_a_plain_evaluation(small_pipeline, name):
             noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(int(state >> 1)))
             with torch.no_grad():
                 predicted = predict(pipeline, add_noise(pipeline, latents, noise, timestep), timestep, told)
-            wanted = target(pipeline, latents, noise, timestep)
+            wanted = prediction_target(pipeline, latents, noise, timestep)
             errors.append((predicted[:, : wanted.shape[1]] - wanted).square().mean().item())
         assert found.errors[number] == pytest.approx(np.mean(errors), rel=1e-4)
-    assert found.chosen == int(np.argmin(found.errors))
+    assert found.predicted == int(np.argmin(found.errors))
 
 
 @pytest.mark.parametrize("name", ["sd", "sd2", "sd3"])
@@ -85,7 +125,7 @@ def test_a_perfect_prediction_has_no_error(small_pipeline, name):
     """The target, put through the schedule's own formulas, gives the picture back."""
     pipeline = small_pipeline(name)
     latents, noise = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    noisy, wanted = add_noise(pipeline, latents, noise, 300), target(pipeline, latents, noise, 300)
+    noisy, wanted = add_noise(pipeline, latents, noise, 300), prediction_target(pipeline, latents, noise, 300)
     if name == "sd3":
         back = noisy - 0.3 * wanted
     else:
@@ -110,11 +150,11 @@ def test_a_planted_denoiser_names_the_class_whose_mean_the_picture_is(small_pipe
         return (noisy - kept**0.5 * means[which]) / (1 - kept) ** 0.5
 
     monkeypatch.setattr(diffusion_classifier, "predict", knows)
-    verdicts = DiffusionClassifier(pipeline, PROMPTS, SMALL, batch_size=2).classify(shown)
-    assert [verdict.chosen for verdict in verdicts] == [0, 1, 2]
-    for number, verdict in enumerate(verdicts):
-        assert verdict.errors[number] < 1e-6 < verdict.errors[(number + 1) % 3]
-        assert sorted(verdict.trials.tolist()) == [2, 6, 6] and verdict.passes == 14
+    results = DiffusionClassifier(pipeline, PROMPTS, SMALL, batch_size=2).classify(shown)
+    assert [result.predicted for result in results] == [0, 1, 2]
+    for number, result in enumerate(results):
+        assert result.errors[number] < 1e-6 < result.errors[(number + 1) % 3]
+        assert sorted(result.trials.tolist()) == [2, 6, 6] and result.passes == 14
 
 
 def test_a_picture_is_decided_by_itself_and_the_denoiser_runs_as_often_as_is_said(small_pipeline):
@@ -126,9 +166,9 @@ def test_a_picture_is_decided_by_itself_and_the_denoiser_runs_as_often_as_is_sai
         together = classifier.classify(shown)
     finally:
         handle.remove()
-    assert sum(calls) == sum(verdict.passes for verdict in together) == 2 * (3 * 2 + 2 * 4)
-    for one, verdict in zip(shown, together, strict=True):
-        np.testing.assert_allclose(classifier.classify(one[None])[0].errors, verdict.errors, rtol=1e-5)
+    assert sum(calls) == sum(result.passes for result in together) == 2 * (3 * 2 + 2 * 4)
+    for one, result in zip(shown, together, strict=True):
+        np.testing.assert_allclose(classifier.classify(one[None])[0].errors, result.errors, rtol=1e-5)
 
 
 def test_prompts_of_classes(small_pipeline):
@@ -165,9 +205,9 @@ def test_a_planted_transformer_names_the_colour_whatever_the_shape(small_pipelin
         return (noisy - kept**0.5 * mine) / (1 - kept) ** 0.5
 
     monkeypatch.setattr(diffusion_classifier, "predict", knows)
-    numbers, answers = class_prompts(pipeline, ["blue", "red"], "unused")
-    verdicts = DiffusionClassifier(pipeline, numbers, SMALL, answers=answers).classify(shown)
-    assert [verdict.chosen for verdict in verdicts] == [1, 1, 0]
+    numbers, classes = class_prompts(pipeline, ["blue", "red"], "unused")
+    results = DiffusionClassifier(pipeline, numbers, SMALL, classes=classes).classify(shown)
+    assert [result.predicted for result in results] == [1, 1, 0]
 
 
 @pytest.mark.parametrize(
@@ -185,6 +225,6 @@ def test_other_wrong_input_is_refused(small_pipeline):
     with pytest.raises(ValueError, match=r"^prompts: "):
         DiffusionClassifier(pipeline, PROMPTS[:1])
     with pytest.raises(ValueError, match=r"^trials: at most one for each of the model's 1000 timesteps, got 1001"):
-        timesteps(pipeline, 1001)
+        even_timesteps(pipeline, 1001)
     with pytest.raises(ValueError, match="FLUX predicts tokens"):
-        target(small_pipeline("flux"), torch.zeros(1), torch.zeros(1), 0)
+        prediction_target(small_pipeline("flux"), torch.zeros(1), torch.zeros(1), 0)

@@ -8,10 +8,10 @@ from helpers import picture_folder
 
 from vaelab import models, store
 from vaelab.activations import denoiser as activations_denoiser
-from vaelab.data.labelled import load
+from vaelab.data.labelled import load_labelled
 from vaelab.models.block_names import denoiser
 from vaelab.probing import clip, dataset, layer_features
-from vaelab.probing.layer_features import LayerConfig, captures, collect
+from vaelab.probing.layer_features import LayerConfig, collect_layer_features, feature_batches
 from vaelab.probing.linear import class_share
 
 LAYERS = ("down.0.0", "bottleneck", "up_ft0", "up_ft1")
@@ -30,7 +30,7 @@ def pictures(tmp_path_factory):
     picture_folder(folder, [f"{kind}/{i}.png" for kind in ("cat", "dog") for i in range(5)])
     for broken in ("cat/2.png", "dog/2.png"):
         (folder / broken).write_bytes(b"no picture")
-    return load(str(folder), resolution=32)
+    return load_labelled(str(folder), resolution=32)
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def assert_same(first, second, tolerance=1e-4):
 
 
 def test_features_are_those_of_one_picture_alone_and_their_labels_lie_beside_them(pipeline, pictures, tmp_path):
-    kept = collect(pipeline, pictures, config(maps=True), tmp_path, settings={"model": "small"})
+    kept = collect_layer_features(pipeline, pictures, config(maps=True), tmp_path, settings={"model": "small"})
     assert [item["image"] for item in kept.items] == [0, 1, 3, 4, 5, 6, 8, 9]
     assert [item["labels"]["label"] for item in kept.items] == [0, 0, 0, 0, 1, 1, 1, 1]
     assert kept.settings["classes"] == {"label": ["cat", "dog"]} and kept.settings["model"] == "small"
@@ -63,13 +63,15 @@ def test_features_are_those_of_one_picture_alone_and_their_labels_lie_beside_the
         torch.testing.assert_close(kept.maps("up_ft0.t500.maps", [place]), alone, atol=1e-4, rtol=1e-4)
         pooled = kept.maps("up_ft0.t500", [place])
         torch.testing.assert_close(pooled, alone.mean((1, 2)), atol=1e-4, rtol=1e-4)
-    found = dataset.read(kept)
+    found = dataset.load_examples(kept)
     assert found.labels.tolist() == [0, 0, 0, 0, 1, 1, 1, 1] and found.classes == ["cat", "dog"]
 
 
 def test_neither_the_batch_nor_the_other_layers_nor_the_other_timesteps_matter(pipeline, pictures, tmp_path):
-    whole = collect(pipeline, pictures, config(), tmp_path / "whole")
-    other = collect(pipeline, pictures, config(batch_size=3, blocks=("up_ft0",), timesteps=(500,)), tmp_path / "other")
+    whole = collect_layer_features(pipeline, pictures, config(), tmp_path / "whole")
+    other = collect_layer_features(
+        pipeline, pictures, config(batch_size=3, blocks=("up_ft0",), timesteps=(500,)), tmp_path / "other"
+    )
     torch.testing.assert_close(
         whole.maps("up_ft0.t500", range(8)), other.maps("up_ft0.t500", range(8)), atol=1e-4, rtol=1e-4
     )
@@ -81,7 +83,7 @@ def test_neither_the_batch_nor_the_other_layers_nor_the_other_timesteps_matter(p
     ({"batch_size": 2, "items_per_shard": 2}, 5),  # of the batch that is begun again nothing is missing
 ])  # fmt: skip
 def test_gone_on_from_a_kill_every_picture_is_there_once(pipeline, pictures, tmp_path, monkeypatch, setting, dies_at):
-    whole = collect(pipeline, pictures, config(**setting), tmp_path / "whole")
+    whole = collect_layer_features(pipeline, pictures, config(**setting), tmp_path / "whole")
     add, calls = store.Writer.add, []
 
     def dying(self, maps, items):
@@ -92,31 +94,31 @@ def test_gone_on_from_a_kill_every_picture_is_there_once(pipeline, pictures, tmp
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(store.Writer, "add", dying)
-        collect(pipeline, pictures, config(**setting), tmp_path / "cut")
+        collect_layer_features(pipeline, pictures, config(**setting), tmp_path / "cut")
     assert 0 < len(store.open(tmp_path / "cut").items) < len(whole.items)
-    assert_same(collect(pipeline, pictures, config(**setting), tmp_path / "cut"), whole)
-    assert_same(collect(pipeline, pictures, config(**setting), tmp_path / "cut"), whole, 0)
+    assert_same(collect_layer_features(pipeline, pictures, config(**setting), tmp_path / "cut"), whole)
+    assert_same(collect_layer_features(pipeline, pictures, config(**setting), tmp_path / "cut"), whole, 0)
     with pytest.raises(ValueError, match="made with other settings"):
-        collect(pipeline, pictures, config(**setting, seed=1), tmp_path / "cut")
+        collect_layer_features(pipeline, pictures, config(**setting, seed=1), tmp_path / "cut")
 
 
 def test_four_layers_at_six_timesteps_are_six_partial_passes_a_picture(pipeline, pictures):
     """The last of the layers ends the pass: what comes after it never runs."""
-    few = replace(pictures, rows=[0, 1, 3])
+    few = replace(pictures, numbers=[0, 1, 3])
     unet, ran, finished = denoiser(pipeline), [], []
     handles = [
         unet.conv_in.register_forward_pre_hook(lambda module, args: ran.append(len(args[0]))),
         unet.conv_out.register_forward_pre_hook(lambda module, args: finished.append(1)),
     ]
     try:
-        swept = next(captures(pipeline, few, config(blocks=LAYERS, timesteps=TIMES)))
+        swept = next(feature_batches(pipeline, few, config(blocks=LAYERS, timesteps=TIMES)))
         assert sum(ran) == len(TIMES) * 3 and not finished
         assert len(swept.maps) == len(TIMES) * len(LAYERS)
         ran.clear()
         for block in LAYERS:
             for timestep in TIMES:
-                alone = next(captures(pipeline, few, config(blocks=(block,), timesteps=(timestep,))))
-                name = layer_features.name(block, timestep)
+                alone = next(feature_batches(pipeline, few, config(blocks=(block,), timesteps=(timestep,))))
+                name = layer_features.layer_name(block, timestep)
                 torch.testing.assert_close(alone.maps[name], swept.maps[name], atol=1e-4, rtol=1e-4)
         assert sum(ran) == len(LAYERS) * len(TIMES) * 3
     finally:
@@ -125,10 +127,10 @@ def test_four_layers_at_six_timesteps_are_six_partial_passes_a_picture(pipeline,
 
 
 def test_views_are_the_picture_and_crops_of_it_each_with_its_own_noise(pipeline, pictures):
-    made = next(captures(pipeline, pictures, config(views=3, batch_size=6)))
+    made = next(feature_batches(pipeline, pictures, config(views=3, batch_size=6)))
     assert [(item["image"], item["view"]) for item in made.items] == [(i, v) for i in (0, 1) for v in range(3)]
     assert len({item["seed"] for item in made.items}) == 6
-    plain = next(captures(pipeline, pictures, config(batch_size=2)))
+    plain = next(feature_batches(pipeline, pictures, config(batch_size=2)))
     torch.testing.assert_close(made.maps["up_ft0.t25"][[0, 3]], plain.maps["up_ft0.t25"], atol=1e-4, rtol=1e-4)
     assert not torch.allclose(made.maps["up_ft0.t25"][1], made.maps["up_ft0.t25"][0], atol=1e-2)
 
@@ -141,49 +143,51 @@ def test_a_prompt_is_empty_the_same_for_all_or_names_the_truth(small_pipeline, p
         asked.append(kwargs["prompts"])
         return plain(*args, **kwargs)
 
-    monkeypatch.setattr(activations_denoiser, "from_pictures", noted)
+    monkeypatch.setattr(layer_features.activations, "from_pictures", noted)
     for name, prompt, expected in (
         ("sd", "", None), ("sd", "a pet", ["a pet"] * 3), ("sd", "a {label}", ["a cat"] * 3), ("dit", "7", ["7"] * 3),
         ("dit", "{label}", ["0"] * 3),
     ):  # fmt: skip
         layer = "block1" if name == "dit" else "up_ft0"
-        next(captures(small_pipeline(name), pictures, config(blocks=(layer,), prompt=prompt)))
+        next(feature_batches(small_pipeline(name), pictures, config(blocks=(layer,), prompt=prompt)))
         assert asked.pop() == expected
     monkeypatch.setattr(small_pipeline("dit"), "labels", {"dog": 0, "cat": 1})
-    next(captures(small_pipeline("dit"), pictures, config(blocks=("block1",), prompt="{label}")))
+    next(feature_batches(small_pipeline("dit"), pictures, config(blocks=("block1",), prompt="{label}")))
     assert asked.pop() == ["cat"] * 3
     with pytest.raises(ValueError, match=r"^prompt .*unknown name 'breed'.*label"):
-        next(captures(small_pipeline("sd"), pictures, config(prompt="a {breed}")))
+        next(feature_batches(small_pipeline("sd"), pictures, config(prompt="a {breed}")))
 
 
 def test_with_clip_the_prompt_names_what_it_infers(small_pipeline, pictures, clip_folder, monkeypatch, tmp_path):
     asked, plain = [], activations_denoiser.from_pictures
     monkeypatch.setattr(
-        activations_denoiser,
+        layer_features.activations,
         "from_pictures",
         lambda *args, **kwargs: asked.append(kwargs["prompts"]) or plain(*args, **kwargs),
     )
     told = config(prompt="a photo of a {label}", clip=str(clip_folder), timesteps=(25,), blocks=("up_ft0",), views=2)
-    kept = collect(small_pipeline("sd"), pictures, told, tmp_path)
+    kept = collect_layer_features(small_pipeline("sd"), pictures, told, tmp_path)
     texts = {"label": ["a photo of a cat", "a photo of a dog"]}
-    names = clip.load(str(clip_folder), texts, device="cpu")
-    whole = {item["image"]: names(pictures[item["image"]].pixels[None])[0] for item in kept.items}
+    names = clip.load_clip(str(clip_folder), texts, device="cpu")
+    whole = {item["image"]: names.classify(pictures[item["image"]].pixels[None])[0] for item in kept.items}
     assert [item["inferred"] for item in kept.items] == [whole[item["image"]] for item in kept.items]
     said = [text for texts in asked[1:] for text in texts]  # the first batch is seen twice, for its shapes
     assert said == [texts["label"][item["inferred"]["label"]] for item in kept.items]
     right = [item["inferred"] == item["labels"] for item in kept.items if item["view"] == 0]
-    assert layer_features.inferred_right(kept) == {"label": sum(right) / 8}
+    assert layer_features.clip_accuracies(kept) == {"label": sum(right) / 8}
     assert kept.settings["clip"] == str(clip_folder)
-    with pytest.raises(ValueError, match=r"^prompt: with clip it has one or more of label in braces"):
-        collect(small_pipeline("sd"), pictures, replace(told, prompt="a pet"), tmp_path / "other")
-    assert layer_features.inferred_right(planted_pictures.fill(tmp_path / "plain", planted_pictures.labels(3))) == {}
+    with pytest.raises(ValueError, match=r"^prompt: with clip it must have one or more of label in braces"):
+        collect_layer_features(small_pipeline("sd"), pictures, replace(told, prompt="a pet"), tmp_path / "other")
+    assert layer_features.clip_accuracies(planted_pictures.fill(tmp_path / "plain", planted_pictures.labels(3))) == {}
 
 
 def test_nothing_to_read_and_nonsense_are_refused(pipeline, tmp_path):
     (tmp_path / "cat").mkdir()
     (tmp_path / "cat" / "0.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match=r"no picture of .* can be read"):
-        collect(pipeline, load(str(tmp_path), resolution=32, labels=False), config(), tmp_path / "kept")
+        collect_layer_features(
+            pipeline, load_labelled(str(tmp_path), resolution=32, labels=False), config(), tmp_path / "kept"
+        )
     for wrong in ({"blocks": ()}, {"timesteps": (5, 5)}, {"views": 0}, {"smallest_crop": 0.0}, {"side": "left"}):
         with pytest.raises(ValueError, match=f"^{next(iter(wrong))}"):
             config(**wrong)
@@ -192,37 +196,76 @@ def test_nothing_to_read_and_nonsense_are_refused(pipeline, tmp_path):
 
 
 def test_names_of_layers_and_timesteps_come_apart_again():
-    assert layer_features.name("up_ft1", 25) == "up_ft1.t25"
+    assert layer_features.layer_name("up_ft1", 25) == "up_ft1.t25"
     for block in ("up_ft1", "down.1.t", "up_blocks.1.attentions.0"):
-        assert layer_features.parts(layer_features.name(block, 500)) == (block, 500)
+        assert layer_features.split_layer_name(layer_features.layer_name(block, 500)) == (block, 500)
 
 
 def test_other_pictures_or_another_model_than_a_stores_are_refused(pipeline, pictures, tmp_path):
-    kept = collect(pipeline, pictures, config(timesteps=(25,)), tmp_path, settings={"model": "small"})
-    assert layer_features.pooled(kept) == ["bottleneck.t25", "up_ft0.t25"]
-    layer_features.refuse_other_pictures(kept, pictures, "small", "activations")
+    kept = collect_layer_features(pipeline, pictures, config(timesteps=(25,)), tmp_path, settings={"model": "small"})
+    assert layer_features.pooled_layers(kept) == ["bottleneck.t25", "up_ft0.t25"]
+    layer_features.require_same_source(kept, pictures, {"model": "small"}, "activations")
     for other, model in (
         (pictures, "large"),
         (replace(pictures, name="p"), "small"),
         (replace(pictures, resolution=8), "small"),
     ):
         with pytest.raises(ValueError, match=r"^activations: made with "):
-            layer_features.refuse_other_pictures(kept, other, model, "activations")
+            layer_features.require_same_source(kept, other, {"model": model}, "activations")
 
 
 def test_shares_are_those_of_the_planted_factor(tmp_path):
     truth = planted_pictures.labels(40)
     kept = planted_pictures.fill(tmp_path / "kept", truth)
-    found = {factor: dataset.read(kept, factor) for factor in planted_pictures.CLASSES}
-    row = layer_features.shares(found, ["up"], [25]).iloc[0]
+    found = {factor: dataset.load_examples(kept, factor) for factor in planted_pictures.CLASSES}
+    row = layer_features.class_shares(found, ["up.t25"]).iloc[0]
     assert row["layer"] == "up.t25" and row["shape"] > 0.8 and abs(row["colour"]) < 0.15
     assert row["shape"] == class_share(np.asarray(kept.maps("up.t25", range(40))), [one["shape"] for one in truth])
 
 
 def test_whole_maps_of_a_few_pictures_are_those_of_the_store(pipeline, pictures, tmp_path):
     chosen = config(maps=True, timesteps=(25,), batch_size=3)
-    images, maps = layer_features.whole_maps(pipeline, pictures, chosen)
-    kept = collect(pipeline, pictures, chosen, tmp_path)
-    assert images == [item["image"] for item in kept.items] and list(maps) == layer_features.pooled(kept)
+    images, maps = layer_features.maps_in_memory(pipeline, pictures, chosen)
+    kept = collect_layer_features(pipeline, pictures, chosen, tmp_path)
+    assert images == [item["image"] for item in kept.items] and list(maps) == layer_features.pooled_layers(kept)
     for layer, one in maps.items():
         assert torch.equal(one, kept.maps(layer + layer_features.MAPS, range(8)))
+
+
+def test_the_estimate_is_what_is_then_written(pipeline, pictures, tmp_path):
+    chosen = config(maps=True, views=2)
+    plan, layout = layer_features.estimate(pipeline, pictures, chosen, tmp_path / "store")
+    kept = collect_layer_features(pipeline, pictures, chosen, tmp_path / "store", layout=layout)
+    assert kept.layout == layout and plan.items == 20 and plan.seconds > 0 and plan.memory > 0
+    share = len(kept.items) / plan.items
+    assert share == 0.8, "two of ten pictures cannot be read"
+    assert {layer: round(share * rows) for layer, rows in plan.rows.items()} == {
+        layer: kept.rows(layer) for layer in layout
+    }
+    assert plan.total_bytes == sum(20 * shape.count * shape.width * 4 for shape in layout.values())
+
+
+def test_a_store_is_of_the_model_whose_files_made_it(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    model = {"name": "local", "sha256": layer_features.files_digest(tmp_path / "model"), "precision": "float32"}
+    kept = planted_pictures.fill(tmp_path / "store", planted_pictures.labels(3), model=model)
+    (tmp_path / "model").rename(tmp_path / "moved")
+    layer_features.require_same_model(kept, str(tmp_path / "moved"), "activations")
+    with pytest.raises(ValueError, match=r"^activations: made with model 'local', here it is 'embedded'"):
+        layer_features.require_same_model(kept, "embedded", "activations")
+    (tmp_path / "moved" / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"^activations: made with model .*sha256"):
+        layer_features.require_same_model(kept, str(tmp_path / "moved"), "activations")
+    layer_features.require_same_setting(kept, "model", model, "activations")
+    other = {**model, "precision": "float16"}
+    with pytest.raises(
+        ValueError, match=r"made with model {'precision': 'float32'}, here it is {'precision': 'float16'}"
+    ):
+        layer_features.require_same_setting(kept, "model", other, "activations")
+
+
+def test_maps_that_the_memory_cannot_hold_are_refused(pipeline, pictures):
+    many = replace(pictures, numbers=range(10**12))
+    with pytest.raises(ValueError, match=r"^max_images: their maps take [\d,.]+ GB of memory"):
+        layer_features.maps_in_memory(pipeline, many, config(maps=True))

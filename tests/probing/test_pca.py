@@ -3,7 +3,7 @@ import pytest
 import torch
 from sklearn.decomposition import PCA
 
-from vaelab.probing.pca import colours, components, each_by_itself, jointly, telling
+from vaelab.probing.pca import colours, colours_jointly, colours_separately, foreground_auc, principal_components
 
 
 def maps(count=3, side=6, width=7, seed=0):
@@ -13,7 +13,7 @@ def maps(count=3, side=6, width=7, seed=0):
 
 
 def test_components_are_those_of_scikit_learn_up_to_a_sign_that_is_fixed():
-    found, reference = components(maps()), PCA(3).fit(maps().reshape(-1, 7).double().numpy())
+    found, reference = principal_components(maps()), PCA(3).fit(maps().reshape(-1, 7).double().numpy())
     np.testing.assert_allclose(found.shares, reference.explained_variance_ratio_, rtol=1e-9)
     cosines = (found.directions.numpy() * reference.components_).sum(1)
     np.testing.assert_allclose(np.abs(cosines), 1, rtol=1e-9)
@@ -27,7 +27,7 @@ def test_planted_regions_have_a_colour_each_and_jointly_the_same_in_every_pictur
     regions = torch.stack([regions, regions.flip(0).T])
     directions = torch.randn(3, 16, generator=torch.Generator().manual_seed(1))
     planted = directions[regions] + 0.01 * torch.randn(2, 4, 4, 16, generator=torch.Generator().manual_seed(2))
-    shown, share = jointly(planted)
+    shown, share = colours_jointly(planted)
     assert shown.shape == (2, 3, 4, 4) and share > 0.99
     pixels = shown[:, :2].permute(0, 2, 3, 1)
     for region in range(3):
@@ -50,12 +50,12 @@ def test_components_tell_planted_things_from_the_ground_on_either_side_and_noise
     for picture in range(4):
         where[picture, picture : picture + 2, 2:5] = 1
     things = where.repeat_interleave(8, 1).repeat_interleave(8, 2).bool()
-    assert telling(planted_things(2.0, where), things) > 0.99
-    assert telling(planted_things(0.0, where), things) == pytest.approx(0.5, abs=0.2)
+    assert foreground_auc(planted_things(2.0, where), things) > 0.99
+    assert foreground_auc(planted_things(0.0, where), things) == pytest.approx(0.5, abs=0.2)
     elsewhere = things.roll(32, 2)
-    assert telling(planted_things(2.0, where), elsewhere) < 0.8
-    assert np.isnan(telling(planted_things(2.0, where), None))
-    assert np.isnan(telling(planted_things(2.0, where), torch.zeros_like(things)))
+    assert foreground_auc(planted_things(2.0, where), elsewhere) < 0.8
+    assert np.isnan(foreground_auc(planted_things(2.0, where), None))
+    assert np.isnan(foreground_auc(planted_things(2.0, where), torch.zeros_like(things)))
 
 
 def test_the_area_is_the_share_of_pairs_in_the_right_order():
@@ -73,30 +73,30 @@ def test_the_area_is_the_share_of_pairs_in_the_right_order():
     ratio = density(seen[marked]) - density(seen[~marked])
     right = (ratio[marked][:, None] > ratio[~marked]).mean()
     things = where.repeat_interleave(2, 1).repeat_interleave(2, 2).bool()
-    assert telling(planted, things) == pytest.approx(right, abs=1e-9)
+    assert foreground_auc(planted, things) == pytest.approx(right, abs=1e-9)
 
 
 def test_by_itself_a_picture_does_not_depend_on_the_others():
-    whole, share = each_by_itself(maps())
+    whole, share = colours_separately(maps())
     for number in range(3):
-        alone, own = jointly(maps()[number : number + 1])
+        alone, own = colours_jointly(maps()[number : number + 1])
         assert torch.equal(whole[number], alone[0])
-    assert 0 < share <= 1 and not torch.equal(whole, jointly(maps())[0])
+    assert 0 < share <= 1 and not torch.equal(whole, colours_jointly(maps())[0])
     assert -1 <= whole.min() < whole.max() <= 1 and own <= 1
 
 
 def test_colours_keep_the_order_of_a_component_and_do_not_change_with_the_unit():
-    found = components(maps())
+    found = principal_components(maps())
     shown, seen = colours(maps(), found), (maps().double() - found.mean) @ found.directions.T
     middle = shown[:, 0].flatten().abs() < 0.99
     order = seen[..., 0].flatten()[middle].argsort()
     assert (shown[:, 0].flatten()[middle][order].diff() >= 0).all()
-    torch.testing.assert_close(jointly(100 * maps())[0], jointly(maps())[0], atol=1e-4, rtol=1e-4)
-    assert jointly(torch.ones(1, 2, 2, 4))[0].isfinite().all()
+    torch.testing.assert_close(colours_jointly(100 * maps())[0], colours_jointly(maps())[0], atol=1e-4, rtol=1e-4)
+    assert colours_jointly(torch.ones(1, 2, 2, 4))[0].isfinite().all()
 
 
 def test_too_little_is_refused():
     with pytest.raises(ValueError, match=r"^channels: "):
-        components(maps(width=2))
+        principal_components(maps(width=2))
     with pytest.raises(ValueError, match=r"^positions: "):
-        components(maps(1, 1))
+        principal_components(maps(1, 1))

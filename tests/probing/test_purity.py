@@ -6,9 +6,9 @@ import planted_pictures
 import pytest
 import torch
 
-from vaelab.data.labelled import Pictures
+from vaelab.data.labelled import LabelledPictures
 from vaelab.probing import dataset, purity
-from vaelab.probing.purity import grid, metrics, table, tops, wanted
+from vaelab.probing.purity import feature_pictures, purity_metrics, purity_table, sae_specs, top_features
 from vaelab.sae import model, train
 from vaelab.training.loop import TrainConfig
 
@@ -32,13 +32,15 @@ def plainly(top):
 
 @pytest.mark.parametrize("top", [PURE, MIXED, RANDOM, PURE + MIXED + RANDOM])
 def test_measures_are_those_of_a_plain_computation(top):
-    found = purity.measure(LABELS, np.array(top), permutations=20)
+    found = purity.measure_purity(LABELS, np.array(top), permutations=20)
     assert found[:3] == pytest.approx(plainly(top), rel=1e-12, abs=1e-12)
     assert found.features == len(top)
 
 
 def test_pure_mixed_and_random_features_are_told_apart():
-    pure, mixed, random = (purity.measure(LABELS, np.array(top), permutations=400) for top in (PURE, MIXED, RANDOM))
+    pure, mixed, random = (
+        purity.measure_purity(LABELS, np.array(top), permutations=400) for top in (PURE, MIXED, RANDOM)
+    )
     assert (pure.sigma_label, pure.entropy, pure.majority) == (0, 0, 1)
     assert (mixed.entropy, mixed.majority) == (1, 0.5)
     assert pure.permutation_p == mixed.permutation_p == 1 / 401
@@ -51,7 +53,7 @@ def test_pure_mixed_and_random_features_are_told_apart():
 def test_the_permutation_test_is_uniform_where_there_is_nothing_to_find():
     rng = np.random.default_rng(1)
     found = [
-        purity.measure(LABELS, rng.permutation(60)[:20].reshape(2, 10), permutations=39, seed=i).permutation_p
+        purity.measure_purity(LABELS, rng.permutation(60)[:20].reshape(2, 10), permutations=39, seed=i).permutation_p
         for i in range(200)
     ]
     assert 0.4 < np.mean(found) < 0.62
@@ -60,8 +62,8 @@ def test_the_permutation_test_is_uniform_where_there_is_nothing_to_find():
 
 def test_nothing_but_sigma_label_changes_when_classes_are_renumbered():
     top = np.array(PURE[:1] + MIXED + RANDOM)
-    before = purity.measure(LABELS, top, permutations=50)
-    after = purity.measure(np.array([2, 0, 3, 1])[LABELS], top, permutations=50)
+    before = purity.measure_purity(LABELS, top, permutations=50)
+    after = purity.measure_purity(np.array([2, 0, 3, 1])[LABELS], top, permutations=50)
     for name in ("entropy", "majority", "permutation_p", "entropy_chance", "majority_chance"):
         assert getattr(before, name) == getattr(after, name), name
     assert abs(before.sigma_label - after.sigma_label) > 0.05
@@ -69,20 +71,20 @@ def test_nothing_but_sigma_label_changes_when_classes_are_renumbered():
 
 def test_wrong_input_is_refused():
     for labels, top in ((LABELS, np.array([[60]])), (LABELS, np.array([[-1]])), (LABELS - 1, np.array([[0]]))):
-        with pytest.raises(ValueError, match=r"^top: 60 pictures"):
-            purity.measure(labels, top)
+        with pytest.raises(ValueError, match=r"^top: expected picture numbers below 60 and labels from 0"):
+            purity.measure_purity(labels, top)
     with pytest.raises(ValueError, match=r"^top: expected pictures"):
-        purity.measure(LABELS, np.empty((0, 10), int))
+        purity.measure_purity(LABELS, np.empty((0, 10), int))
 
 
 def test_other_numberings_of_the_classes_span_what_sigma_label_can_be():
     top = np.array(MIXED)
-    low, high = purity.renumbered(LABELS, top, times=200)
-    assert low <= purity.measure(LABELS, top, permutations=1).sigma_label <= high
+    low, high = purity.sigma_label_range(LABELS, top, times=200)
+    assert low <= purity.measure_purity(LABELS, top, permutations=1).sigma_label <= high
     assert high - low > 0.2
-    assert purity.renumbered(LABELS, np.array(PURE)) == (0, 0)
+    assert purity.sigma_label_range(LABELS, np.array(PURE)) == (0, 0)
     two = np.array([0, 1])[np.arange(60) % 2]
-    assert np.ptp(purity.renumbered(two, top)) == pytest.approx(0, abs=1e-12)
+    assert np.ptp(purity.sigma_label_range(two, top)) == pytest.approx(0, abs=1e-12)
 
 
 LAYER = "up.t25"
@@ -96,25 +98,25 @@ def kept(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def by_factor(kept):
-    return {factor: dataset.read(kept, factor) for factor in planted_pictures.CLASSES}
+    return {factor: dataset.load_examples(kept, factor) for factor in planted_pictures.CLASSES}
 
 
 @pytest.fixture(scope="module")
 def found(kept, by_factor):
     config = TrainConfig(steps=150, learning_rate=1e-2, clip_norm=0.0, device="cpu", log_every=150)
-    asked = wanted(kept.layout, [LAYER], 1, 2, seed=0, dead_after=10**9)
+    asked = sae_specs(kept.layout, [LAYER], 1, 2, seed=0, dead_after=10**9)
     batches = by_factor["shape"].vector_batches([LAYER], batch_size=60, seed=0)
     saes = train.train_saes(asked, batches, config).saes
-    return {LAYER: tops(saes[LAYER], by_factor["shape"], LAYER, top=8)}
+    return {LAYER: top_features(saes[LAYER], by_factor["shape"], LAYER, top=8)}
 
 
 def test_the_planted_factor_is_purer_than_chance_and_the_absent_one_is_not(found, by_factor):
-    rows = table(found, by_factor, permutations=200, seed=0).set_index("factor")
+    rows = purity_table(found, by_factor, permutations=200, seed=0).set_index("factor")
     assert rows.loc["shape", "permutation_p"] < 0.01 < rows.loc["colour", "permutation_p"]
     assert rows.loc["shape", "gain"] > 0.4 > 0.2 > rows.loc["colour", "gain"]
     for factor, row in rows.iterrows():
         labels = by_factor[factor].labels.numpy()
-        expected = purity.measure(labels, found[LAYER].pictures, permutations=200)
+        expected = purity.measure_purity(labels, found[LAYER].pictures, permutations=200)
         assert row["entropy"] == expected.entropy and row["features"] == len(found[LAYER].features)
         assert row["sigma_label_low"] <= row["sigma_label"] + 1e-12 <= row["sigma_label_high"] + 2e-12
 
@@ -131,8 +133,8 @@ def test_pictures_are_numbered_as_the_examples_and_stand_for_the_picture_as_it_i
 
 
 def test_metrics_have_the_names_that_were_promised(found, by_factor):
-    rows = table(found, by_factor, permutations=5, seed=0)
-    named = metrics(rows, "colour")
+    rows = purity_table(found, by_factor, permutations=5, seed=0)
+    named = purity_metrics(rows, "colour")
     assert named["up.t25.entropy"] == named["up.t25.colour.entropy"] != named["up.t25.shape.entropy"]
     assert {f"up.t25.{measure}" for measure in ("sigma_label", "entropy", "majority", "permutation_p")} < named.keys()
     assert len(named) == 12
@@ -140,8 +142,8 @@ def test_metrics_have_the_names_that_were_promised(found, by_factor):
 
 def test_the_grid_shows_the_pictures_of_drawn_features(found, by_factor):
     one = found[LAYER]
-    pictures = Pictures("p", 8, {}, range(60), lambda image: (torch.full((3, 8, 8), float(image)), {}))
-    rows = grid(one, pictures, by_factor["shape"], 2, seed=1)
+    pictures = LabelledPictures("p", 8, {}, range(60), lambda image: (torch.full((3, 8, 8), float(image)), {}))
+    rows = feature_pictures(one, pictures, by_factor["shape"], 2, seed=1)
     assert len(rows) == min(2, len(one.features))
     shown = {int(label.split()[1].strip(",")): made[:, 0, 0, 0].int().tolist() for label, made in rows.items()}
     for feature, images in shown.items():
@@ -150,38 +152,38 @@ def test_the_grid_shows_the_pictures_of_drawn_features(found, by_factor):
 
 def test_what_cannot_be_measured_is_refused(kept, by_factor):
     with pytest.raises(ValueError, match=r"^layers .*unknown name 'up.t26'"):
-        wanted(kept.layout, ["up.t26"], 1, 2, seed=0)
+        sae_specs(kept.layout, ["up.t26"], 1, 2, seed=0)
     with pytest.raises(ValueError, match=r"^layers: 'up.t25.maps' holds maps"):
-        wanted(kept.layout, ["up.t25.maps"], 1, 2, seed=0)
-    asked = wanted(kept.layout, [LAYER], 1, 2, seed=0)[LAYER]
+        sae_specs(kept.layout, ["up.t25.maps"], 1, 2, seed=0)
+    asked = sae_specs(kept.layout, [LAYER], 1, 2, seed=0)[LAYER]
     untrained = model.SAE(asked.config)
-    with pytest.raises(ValueError, match="no feature is active in 61 of 60 pictures"):
-        tops(untrained, by_factor["shape"], LAYER, top=61)
+    with pytest.raises(ValueError, match=r"^top: no feature of up.t25 is active on 61 of 60 pictures"):
+        top_features(untrained, by_factor["shape"], LAYER, top=61)
 
 
 def test_what_cannot_be_measured_is_refused_before_anything_is_trained(by_factor):
     layers = [LAYER, "up.t100"]
-    purity.refuse_nonsense(by_factor, "shape", layers, ["up.t100"], 60)
+    purity.validate_selection(by_factor, "shape", layers, ["up.t100"], 60)
     for given, message in (
         (("size", layers, [], 1), "factor: unknown name 'size'"),
         (("shape", layers, ["up.t26"], 1), "shown_layers: unknown name 'up.t26'"),
-        (("shape", layers, [], 61), "top: 61 pictures a feature, and the activations are of 60"),
+        (("shape", layers, [], 61), "top: 61 pictures per feature, but the activations are of 60"),
     ):
         with pytest.raises(ValueError, match=f"^{message}"):
-            purity.refuse_nonsense(by_factor, *given)
+            purity.validate_selection(by_factor, *given)
 
 
 def test_a_store_is_opened_with_its_factors_for_its_own_pictures_alone(kept):
-    pictures = Pictures("p", 8, planted_pictures.CLASSES, range(60), lambda image: None)
+    pictures = LabelledPictures("p", 8, planted_pictures.CLASSES, range(60), lambda image: None)
     with pytest.raises(ValueError, match=r"^activations: made with dataset None, here it is 'p'"):
-        purity.opened(kept.url, pictures, "planted")
+        purity.open_features(kept.url, pictures, "planted")
     with pytest.raises(ValueError, match=r"^activations: made with model 'planted', here it is 'embedded'"):
-        purity.opened(kept.url, pictures, "embedded")
+        purity.open_features(kept.url, pictures, "embedded")
 
 
 def test_autoencoders_are_kept_under_their_layers(kept, tmp_path):
-    asked = wanted(kept.layout, [LAYER], 2, 3, seed=1)[LAYER]
+    asked = sae_specs(kept.layout, [LAYER], 2, 3, seed=1)[LAYER]
     sae = model.SAE(asked.config, asked.seed)
-    purity.keep({LAYER: sae}, tmp_path)
+    purity.save_saes({LAYER: sae}, tmp_path)
     again = model.SAE.from_pretrained(tmp_path / LAYER)
     assert again.config == asked.config and torch.equal(again.encoder, sae.encoder)

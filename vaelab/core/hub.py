@@ -1,21 +1,32 @@
-"""A folder by its name: a local one, or one that is downloaded from the hub."""
+"""Folders by name: a local one, or files downloaded from the Hugging Face hub."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from vaelab.core.paths import local
 
 
-def find(name: str | Path, *, revision: str | None = None, subfolder: str = "", parameter: str = "sae") -> Path:
-    """The local folder that ``name`` stands for.
+def find_folder(
+    name: str | Path,
+    *,
+    revision: str | None = None,
+    subfolder: str = "",
+    files: Sequence[str] = (),
+    parameter: str = "sae",
+) -> Path:
+    """The local folder for ``name``; files of a hub repository are downloaded first.
 
     Args:
-        name: a local folder, or an id on the hub (owner/name), whose files are then downloaded.
+        name: a local folder, or an id on the hub (owner/name).
         revision: a branch, tag or commit on the hub.
-        subfolder: which part of it.
-        parameter: what errors call the name.
+        subfolder: part of the folder or repository.
+        files: globs of the files to download, relative to ``subfolder``, such as ``*.json``: only what will be loaded,
+            since repositories often hold the same weights in several formats. Empty for all files.
+        parameter: the notebook parameter that error messages name.
 
     Raises:
-        ValueError: neither a folder nor an id on the hub, or one without that part.
+        ValueError: neither a folder nor an id on the hub, a repository without any of these files, or one without
+            that subfolder.
     """
     folder = local(name)
     if folder is None:
@@ -24,11 +35,14 @@ def find(name: str | Path, *, revision: str | None = None, subfolder: str = "", 
 
         if str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
             raise ValueError(f"{parameter}: {str(name)!r} is neither a folder nor an id on the hub (owner/name)")
+        prefix = f"{subfolder}/" if subfolder else ""
+        patterns = [prefix + pattern for pattern in files or (["*"] if subfolder else [])]
         try:
-            patterns = f"{subfolder}/*" if subfolder else None
-            folder = Path(snapshot_download(str(name), revision=revision, allow_patterns=patterns))
+            folder = Path(snapshot_download(str(name), revision=revision, allow_patterns=patterns or None))
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
             raise ValueError(f"{parameter}: {str(name)!r} could not be read from the hub ({error})") from error
+        if files and not any(path for pattern in files for path in (folder / subfolder).glob(pattern)):
+            raise ValueError(f"{parameter}: {str(name)!r} on the hub has none of the files {', '.join(files)}")
     if not (folder / subfolder).is_dir():
         raise ValueError(f"{parameter}: {str(name)!r} is no folder, or has no folder {subfolder!r}")
     return folder / subfolder

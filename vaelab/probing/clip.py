@@ -1,7 +1,7 @@
-"""What CLIP takes a picture for: of classes the one whose text is nearest to it.
+"""Zero-shot classification by CLIP: the class whose text is nearest to the picture.
 
-Radford et al., "Learning Transferable Visual Models From Natural Language Supervision" (2021), section 3.1.2;
-in Kim et al. ("Revelio", section 4.7 and appendix A) it names the class that a prompt then tells the denoiser.
+Radford et al., "Learning Transferable Visual Models From Natural Language Supervision" (2021), section 3.1.2. Kim et
+al. ("Revelio", section 4.7 and appendix A) put the inferred class into the denoiser's prompt.
 """
 
 import re
@@ -14,104 +14,141 @@ from torch import Tensor
 
 from vaelab.core import devices, hub
 
-HOLE = re.compile(r"\{(\w+)\}")
+PLACEHOLDER = re.compile(r"\{(\w+)\}")
+FILES = (
+    "config.json", "preprocessor_config.json", "processor_config.json", "tokenizer*.json", "vocab.json", "merges.txt",
+    "special_tokens_map.json", "added_tokens.json", "model.safetensors", "model.safetensors.index.json",
+    "model-*-of-*.safetensors",
+)  # fmt: skip
+"""What transformers reads of a CLIP repository; the others hold the same weights for other frameworks."""
+DERIVED = "position_ids"
+"""End of the names of buffers that older checkpoints store and the model computes."""
 
 
-class ClipNames:
-    """Names pictures; ``names(pixels)`` gives of each the number of its class, by factor."""
+class ZeroShotClip:
+    """Classifies pictures by CLIP, for one or several factors (sets of classes) at once."""
 
     def __init__(self, model: Any, processor: Any, texts: Mapping[str, Sequence[str]]):
-        """Embed the texts.
+        """Embed the classes' texts.
 
         Args:
             model: a ``transformers.CLIPModel``, or another with ``get_text_features`` and ``get_image_features``.
             processor: its processor.
-            texts: for each factor one a class.
+            texts: for each factor a text per class.
 
         Raises:
-            ValueError: a factor of fewer than two classes.
+            ValueError: a factor with fewer than two classes.
         """
         for factor, each in texts.items():
             if len(each) < 2:
-                raise ValueError(f"classes: CLIP chooses among two or more, {factor} has {len(each)}")
-        self.model, self.processor, self.texts = (
-            model.eval(),
-            processor,
-            {key: list(each) for key, each in texts.items()},
-        )
-        self._embedded = {factor: self._texts(each) for factor, each in self.texts.items()}
+                raise ValueError(f"classes: CLIP needs two or more classes to choose from, {factor} has {len(each)}")
+        self.model, self.processor = model.eval(), processor
+        self.texts = {factor: list(each) for factor, each in texts.items()}
+        self._embedded = {factor: self._embed(each) for factor, each in self.texts.items()}
 
     @torch.no_grad()
     def logits(self, pixels: Tensor) -> dict[str, Tensor]:
-        """For each factor (B, C): the cosines of B pictures (B, 3, H, W) in [-1, 1] and C texts, times CLIP's scale."""
-        rounded = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-        images = [np.asarray(one) for one in rounded.permute(0, 2, 3, 1).cpu()]
-        given = self.processor(images=images, return_tensors="pt")["pixel_values"]
-        seen = _unit(self.model.get_image_features(pixel_values=given.to(self.model.device, self.model.dtype)))
-        return {factor: seen @ texts.T * self.model.logit_scale.exp() for factor, texts in self._embedded.items()}
+        """For each factor (B, C): CLIP's scale times the cosine similarity of B pictures and C texts.
 
-    def __call__(self, pixels: Tensor) -> list[dict[str, int]]:
-        """The classes of B pictures (B, 3, H, W) in [-1, 1]; each is named by itself."""
-        chosen = {factor: each.argmax(1).tolist() for factor, each in self.logits(pixels).items()}
-        return [{factor: each[i] for factor, each in chosen.items()} for i in range(len(pixels))]
+        Args:
+            pixels: (B, 3, H, W) in [-1, 1].
+        """
+        rounded = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+        images = [np.asarray(image) for image in rounded.permute(0, 2, 3, 1).cpu()]
+        inputs = self.processor(images=images, return_tensors="pt")["pixel_values"]
+        embedded = _unit_length(
+            self.model.get_image_features(pixel_values=inputs.to(self.model.device, self.model.dtype))
+        )
+        return {factor: embedded @ texts.T * self.model.logit_scale.exp() for factor, texts in self._embedded.items()}
+
+    def classify(self, pixels: Tensor) -> list[dict[str, int]]:
+        """For each of B pictures (B, 3, H, W) in [-1, 1] its class number by factor.
+
+        Raises:
+            FloatingPointError: logits that are not finite.
+        """
+        logits = self.logits(pixels)
+        for factor, each in logits.items():
+            if not each.isfinite().all():
+                raise FloatingPointError(f"clip: the logits of {factor} are not finite")
+        predicted = {factor: each.argmax(1).tolist() for factor, each in logits.items()}
+        return [{factor: each[i] for factor, each in predicted.items()} for i in range(len(pixels))]
 
     @torch.no_grad()
-    def _texts(self, texts: list[str]) -> Tensor:
-        given = self.processor(text=texts, return_tensors="pt", padding=True, truncation=True)
+    def _embed(self, texts: list[str]) -> Tensor:
+        inputs = self.processor(text=texts, return_tensors="pt", padding=True, truncation=True)
         names = ("input_ids", "attention_mask")
-        return _unit(self.model.get_text_features(**{name: given[name].to(self.model.device) for name in names}))
+        return _unit_length(
+            self.model.get_text_features(**{name: inputs[name].to(self.model.device) for name in names})
+        )
 
 
-def load(
+def load_clip(
     name: str, texts: Mapping[str, Sequence[str]], *, device: str = "auto", revision: str | None = None
-) -> ClipNames:
-    """A CLIP model, in float32, with its texts.
+) -> ZeroShotClip:
+    """Load a CLIP model in float32 and embed its texts.
 
     Args:
         name: an id on the hub, or a folder saved by transformers.
-        texts: for each factor one a class.
+        texts: for each factor a text per class.
         device: where it runs.
         revision: on the hub.
 
     Raises:
-        ValueError: no such folder or id, one that holds no CLIP model, or what :class:`ClipNames` refuses.
+        ValueError: no such folder or id; no CLIP model in it; weights that are missing, that the model does not use,
+            of another shape, or not finite; or what :class:`ZeroShotClip` refuses.
     """
+    from safetensors import SafetensorError
     from transformers import AutoProcessor, CLIPModel
 
-    folder = hub.find(name, revision=revision, parameter="clip")
+    folder = hub.find_folder(name, revision=revision, files=FILES, parameter="clip")
     try:
-        model = CLIPModel.from_pretrained(folder, dtype=torch.float32)
+        model, report = CLIPModel.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True
+        )
         processor = AutoProcessor.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ValueError(f"clip: {name!r} holds no CLIP model with its processor ({error})") from error
     if getattr(model.config, "model_type", "") != "clip":
         raise ValueError(f"clip: {name!r} holds a {model.config.model_type} model, not CLIP")
-    return ClipNames(model.to(devices.pick(device)), processor, texts)
+    # transformers only logs these, and fills missing weights with random numbers
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        keys = sorted(str(key if isinstance(key, str) else key[0]) for key in report[what])
+        if keys := [key for key in keys if not key.endswith(DERIVED)]:
+            listed = ", ".join(keys[:3])
+            raise ValueError(f"clip: {name!r} has {len(keys)} {what.replace('_keys', '')} weights: {listed}")
+    for key, value in model.state_dict().items():
+        if not value.isfinite().all():
+            raise ValueError(f"clip: {name!r} has NaN or infinite values in {key}")
+    return ZeroShotClip(model.to(devices.pick(device)), processor, texts)
 
 
-def texts(prompt: str, classes: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
-    """The texts of each factor that a prompt has in braces: the prompt with the class's name, without the other
-    factors in braces. ``a photo of a {label}`` gives ``{"label": ["a photo of a cat", ...]}``.
+def prompt_texts(prompt: str, classes: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    """CLIP's text of each class, for every factor that a prompt names in braces; the other factors' braces are removed.
+
+    ``a photo of a {label}`` gives ``{"label": ["a photo of a cat", ...]}``.
 
     Args:
-        prompt: with one or more of the factors in braces.
-        classes: their names, by factor; an underscore is read as a space.
+        prompt: with one or more factors in braces.
+        classes: the class names of each factor; an underscore is read as a space.
 
     Raises:
         ValueError: no factor in braces, or an unknown one.
     """
-    holes = list(dict.fromkeys(HOLE.findall(prompt)))
-    if not holes or not set(holes) <= set(classes):
-        raise ValueError(f"prompt: with clip it has one or more of {', '.join(classes)} in braces, got {prompt!r}")
-    made = {}
-    for factor in holes:
-        alone = HOLE.sub(lambda hole, factor=factor: hole[0] if hole[1] == factor else "", prompt)
-        alone = " ".join(alone.split())
-        made[factor] = [alone.replace(f"{{{factor}}}", name.replace("_", " ")) for name in classes[factor]]
-    return made
+    factors = list(dict.fromkeys(PLACEHOLDER.findall(prompt)))
+    if not factors or not set(factors) <= set(classes):
+        raise ValueError(
+            f"prompt: with clip it must have one or more of {', '.join(classes)} in braces, got {prompt!r}"
+        )
+    texts = {}
+    for factor in factors:
+        single = PLACEHOLDER.sub(lambda match, factor=factor: match[0] if match[1] == factor else "", prompt)
+        single = " ".join(single.split())
+        texts[factor] = [single.replace(f"{{{factor}}}", name.replace("_", " ")) for name in classes[factor]]
+    return texts
 
 
-def _unit(features: Any) -> Tensor:
-    """Embeddings of unit length; transformers 5 gives them in an output, 4 as they are."""
-    made = features if isinstance(features, Tensor) else features.pooler_output
-    return made / made.norm(dim=-1, keepdim=True)
+def _unit_length(features: Any) -> Tensor:
+    """Embeddings (n, d) scaled to length 1; transformers 5 returns an output object, 4 the tensor."""
+    vectors = features if isinstance(features, Tensor) else features.pooler_output
+    return vectors / vectors.norm(dim=-1, keepdim=True)

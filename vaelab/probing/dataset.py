@@ -1,137 +1,133 @@
-"""Labelled examples out of a store of pictures' features: what is learned from, chosen by and tested on."""
+"""Labelled examples from a store of pictures' features, for training, validation and test."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import count
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vaelab.core.validate import at_least, unknown
+from vaelab.core.validate import unknown
 from vaelab.store.reader import Store
-from vaelab.training.loop import Batches
+from vaelab.training.batches import NumberedBatches, shuffled_batches
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Pictures of a store with their classes. One may have several views (crops and flips), an item each."""
+    """Pictures in a store, with the classes of one factor. A picture may have several views: crops and flips."""
 
-    kept: Store
+    store: Store
+    """The features; each view of a picture is one item."""
     items: list[list[int]]
-    """Of each picture its items, first that of the picture as it is."""
+    """The item numbers of each picture's views. The first view is the uncropped picture."""
     labels: Tensor
     """(N,) int64 class numbers."""
     classes: list[str]
-    """Their names."""
+    """The class names."""
 
     def __len__(self) -> int:
         return len(self.items)
 
     def take(self, chosen: np.ndarray) -> "Examples":
-        """The examples of these numbers."""
+        """The examples with these numbers."""
         return replace(self, items=[self.items[i] for i in chosen], labels=self.labels[torch.from_numpy(chosen)])
 
     def split(self, share: float, seed: int) -> tuple["Examples", "Examples"]:
-        """All but a share of the pictures, and that share, drawn by ``seed``.
+        """Split into a training and a validation part at random; all views of a picture stay together.
+
+        Args:
+            share: of the pictures in the validation part.
+            seed: fixes which these are.
 
         Raises:
-            ValueError: a share that leaves one of the two without a picture.
+            ValueError: a share that leaves either part empty.
         """
-        count = round(share * len(self))
-        if not 0 < count < len(self):
-            raise ValueError(f"validation_share: {share} of {len(self)} pictures leaves nothing on one side")
+        held_out = round(share * len(self))
+        if not 0 < held_out < len(self):
+            raise ValueError(f"validation_share: {share} of {len(self)} pictures leaves one of the two parts empty")
         order = np.random.default_rng(seed).permutation(len(self))
-        return self.take(np.sort(order[count:])), self.take(np.sort(order[:count]))
+        return self.take(np.sort(order[held_out:])), self.take(np.sort(order[:held_out]))
 
-    def vectors(self, block: str) -> tuple[np.ndarray, np.ndarray]:
-        """The pooled vectors (N, d) float32 of the pictures as they are, and their classes (N,)."""
-        rows = self.kept.maps(block, [views[0] for views in self.items])
+    def vectors(self, layer: str) -> tuple[np.ndarray, np.ndarray]:
+        """The pooled vectors (N, d) float32 of the uncropped pictures, and their class numbers (N,)."""
+        rows = self.store.maps(layer, [views[0] for views in self.items])
         return rows.float().reshape(len(self), -1).numpy(), self.labels.numpy()
 
-    def batches(self, block: str, batch_size: int) -> Iterator[dict[str, Tensor]]:
-        """The pictures as they are, once, in order: ``maps`` (B, h, w, d) float32 and ``labels`` (B,)."""
+    def batches(self, layer: str, batch_size: int) -> Iterator[dict[str, Tensor]]:
+        """The uncropped pictures once, in order: ``maps`` (B, h, w, d) float32 and ``labels`` (B,)."""
         for begin in range(0, len(self), batch_size):
             part = range(begin, min(begin + batch_size, len(self)))
-            maps = self.kept.maps(block, [self.items[i][0] for i in part]).float()
+            maps = self.store.maps(layer, [self.items[i][0] for i in part]).float()
             yield {"maps": maps, "labels": self.labels[begin : begin + batch_size]}
 
-    def shuffled(self, block: str, batch_size: int, seed: int) -> Batches:
-        """Endless shuffled batches for :func:`vaelab.training.loop.train`, of each picture a view drawn anew in
-        every epoch; epoch e is fixed by (seed, e) alone. The last batch of one is filled with its first
-        pictures."""
-        at_least("batch_size", batch_size, 1)
+    def shuffled(self, layer: str, batch_size: int, seed: int) -> NumberedBatches:
+        """Endless shuffled batches for :func:`vaelab.training.loop.train`; each epoch draws a view of every picture.
 
-        def batches(start: int = 0, rank: int = 0, world: int = 1) -> Iterator[dict[str, Tensor]]:
-            per_epoch = self.steps(batch_size * world)
-            order, views, ordered = None, None, -1
-            while True:
-                epoch, place = divmod(start, per_epoch)
-                if epoch != ordered:
-                    rng = np.random.default_rng([seed, epoch])
-                    order, views, ordered = rng.permutation(len(self)), rng.random(len(self)), epoch
-                begin = (place * world + rank) * batch_size
-                part = np.take(order, range(begin, begin + batch_size), mode="wrap")
-                chosen = [self.items[i][int(views[i] * len(self.items[i]))] for i in part]
-                maps = self.kept.maps(block, chosen).float()
-                yield {"maps": maps, "labels": self.labels[torch.from_numpy(part)]}
-                start += 1
+        The order and the views of an epoch depend only on ``seed`` and the epoch's number, so training can resume at
+        any batch. The last batch of an epoch is filled up with the epoch's first pictures.
+        """
 
-        return batches
+        @lru_cache(maxsize=2)
+        def views(epoch: int) -> np.ndarray:
+            rng = np.random.default_rng([seed, epoch])
+            rng.permutation(len(self))  # the same generator has given the order
+            return rng.random(len(self))
 
-    def vector_batches(self, blocks: Sequence[str], batch_size: int, seed: int) -> Batches:
-        """Endless shuffled batches (batch_size, d) of the pooled vectors of the pictures as they are, by block,
-        for :func:`vaelab.sae.train.train_saes`. Pass follows upon pass without a gap; pass e is fixed by
-        (seed, e) alone. The vectors of all pictures are held in memory, as they are stored.
+        def take(pictures: np.ndarray, epoch: int) -> dict[str, Tensor]:
+            drawn = views(epoch)
+            items = [self.items[i][int(drawn[i] * len(self.items[i]))] for i in pictures]
+            return {"maps": self.store.maps(layer, items).float(), "labels": self.labels[torch.from_numpy(pictures)]}
+
+        return shuffled_batches(len(self), batch_size, seed, take, remainder="wrap")
+
+    def vector_batches(self, layers: Sequence[str], batch_size: int, seed: int) -> NumberedBatches:
+        """Endless shuffled batches (batch_size, d) of several layers' pooled vectors, of the uncropped pictures.
+
+        For :func:`vaelab.sae.train.train_saes`. A batch may span two epochs. The order of an epoch depends only on
+        ``seed`` and the epoch's number. All vectors are held in memory, in the store's precision.
 
         Raises:
-            ValueError: a block whose items are maps.
+            ValueError: a layer whose items are maps.
         """
-        at_least("batch_size", batch_size, 1)
-        for block in blocks:
-            if self.kept.layout[block].positions:
-                raise ValueError(f"blocks: {block!r} holds maps, expected vectors that are means over positions")
-        vectors = {block: self.kept.maps(block, [views[0] for views in self.items]) for block in blocks}
-        order = lru_cache(maxsize=2)(lambda turn: np.random.default_rng([seed, turn]).permutation(len(self)))
+        for layer in layers:
+            if self.store.layout[layer].positions:
+                raise ValueError(f"layers: {layer!r} holds maps, expected vectors averaged over positions")
+        vectors = {layer: self.store.maps(layer, [views[0] for views in self.items]) for layer in layers}
 
-        def batches(start: int = 0, rank: int = 0, world: int = 1) -> Iterator[dict[str, Tensor]]:
-            for batch in count(start * world + rank, world):
-                turns, places = np.divmod(np.arange(batch * batch_size, (batch + 1) * batch_size), len(self))
-                parts = [order(int(turn))[places[turns == turn]] for turn in np.unique(turns)]
-                chosen = torch.from_numpy(np.concatenate(parts))
-                yield {block: rows[chosen].float() for block, rows in vectors.items()}
+        def take(pictures: np.ndarray, epoch: int) -> dict[str, Tensor]:
+            return {layer: rows[torch.from_numpy(pictures)].float() for layer, rows in vectors.items()}
 
-        return batches
+        return shuffled_batches(len(self), batch_size, seed, take, remainder="join")
 
     def steps(self, batch_size: int) -> int:
-        """Batches to an epoch."""
+        """Batches per epoch."""
         return -(-len(self) // batch_size)
 
 
-def read(kept: Store, factor: str = "") -> Examples:
-    """The labelled pictures of a store that :mod:`vaelab.probing.layer_features` wrote.
+def load_examples(store: Store, factor: str = "") -> Examples:
+    """The labelled pictures in a store that :mod:`vaelab.probing.layer_features` wrote.
 
     Args:
-        kept: the store; each item has ``image``, ``view`` and ``labels``.
-        factor: which label; empty for the only one, or the first.
+        store: each item has ``image``, ``view`` and ``labels``.
+        factor: which set of classes; empty for the first.
 
     Raises:
-        ValueError: no such label, or pictures whose labels are withheld.
+        ValueError: no such factor, or pictures without a label.
     """
-    classes: Mapping[str, list[str]] = kept.settings.get("classes", {})
+    classes: Mapping[str, list[str]] = store.settings.get("classes", {})
     if not classes:
-        raise ValueError(f"dataset: the pictures of {kept.url} have no labels")
+        raise ValueError(f"dataset: the pictures of {store.url} have no labels")
     factor = factor or next(iter(classes))
     if factor not in classes:
         raise unknown("factors", factor, classes)
     items: dict[int, list[tuple[int, int]]] = {}
     labels: dict[int, int] = {}
-    for number, item in enumerate(kept.items):
+    for number, item in enumerate(store.items):
         items.setdefault(item["image"], []).append((item["view"], number))
         labels[item["image"]] = item["labels"][factor]
-    withheld = [image for image, label in labels.items() if label < 0]
-    if withheld:
-        raise ValueError(f"split: {len(withheld)} of {len(labels)} pictures have no label, first {withheld[0]}")
+    unlabelled = [image for image, label in labels.items() if label < 0]
+    if unlabelled:
+        raise ValueError(f"split: {len(unlabelled)} of {len(labels)} pictures have no label, first {unlabelled[0]}")
     ordered = [[number for _, number in sorted(views)] for views in items.values()]
-    return Examples(kept, ordered, torch.tensor(list(labels.values())), list(classes[factor]))
+    return Examples(store, ordered, torch.tensor(list(labels.values())), list(classes[factor]))

@@ -1,14 +1,16 @@
-"""Diff-C, the small classifier on one block's feature maps of Kim et al. ("Revelio", section 3.3, Table 10).
+"""Diff-C, a small classifier on one layer's feature maps: Kim et al. ("Revelio", section 3.3, Table 10).
 
-Four 3 x 3 convolutions, three of them of stride 2, the mean over positions and one linear layer; 40
-million parameters at 1280 input channels. It is trained as in section 4.1: AdamW, 30 epochs of
-batches of 16, a cosine from 1e-4 down to 5e-5. The epoch is chosen on validation pictures, so that the
-test pictures are classified once. The table names nothing between the convolutions; here it is ReLU.
+Four 3 x 3 convolutions, three of them with stride 2, the mean over positions and one linear layer; 40 million
+parameters at 1280 input channels. Training follows section 4.1: AdamW, 30 epochs, batches of 16, a cosine schedule from
+1e-4 to 5e-5. The epoch is selected on validation pictures, so that test pictures are classified only once. Table 10
+names no activation function; here it is ReLU.
 
-The channels of a denoiser's maps differ far more from each other than one does between pictures, and until the
-network has learned to look past that it learns nothing else: the narrower it is, the more steps that takes.
+The channels of a denoiser's maps differ far more from each other than one channel does between pictures. A narrow
+Diff-C needs more steps than a wide one before it sees past that.
 """
 
+import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,48 +18,52 @@ from typing import Any, NamedTuple
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from vaelab.core.io import atomic
 from vaelab.core.validate import at_least
 from vaelab.probing.dataset import Examples
+from vaelab.training import evaluation_mode
+from vaelab.training.checkpoint import not_finite, read_tensors, write_tensors
 from vaelab.training.loop import TrainConfig, Watcher, train
 
-BEST = "best.safetensors"
+SAVED = re.compile(r"epoch-(\d+)\.safetensors")
+"""Name of the file with an epoch's weights."""
 
 
 @dataclass(frozen=True)
 class DiffCConfig:
-    """How a Diff-C is made and trained; the defaults are the paper's."""
+    """Size and training of a Diff-C; the defaults are the paper's."""
 
     width: int = 1024
-    """Channels of every convolution."""
+    """Output channels of every convolution."""
     epochs: int = 30
     """Passes over the training pictures."""
     batch_size: int = 16
-    """Pictures to a step."""
+    """Pictures per step."""
     learning_rate: float = 1e-4
-    """AdamW's at the beginning."""
+    """AdamW's at the start."""
     final_rate: float = 5e-5
-    """AdamW's at the end: the cosine's eta_min."""
+    """AdamW's at the end: eta_min of the cosine schedule."""
     weight_decay: float = 0.01
-    """AdamW's; the paper does not say, this is its library's."""
+    """AdamW's; the paper does not give it, this is PyTorch's default."""
     device: str = "auto"
     """Where it is trained."""
-    precision: str = "float32"
-    """Of the forward pass."""
+    training_precision: str = "float32"
+    """Of the forward pass in training; the weights are float32."""
     seed: int = 0
-    """Fixes its first weights, and the order of the pictures."""
+    """Fixes the initial weights and the order of the pictures."""
 
     def __post_init__(self) -> None:
         for name in ("width", "epochs", "batch_size"):
             at_least(name, getattr(self, name), 1)
         at_least("learning_rate", self.learning_rate, 0, exclusive=True)
+        at_least("weight_decay", self.weight_decay, 0)
+        if not 0 <= self.final_rate <= self.learning_rate:
+            raise ValueError(f"final_rate: expected 0 to learning_rate ({self.learning_rate}), got {self.final_rate!r}")
 
 
 class DiffC(nn.Module):
-    """Logits (B, classes) of maps (B, h, w, d), the layers of Table 10 under its names."""
+    """Logits (B, classes) of maps (B, h, w, d). The layers have the names of Table 10."""
 
     def __init__(self, channels: int, classes: int, width: int = 1024):
         super().__init__()
@@ -67,139 +73,203 @@ class DiffC(nn.Module):
         self.fc = nn.Linear(width, classes)
 
     def forward(self, maps: Tensor) -> Tensor:
-        """Classify maps (B, h, w, d), as :mod:`vaelab.activations.denoiser` gives them."""
+        """Classify maps (B, h, w, d), channels last as the store holds them."""
         x = maps.permute(0, 3, 1, 2)
         for convolution in (self.conv1, self.conv2, self.conv3, self.conv4):
             x = F.relu(convolution(x))
         return self.fc(self.gap(x).flatten(1))
 
 
-class Fitted(NamedTuple):
-    """A trained Diff-C, with the weights of its best epoch."""
+class TrainedDiffC(NamedTuple):
+    """A trained Diff-C with the weights of its best epoch."""
 
     model: DiffC
     """In evaluation mode, on the training device."""
     epochs: pd.DataFrame
     """``epoch``, and on the validation pictures ``accuracy`` and ``loss`` (cross-entropy)."""
     epoch: int
-    """The chosen one: of the highest accuracy, where there are several of the lowest loss."""
+    """The selected one: highest accuracy, among equals lowest loss."""
     seconds: float
-    """Time spent training in this process."""
+    """Training time of this process."""
 
 
-class Objective(nn.Module):
-    """Cross-entropy of a Diff-C on batches of ``maps`` and ``labels``."""
+class DiffCObjective(nn.Module):
+    """Cross-entropy of a Diff-C on batches of ``maps`` (B, h, w, d) and ``labels`` (B,)."""
 
     def __init__(self, model: DiffC):
         super().__init__()
         self.model = model
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The ``loss``, and the share that is ``right``."""
+        """The ``loss``, and the training ``accuracy`` of the batch."""
         logits = self.model(batch["maps"])
-        right = (logits.argmax(1) == batch["labels"]).float().mean()
-        return {"loss": F.cross_entropy(logits, batch["labels"]), "right": right.detach()}
+        accuracy = (logits.argmax(1) == batch["labels"]).float().mean()
+        return {"loss": F.cross_entropy(logits, batch["labels"]), "accuracy": accuracy.detach()}
 
 
-class Selection(Watcher):
-    """Measures every epoch on the validation pictures and keeps the weights of the best."""
+class EpochSelection(Watcher):
+    """A training callback that validates every epoch and keeps the weights of the best one."""
 
-    def __init__(self, model: DiffC, held_out: Examples, block: str, config: DiffCConfig, every: int, folder: Any):
-        self._model, self._held_out, self._block, self._config = model, held_out, block, config
-        self._every, self._file = every, Path(folder, BEST) if folder else None
+    def __init__(
+        self,
+        model: DiffC,
+        validation: Examples,
+        layer: str,
+        batch_size: int,
+        steps_per_epoch: int,
+        folder: str | Path | None,
+    ):
+        """Watch a model in training.
+
+        Args:
+            model: the one in training.
+            validation: pictures to select the epoch by.
+            layer: of the store, whose maps are classified.
+            batch_size: pictures at once.
+            steps_per_epoch: optimizer steps.
+            folder: where the best weights are saved, beside the checkpoint; None to keep them in memory only.
+        """
+        self._model, self._validation, self._layer, self._batch_size = model, validation, layer, batch_size
+        self._steps_per_epoch, self._folder = steps_per_epoch, Path(folder) if folder else None
         self.rows: list[dict[str, float]] = []
         self.best: dict[str, Tensor] = {}
 
     @property
     def epoch(self) -> int:
-        """The best so far, counted from 1."""
-        return max(self.rows, key=_merit)["epoch"]
+        """The best epoch so far, counted from 1."""
+        return max(self.rows, key=lambda row: (row["accuracy"], -row["loss"]))["epoch"]
 
     def after(self, step: int, optimizer: torch.optim.Optimizer) -> None:
-        """Called by the training."""
-        if step % self._every:
+        """Validate at the end of an epoch."""
+        if step % self._steps_per_epoch:
             return
-        logits = _logits(self._model, self._held_out, self._block, self._config.batch_size)
-        truth = self._held_out.labels
+        logits = _logits(self._model, self._validation, self._layer, self._batch_size)
+        truth = self._validation.labels
         accuracy = (logits.argmax(1) == truth).float().mean().item()
         loss = F.cross_entropy(logits, truth).item()
-        self.rows.append({"epoch": step // self._every, "accuracy": accuracy, "loss": loss})
+        before = self.epoch if self.rows else 0
+        self.rows.append({"epoch": step // self._steps_per_epoch, "accuracy": accuracy, "loss": loss})
         if self.epoch == self.rows[-1]["epoch"]:
             self.best = {name: value.detach().to("cpu", copy=True) for name, value in self._model.state_dict().items()}
-            if self._file:
-                with atomic(self._file) as draft:
-                    save_file(self.best, draft)
+            if self._folder:
+                write_tensors(self._file(self.epoch), self.best, {})
+                # the last checkpoint may still refer to the best epoch before this one
+                self._remove_but(before, self.epoch)
 
     def state(self) -> dict[str, Any]:
-        """The rows; the weights lie beside the checkpoint."""
+        """The measurements so far; the weights are in a file beside the checkpoint."""
         return {"rows": self.rows}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from what ``state`` gave."""
+        """Resume from :meth:`state`.
+
+        Raises:
+            ValueError: the best weights are missing, damaged or not finite.
+        """
         self.rows = state["rows"]
-        self.best = load_file(self._file) if self.rows else {}
+        self.best = read_weights(self._file(self.epoch), self._model) if self.rows else {}
+
+    def finish(self) -> None:
+        """Load the best weights into the model, and leave only their file."""
+        self._model.load_state_dict(self.best)
+        if self._folder:
+            self._remove_but(self.epoch)
+
+    def _file(self, epoch: int) -> Path:
+        return self._folder / f"epoch-{epoch}.safetensors"
+
+    def _remove_but(self, *epochs: int) -> None:
+        for file in self._folder.iterdir():
+            if (match := SAVED.fullmatch(file.name)) and int(match[1]) not in epochs:
+                file.unlink()
 
 
-def fit(
-    learn: Examples,
-    validate: Examples,
-    block: str,
+def train_diffc(
+    training: Examples,
+    validation: Examples,
+    layer: str,
     config: DiffCConfig | None = None,
     *,
     folder: str | Path | None = None,
     settings: dict[str, Any] | None = None,
     title: str = "Diff-C",
-) -> Fitted:
-    """Train a Diff-C on a block's stored maps.
+) -> TrainedDiffC:
+    """Train a Diff-C on a layer's stored maps.
 
     Args:
-        learn: pictures to train on; of those with several views one is drawn in each epoch.
-        validate: pictures to choose the epoch by.
-        block: of the store, whose maps (h, w, d) are classified.
-        config: how; None for the paper's settings.
-        folder: where the checkpoint and the best weights go, and are gone on from; None keeps none.
-        settings: what else, as plain JSON, a checkpoint must agree on.
-        title: the progress bar's.
+        training: pictures to train on; each epoch draws one view of each.
+        validation: pictures to select the epoch by.
+        layer: of the store, whose items are maps (h, w, d).
+        config: size and training; None for the paper's.
+        folder: for the checkpoint and the best weights, from which a killed training resumes; None for no files.
+        settings: further plain JSON that a checkpoint must agree on.
+        title: of the progress bar.
 
     Raises:
-        ValueError: a block whose items are no maps.
+        ValueError: a layer whose items are not maps, a checkpoint with other settings, or damaged weights.
     """
     config = config or DiffCConfig()
-    shape = learn.kept.layout[block]
+    shape = training.store.layout[layer]
     if len(shape.positions) != 2:
-        raise ValueError(f"block: {block!r} has items of {shape.positions} positions; Diff-C takes maps (h, w)")
+        raise ValueError(f"layer: {layer!r} has items with positions {shape.positions}; Diff-C takes maps (h, w, d)")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        model = DiffC(shape.width, len(learn.classes), config.width)
-    every = learn.steps(config.batch_size)
-    selection = Selection(model, validate, block, config, every, folder)
+        model = DiffC(shape.width, len(training.classes), config.width)
+    steps = training.steps(config.batch_size)
+    selection = EpochSelection(model, validation, layer, config.batch_size, steps, folder)
     trained = train(
-        Objective(model),
-        learn.shuffled(block, config.batch_size, config.seed),
+        DiffCObjective(model),
+        training.shuffled(layer, config.batch_size, config.seed),
         TrainConfig(
-            steps=every * config.epochs, learning_rate=config.learning_rate, final_rate=config.final_rate,
-            weight_decay=config.weight_decay, schedule="cosine", clip_norm=0.0, precision=config.precision,
-            device=config.device, seed=config.seed, log_every=every, checkpoint_every=every,
+            steps=steps * config.epochs, learning_rate=config.learning_rate, final_rate=config.final_rate,
+            weight_decay=config.weight_decay, schedule="cosine", clip_norm=0.0, precision=config.training_precision,
+            device=config.device, seed=config.seed, log_every=steps, checkpoint_every=steps,
         ),
         folder=folder,
         watchers=[selection],
-        settings={"diffc": asdict(config), "block": block, "pictures": len(learn), **(settings or {})},
+        settings={"diffc": asdict(config), "block": layer, "pictures": len(training), **(settings or {})},
         title=title,
     )  # fmt: skip
-    model.load_state_dict(selection.best)
-    return Fitted(model.eval(), pd.DataFrame(selection.rows), selection.epoch, trained.seconds)
+    selection.finish()
+    return TrainedDiffC(model.eval(), pd.DataFrame(selection.rows), selection.epoch, trained.seconds)
 
 
-def classify(model: DiffC, examples: Examples, block: str, batch_size: int = 16) -> Tensor:
-    """The class numbers (N,) that a Diff-C gives pictures of a store, as they are."""
-    return _logits(model, examples, block, batch_size).argmax(1)
+def classify_stored(model: DiffC, examples: Examples, layer: str, batch_size: int = 16) -> Tensor:
+    """The class numbers (N,) that a Diff-C predicts for the uncropped pictures of a store.
+
+    Raises:
+        FloatingPointError: logits that are not finite.
+    """
+    return _logits(model, examples, layer, batch_size).argmax(1)
+
+
+def read_weights(file: Path, model: nn.Module) -> dict[str, Tensor]:
+    """The weights in a file that :class:`EpochSelection` wrote, checked against a model.
+
+    Args:
+        file: of a model like this one.
+        model: whose names and shapes they must have; it is not changed.
+
+    Raises:
+        ValueError: naming the file and the tensor: missing, damaged, of other names or shapes, or not finite.
+    """
+    weights, _ = read_tensors(file)
+    expected: Mapping[str, Tensor] = model.state_dict()
+    for name in sorted({*weights, *expected}):
+        here, there = expected.get(name), weights.get(name)
+        if here is None or there is None or here.shape != there.shape:
+            shapes = [tuple(value.shape) if value is not None else "absent" for value in (there, here)]
+            raise ValueError(f"{file} is of another model: {name} is {shapes[0]}, expected {shapes[1]}")
+    if name := not_finite(weights):
+        raise ValueError(f"{file} is damaged: {name} has NaN or infinite values")
+    return weights
 
 
 @torch.no_grad()
-def _logits(model: DiffC, examples: Examples, block: str, batch_size: int) -> Tensor:
+def _logits(model: DiffC, examples: Examples, layer: str, batch_size: int) -> Tensor:
     device = model.fc.weight.device
-    return torch.cat([model(batch["maps"].to(device)).float().cpu() for batch in examples.batches(block, batch_size)])
-
-
-def _merit(row: dict[str, float]) -> tuple[float, float]:
-    return row["accuracy"], -row["loss"]
+    with evaluation_mode(model):
+        logits = [model(batch["maps"].to(device)).float().cpu() for batch in examples.batches(layer, batch_size)]
+    if not (logits := torch.cat(logits)).isfinite().all():
+        raise FloatingPointError(f"{layer}: the logits of Diff-C are not finite")
+    return logits

@@ -1,10 +1,9 @@
 """A denoiser as a zero-shot classifier: the class under which it predicts the noise best.
 
-Li, Prabhudesai, Duggal, Brown and Pathak, "Your Diffusion Model is Secretly a Zero-Shot Classifier"
-(2023): of classes c with equal priors the one of the smallest E_t,eps ||eps - eps_theta(x_t, t, c)||^2
-(equation 5) is named. All classes are compared on the same pairs of timestep and noise (section 3.2),
-the timesteps evenly spaced (section 4.3), and classes far behind are dropped after few of them
-(Algorithm 2).
+Li, Prabhudesai, Duggal, Brown and Pathak, "Your Diffusion Model is Secretly a Zero-Shot Classifier" (2023). Of
+classes with equal priors, the predicted one has the smallest E_t,eps ||eps - eps_theta(x_t, t, c)||^2 (equation 5).
+All classes are compared on the same pairs of timestep and noise (section 3.2), the timesteps are evenly spaced
+(section 4.3), and classes with a large error are dropped after a few trials (Algorithm 2).
 """
 
 from collections.abc import Callable, Sequence
@@ -18,20 +17,20 @@ from torch import Tensor
 from vaelab.models.block_names import denoiser
 from vaelab.models.conditioning import FLUX, add_noise, by_class, condition, encode, is_flow, last_timestep, predict
 
-NOT_BY_PICTURE = ("txt_ids",)
-"""What of the conditions has no entry for each picture."""
+SHARED_CONDITIONS = ("txt_ids",)
+"""Conditions of the denoiser that have no batch dimension."""
 
-Errors = Callable[[Sequence[int], int], Tensor]
-"""From classes (C,) and the number of a trial to the error (C,) of each."""
+TrialErrors = Callable[[Sequence[int], int], Tensor]
+"""A function of some class numbers (C,) and a trial's number; it gives the error (C,) of each class."""
 
 
 @dataclass(frozen=True)
 class Stages:
-    """How many trials, each a timestep with its noise, are made, and how many classes outlive them."""
+    """The stages of Algorithm 2: trials per class, and classes left. A trial is one timestep with one noise."""
 
     trials: tuple[int, ...] = (25, 250)
-    """Made of each class that is left, at the end of each stage; the default is the paper's for
-    Oxford-IIIT Pet."""
+    """Trials that a remaining class has had at the end of each stage. The default is the paper's for Oxford-IIIT
+    Pet."""
     keep: tuple[int, ...] = (5, 1)
     """Classes left after each stage; the last is 1."""
 
@@ -41,30 +40,37 @@ class Stages:
         rising = all(a < b for a, b in zip((0, *self.trials), self.trials, strict=False))
         falling = all(a > b for a, b in zip(self.keep, self.keep[1:], strict=False))
         if not self.trials or len(self.trials) != len(self.keep) or not rising:
-            raise ValueError(f"trials: expected rising numbers, one a stage of keep, got {list(self.trials)}")
+            raise ValueError(f"trials: expected increasing numbers, one per entry of keep, got {list(self.trials)}")
         if not falling or self.keep[-1] != 1:
-            raise ValueError(f"keep: expected falling numbers that end with 1, got {list(self.keep)}")
+            raise ValueError(f"keep: expected decreasing numbers that end with 1, got {list(self.keep)}")
 
     def schedule(self) -> list[list[int]]:
-        """The numbers of the trials, of all of the last stage, that each stage adds; evenly spaced in each."""
-        total, seen, added = self.trials[-1], set(), []
+        """The trials that each stage adds, as numbers from 0 to ``trials[-1]`` - 1.
+
+        After a stage of n trials, every class left has had exactly n. They cover the range evenly: of n equal parts
+        of the range, each part that no earlier stage has sampled gets its middle. (Rounding can put two earlier
+        trials into one part; then the surplus empty parts are left out, evenly.)
+        """
+        total, done, added = self.trials[-1], set(), []
         for count in self.trials:
-            step = total // count
-            chosen = list(range(total))[step // 2 :: step][:count]
-            added.append([trial for trial in chosen if trial not in seen])
-            seen.update(chosen)
+            sampled = {trial * count // total for trial in done}
+            empty = [part for part in range(count) if part not in sampled]
+            chosen = [empty[place] for place in midpoints(len(empty), count - len(done))]
+            middles = midpoints(total, count)
+            added.append([middles[part] for part in chosen])
+            done.update(added[-1])
         return added
 
 
-class Verdict(NamedTuple):
-    """What a picture was found to be."""
+class Classification(NamedTuple):
+    """The predicted class of one picture, and how it was found."""
 
-    chosen: int
-    """The class."""
+    predicted: int
+    """Class number."""
     errors: np.ndarray
-    """(C,) mean error of each prompt over the trials it had."""
+    """(P,) mean error of each prompt over its trials; NaN for a prompt without any."""
     trials: np.ndarray
-    """(C,) how many these were."""
+    """(P,) trials of each prompt."""
 
     @property
     def passes(self) -> int:
@@ -73,21 +79,34 @@ class Verdict(NamedTuple):
 
 
 class ClassPrompts(NamedTuple):
-    """What is asked to tell classes apart."""
+    """The prompts that stand for the classes."""
 
     prompts: list[str | int]
-    """Texts, or class numbers."""
-    answers: list[int]
-    """The class that each stands for."""
+    """Texts, or class numbers of a class-conditional model."""
+    classes: list[int]
+    """The class of each prompt; several prompts may stand for one class."""
 
 
-def decide(errors: Errors, classes: int, stages: Stages) -> Verdict:
-    """Algorithm 2: drop, stage by stage, the classes of the largest mean error.
+def midpoints(total: int, count: int) -> list[int]:
+    """The middles of ``count`` equal parts of the integers 0 to ``total`` - 1, rounded down; all different.
+
+    Part i covers [i total / count, (i + 1) total / count), so its middle is (i + 1/2) total / count.
+
+    Raises:
+        ValueError: more parts than integers, or fewer than 0.
+    """
+    if not 0 <= count <= total:
+        raise ValueError(f"count: expected 0 to {total} parts of 0..{total}, got {count}")
+    return [(2 * part + 1) * total // (2 * count) for part in range(count)]
+
+
+def classify_by_error(errors: TrialErrors, classes: int, stages: Stages) -> Classification:
+    """Algorithm 2: drop, stage by stage, the classes with the largest mean error.
 
     Args:
         errors: the error of some classes in one trial.
-        classes: C; stages that would keep more keep them all.
-        stages: how many trials and classes.
+        classes: number of classes; a stage that would keep more of them keeps all.
+        stages: trials and classes of each stage.
 
     Raises:
         FloatingPointError: an error that is not finite, with its trial.
@@ -98,21 +117,21 @@ def decide(errors: Errors, classes: int, stages: Stages) -> Verdict:
         if len(left) == 1:
             break
         for trial in trials:
-            found = errors(left, trial).double().cpu().numpy()
-            if not np.isfinite(found).all():
-                raise FloatingPointError(f"trial {trial}: an error is not finite; take precision float32 or bfloat16")
-            sums[left] += found
+            values = errors(left, trial).double().cpu().numpy()
+            if not np.isfinite(values).all():
+                raise FloatingPointError(
+                    f"precision: the error of trial {trial} is not finite; use float32 or bfloat16 for the model"
+                )
+            sums[left] += values
             counts[left] += 1
         order = np.argsort(sums[left] / counts[left], kind="stable")
         left = sorted(left[i] for i in order[:keep])
-    return Verdict(left[0], np.divide(sums, counts, out=np.full(classes, np.nan), where=counts > 0), counts)
+    means = np.divide(sums, counts, out=np.full(classes, np.nan), where=counts > 0)
+    return Classification(left[0], means, counts)
 
 
 class DiffusionClassifier:
-    """Classifies pictures by a pipeline's denoising error.
-
-    Each class is a prompt; of a class-conditional model a class number. Nothing is learned.
-    """
+    """Classifies pictures by the denoising error of a pipeline under each class's prompt. Nothing is trained."""
 
     def __init__(
         self,
@@ -120,89 +139,97 @@ class DiffusionClassifier:
         prompts: Sequence[str | int],
         stages: Stages | None = None,
         *,
-        answers: Sequence[int] | None = None,
+        classes: Sequence[int] | None = None,
         batch_size: int = 32,
         seed: int = 0,
     ):
-        """Prepare the classes.
+        """Prepare the prompts.
 
         Args:
             pipeline: a diffusers pipeline.
-            prompts: one a class.
-            stages: how many trials and classes; None for the paper's.
-            answers: of each prompt the class that it stands for, where several stand for one.
-            batch_size: classes at once.
-            seed: fixes the noise of every trial, which is the same for every class and picture.
+            prompts: a text per class, or class numbers of a class-conditional model.
+            stages: trials and classes of each stage; None for the paper's.
+            classes: the class of each prompt, where several prompts stand for one class.
+            batch_size: prompts per pass of the denoiser.
+            seed: fixes the noise of every trial, which all classes and pictures share.
 
         Raises:
-            ValueError: fewer than two classes, or more trials than the model has timesteps.
+            ValueError: fewer than two prompts, or more trials than the model has timesteps.
         """
         if len(prompts) < 2:
-            raise ValueError(f"prompts: expected one for each of two or more classes, got {len(prompts)}")
+            raise ValueError(f"prompts: expected two or more, one per class, got {len(prompts)}")
         self.pipeline, self.prompts, self.stages = pipeline, list(prompts), stages or Stages()
-        self.answers = list(range(len(prompts)) if answers is None else answers)
+        self.classes = list(range(len(prompts)) if classes is None else classes)
         self.batch_size, self.seed = batch_size, seed
-        self.timesteps = timesteps(pipeline, self.stages.trials[-1])
+        self.timesteps = even_timesteps(pipeline, self.stages.trials[-1])
         self._conditions: dict[tuple[int, ...], dict[str, Any]] = {}
 
     @torch.no_grad()
-    def classify(self, pixels: Tensor) -> list[Verdict]:
-        """What each of B pictures (B, 3, H, W) in [-1, 1] is; each is decided by itself."""
-        told = self._told(tuple(pixels.shape[-2:]))
-        verdicts = []
+    def classify(self, pixels: Tensor) -> list[Classification]:
+        """Classify B pictures (B, 3, H, W) in [-1, 1], each independently of the others."""
+        conditions = self._conditions_for(tuple(pixels.shape[-2:]))
+        results = []
         for latents in encode(self.pipeline, pixels).split(1):
-            made: dict[int, tuple[Tensor, Tensor]] = {}
+            noised: dict[int, tuple[Tensor, Tensor]] = {}
 
-            def errors(classes: Sequence[int], trial: int, latents: Tensor = latents, made: dict = made) -> Tensor:
-                if trial not in made:
-                    made[trial] = self._noised(latents, trial)
-                noisy, target = made[trial]
+            def errors(prompts: Sequence[int], trial: int, latents: Tensor = latents, noised: dict = noised) -> Tensor:
+                if trial not in noised:
+                    noised[trial] = self._noised(latents, trial)
+                noisy, target = noised[trial]
                 parts = []
-                for begin in range(0, len(classes), self.batch_size):
-                    part = list(classes[begin : begin + self.batch_size])
+                for begin in range(0, len(prompts), self.batch_size):
+                    part = list(prompts[begin : begin + self.batch_size])
                     predicted = predict(
-                        self.pipeline, noisy.expand(len(part), -1, -1, -1), self.timesteps[trial], _rows(told, part)
-                    )[:, : target.shape[1]]
+                        self.pipeline, noisy.expand(len(part), -1, -1, -1), self.timesteps[trial],
+                        _select(conditions, part),
+                    )[:, : target.shape[1]]  # fmt: skip
                     parts.append((predicted.float() - target).square().mean((1, 2, 3)))
                 return torch.cat(parts)
 
-            verdict = decide(errors, len(self.prompts), self.stages)
-            verdicts.append(verdict._replace(chosen=self.answers[verdict.chosen]))
-        return verdicts
+            result = classify_by_error(errors, len(self.prompts), self.stages)
+            results.append(result._replace(predicted=self.classes[result.predicted]))
+        return results
 
-    def _told(self, size: tuple[int, int]) -> dict[str, Any]:
+    def _conditions_for(self, size: tuple[int, int]) -> dict[str, Any]:
         if size not in self._conditions:
             self._conditions[size] = condition(self.pipeline, self.prompts, len(self.prompts), size)
         return self._conditions[size]
 
     def _noised(self, latents: Tensor, trial: int) -> tuple[Tensor, Tensor]:
-        """Noisy latents of a trial, and what a denoiser without error says of them."""
+        """Noisy latents of a trial, and the prediction of a perfect denoiser."""
         state = np.random.SeedSequence([self.seed, trial]).generate_state(1, np.uint64)[0]
         generator = torch.Generator().manual_seed(int(state >> 1))
         noise = torch.randn(latents.shape, generator=generator).to(latents)
         timestep = self.timesteps[trial]
-        return add_noise(self.pipeline, latents, noise, timestep), target(self.pipeline, latents, noise, timestep)
+        noisy = add_noise(self.pipeline, latents, noise, timestep)
+        return noisy, prediction_target(self.pipeline, latents, noise, timestep)
 
 
-def timesteps(pipeline: Any, count: int) -> list[int]:
-    """``count`` evenly spaced timesteps of a model, the middles of equal parts of its schedule.
+def even_timesteps(pipeline: Any, count: int) -> list[int]:
+    """``count`` timesteps of a model: the middles of equal parts of its T training timesteps.
 
     Raises:
-        ValueError: more than it has.
+        ValueError: fewer than 1, or more than T.
     """
     total = pipeline.scheduler.config.num_train_timesteps
     if not 1 <= count <= total:
         raise ValueError(f"trials: at most one for each of the model's {total} timesteps, got {count}")
-    step = total // count
-    return [min(step // 2 + i * step, last_timestep(pipeline)) for i in range(count)]
+    return [min(timestep, last_timestep(pipeline)) for timestep in midpoints(total, count)]
 
 
-def target(pipeline: Any, latents: Tensor, noise: Tensor, timestep: int) -> Tensor:
-    """What a denoiser of this kind should predict, float32: the noise, the velocity
-    sqrt(abar) eps - sqrt(1 - abar) x_0, the picture, or of a rectified flow eps - x_0.
+def prediction_target(pipeline: Any, latents: Tensor, noise: Tensor, timestep: int) -> Tensor:
+    """What a perfect denoiser of this kind predicts, in float32.
+
+    The noise eps, the velocity sqrt(abar) eps - sqrt(1 - abar) x_0, the sample x_0, or of a rectified flow eps - x_0.
+
+    Args:
+        pipeline: a diffusers pipeline.
+        latents: x_0, (B, c, h, w).
+        noise: eps, of the same shape.
+        timestep: t.
 
     Raises:
-        ValueError: a prediction of another kind.
+        ValueError: an unknown prediction type.
     """
     latents, noise = latents.float(), noise.float()
     if is_flow(pipeline):
@@ -210,56 +237,62 @@ def target(pipeline: Any, latents: Tensor, noise: Tensor, timestep: int) -> Tens
             raise ValueError("model: FLUX predicts tokens; the diffusion classifier compares latents")
         return noise - latents
     kind = pipeline.scheduler.config.prediction_type
-    kept = pipeline.scheduler.alphas_cumprod[timestep].item()
-    kinds = {
+    signal = pipeline.scheduler.alphas_cumprod[timestep].item()
+    targets = {
         "epsilon": noise,
-        "v_prediction": kept**0.5 * noise - (1 - kept) ** 0.5 * latents,
+        "v_prediction": signal**0.5 * noise - (1 - signal) ** 0.5 * latents,
         "sample": latents,
     }
-    if kind not in kinds:
-        raise ValueError(f"model: predicts {kind!r}; known are {', '.join(kinds)}")
-    return kinds[kind]
+    if kind not in targets:
+        raise ValueError(f"model: its prediction_type is {kind!r}; supported are {', '.join(targets)}")
+    return targets[kind]
 
 
 def class_prompts(pipeline: Any, names: Sequence[str], template: str) -> ClassPrompts:
-    """What a pipeline is asked: for each class the template with its name for ``{}``.
+    """The prompts for some classes: the template with each class's name in place of ``{}``.
 
-    A class-conditional model is asked its own classes that are named after one of these (``red circle``
-    and ``red star`` after ``red``); where they have no names they must be these, in this order.
+    A class-conditional model has classes of its own. Those with one of the given names among their words are used
+    (``red circle`` and ``red star`` for ``red``). If its classes have no names, their numbers must be these classes'.
+
+    Args:
+        pipeline: a diffusers pipeline.
+        names: of the classes, in the order of their numbers.
+        template: such as ``a photo of a {}``.
 
     Raises:
-        ValueError: a template without ``{}``, or a class after which none of the model's is named.
+        ValueError: a template without ``{}``, or a class that no class of the model is named after.
     """
     labels = getattr(pipeline, "labels", None)
     if by_class(pipeline) and labels:
-        stand = [(number, i) for label, number in labels.items() for i, name in enumerate(names) if _of(name, label)]
-        missing = sorted(set(range(len(names))) - {i for _, i in stand})
+        pairs = [(number, i) for label, number in labels.items() for i, name in enumerate(names) if _names(name, label)]
+        missing = sorted(set(range(len(names))) - {i for _, i in pairs})
         if missing:
             raise ValueError(f"model: none of its classes is named after {names[missing[0]]!r}")
-        numbers, answers = zip(*sorted(set(stand)), strict=True)
-        return ClassPrompts(list(numbers), list(answers))
+        numbers, classes = zip(*sorted(set(pairs)), strict=True)
+        return ClassPrompts(list(numbers), list(classes))
     prompts = list(range(len(names))) if by_class(pipeline) else class_texts(names, template)
     return ClassPrompts(prompts, list(range(len(names))))
 
 
-def _of(name: str, label: str) -> bool:
-    """Whether a label is one of a name's synonyms, which commas divide, or has one among its words."""
+def _names(name: str, label: str) -> bool:
+    """Whether a label is one of the comma-separated synonyms in a name, or has one among its words."""
     return bool({part.strip() for part in name.split(",")} & {label, *label.split()})
 
 
 def class_texts(names: Sequence[str], template: str) -> list[str]:
-    """A text a class: the template with the class's name for ``{}``, an underscore as a space.
+    """A text per class: the template with the class's name in place of ``{}``, underscores read as spaces.
 
     Raises:
         ValueError: a template without ``{}``.
     """
     if "{}" not in template:
-        raise ValueError(f"template: expected a place {{}} for the class's name, got {template!r}")
+        raise ValueError(f"template: expected {{}} where the class's name goes, got {template!r}")
     return [template.replace("{}", name.replace("_", " ")) for name in names]
 
 
-def _rows(told: Any, chosen: Sequence[int], name: str = "") -> Any:
-    """The conditions of some classes."""
-    if isinstance(told, dict):
-        return {key: _rows(value, chosen, key) for key, value in told.items()}
-    return told[list(chosen)] if isinstance(told, Tensor) and name not in NOT_BY_PICTURE else told
+def _select(conditions: Any, prompts: Sequence[int], name: str = "") -> Any:
+    """The conditions of some prompts."""
+    if isinstance(conditions, dict):
+        return {key: _select(value, prompts, key) for key, value in conditions.items()}
+    batched = isinstance(conditions, Tensor) and name not in SHARED_CONDITIONS
+    return conditions[list(prompts)] if batched else conditions

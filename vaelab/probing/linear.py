@@ -1,7 +1,7 @@
-"""What can be read off vectors by a linear classifier, and how sure an accuracy is.
+"""Linear probes on feature vectors, and accuracies with their confidence intervals.
 
-The strength of the regularisation is chosen on validation examples; the test examples are classified
-once, by the one that was chosen.
+The strength of the regularisation is selected on validation examples. The test examples are classified once, by the
+selected probe.
 """
 
 from collections.abc import Sequence
@@ -12,95 +12,103 @@ import numpy as np
 from vaelab.core.stats import wilson
 
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
-"""C of the logistic regressions that are tried: the smaller, the more regularised."""
+"""Values of C, the inverse regularisation strength of scikit-learn's logistic regression."""
 
 
 class Accuracy(NamedTuple):
-    """Of a classifier on examples it was neither trained nor chosen on."""
+    """Top-1 accuracy on test examples, which were used neither for training nor for selection."""
 
     accuracy: float
-    """Share of the examples whose class is named (top-1)."""
+    """Share of the examples whose class is predicted."""
     low: float
-    """Lower end of its interval."""
+    """Lower end of Wilson's 95 % interval."""
     high: float
     """Upper end."""
     chance: float
-    """What always naming the most frequent class of the training examples attains."""
+    """Accuracy of always predicting the most frequent class of the training examples."""
     count: int
     """Test examples."""
 
 
-class Probe(NamedTuple):
-    """A linear probe and what it says of the test examples."""
+class LinearProbe(NamedTuple):
+    """The predictions of a fitted linear probe."""
 
     predicted: np.ndarray
-    """(N,) a class number for each test example."""
+    """(M,) class numbers of the test examples."""
     strength: float
-    """The chosen C."""
+    """The selected C."""
     validation: float
-    """Its accuracy on the validation examples."""
+    """Accuracy on the validation examples."""
 
 
-def score(predicted: Sequence[int] | np.ndarray, truth: Sequence[int] | np.ndarray, learned: Any) -> Accuracy:
-    """How often ``predicted`` is right.
+def measure_accuracy(
+    predicted: Sequence[int] | np.ndarray, truth: Sequence[int] | np.ndarray, training_labels: Any
+) -> Accuracy:
+    """The accuracy of predicted classes.
 
     Args:
         predicted: (N,) class numbers.
         truth: (N,) the true ones.
-        learned: (M,) those of the training examples, which say what chance is.
+        training_labels: (M,) class numbers of the training examples, which decide what chance is.
+
+    Raises:
+        ValueError: arrays of different lengths, or no example.
     """
     predicted, truth = np.asarray(predicted), np.asarray(truth)
     if predicted.shape != truth.shape:
         raise ValueError(f"predicted: {predicted.shape} classes for {truth.shape} examples")
-    right = int((predicted == truth).sum())
-    most_frequent = np.bincount(np.asarray(learned)).argmax()
-    low, high = wilson(right, len(truth))
-    return Accuracy(right / len(truth), low, high, float((truth == most_frequent).mean()), len(truth))
+    correct = int((predicted == truth).sum())
+    most_frequent = np.bincount(np.asarray(training_labels)).argmax()
+    low, high = wilson(correct, len(truth))
+    return Accuracy(correct / len(truth), low, high, float((truth == most_frequent).mean()), len(truth))
 
 
-def linear_probe(
-    learn: tuple[np.ndarray, np.ndarray],
-    validate: tuple[np.ndarray, np.ndarray],
+def fit_linear_probe(
+    training: tuple[np.ndarray, np.ndarray],
+    validation: tuple[np.ndarray, np.ndarray],
     test: np.ndarray,
     strengths: Sequence[float] = STRENGTHS,
-) -> Probe:
-    """Multinomial logistic regression on vectors that are standardised by the training examples.
+) -> LinearProbe:
+    """Multinomial logistic regression on vectors standardised by the training examples' mean and deviation.
 
     Args:
-        learn: vectors (N, d) and their class numbers (N,).
-        validate: others, by which the strength is chosen; of equally good ones the most regularised.
+        training: vectors (N, d) and their class numbers (N,).
+        validation: other vectors and classes, on which C is selected; among equals the smallest.
         test: vectors (M, d) of further examples.
-        strengths: values of C to choose from.
+        strengths: values of C to select from.
 
     Raises:
-        ValueError: no strength, or training examples of one class alone.
+        ValueError: no C, or training examples of a single class.
     """
     from sklearn.linear_model import LogisticRegression
+    from sklearn.preprocessing import StandardScaler
 
-    (vectors, labels), (held_out, truth) = learn, validate
+    (vectors, labels), (held_out, truth) = training, validation
     if not strengths:
         raise ValueError("strengths: expected one or more values of C")
     if len(np.unique(labels)) < 2:
         raise ValueError(f"labels: all {len(labels)} training examples are of one class")
-    mean, spread = vectors.mean(0), vectors.std(0)
-    spread = np.where(spread > 0, spread, 1)
+    scaler = StandardScaler().fit(vectors)
+    vectors, held_out, test = (scaler.transform(each) for each in (vectors, held_out, test))
     best: tuple[float, float, Any] | None = None
     for strength in sorted(strengths):
-        model = LogisticRegression(C=strength, max_iter=500).fit((vectors - mean) / spread, labels)
-        accuracy = float((model.predict((held_out - mean) / spread) == truth).mean())
+        model = LogisticRegression(C=strength, max_iter=500).fit(vectors, labels)
+        accuracy = float((model.predict(held_out) == truth).mean())
         if best is None or accuracy > best[0]:
             best = accuracy, strength, model
     accuracy, strength, model = best
-    return Probe(model.predict((test - mean) / spread), strength, accuracy)
+    return LinearProbe(model.predict(test), strength, accuracy)
 
 
 def class_share(vectors: np.ndarray, labels: np.ndarray) -> float:
-    """The share of the vectors' variance that is between classes, beyond what classes dealt at random
-    would have: 1 - (within / (N - C)) / (whole / (N - 1)). 0 is chance, 1 that classes are points.
+    """The share of the vectors' variance that lies between classes, corrected for chance.
+
+    1 - (within / (N - C)) / (total / (N - 1)), with sums of squares within classes and in total. 0 is the expectation
+    for random labels; 1 means that all vectors of a class are equal.
 
     Args:
         vectors: (N, d).
-        labels: (N,) class numbers of C classes, C below N.
+        labels: (N,) class numbers of C classes, C < N.
 
     Raises:
         ValueError: fewer than two classes, or as many as vectors.
@@ -108,11 +116,13 @@ def class_share(vectors: np.ndarray, labels: np.ndarray) -> float:
     vectors = np.asarray(vectors, dtype=np.float64)
     classes, numbers = np.unique(labels, return_inverse=True)
     if not 1 < len(classes) < len(vectors):
-        raise ValueError(f"labels: {len(vectors)} vectors of {len(classes)} classes; expected two or more, of several")
+        raise ValueError(
+            f"labels: {len(vectors)} vectors of {len(classes)} classes; expected at least two classes and more vectors"
+        )
     counts = np.bincount(numbers)
     means = np.zeros((len(classes), vectors.shape[1]))
     np.add.at(means, numbers, vectors)
     means /= counts[:, None]
     within = np.square(vectors - means[numbers]).sum() / (len(vectors) - len(classes))
-    whole = np.square(vectors - vectors.mean(0)).sum() / (len(vectors) - 1)
-    return float(1 - within / whole) if whole > 0 else 0.0
+    total = np.square(vectors - vectors.mean(0)).sum() / (len(vectors) - 1)
+    return float(1 - within / total) if total > 0 else 0.0

@@ -1,9 +1,12 @@
-"""k-sparse autoencoders on every layer and timestep of a store, and how pure their features are.
+"""How pure the features of a layer are: whether the pictures that activate a feature most are of one class.
 
-As Kim et al. ("Revelio", sections 3.2 and 4.2, appendix F): on vectors that are means over positions, of the
-pictures as they are (crops and flips are Diff-C's alone, section 4.1); then of the 1,000 most active features
-the ten pictures that activate each most. The paper does not say what makes a feature most active; here it is
-its largest activation.
+Kim et al. ("Revelio", sections 3.2 and 4.2, appendix F) train a k-sparse autoencoder on each layer, on vectors averaged
+over positions, of uncropped pictures (crops and flips are for Diff-C alone, section 4.1). They take the 1,000 most
+active features and the ten top activating pictures of each. Their measure sigma_label is the standard deviation of the
+pictures' class *numbers*, so it depends on how the classes happen to be numbered. Beside it stand the entropy of the
+classes, the share of the most frequent class, and a permutation test of the entropy, which do not.
+
+The paper does not say what makes a feature most active; here it is its largest activation.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,92 +19,101 @@ from torch import Tensor
 
 from vaelab import store
 from vaelab.core.validate import at_least, one_of, unknown
-from vaelab.data.labelled import Pictures
-from vaelab.probing.dataset import Examples, read
-from vaelab.probing.layer_features import refuse_other_pictures
+from vaelab.data.labelled import LabelledPictures
+from vaelab.probing.dataset import Examples, load_examples
+from vaelab.probing.layer_features import require_same_model, require_same_source
+from vaelab.probing.space import require_training_space
 from vaelab.sae.model import SAE, SAEConfig
-from vaelab.sae.top_activating import Summary, summarise
-from vaelab.sae.train import Wanted
+from vaelab.sae.top_activating import FeatureSummary, summarise_features
+from vaelab.sae.train import SAESpec
 from vaelab.store.format import Layout
 from vaelab.store.reader import Store
 
-# purity: How pure features are: whether the pictures that activate one most are of one class.
-#
-# Kim et al. ("Revelio", section 4.2) take sigma_label, the standard deviation of the class *numbers* of
-# the ten pictures, averaged over the thousand most active features. It depends on how classes happen to
-# be numbered, so beside it stand what does not: the entropy of the classes, the share of the most
-# frequent one, and a permutation test of the entropy.
-#
+MEASURES = ("sigma_label", "entropy", "majority", "permutation_p")
+"""The fields of :class:`Purity` that are recorded as metrics."""
 
 
 class Purity(NamedTuple):
-    """Means over features, and what they would be if features knew nothing of the classes."""
+    """Purity of some features: means over them, and the expectation if features were unrelated to the classes."""
 
     sigma_label: float
-    """The paper's measure; lower is purer, in class numbers."""
+    """The paper's measure, in class numbers; 0 is pure."""
     entropy: float
     """Of the classes of a feature's pictures, in bits; 0 is pure."""
     majority: float
     """Share of the most frequent class; 1 is pure."""
     permutation_p: float
-    """How often labels that are dealt anew to the pictures give as low an entropy."""
+    """Share of permutations of the labels with an entropy as low."""
     sigma_label_chance: float
-    """Mean over the permutations, as the next two."""
+    """Mean over the permutations, like the next two."""
     entropy_chance: float
     majority_chance: float
     features: int
-    """How many they are means of."""
+    """Number of features."""
+
+
+class TopFeatures(NamedTuple):
+    """The most active features of a layer, each with its top activating pictures."""
+
+    features: np.ndarray
+    """(F,) feature numbers, the most active first."""
+    pictures: np.ndarray
+    """(F, n) numbers of the pictures among the examples."""
+    summary: FeatureSummary
+    """Of all features."""
 
 
 def sigma_labels(classes: np.ndarray) -> np.ndarray:
-    """Standard deviation (F,), that of a population, of the class numbers (F, n) of each feature's pictures."""
+    """Population standard deviation (F,) of the class numbers (F, n) of each feature's pictures."""
     return classes.std(axis=1)
 
 
 def entropies(classes: np.ndarray) -> np.ndarray:
     """Entropy (F,) of the classes (F, n) of each feature's pictures, in bits."""
-    shares = np.sort(_shares(classes), axis=1)  # so that sums do not depend on the classes' order
+    shares = np.sort(_class_frequencies(classes), axis=1)  # so that a sum does not depend on the classes' order
     return -(shares * np.log2(np.where(shares > 0, shares, 1))).sum(axis=1) + 0.0
 
 
 def majorities(classes: np.ndarray) -> np.ndarray:
     """Share (F,) of the most frequent class (F, n) of each feature's pictures."""
-    return _shares(classes).max(axis=1)
+    return _class_frequencies(classes).max(axis=1)
 
 
-def measure(labels: np.ndarray, top: np.ndarray, *, permutations: int = 200, seed: int = 0) -> Purity:
-    """The purity of features.
+def measure_purity(labels: np.ndarray, top: np.ndarray, *, permutations: int = 200, seed: int = 0) -> Purity:
+    """The purity of some features.
 
-    The test permutes the labels among all pictures, so that pictures which several features share
-    stay shared.
+    The test permutes the labels among all pictures, so that pictures that several features share stay shared.
 
     Args:
         labels: (N,) class numbers of all pictures, from 0.
-        top: (F, n) for each feature the numbers of its n pictures.
+        top: (F, n) numbers of each feature's pictures.
         permutations: of the test; its p is at least 1 / (permutations + 1).
         seed: fixes them.
 
     Raises:
-        ValueError: no feature, a picture or a label that does not exist.
+        ValueError: no feature, or a picture or label that does not exist.
     """
     labels, top = np.asarray(labels), np.asarray(top)
     at_least("permutations", permutations, 1)
     if top.ndim != 2 or not top.size:
         raise ValueError(f"top: expected pictures (F, n) of one or more features, got {top.shape}")
     if top.min() < 0 or top.max() >= len(labels) or labels.min() < 0:
-        raise ValueError(f"top: {len(labels)} pictures, and labels from 0 on; got picture {top.min()} or {top.max()}")
-    found = _means(labels[top])
+        raise ValueError(
+            f"top: expected picture numbers below {len(labels)} and labels from 0, got pictures {top.min()} to "
+            f"{top.max()} and labels from {labels.min()}"
+        )
+    measured = _means(labels[top])
     rng = np.random.default_rng(seed)
-    dealt = np.array([_means(rng.permutation(labels)[top]) for _ in range(permutations)])
-    as_low = int((dealt[:, 1] <= found[1] + 1e-12).sum())
-    return Purity(*found, (1 + as_low) / (1 + permutations), *map(float, dealt.mean(axis=0)), len(top))
+    permuted = np.array([_means(rng.permutation(labels)[top]) for _ in range(permutations)])
+    as_low = int((permuted[:, 1] <= measured[1] + 1e-12).sum())
+    return Purity(*measured, (1 + as_low) / (1 + permutations), *map(float, permuted.mean(axis=0)), len(top))
 
 
 def _means(classes: np.ndarray) -> tuple[float, float, float]:
-    return tuple(float(one(classes).mean()) for one in (sigma_labels, entropies, majorities))
+    return tuple(float(measure(classes).mean()) for measure in (sigma_labels, entropies, majorities))
 
 
-def _shares(classes: np.ndarray) -> np.ndarray:
+def _class_frequencies(classes: np.ndarray) -> np.ndarray:
     """Share of every class (F, C) among classes (F, n)."""
     features, count = classes.shape
     kinds = int(classes.max()) + 1
@@ -109,8 +121,8 @@ def _shares(classes: np.ndarray) -> np.ndarray:
     return np.bincount(places.ravel(), minlength=features * kinds).reshape(features, kinds) / count
 
 
-def renumbered(labels: np.ndarray, top: np.ndarray, *, times: int = 50, seed: int = 0) -> tuple[float, float]:
-    """The least and the most that sigma_label can be found to be when the same classes are numbered anew.
+def sigma_label_range(labels: np.ndarray, top: np.ndarray, *, times: int = 50, seed: int = 0) -> tuple[float, float]:
+    """The smallest and largest sigma_label if the same classes are numbered differently.
 
     Args:
         labels: (N,) class numbers, from 0.
@@ -121,35 +133,38 @@ def renumbered(labels: np.ndarray, top: np.ndarray, *, times: int = 50, seed: in
     at_least("times", times, 1)
     labels, rng = np.asarray(labels), np.random.default_rng(seed)
     kinds = int(labels.max()) + 1
-    found = [float(sigma_labels(rng.permutation(kinds)[labels[top]]).mean()) for _ in range(times)]
-    return min(found), max(found)
+    values = [float(sigma_labels(rng.permutation(kinds)[labels[top]]).mean()) for _ in range(times)]
+    return min(values), max(values)
 
 
-MEASURES = ("sigma_label", "entropy", "majority", "permutation_p")
+def open_features(activations: str, pictures: LabelledPictures, model: str) -> tuple[Store, dict[str, Examples]]:
+    """Open a store of notebook 40, with its pictures and the classes of each factor.
+
+    Args:
+        activations: its folder.
+        pictures: that it must hold.
+        model: the model that it must have been made with.
+
+    Raises:
+        ValueError: other pictures or another model, or pictures without labels.
+    """
+    features = store.open(activations, parameter="activations")
+    require_same_model(features, model, "activations")
+    require_same_source(features, pictures, {}, "activations")
+    return features, {factor: load_examples(features, factor) for factor in pictures.classes or [""]}
 
 
-class Tops(NamedTuple):
-    """The most active features of a layer, each with the pictures that activate it most."""
-
-    features: np.ndarray
-    """(F,) their numbers, the most active first."""
-    pictures: np.ndarray
-    """(F, top) numbers among the examples."""
-    summary: Summary
-    """Of all features."""
-
-
-def wanted(
+def sae_specs(
     layout: Layout, layers: Sequence[str], expansion: int, k: int, seed: int, **options: Any
-) -> dict[str, Wanted]:
-    """An autoencoder for each layer and timestep, under its name.
+) -> dict[str, SAESpec]:
+    """A k-sparse autoencoder to train for each layer, by the layer's name.
 
     Args:
         layout: of the store.
         layers: names such as ``up_ft1.t25``.
-        expansion: features a channel.
-        k: active features of a picture.
-        seed: of the first weights.
+        expansion: features per channel.
+        k: active features per picture.
+        seed: of the initial weights.
         options: of every :class:`vaelab.sae.model.SAEConfig`.
 
     Raises:
@@ -160,93 +175,90 @@ def wanted(
         if layer not in layout:
             raise unknown("layers (of the activations)", layer, layout)
         if layout[layer].positions:
-            raise ValueError(f"layers: {layer!r} holds maps; purity is of vectors that are means over positions")
+            raise ValueError(f"layers: {layer!r} holds maps; purity is measured on vectors averaged over positions")
     return {
-        layer: Wanted(layer, SAEConfig(layout[layer].width, expansion * layout[layer].width, k, **options), seed)
+        layer: SAESpec(layer, SAEConfig(layout[layer].width, expansion * layout[layer].width, k, **options), seed)
         for layer in layers
     }
 
 
-def opened(activations: str, pictures: Pictures, model: str) -> tuple[Store, dict[str, Examples]]:
-    """A store of notebook 40, and its pictures with the classes of each factor.
-
-    Args:
-        activations: its folder.
-        pictures: that it must be of.
-        model: that it must have been made with.
-
-    Raises:
-        ValueError: other pictures or another model, pictures without labels, or with withheld ones.
-    """
-    kept = store.open(activations, parameter="activations")
-    refuse_other_pictures(kept, pictures, model, "activations")
-    return kept, {factor: read(kept, factor) for factor in pictures.classes or [""]}
+def require_disk_space(specs: Mapping[str, SAESpec], folder: str | Path) -> int:
+    """Require the disk space that training these autoencoders takes, see :func:`require_training_space`."""
+    sizes = [
+        2 * spec.config.n_features * spec.config.d + spec.config.n_features + spec.config.d for spec in specs.values()
+    ]
+    return require_training_space(f"{len(sizes)} autoencoders", max(sizes), sum(sizes), folder, together=True)
 
 
-def refuse_nonsense(
+def validate_selection(
     by_factor: Mapping[str, Examples], factor: str, layers: Sequence[str], shown: Sequence[str], top: int
 ) -> None:
-    """Raise ValueError, before anything is trained, for an unknown factor, a layer that is to be shown and is not among
-    those that are trained on, or more pictures a feature than there are."""
+    """Validate parameters of notebook 41 before anything is trained.
+
+    Raises:
+        ValueError: an unknown factor, a layer to be shown that is not trained on, or more pictures per feature than
+            there are.
+    """
     one_of("factor", factor, by_factor)
     for layer in shown:
         one_of("shown_layers", layer, layers)
     if top > (count := len(by_factor[factor])):
-        raise ValueError(f"top: {top} pictures a feature, and the activations are of {count}")
+        raise ValueError(f"top: {top} pictures per feature, but the activations are of {count} pictures")
 
 
-def keep(saes: Mapping[str, SAE], folder: Path) -> None:
-    """Save the autoencoder of each layer in a folder of its name."""
+def save_saes(saes: Mapping[str, SAE], folder: Path) -> None:
+    """Save each layer's autoencoder in a subfolder with the layer's name."""
     for layer, sae in saes.items():
         sae.save_pretrained(folder / layer)
 
 
-def tops(sae: SAE, examples: Examples, layer: str, *, features: int = 1000, top: int = 10) -> Tops:
-    """What the most active features of a layer are activated by, of the pictures as they are.
+def top_features(sae: SAE, examples: Examples, layer: str, *, features: int = 1000, top: int = 10) -> TopFeatures:
+    """The most active features of a layer and their top activating pictures, which are uncropped.
 
     Args:
         sae: the layer's autoencoder.
         examples: the pictures.
         layer: its name in the store.
-        features: how many; of those that are active in at least ``top`` pictures.
-        top: pictures a feature.
+        features: how many, of those that are active on at least ``top`` pictures.
+        top: pictures per feature.
 
     Raises:
-        ValueError: no feature is active in so many pictures.
+        ValueError: no feature is active on so many pictures.
     """
     items = [views[0] for views in examples.items]
     place = {item: number for number, item in enumerate(items)}
-    found = summarise(sae, examples.kept, layer, top=top, items=items)
-    chosen = found.most_active(features)
+    summary = summarise_features(sae, examples.store, layer, top=top, items=items)
+    chosen = summary.most_active(features)
     if not len(chosen):
-        raise ValueError(f"{layer}: no feature is active in {top} of {len(items)} pictures; train longer, or take more")
-    pictures = np.array([[place[item] for item in row] for row in found.items[chosen].tolist()])
-    return Tops(chosen.numpy(), pictures, found)
+        raise ValueError(
+            f"top: no feature of {layer} is active on {top} of {len(items)} pictures; train longer or take more"
+        )
+    pictures = np.array([[place[item] for item in row] for row in summary.items[chosen].tolist()])
+    return TopFeatures(chosen.numpy(), pictures, summary)
 
 
-def table(
-    found: Mapping[str, Tops], by_factor: Mapping[str, Examples], *, permutations: int, seed: int
+def purity_table(
+    by_layer: Mapping[str, TopFeatures], by_factor: Mapping[str, Examples], *, permutations: int, seed: int
 ) -> pd.DataFrame:
-    """The purity of every layer's features, by every factor.
+    """The purity of every layer's features, for every factor.
 
     Args:
-        found: by layer and timestep.
+        by_layer: the features.
         by_factor: the same pictures with the classes of each factor.
         permutations: of the test.
         seed: fixes them.
 
     Returns:
-        A row a layer and factor: ``layer``, ``factor``, the fields of :class:`vaelab.probing.purity.Purity`, the
-        range of sigma_label under other numberings of the classes (``sigma_label_low``,
-        ``sigma_label_high``), and ``gain``, by how much the entropy is below that of chance: 0 is
-        chance, 1 is pure.
+        A row per layer and factor: ``layer``, ``factor``, the fields of :class:`Purity`, the range of sigma_label under
+        other numberings of the classes (``sigma_label_low``, ``sigma_label_high``), and ``gain``, 1 - entropy /
+        entropy_chance: 0 is chance, 1 is pure.
     """
     rows = []
-    for layer, one in found.items():
+    for layer, found in by_layer.items():
         for factor, examples in by_factor.items():
             labels = examples.labels.numpy()
-            measured = measure(labels, one.pictures, permutations=permutations, seed=seed)
-            low, high = renumbered(labels, one.pictures, seed=seed)
+            measured = measure_purity(labels, found.pictures, permutations=permutations, seed=seed)
+            low, high = sigma_label_range(labels, found.pictures, seed=seed)
             gain = 1 - measured.entropy / measured.entropy_chance if measured.entropy_chance else 0.0
             rows.append({
                 "layer": layer, "factor": factor, **measured._asdict(), "sigma_label_low": low,
@@ -255,35 +267,37 @@ def table(
     return pd.DataFrame(rows)
 
 
-def metrics(rows: pd.DataFrame, factor: str) -> dict[str, float]:
-    """``<layer>.t<timestep>.<measure>`` of one factor, and ``<layer>.t<timestep>.<factor>.<measure>`` of all.
+def purity_metrics(rows: pd.DataFrame, factor: str) -> dict[str, float]:
+    """The metrics ``<layer>.<factor>.<measure>``, and ``<layer>.<measure>`` for the main factor.
 
     Args:
-        rows: from :func:`table`.
-        factor: the one that is meant where none is named.
+        rows: from :func:`purity_table`.
+        factor: the main one.
     """
-    named = {}
+    metrics = {}
     for row in rows.to_dict("records"):
         if row["factor"] == factor:
-            named |= {f"{row['layer']}.{name}": row[name] for name in MEASURES}
-        named |= {f"{row['layer']}.{row['factor']}.{name}": row[name] for name in MEASURES}
-    return named
+            metrics |= {f"{row['layer']}.{name}": row[name] for name in MEASURES}
+        metrics |= {f"{row['layer']}.{row['factor']}.{name}": row[name] for name in MEASURES}
+    return metrics
 
 
-def grid(one: Tops, pictures: Pictures, examples: Examples, count: int, seed: int) -> dict[str, Tensor]:
-    """The pictures of a few of the most active features, for :func:`vaelab.viz.charts.picture_grid`.
+def feature_pictures(
+    found: TopFeatures, pictures: LabelledPictures, examples: Examples, count: int, seed: int
+) -> dict[str, Tensor]:
+    """The top activating pictures of a few features, for :func:`vaelab.viz.picture_grid`.
 
     Args:
-        one: of a layer.
+        found: the features of a layer.
         pictures: those of the store.
-        examples: with the classes that the rows' labels tell the entropy of.
-        count: how many features, drawn by ``seed``: a choice by eye would show what one likes.
-        seed: fixes them.
+        examples: with the classes whose entropy stands in the rows' labels.
+        count: features, drawn at random: a choice by eye would be biased.
+        seed: fixes which they are.
     """
-    drawn = np.sort(np.random.default_rng(seed).permutation(len(one.features))[:count])
-    each_entropy = entropies(examples.labels.numpy()[one.pictures[drawn]])
-    images = [[examples.kept.items[examples.items[i][0]]["image"] for i in one.pictures[row]] for row in drawn]
+    drawn = np.sort(np.random.default_rng(seed).permutation(len(found.features))[:count])
+    entropy = entropies(examples.labels.numpy()[found.pictures[drawn]])
+    images = [[examples.store.items[examples.items[i][0]]["image"] for i in found.pictures[row]] for row in drawn]
     return {
-        f"feature {one.features[row]}, {entropy:.1f} bit": pictures.stack(shown)
-        for row, entropy, shown in zip(drawn, each_entropy, images, strict=True)
+        f"feature {found.features[row]}, {bits:.1f} bit": pictures.stack(shown)
+        for row, bits, shown in zip(drawn, entropy, images, strict=True)
     }

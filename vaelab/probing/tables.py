@@ -1,4 +1,4 @@
-"""Tables of what classifiers read off layers: the map of knowledge, the best layers, and runs of several models."""
+"""Tables of accuracies: the best layers, the map of layers by timesteps, and several runs side by side."""
 
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -9,43 +9,43 @@ import pandas as pd
 from vaelab.core.io import read_json
 from vaelab.core.paths import resolve
 from vaelab.core.validate import unknown
-from vaelab.probing.layer_features import placed
+from vaelab.probing.layer_features import with_block_and_timestep
 
-MEASURES = {"probe": "linear probe,\ntest accuracy", "diffc": "Diff-C,\ntest accuracy"}
-PURITY = "purity: share of\nthe commonest class"
-
-
-def joined(probes: pd.DataFrame, diffcs: pd.DataFrame) -> pd.DataFrame:
-    """The rows of both."""
-    return pd.concat([probes, diffcs], ignore_index=True)
+CLASSIFIERS = {"probe": "linear probe,\ntest accuracy", "diffc": "Diff-C,\ntest accuracy"}
+PURITY = "purity: share of the\nmost frequent class"
 
 
-def best(rows: pd.DataFrame, factor: str) -> str:
-    """The layer and timestep that reads a factor best on the validation pictures."""
+def best_layer(rows: pd.DataFrame, factor: str) -> str:
+    """The layer with the highest validation accuracy for a factor.
+
+    Args:
+        rows: columns ``layer``, ``factor`` and ``validation``.
+        factor: the set of classes.
+    """
     own = rows[rows["factor"] == factor]
     return own.loc[own["validation"].idxmax(), "layer"]
 
 
-def asked(probes: pd.DataFrame, patterns: Sequence[str]) -> dict[str, list[str]]:
-    """For each factor the layers that Diff-C is to read it from.
+def layers_by_factor(probes: pd.DataFrame, patterns: Sequence[str]) -> dict[str, list[str]]:
+    """For each factor the layers that Diff-C is trained on.
 
     Args:
-        probes: rows of the linear probes, of every layer and factor.
-        patterns: names such as ``up_ft1.t25``, or globs such as ``up_ft1.*``; none for the layer that the probe
-            reads each factor best from.
+        probes: accuracies of the linear probes, for every layer and factor.
+        patterns: names such as ``up_ft1.t25``, or globs such as ``up_ft1.*``. Empty for the layer on which the factor's
+            probe is best.
 
     Raises:
-        ValueError: a pattern that fits no layer.
+        ValueError: a pattern that matches no layer.
     """
-    chosen = fitting(list(dict.fromkeys(probes["layer"])), patterns)
-    return {factor: chosen or [best(probes, factor)] for factor in dict.fromkeys(probes["factor"])}
+    chosen = matching_layers(list(dict.fromkeys(probes["layer"])), patterns)
+    return {factor: chosen or [best_layer(probes, factor)] for factor in dict.fromkeys(probes["factor"])}
 
 
-def fitting(layers: Sequence[str], patterns: Sequence[str]) -> list[str]:
-    """The layers that one of some names or globs fits.
+def matching_layers(layers: Sequence[str], patterns: Sequence[str]) -> list[str]:
+    """The layers that match at least one name or glob.
 
     Raises:
-        ValueError: a pattern that fits no layer.
+        ValueError: a pattern that matches no layer.
     """
     for pattern in patterns:
         if not any(fnmatchcase(layer, pattern) for layer in layers):
@@ -53,118 +53,130 @@ def fitting(layers: Sequence[str], patterns: Sequence[str]) -> list[str]:
     return [layer for layer in layers if any(fnmatchcase(layer, pattern) for pattern in patterns)]
 
 
-def refuse_unfinished(folders: Sequence[str], notebook: str) -> None:
-    """Raise ValueError where one of the runs that :func:`models` is to read has not finished."""
-    for folder in folders:
-        stored(folder, notebook, "accuracy", "others")
-
-
-def at_the_best(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows of the layers from which a classifier reads a factor best, by the validation pictures: those of all
-    classifiers there, so that they stand beside each other.
+def at_best_layers(rows: pd.DataFrame) -> pd.DataFrame:
+    """For each factor, all classifiers on the layers where at least one of them has its best validation accuracy.
 
     Args:
         rows: of several classifiers, with ``layer``, ``factor``, ``classifier`` and ``validation``.
     """
-    kinds = [part for _, part in rows.groupby("classifier", sort=False)]
-    chosen = {(factor, best(part, factor)) for part in kinds for factor in set(part["factor"])}
-    kept = rows[[pair in chosen for pair in zip(rows["factor"], rows["layer"], strict=True)]]
-    places = [{name: place for place, name in enumerate(dict.fromkeys(rows[by]))} for by in ("factor", "layer")]
-    keys = [(places[0][row.factor], places[1][row.layer]) for row in kept.itertuples()]
-    return kept.iloc[sorted(range(len(kept)), key=keys.__getitem__)]
+    by_classifier = [part for _, part in rows.groupby("classifier", sort=False)]
+    chosen = {(factor, best_layer(part, factor)) for part in by_classifier for factor in set(part["factor"])}
+    selected = rows[[pair in chosen for pair in zip(rows["factor"], rows["layer"], strict=True)]]
+    order = {column: list(dict.fromkeys(rows[column])).index for column in ("factor", "layer")}
+    return selected.sort_values(["factor", "layer"], key=lambda each: each.map(order[each.name]), kind="stable")
 
 
-def knowledge(rows: pd.DataFrame, purity: pd.DataFrame | None = None) -> dict[str, pd.DataFrame]:
-    """The map of knowledge for :func:`vaelab.probing.plots.knowledge`: for each measure ``block``, ``timestep``,
-    ``factor``, ``value`` and ``chance``.
+def knowledge_tables(rows: pd.DataFrame, purity: pd.DataFrame | None = None) -> dict[str, pd.DataFrame]:
+    """The tables for :func:`vaelab.probing.plots.knowledge`.
 
     Args:
-        rows: of classifiers, each of every layer that it is asked about.
-        purity: the table of a run of 41 on the same layers; None for none.
+        rows: accuracies, with ``layer``, ``factor``, ``classifier``, ``accuracy`` and ``chance``.
+        purity: the table of a run of notebook 41 on the same layers; None to leave it out.
+
+    Returns:
+        For each classifier, and for purity, a table with ``block``, ``timestep``, ``factor``, ``value`` and ``chance``.
     """
-    made = {
-        label: placed(rows[rows["classifier"] == classifier]).rename(columns={"accuracy": "value"})
-        for classifier, label in MEASURES.items()
+    tables = {
+        title: with_block_and_timestep(rows[rows["classifier"] == classifier]).rename(columns={"accuracy": "value"})
+        for classifier, title in CLASSIFIERS.items()
         if (rows["classifier"] == classifier).any()
     }
-    return made if purity is None else {**made, **purities(purity)}
+    return tables if purity is None else {**tables, **purity_tables(purity)}
 
 
-def purities(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """The table of :func:`vaelab.probing.purity.table` as a measure of :func:`knowledge`."""
-    chance = placed(table.drop(columns="chance", errors="ignore"))
-    return {PURITY: chance.rename(columns={"majority": "value", "majority_chance": "chance"})}
+def purity_tables(purity: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """The table of :func:`vaelab.probing.purity.purity_table` in the form of :func:`knowledge_tables`."""
+    rows = with_block_and_timestep(purity.drop(columns="chance", errors="ignore"))
+    return {PURITY: rows.rename(columns={"majority": "value", "majority_chance": "chance"})}
 
 
-def stored(folder: str, notebook: str, table: str, parameter: str) -> pd.DataFrame:
-    """A table of a finished run, with the column ``model``.
+def read_table(folder: str, notebook: str, table: str, parameter: str) -> pd.DataFrame:
+    """A table of a finished run, with the run's model in a column ``model``.
 
     Args:
         folder: of the run.
-        notebook: that it must be of.
+        notebook: that must have made it.
         table: its name.
-        parameter: what errors call the folder.
+        parameter: the notebook parameter that named the folder.
 
     Raises:
-        ValueError: no finished run of that notebook, or one without that table.
+        ValueError: no finished run of that notebook, a damaged one, or one without that table.
     """
     file = resolve(folder) / "results.json"
-    results = read_json(file) if file.exists() else {}
-    if results.get("notebook") != notebook:
+    try:
+        results = read_json(file) if file.exists() else {}
+        found, tables, model = (
+            results.get("notebook"),
+            results.get("tables", {}),
+            results.get("params", {}).get("model"),
+        )
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{parameter}: {str(file)!r} is damaged: it is not the results of a run ({error})") from error
+    if found != notebook:
         raise ValueError(
             f"{parameter}: {folder!r} holds no finished run of {notebook}; run it first "
             f"(make run P={folder.replace('outputs/', 'params/', 1)}.yaml)"
         )
-    if table not in results["tables"]:
-        raise unknown(f"{parameter} (tables of {folder!r})", table, results["tables"])
-    return pd.DataFrame(results["tables"][table]).assign(model=results["params"]["model"])
+    if table not in tables:
+        raise unknown(f"{parameter} (tables of {folder!r})", table, tables)
+    return pd.DataFrame(tables[table]).assign(model=model)
 
 
-def models(own: pd.DataFrame, model: str, folders: Sequence[str], notebook: str) -> pd.DataFrame:
-    """One or several models beside each other, each from the layers of :func:`at_the_best`.
+def require_finished(folders: Sequence[str], notebook: str) -> None:
+    """Raise ValueError if one of the runs for :func:`compare_models` has not finished."""
+    for folder in folders:
+        read_table(folder, notebook, "accuracy", "others")
+
+
+def compare_models(own: pd.DataFrame, model: str, folders: Sequence[str], notebook: str) -> pd.DataFrame:
+    """Accuracies of this run and of other runs, each on the layers of :func:`at_best_layers`.
 
     Args:
         own: accuracies of this run.
         model: its model.
-        folders: finished runs of the same notebook, of other models or prompts.
+        folders: finished runs of the same notebook, with other models or prompts.
         notebook: its name.
 
     Returns:
-        The rows with ``model``, factor by factor; of a model that was there already (with another prompt, say) with
-        the run's name.
+        The rows factor by factor, with a column ``model``. A second run with the same model has the run's name appended
+        to it.
 
     Raises:
-        ValueError: a run that is named twice, or what :func:`stored` refuses.
+        ValueError: a run that is named twice, or any error of :func:`read_table`.
     """
     parts = {model: own.assign(model=model)}
     for folder in folders:
-        other = stored(folder, notebook, "accuracy", "others")
+        other = read_table(folder, notebook, "accuracy", "others")
         name = other["model"].iloc[0]
         name = f"{name}, {PurePath(folder).name}" if name in parts else name
         if name in parts:
             raise ValueError(f"others: {folder!r} is named twice")
         parts[name] = other.assign(model=name)
-    rows = pd.concat([at_the_best(each) for each in parts.values()], ignore_index=True)
-    order = {factor: place for place, factor in enumerate(dict.fromkeys(rows["factor"]))}
+    rows = pd.concat([at_best_layers(each) for each in parts.values()], ignore_index=True)
+    order = list(dict.fromkeys(rows["factor"])).index
     return rows.sort_values("factor", key=lambda each: each.map(order), kind="stable", ignore_index=True)
 
 
-def metrics(rows: pd.DataFrame, compared: pd.DataFrame) -> Mapping[str, float]:
-    """``<layer>.t<timestep>.<classifier>.<factor>.accuracy`` and ``.chance``, ``diffusion_classifier.accuracy``,
-    ``diffusion_classifier.seconds_per_image``, ``diffc.seconds_per_image`` and how many times that is.
+def accuracy_metrics(rows: pd.DataFrame, compared: pd.DataFrame) -> Mapping[str, float]:
+    """The metrics of notebook 42.
 
     Args:
-        rows: of probes and Diff-Cs.
-        compared: from :func:`vaelab.probing.suite.side_by_side`.
+        rows: accuracies of probes and Diff-Cs.
+        compared: from :func:`vaelab.probing.classifiers.compare_classifiers`.
+
+    Returns:
+        ``<layer>.<classifier>.<factor>.accuracy`` and ``.chance`` for each row; for each compared classifier
+        ``.seconds_per_image`` and ``.accuracy_on_these``; ``diffusion_classifier.accuracy``, and
+        ``diffusion_classifier.times_diffc``, its seconds per picture divided by Diff-C's.
     """
-    named = {
+    metrics = {
         f"{row['layer']}.{row['classifier']}.{row['factor']}.{name}": row[name]
         for row in rows.to_dict("records")
         for name in ("accuracy", "chance")
     }
     by_name = compared.set_index("classifier")
     seconds = by_name["seconds_per_image"]
-    named |= {f"{name}.seconds_per_image": seconds[name] for name in by_name.index}
-    named |= {f"{name}.accuracy_on_these": by_name.loc[name, "accuracy_on_these"] for name in by_name.index}
-    named["diffusion_classifier.accuracy"] = by_name.loc["diffusion_classifier", "accuracy"]
-    return {**named, "diffusion_classifier.times_diffc": seconds["diffusion_classifier"] / seconds["diffc"]}
+    metrics |= {f"{name}.seconds_per_image": seconds[name] for name in by_name.index}
+    metrics |= {f"{name}.accuracy_on_these": by_name.loc[name, "accuracy_on_these"] for name in by_name.index}
+    metrics["diffusion_classifier.accuracy"] = by_name.loc["diffusion_classifier", "accuracy"]
+    return {**metrics, "diffusion_classifier.times_diffc": seconds["diffusion_classifier"] / seconds["diffc"]}

@@ -1,0 +1,127 @@
+from types import SimpleNamespace
+
+import planted_pictures
+import pytest
+from helpers import picture_folder
+
+from vaelab.data.labelled import LabelledPictures, load_labelled
+from vaelab.probing import classifiers, layer_features, tasks
+from vaelab.probing.diffc import DiffCConfig
+from vaelab.probing.tasks import build_tasks, require_disjoint
+
+MODEL = {"model": "planted"}
+PICTURES = LabelledPictures("world[train][90:150]", 32, planted_pictures.CLASSES, range(60), lambda image: None)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Two slices of one data set: 90 pictures, and the 60 that follow."""
+    place = tmp_path_factory.mktemp("tasks")
+    for seed, (begin, end) in enumerate(((0, 90), (90, 150))):
+        planted_pictures.fill(
+            place / str(seed), planted_pictures.labels(end - begin, seed), seed=seed, images=list(range(begin, end)),
+            dataset=f"world[train][{begin}:{end}]", resolution=32,
+        )  # fmt: skip
+    return str(place / "0"), str(place / "1")
+
+
+@pytest.fixture(scope="module")
+def by_factor(folders):
+    return build_tasks(*folders, PICTURES, MODEL, validation_share=0.25)
+
+
+def test_parts_are_disjoint_and_the_same_for_every_factor(by_factor):
+    items = {factor: [part.items for part in task] for factor, task in by_factor.items()}
+    assert items["shape"] == items["colour"]
+    training, validation, test = items["shape"]
+    assert (len(training), len(validation), len(test)) == (68, 22, 60)
+    assert not {one for views in training for one in views} & {one for views in validation for one in views}
+
+
+def test_classes_that_are_tested_and_never_learned_are_refused(by_factor):
+    task = by_factor["shape"]
+    stars = task.training.labels == 2
+    sorted_by_class = task._replace(training=task.training.take((~stars).nonzero().flatten().numpy()))
+    tasks.require_known_classes(sorted_by_class, "shape")  # of a third of the pictures nothing is learned
+    only = sorted_by_class._replace(test=task.test.take((task.test.labels == 2).nonzero().flatten().numpy()))
+    with pytest.raises(
+        ValueError, match=r"^test_activations: (\d+) of \1 pictures have a shape that no training picture has"
+    ):
+        tasks.require_known_classes(only, "shape")
+
+
+def test_what_would_be_no_test_is_refused(folders, by_factor, tmp_path):
+    learned, tested = folders
+    with pytest.raises(ValueError, match=r"^test_activations: 60 of their 60 pictures are also training pictures"):
+        build_tasks(tested, tested, PICTURES, MODEL)
+    with pytest.raises(ValueError, match=r"^test_activations: made with dataset"):
+        build_tasks(tested, learned, PICTURES, MODEL)
+    with pytest.raises(ValueError, match=r"^test_activations: made with model 'planted', here it is 'embedded'"):
+        build_tasks(learned, tested, PICTURES, {"model": "embedded"})
+    told = planted_pictures.fill(
+        tmp_path / "told", planted_pictures.labels(9), prompt="a {shape}", dataset="world[train][0:9]", resolution=32
+    )
+    with pytest.raises(ValueError, match=r"^test_activations: made with prompt '', activations with 'a .shape.'"):
+        build_tasks(told.url, tested, PICTURES, MODEL)
+    with pytest.raises(ValueError, match=r"^factors: unknown name 'size'"):
+        build_tasks(learned, tested, PICTURES, MODEL, factors=["size"])
+    with pytest.raises(ValueError, match=r"^diffc_layers: unknown name 'mid.\*'"):
+        build_tasks(learned, tested, PICTURES, MODEL, diffc_layers=["mid.*"])
+    for which, places in enumerate(((str(tmp_path), tested), (learned, str(tmp_path)))):
+        with pytest.raises(
+            ValueError, match=rf"^{('activations', 'test_activations')[which]}: .* is not a readable store"
+        ):
+            build_tasks(*places, PICTURES, MODEL)
+    with pytest.raises(ValueError, match=r"^activations: no maps of 'mid.t25'"):
+        classifiers.train_diffcs(
+            {"shape": by_factor["shape"]}, {"shape": ["mid.t25"]}, DiffCConfig(device="cpu"), tmp_path
+        )
+
+
+def made_of(dataset, digests, images=None):
+    items = [
+        {"image": image, "view": 0, "digest": text}
+        for image, text in zip(images or range(len(digests)), digests, strict=True)
+    ]
+    return SimpleNamespace(settings={"dataset": dataset}, items=items)
+
+
+def test_the_same_pictures_under_other_numbers_names_or_splits_are_found():
+    """A number is a place in a drawn selection, so other selections may hold the same picture under another one."""
+    first = made_of("pets[train[0:100]]", [str(i) for i in range(100)])
+    for name in ("pets[train[99:200]]", "pets[train], 101 drawn by seed 3"):
+        with pytest.raises(ValueError, match=r"^test_activations: 1 of their 101 pictures are also training pictures"):
+            require_disjoint(first, made_of(name, [str(i) for i in range(99, 200)]))
+    copied = made_of("folder/of/copies[test]", [str(i) for i in range(90, 190)])
+    with pytest.raises(ValueError, match=r"^test_activations: 10 of their 100 pictures"):
+        require_disjoint(first, copied)
+    require_disjoint(first, made_of("pets[test]", [str(i) for i in range(100, 200)]))
+    require_disjoint(made_of("world[train][0:9]", list("abc")), made_of("world[test][0:9]", list("def")))
+
+
+def test_a_duplicate_between_published_splits_is_a_warning():
+    first = made_of("pets[train]", [str(i) for i in range(300)])
+    with pytest.warns(UserWarning, match=r"1 of 200 test pictures equal a training picture \(pets"):
+        require_disjoint(first, made_of("pets[test]", [str(i) for i in range(299, 499)]))
+
+
+def test_the_same_files_in_another_folder_are_found(small_pipeline, tmp_path):
+    """Two folders with the same three pictures, loaded and collected; the second has one more."""
+    picture_folder(tmp_path / "a", [f"{kind}/{i}.png" for kind in ("cat", "dog") for i in range(3)])
+    picture_folder(tmp_path / "b", [f"{kind}/{i}.png" for kind in ("cat", "dog") for i in range(3)])
+    config = layer_features.LayerConfig(("bottleneck",), (25,), precision="float32")
+    stores = [
+        layer_features.collect_layer_features(
+            small_pipeline("sd"), load_labelled(str(tmp_path / name), resolution=32), config, tmp_path / f"store-{name}"
+        )
+        for name in "ab"
+    ]
+    assert [item["digest"] for item in stores[0].items] == [item["digest"] for item in stores[1].items]
+    with pytest.raises(ValueError, match=r"^test_activations: 6 of their 6 pictures are also training pictures"):
+        require_disjoint(*stores)
+
+
+def test_a_store_of_the_same_model_in_another_precision_is_refused(folders):
+    """Both stores must have every setting that identifies the model."""
+    with pytest.raises(ValueError, match=r"^test_activations: made with precision None, here it is 'float16'"):
+        build_tasks(*folders, PICTURES, {**MODEL, "precision": "float16"})

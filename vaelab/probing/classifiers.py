@@ -1,0 +1,247 @@
+"""What classifiers read from a denoiser's layers: linear probes, Diff-C, and the denoiser itself as a classifier.
+
+The tables of Kim et al. ("Revelio", Tables 3 and 5 to 9, Figures 4, 6 and 8). The probes' strengths and Diff-C's epochs
+are selected on validation pictures; each test picture is classified once. The tasks are those of
+:mod:`vaelab.probing.tasks`.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from vaelab.activations import denoiser as denoiser_features
+from vaelab.core import devices
+from vaelab.data.labelled import LabelledPicture, LabelledPictures
+from vaelab.models.block_names import denoiser
+from vaelab.probing.clip import load_clip
+from vaelab.probing.diffc import DiffC, DiffCConfig, classify_stored, train_diffc
+from vaelab.probing.diffusion_classifier import DiffusionClassifier, class_texts
+from vaelab.probing.layer_features import (
+    MAPS,
+    LayerConfig,
+    load_prompt_clip,
+    pooled_layers,
+    prompts_for,
+    split_layer_name,
+)
+from vaelab.probing.linear import Accuracy, fit_linear_probe, measure_accuracy
+from vaelab.probing.space import require_training_space
+from vaelab.probing.tables import best_layer, matching_layers
+from vaelab.probing.tasks import Task, require_maps
+
+TOLERANCE = 0.05
+"""Largest distance of a picture's features from the stored ones, relative to their norm: that of half precision."""
+
+
+def probe_layers(tasks: Mapping[str, Task]) -> pd.DataFrame:
+    """Fit a linear probe on the pooled vectors of each layer, for each factor.
+
+    Returns:
+        A row each: ``layer``, ``factor``, ``classifier`` ("probe"), the fields of
+        :class:`vaelab.probing.linear.Accuracy`, ``validation`` (validation accuracy) and ``chosen`` (the selected C).
+    """
+    rows, layers = [], pooled_layers(next(iter(tasks.values())).training.store)
+    for layer in tqdm(layers, desc="probes", file=sys.stdout, mininterval=2, ncols=100):
+        for factor, task in tasks.items():
+            test, truth = task.test.vectors(layer)
+            training = task.training.vectors(layer)
+            probe = fit_linear_probe(training, task.validation.vectors(layer), test)
+            accuracy = measure_accuracy(probe.predicted, truth, training[1])
+            rows.append(_row(layer, factor, "probe", accuracy, probe.validation, probe.strength))
+    return pd.DataFrame(rows)
+
+
+def require_disk_space(
+    tasks: Mapping[str, Task], patterns: Sequence[str], config: DiffCConfig, folder: str | Path
+) -> int:
+    """Require the disk space that training the Diff-Cs takes, see :func:`require_training_space`.
+
+    Args:
+        tasks: by factor.
+        patterns: layers as in :func:`vaelab.probing.tables.layers_by_factor`.
+        config: of each Diff-C.
+        folder: of the run.
+    """
+    sizes = []
+    for task in tasks.values():
+        layers, layout = pooled_layers(task.training.store), task.training.store.layout
+        chosen = matching_layers(layers, patterns) or [max(layers, key=lambda layer: layout[layer].width)]
+        for layer in chosen:
+            with torch.device("meta"):
+                model = DiffC(layout[layer].width, len(task.training.classes), config.width)
+            sizes.append(sum(parameter.numel() for parameter in model.parameters()))
+    return require_training_space(f"{len(sizes)} Diff-Cs", max(sizes), sum(sizes), folder, together=False)
+
+
+def train_diffcs(
+    tasks: Mapping[str, Task], layers: Mapping[str, Sequence[str]], config: DiffCConfig, folder: Path
+) -> tuple[pd.DataFrame, dict[tuple[str, str], DiffC]]:
+    """Train a Diff-C on the maps of each layer, for each factor. Killed trainings are resumed.
+
+    Args:
+        tasks: by factor.
+        layers: for each factor names such as ``up_ft1.t25``.
+        config: size and training of each.
+        folder: of the checkpoints.
+
+    Returns:
+        The rows of :func:`probe_layers` with ``classifier`` "diffc", ``chosen`` being the selected epoch; and the
+        trained classifiers by layer and factor.
+
+    Raises:
+        ValueError: stores without maps.
+    """
+    rows, models = [], {}
+    for factor, task in tasks.items():
+        require_maps(task.training.store, layers[factor])
+        for layer in layers[factor]:
+            trained = train_diffc(
+                task.training, task.validation, layer + MAPS, config, folder=Path(folder, f"{layer}.{factor}"),
+                settings={"activations": task.training.store.settings, "factor": factor},
+                title=f"Diff-C, {layer}, {factor}",
+            )  # fmt: skip
+            predicted = classify_stored(trained.model, task.test, layer + MAPS, config.batch_size)
+            accuracy = measure_accuracy(predicted, task.test.labels, task.training.labels)
+            validation = trained.epochs.set_index("epoch")["accuracy"][trained.epoch]
+            rows.append(_row(layer, factor, "diffc", accuracy, validation, trained.epoch))
+            models[layer, factor] = trained.model
+    return pd.DataFrame(rows), models
+
+
+def compare_classifiers(
+    classifier: DiffusionClassifier,
+    diffcs: pd.DataFrame,
+    models: Mapping[tuple[str, str], DiffC],
+    pictures: LabelledPictures,
+    task: Task,
+    factor: str,
+    count: int,
+    *,
+    clip: str = "",
+    clip_revision: str = "",
+    template: str = "{}",
+) -> pd.DataFrame:
+    """Accuracy and seconds per picture of the diffusion classifier, of the factor's best Diff-C and, if named, of CLIP.
+
+    Args:
+        classifier: with a prompt for each class of the factor.
+        diffcs: rows from :func:`train_diffcs`.
+        models: the trained Diff-Cs, from there too.
+        pictures: the test pictures; all classifiers get the first ``count`` readable ones.
+        task: of the factor.
+        factor: the set of classes.
+        count: pictures.
+        clip: id or folder of a CLIP model; empty for none.
+        clip_revision: of the CLIP model, on the hub.
+        template: CLIP's text for a class, with ``{}`` in place of its name.
+
+    Returns:
+        A row each: ``classifier``, ``factor``, the fields of :class:`vaelab.probing.linear.Accuracy` (for Diff-C on all
+        test pictures), ``accuracy_on_these`` (on the same pictures for all), ``passes`` of the denoiser and
+        ``seconds_per_image``.
+
+    Raises:
+        ValueError: none of the pictures can be read, or a model that does not reproduce the stored features.
+    """
+    few = [picture for picture in map(pictures.__getitem__, range(min(count, len(pictures)))) if picture]
+    if not few:
+        raise ValueError(f"dataset: none of the first {count} pictures of {pictures.name!r} can be read")
+    truth = [picture.labels[factor] for picture in few]
+    labels, device = task.training.labels, denoiser(classifier.pipeline).device
+    results, seconds = time_each(lambda picture: classifier.classify(picture.pixels[None])[0], few, device)
+    accuracy = measure_accuracy([result.predicted for result in results], truth, labels)
+    passes = sum(result.passes for result in results) / len(results)
+    rows = [_timed_row("diffusion_classifier", factor, accuracy, accuracy.accuracy, passes, seconds)]
+    layer = best_layer(diffcs, factor)
+    own = diffcs[(diffcs["layer"] == layer) & (diffcs["factor"] == factor)].iloc[0]
+    predicted, seconds = classify_from_pixels(classifier.pipeline, models[layer, factor], layer, pictures, task, few)
+    on_these = measure_accuracy(predicted, truth, labels).accuracy
+    accuracy = Accuracy(*(own[name] for name in Accuracy._fields))
+    rows.append(_timed_row("diffc", factor, accuracy, on_these, 1.0, seconds))
+    if clip:
+        texts = {factor: class_texts(pictures.classes[factor], template)}
+        model = load_clip(clip, texts, device=str(device), revision=clip_revision or None)
+        predicted, seconds = time_each(lambda picture: model.classify(picture.pixels[None])[0][factor], few, device)
+        accuracy = measure_accuracy(predicted, truth, labels)
+        rows.append(_timed_row("clip", factor, accuracy, accuracy.accuracy, 0.0, seconds))
+    return pd.DataFrame(rows)
+
+
+def classify_from_pixels(
+    pipeline: Any, model: DiffC, layer: str, pictures: LabelledPictures, task: Task, few: Sequence[LabelledPicture]
+) -> tuple[list[int], float]:
+    """Classify a few pictures by Diff-C, from their pixels: autoencoder, noise, one partial pass, Diff-C.
+
+    Prompt and noise are those of the store, with CLIP inferring the prompt where it did so there.
+
+    Args:
+        pipeline: that made the store's features.
+        model: trained on them.
+        layer: name such as ``up_ft1.t25``.
+        pictures: with the classes' names.
+        task: whose test store holds prompt, side and seeds.
+        few: the pictures.
+
+    Returns:
+        Their class numbers, and the mean seconds per picture.
+
+    Raises:
+        ValueError: the pipeline does not reproduce the stored features, so it is not the model that made them.
+    """
+    (block, timestep), store = split_layer_name(layer), task.test.store
+    settings = {name: store.settings.get(name) or "" for name in ("prompt", "clip", "clip_revision")}
+    clip = load_prompt_clip(pipeline, pictures, LayerConfig((block,), (timestep,), **settings))
+    side = store.settings.get("side", "output")
+    places = {item["image"]: place for place, item in enumerate(store.items) if item["view"] == 0}
+
+    def maps(picture: LabelledPicture) -> Tensor:
+        pixels, seeds = picture.pixels[None], [store.items[places[picture.image]]["seed"]]
+        labels = clip.classify(pixels) if clip else [picture.labels]
+        prompts = prompts_for(pipeline, pictures, settings["prompt"], labels)
+        features = denoiser_features.from_pictures(
+            pipeline, pixels, seeds, [timestep], [block], prompts=prompts, side=side
+        )
+        return next(iter(features.maps.values()))[0].float()
+
+    @torch.no_grad()
+    def classify(picture: LabelledPicture) -> int:
+        return int(model(maps(picture).to(model.fc.weight.device)).argmax(1))
+
+    stored, now = store.maps(layer + MAPS, [places[few[0].image]]).float(), maps(few[0]).cpu()
+    if not (now - stored).norm() <= TOLERANCE * stored.norm():  # NaN is refused too
+        raise ValueError(
+            f"test_activations: the model does not reproduce {layer} of picture {few[0].image}: its weights have "
+            "changed, or its precision is another; run 40_layer_features again"
+        )
+    return time_each(classify, few, denoiser(pipeline).device)
+
+
+def time_each(
+    function: Callable[[LabelledPicture], Any], pictures: Sequence[LabelledPicture], device: torch.device
+) -> tuple[list[Any], float]:
+    """Results of a function for single pictures, and its mean seconds. The first call is repeated and not timed."""
+    function(pictures[0])
+    devices.synchronize(device)
+    began = time.perf_counter()
+    results = [function(picture) for picture in pictures]
+    devices.synchronize(device)
+    return results, (time.perf_counter() - began) / len(pictures)
+
+
+def _timed_row(
+    classifier: str, factor: str, accuracy: Accuracy, on_these: float, passes: float, seconds: float
+) -> dict[str, Any]:
+    row = {"classifier": classifier, "factor": factor, **accuracy._asdict(), "accuracy_on_these": on_these}
+    return {**row, "passes": passes, "seconds_per_image": seconds}
+
+
+def _row(layer: str, factor: str, classifier: str, accuracy: Accuracy, validation: float, chosen: float) -> dict:
+    row = {"layer": layer, "factor": factor, "classifier": classifier, **accuracy._asdict()}
+    return {**row, "validation": validation, "chosen": chosen}

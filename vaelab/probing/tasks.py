@@ -1,0 +1,130 @@
+"""Classification tasks on a store of features: training, validation and test pictures for each factor.
+
+Two stores are needed: one of training pictures, of which a share is held out for validation, and one of test pictures.
+Whatever would make the test meaningless is refused: shared pictures, other prompts, classes that were never learned.
+"""
+
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from vaelab import store
+from vaelab.data.labelled import LabelledPictures
+from vaelab.probing.dataset import Examples, load_examples
+from vaelab.probing.layer_features import MAPS, pooled_layers, require_same_setting, require_same_source
+from vaelab.probing.tables import matching_layers
+from vaelab.store.reader import Store
+
+SHARED_SETTINGS = ("classes", "prompt", "clip", "side", "resolution")
+"""Settings in which the stores of training and test pictures must agree, beside the model's."""
+SPLIT = re.compile(r"[^\[]*(\[[^\[\],]*)?")
+"""In the name of loaded pictures, ``photos[train[:90%]], 50 drawn by seed 0``, the data set and its split."""
+MOST_UNKNOWN = 0.5
+"""Largest share of test pictures whose class is not among the training pictures'."""
+MOST_DUPLICATES = 0.01
+"""Largest share of test pictures that are also training pictures of another data set: public sets hold a few."""
+
+
+class Task(NamedTuple):
+    """Pictures with the classes of one factor."""
+
+    training: Examples
+    validation: Examples
+    test: Examples
+
+
+def build_tasks(
+    activations: str,
+    test_activations: str,
+    pictures: LabelledPictures,
+    model: Mapping[str, Any],
+    *,
+    factors: Sequence[str] = (),
+    validation_share: float = 0.2,
+    seed: int = 0,
+    diffc_layers: Sequence[str] | None = None,
+) -> dict[str, Task]:
+    """A task for each factor; all have the same pictures in each part.
+
+    Args:
+        activations: folder of the store of training and validation pictures.
+        test_activations: folder of the store of test pictures.
+        pictures: the test pictures.
+        model: settings that identify the model; both stores must have them.
+        factors: sets of classes; empty for all.
+        validation_share: share of the pictures in ``activations`` held out for validation.
+        seed: fixes which these are.
+        diffc_layers: names and globs of the layers that Diff-C will be trained on; empty if that is decided later; None
+            for no Diff-C.
+
+    Raises:
+        ValueError: no store; one without the maps that Diff-C needs; stores of another model or of other pictures than
+            these, or that were not made alike; training pictures that are also test pictures; or a test on classes
+            that were never learned.
+    """
+    training = store.open(activations, parameter="activations")
+    tested = store.open(test_activations, parameter="test_activations")
+    require_same_source(tested, pictures, model, "test_activations")
+    for setting, here in model.items():
+        require_same_setting(training, setting, here, "activations")
+    if training.layout != tested.layout:
+        raise ValueError("test_activations: made of other blocks or timesteps than activations")
+    for setting in SHARED_SETTINGS:
+        there, here = (each.settings.get(setting) or "" for each in (training, tested))
+        if there != here:
+            raise ValueError(f"test_activations: made with {setting} {here!r}, activations with {there!r}")
+    require_disjoint(training, tested)
+    if diffc_layers is not None:
+        layers = pooled_layers(training)
+        require_maps(training, matching_layers(layers, diffc_layers) or layers)
+    tasks = {}
+    for factor in dict.fromkeys(factors or pictures.classes):
+        parts = load_examples(training, factor).split(validation_share, seed)
+        tasks[factor] = Task(*parts, load_examples(tested, factor))
+        require_known_classes(tasks[factor], factor)
+    return tasks
+
+
+def require_known_classes(task: Task, factor: str) -> None:
+    """Raise ValueError if most test pictures are of classes that no training picture has."""
+    unknown = ~torch.isin(task.test.labels, task.training.labels)
+    if unknown.float().mean() > MOST_UNKNOWN:
+        raise ValueError(
+            f"test_activations: {int(unknown.sum())} of {len(unknown)} pictures have a {factor} that no training "
+            "picture has; if both are slices of pictures sorted by class, take a train and a test split instead"
+        )
+
+
+def require_disjoint(training: Store, tested: Store) -> None:
+    """Raise ValueError if test pictures are among the training pictures.
+
+    Pictures are compared by content, and within one selection of a data set by number as well. Between other splits or
+    data sets, duplicates of up to 1 % of the test pictures are only warned of: published data sets have some.
+    """
+    names = [each.settings.get("dataset", "") for each in (training, tested)]
+    splits = [SPLIT.match(name)[0] for name in names]
+    numbered = names[0] == names[1] or (splits[0] == splits[1] and splits[0].startswith("world["))
+    shared = max(
+        len(set.intersection(*({item[key] for item in each.items if key in item} for each in (training, tested))))
+        for key in ("digest", *(["image"] if numbered else []))
+    )
+    count = len({item["image"] for item in tested.items})
+    if shared and (splits[0] == splits[1] or shared > MOST_DUPLICATES * count):
+        raise ValueError(
+            f"test_activations: {shared} of their {count} pictures are also training pictures; take a split or slice "
+            "that does not overlap"
+        )
+    if shared:
+        warnings.warn(
+            f"{shared} of {count} test pictures equal a training picture ({' and '.join(names)})", stacklevel=2
+        )
+
+
+def require_maps(features: Store, layers: Sequence[str]) -> None:
+    """Raise ValueError if a store has no maps of one of these layers."""
+    for layer in layers:
+        if layer + MAPS not in features.layout:
+            raise ValueError(f"activations: no maps of {layer!r}; Diff-C takes maps (maps: true in 40_layer_features)")
