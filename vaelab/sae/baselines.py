@@ -1,6 +1,5 @@
-"""What vectors can be replaced by without a trained autoencoder: zero, their mean, a random dictionary
-under the same top-k rule, and as many principal components. A reconstruction's numbers mean something
-beside theirs only.
+"""Baselines of a reconstruction that need no trained autoencoder: zero, the mean of the vectors, a random dictionary
+with the same top-k rule, and as many principal components as an autoencoder has active features.
 """
 
 from collections.abc import Callable, Iterable
@@ -14,20 +13,20 @@ from vaelab.sae.model import Codes
 
 
 class Dictionary(Protocol):
-    """What can be put in a vector's place: an autoencoder, or one of the baselines."""
+    """Anything that encodes and decodes vectors: an autoencoder, or one of the baselines."""
 
     def encode(self, x: Tensor) -> Codes:
         """The codes of vectors (N, d)."""
 
     def decode(self, codes: Codes) -> Tensor:
-        """The vectors (N, d) that codes stand for."""
+        """The vectors (N, d) that codes reconstruct."""
 
     def features(self) -> Tensor:
-        """The directions that codes are of: (n_features, d)."""
+        """The directions of the codes: (n_features, d)."""
 
 
 def reconstruction_function(dictionary: Dictionary) -> Callable[[Tensor], Tensor]:
-    """The function from vectors (N, d) to what their codes stand for, (N, d)."""
+    """The function from vectors (N, d) to their reconstructions (N, d)."""
     return lambda x: dictionary.decode(dictionary.encode(x))
 
 
@@ -51,19 +50,19 @@ def moments(batches: Iterable[Tensor]) -> Moments:
     for batch in batches:
         batch = batch.double()
         if shift is None:
-            shift = batch.mean(0)  # of sums about a far point the covariance would be rounding
+            shift = batch.mean(0)  # sums about a distant point would lose the covariance to rounding
             first, second = torch.zeros_like(shift), torch.zeros(len(shift), len(shift)).to(shift)
         centred = batch - shift
         total, first = total + len(batch), first + centred.sum(0)
         second += centred.T @ centred
     if not total:
-        raise ValueError("activations: there is no vector to take a mean of")
+        raise ValueError("activations: a mean needs at least one vector")
     first /= total
     return Moments(total, shift + first, second / total - torch.outer(first, first))
 
 
 class ConstantDictionary:
-    """Every vector is replaced by the same one; there are no features."""
+    """A dictionary without features: every vector is reconstructed as the same one."""
 
     def __init__(self, vector: Tensor):
         """Args: ``vector`` (d,)."""
@@ -87,7 +86,7 @@ class RandomDictionary:
     of unit length for W and the mean of the vectors for b."""
 
     def __init__(self, mean: Tensor, k: int, n_features: int, seed: int = 0):
-        """Args: ``mean`` (d,), the codes a vector, the rows of the dictionary, and what fixes them."""
+        """Args: ``mean`` (d,), active features of a vector, size of the dictionary, and its seed."""
         _at_most("k", k, "n_features", n_features)
         rows = torch.randn(n_features, len(mean), generator=torch.Generator().manual_seed(seed))
         self.rows, self.mean, self.k = torch.nn.functional.normalize(rows).to(mean.device), mean.float(), k
@@ -110,11 +109,13 @@ class RandomDictionary:
 
 class PrincipalComponents:
     """The mean and the k directions of the largest variance: x' = V^T V (x - m) + m. No other k
-    numbers times fixed directions leave less of the variance, if the directions are the same for
-    every vector: an autoencoder chooses its k anew."""
+    directions that are the same for every vector explain more variance; an autoencoder selects its k for each
+    vector.
+
+    scikit-learn's PCA needs all vectors in memory; this one needs their moments only."""
 
     def __init__(self, measured: Moments, k: int):
-        """Args: the vectors' moments, and how many components."""
+        """Args: the vectors' moments, and the number of components."""
         _at_most("k", k, "the vectors' width", len(measured.mean))
         _, directions = torch.linalg.eigh(measured.covariance)  # rising
         self.rows, self.mean = directions.T.flip(0)[:k].float().contiguous(), measured.mean.float()
@@ -138,10 +139,10 @@ def build_baselines(measured: Moments, k: int, n_features: int, seed: int = 0) -
     ``random`` and ``pca``.
 
     Args:
-        measured: of the vectors that it was trained on.
-        k: active features a vector, and principal components.
-        n_features: of the random dictionary.
-        seed: of the random dictionary.
+        measured: moments of the vectors that the autoencoder was trained on.
+        k: active features of a vector, and number of principal components.
+        n_features: size of the random dictionary.
+        seed: seed of the random dictionary.
 
     Raises:
         ValueError: k above n_features or above the vectors' width.

@@ -1,7 +1,7 @@
-"""A block's update replaced in real generations by a function of its vectors, and what becomes of the
-picture (Surkov et al., "Unpacking SDXL Turbo", appendix D, Table 2).
+"""Interventions on a block's update during generation, and their effect on the pictures.
 
-The function may be an autoencoder's reconstruction or anything else that maps (N, d) to (N, d).
+Blocks are switched off one at a time (Surkov et al., "Unpacking SDXL Turbo", appendix C), or their update is replaced
+by a function of its vectors, such as an autoencoder's reconstruction (appendix D, Table 2).
 """
 
 import importlib
@@ -24,24 +24,21 @@ from vaelab.models.block_names import PICTURE, denoiser, example, paths, resolve
 from vaelab.world import oracle
 from vaelab.world.scenes import SIDE, Scene
 
-# ablate: Switching blocks off one at a time, and what the picture loses (Surkov et al., appendix C).
-# perceptual: LPIPS (Zhang et al., 2018), an optional extra: its networks and their weights do not come with the lab.
-
-
 LPIPS_NETWORKS = ("alex", "vgg", "squeeze")
 
 
 class LPIPS(NamedTuple):
-    """LPIPS, or why there is none; made by :func:`load`."""
+    """The LPIPS network (Zhang et al., 2018), an optional extra, or the reason why it is missing; made by
+    :func:`load_lpips`."""
 
     model: Any
-    """The network, or None."""
+    """The network; None where it is missing."""
     why: str | None
-    """Why there is no network; None where there is one."""
+    """Why the network is missing; None where it is there."""
 
     @torch.no_grad()
     def distance(self, before: Tensor, after: Tensor, batch_size: int = 16) -> list[float]:
-        """LPIPS of N pairs of pictures (N, 3, H, W) in [-1, 1]; not numbers where there is no network."""
+        """LPIPS of N pairs of pictures (N, 3, H, W) in [-1, 1]; NaN where there is no network."""
         if self.model is None:
             return [float("nan")] * len(before)
         device = next(self.model.parameters()).device
@@ -50,10 +47,10 @@ class LPIPS(NamedTuple):
 
 
 def load_lpips(net: str = "alex", device: str | torch.device = "auto") -> LPIPS:
-    """The network of the ``lpips`` package, if it is there and its weights can be had.
+    """The network of the ``lpips`` package, if the package and its weights are available.
 
     Args:
-        net: ``alex`` (the package's own choice, and here the paper's, which names none), ``vgg`` or ``squeeze``.
+        net: ``alex`` (the package's default; the paper names none), ``vgg`` or ``squeeze``.
         device: where it runs.
     """
     one_of("lpips_net", net, LPIPS_NETWORKS)
@@ -70,8 +67,8 @@ def load_lpips(net: str = "alex", device: str | torch.device = "auto") -> LPIPS:
 def generate_without_block(
     pipeline: Any, prompts: Sequence[str | int], block: str, sampling: Sampling, *, batch_size: int = 16, seed: int = 0
 ) -> Tensor:
-    """Pictures (N, 3, H, W) in [-1, 1] made with a block's update left out at every step: the block
-    gives out what it took in. Number i is drawn with ``seed + i``."""
+    """Generate pictures (N, 3, H, W) in [-1, 1] with a block's update switched off at every step: the block
+    returns its input. Picture i uses ``seed + i``."""
     path = resolve(pipeline, block)[block]
     with edit(denoiser(pipeline), {path: torch.zeros_like}, side="update", entry=PICTURE):
         return activations.generate_all(pipeline, prompts, sampling, batch_size=batch_size, seed=seed)
@@ -101,16 +98,16 @@ def manhattan_distance(before: Tensor, after: Tensor) -> Tensor:
 
 
 def ablation_table(pictures: Mapping[str, Tensor], baseline: Tensor, scenes: Sequence[Scene] | None) -> pd.DataFrame:
-    """What switching off each block did.
+    """Effects of switching off each block.
 
     Args:
         pictures: for each block (N, 3, H, W) in [-1, 1], made without it.
-        baseline: (N, 3, H, W), made with all.
-        scenes: what was asked for, of the world; None for other prompts.
+        baseline: (N, 3, H, W), made with all blocks.
+        scenes: the scenes that the prompts describe; None for prompts that are not of the world.
 
     Returns:
-        A row a block: ``block``, ``manhattan`` (mean over pictures), and for scenes each factor's
-        change of accuracy, a share of the pictures.
+        One row per block: ``block``, ``manhattan`` (mean over pictures), and for scenes each factor's
+        change of accuracy, as a fraction of the pictures.
     """
     before = _accuracy(scenes, baseline) if scenes else pd.Series(dtype=float)
     rows = []
@@ -143,7 +140,7 @@ PAPER_TABLE_2 = {
 """Mean and median Manhattan distance, LPIPS and explained variance in percent, by block, k and n_f."""
 PAPER_WIDTH = 1280
 PAPER_BLOCK = {"down.1.1": "down.2.1"}
-"""The paper's block that a block of the embedded model stands for, where the names differ."""
+"""The paper's counterpart of a block of the embedded model, where the names differ."""
 
 
 def generate_with_replacement(
@@ -157,8 +154,8 @@ def generate_with_replacement(
     batch_size: int = 16,
     seed: int = 0,
 ) -> Tensor:
-    """Pictures (N, 3, H, W) in [-1, 1] made with a block's update replaced; number i is drawn with
-    ``seed + i``. Of classifier-free guidance both halves are replaced alike.
+    """Generate pictures (N, 3, H, W) in [-1, 1] with a block's update replaced; picture i uses ``seed + i``. Both
+    halves of classifier-free guidance are replaced.
 
     Args:
         pipeline: a diffusers pipeline.
@@ -207,16 +204,16 @@ def median_manhattan_distance(before: Tensor, after: Tensor) -> Tensor:
 
 
 class ReplacementOutcome(NamedTuple):
-    """What a replacement did."""
+    """Pictures and effects of a replacement."""
 
     pictures: Tensor
     """The first few, (n, 3, H, W) in [-1, 1]."""
     effects: pd.DataFrame
-    """Of every picture, see :meth:`Trial.effects`."""
+    """Effects on every picture, see :meth:`ReplacementExperiment.effects`."""
 
 
 class ReplacementExperiment:
-    """Pictures of some prompts as the model draws them by itself, to compare others with."""
+    """Reference pictures of the unchanged model, and the effects of replacements relative to them."""
 
     pictures: Tensor
     """(N, 3, H, W) in [-1, 1]."""
@@ -227,7 +224,7 @@ class ReplacementExperiment:
         self, pipeline: Any, asked: Prompts, sampling: Sampling, perceptual: LPIPS, *, batch_size: int = 16,
         seed: int = 0, keep: int = 8,
     ):  # fmt: skip
-        """Draw them.
+        """Generate the reference pictures.
 
         Args:
             pipeline: a diffusers pipeline.
@@ -249,7 +246,7 @@ class ReplacementExperiment:
         self._readings = oracle.read_scenes(self.pictures) if self._scenes else None
 
     def replaced(self, block: str, replace: Replacement, steps: Collection[int] | None = None) -> ReplacementOutcome:
-        """Draw the same prompts with a block's update replaced, see :func:`drawn`."""
+        """Generate pictures with a block's update replaced, see :func:`generate_with_replacement`."""
         after = generate_with_replacement(self._pipeline, self._texts, block, replace, steps=steps, **self._drawing)
         return ReplacementOutcome(after[: self._keep].clone(), self.effects(after))
 
@@ -287,7 +284,7 @@ def mean_effects(effects: pd.DataFrame) -> dict[str, float]:
 def effects_table(
     outcomes: Mapping[tuple, ReplacementOutcome], names: Sequence[str], perceptual: LPIPS
 ) -> pd.DataFrame:
-    """The paper's Table 2, by whatever distinguishes its rows.
+    """The paper's Table 2.
 
     Args:
         outcomes: under a value for each of ``names``.
@@ -303,7 +300,7 @@ def effects_table(
 
 
 def compare_with_paper(table: pd.DataFrame, widths: Mapping[str, int]) -> pd.DataFrame:
-    """Table 2 here beside the paper's, at the same k and the same share n_features / d.
+    """Table 2 of this run beside the paper's, at the same k and the same ratio n_features / d.
 
     Args:
         table: columns ``block``, ``k``, ``n_features``, ``manhattan_mean``, ``manhattan_median`` and

@@ -1,7 +1,7 @@
-"""Both passes of a sparse autoencoder over its active features alone.
+"""Forward and backward passes of a sparse autoencoder over its active features alone.
 
-Of the (N, n) matrix of N examples' activations of n features only chosen entries are there. What is
-computed with them is a sum over these, and nothing of that matrix's size is written:
+Only the selected entries of the (N, n) matrix of N examples' activations of n features are stored. Every result is a
+sum over these, and nothing of that matrix's size is written:
 
 - decoding is an ``embedding_bag`` of the decoder's rows;
 - the gradient of a value is a dot product of two rows, the kernel of ``embedding_bag``'s own backward;
@@ -18,13 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 DENSE_FROM = 8
-"""One entry in so many is chosen: from there on dense products are quicker than sums over entries."""
+"""Where at least one entry in so many is selected, dense products are faster than sums over entries."""
 ROWS_AT_ONCE = 2**14
 """Pairs of rows that are copied at a time where there is no kernel for their products."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (N, d) times weight (n, d) transposed, plus bias (n,), by the quickest kernel at hand: on a CPU in
+    """x (N, d) times weight (n, d) transposed, plus bias (n,), by the fastest available kernel: on a CPU in
     float32 oneDNN's, which torch itself takes for narrower formats only."""
     if x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
@@ -41,7 +41,7 @@ def row_products(left: Tensor, right: Tensor, indices: Tensor, rows: Tensor, off
 
 
 class SparseEntries:
-    """Which entries of an (N, n) matrix are there, in the order of their rows."""
+    """The places of the entries of a sparse (N, n) matrix, in the order of their rows."""
 
     def __init__(self, indices: Tensor, counts: Tensor | int, examples: int, features: int):
         """Args: the columns (E,) int64 of the entries, how many each row has, N, and n."""
@@ -49,7 +49,7 @@ class SparseEntries:
 
     @property
     def dense(self) -> bool:
-        """Whether so many entries are there that dense products are quicker."""
+        """Whether there are so many entries that dense products are faster."""
         return len(self.indices) * DENSE_FROM > self.examples * self.features
 
     @cached_property
@@ -135,7 +135,7 @@ class DenseBlock:
 
 
 class Encode(torch.autograd.Function):
-    """Pre-activations that were found already, with the gradients of what they were found with.
+    """Attaches gradients to pre-activations that were computed without a graph.
 
     They are entries of W (x - pre_bias) + bias. Gradients of weight W (n, d), bias (n,) and pre_bias
     (d,); none of the examples.
@@ -166,7 +166,7 @@ class Encode(torch.autograd.Function):
 
 
 class Decode(torch.autograd.Function):
-    """What is wrong with a reconstruction: S W - target, (N, d), with S the values in their places.
+    """The error of a reconstruction: S W - target, (N, d), with S the values in their places.
 
     Gradients of the values, of weight W (n, d), and of a bias in the reconstruction, which ``target``
     has already been rid of: the first argument, or None where there is none.

@@ -1,7 +1,7 @@
-"""How well codes stand for vectors: explained variance, L0, dead and dense features, in one pass.
+"""Fidelity of reconstructions: explained variance, L0, dead and dense features, in one pass.
 
-From Surkov et al. ("Unpacking SDXL Turbo", appendix D, Table 2). Whatever has ``encode``, ``decode``
-and ``features`` is measured alike, always after its own top-k.
+From Surkov et al. ("Unpacking SDXL Turbo", appendix D, Table 2). Autoencoders and baselines are evaluated in the same
+way, each after its own selection of active features.
 """
 
 from collections.abc import Iterable, Mapping
@@ -19,18 +19,18 @@ DENSE = 0.1
 
 
 class Fidelity(NamedTuple):
-    """Of one dictionary over N vectors."""
+    """Metrics of one dictionary over N vectors."""
 
     explained_variance: float
-    """1 - fvu, the paper's "ratio of variance explained to the total variance"; 1 is perfect, 0 the
-    mean of these very vectors, and there is no lower bound."""
+    """1 - fvu, the paper's "ratio of variance explained to the total variance": 1 is perfect, 0 equals
+    the mean of these vectors, and there is no lower bound."""
     fvu: float
     """Fraction of variance unexplained: the sum of ||x - x'||^2 over that of ||x - mean(x)||^2."""
     by_channel: float
     """1 - Var(x_j - x'_j) / Var(x_j), the mean over channels j that vary: what the paper's code prints.
-    A constant error is not counted, and a faint channel counts as much as a strong one."""
+    It ignores a constant error, and weak channels count as much as strong ones."""
     l0: float
-    """Features that are not 0, mean over vectors."""
+    """Mean number of active features of a vector."""
     dead_fraction: float
     """Share of the features that are 0 for every vector; 0 where there are no features."""
     dense_fraction: float
@@ -57,12 +57,12 @@ class _Sums:
 def evaluate_dictionaries(
     dictionaries: Mapping[str, Dictionary], batches: Iterable[Tensor], *, dense: float = DENSE
 ) -> dict[str, Fidelity]:
-    """Measure several dictionaries on the same vectors, read once and summed in float64.
+    """Evaluate several dictionaries on the same vectors, read once and summed in float64.
 
     Args:
-        dictionaries: by any names.
-        batches: vectors (n, d), best ones that nothing was trained on.
-        dense: the share of the vectors above which a feature is dense.
+        dictionaries: the dictionaries by name.
+        batches: vectors (n, d), best held-out ones.
+        dense: the fraction of the vectors above which a feature is dense.
 
     Raises:
         ValueError: no vector, vectors that are all the same, or one that is not finite.
@@ -111,17 +111,17 @@ def _finite(batch: Tensor, before: int) -> None:
 
 
 def fidelity_table(measured: Mapping[tuple, Fidelity], names: Iterable[str]) -> pd.DataFrame:
-    """A row a dictionary: ``names``, whose values are the keys, and the fields of :class:`Fidelity`."""
+    """One row per dictionary: ``names``, whose values are the keys, and the fields of :class:`Fidelity`."""
     names = list(names)
     return pd.DataFrame([{**dict(zip(names, key, strict=True)), **one._asdict()} for key, one in measured.items()])
 
 
 def paper_layout(table: pd.DataFrame, value: str = "explained_variance") -> pd.DataFrame:
-    """The paper's layout: a row for each k and n_features, a column a block.
+    """The paper's layout: a row for each k and n_features, a column for each block.
 
     Args:
         table: columns ``block``, ``k``, ``n_features`` and ``value``.
-        value: what stands in the cells.
+        value: the column that fills the cells.
     """
     blocks = list(dict.fromkeys(table["block"]))
     whole = table.pivot(index=["k", "n_features"], columns="block", values=value)

@@ -1,4 +1,4 @@
-"""Figures of autoencoders in training and of how they compare, by block, k and n_features."""
+"""Figures of training curves, and of autoencoders compared by block, k and n_features."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -24,7 +24,7 @@ SMALL_CHANGE = 0.1
 
 @plain_text
 def training_curves(history: pd.DataFrame, title: str = "") -> Figure:
-    """Loss, explained variance, L0 and dead fraction over steps: a row a measure, a column a block.
+    """Loss, explained variance, L0 and dead fraction over steps: a row for each metric, a column for each block.
 
     Args:
         history: columns ``step``, ``block``, ``k``, ``n_features`` and those of :data:`MEASURES`;
@@ -57,20 +57,20 @@ def training_curves(history: pd.DataFrame, title: str = "") -> Figure:
 
 
 class LiveCurves:
-    """The curves of a training drawn in one place of a notebook while it runs, anew every so many seconds.
+    """Training curves that are redrawn in one output of a notebook every few seconds.
 
     ::
 
-        train_saes(..., live=Live(lambda history: described(history, wanted)))
+        train_saes(..., live=Live(lambda history: label_history(history, specs)))
     """
 
     def __init__(self, prepare: Callable[[pd.DataFrame], pd.DataFrame], every: float = 15.0):
-        """Args: what makes of a history what :func:`training` takes, and seconds between drawings."""
+        """Args: the function from a history to the table of :func:`training_curves`, and seconds between drawings."""
         self._prepare, self._every, self._place = prepare, every, None
         self._drawn = time.perf_counter()
 
     def __call__(self, history: pd.DataFrame) -> None:
-        """Draw, if it is time."""
+        """Redraw if enough time has passed."""
         if time.perf_counter() - self._drawn < self._every:
             return
         from IPython.display import display

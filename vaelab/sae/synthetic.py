@@ -1,4 +1,4 @@
-"""Vectors made from a dictionary that is known, and how much of it was found again."""
+"""Synthetic vectors from a known dictionary, and how much of it a trained autoencoder recovers."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,18 +13,18 @@ from vaelab.core.validate import at_least
 
 @dataclass(frozen=True)
 class SyntheticSparseData:
-    """Sparse sums of known features, with a little noise and a mean."""
+    """Sparse sums of known features plus noise and a mean."""
 
     d: int = 128
     """Width of the vectors."""
     n_features: int = 512
     """Features, of unit length and random direction."""
     active: int = 8
-    """Features in each vector, drawn without repetition, with amounts even in [0.5, 1.5]."""
+    """Features in each vector, drawn without repetition, with activations uniform in [0.5, 1.5]."""
     noise: float = 0.01
-    """Standard deviation of what is added to every number."""
+    """Standard deviation of the noise."""
     length: float = 1.0
-    """All is multiplied by it."""
+    """Factor of all vectors."""
     seed: int = 0
     """Fixes the dictionary and every batch."""
 
@@ -40,7 +40,7 @@ class SyntheticSparseData:
         return F.normalize(torch.randn(self.n_features, self.d, generator=self._generator(0)))
 
     def mean(self) -> Tensor:
-        """What is added to every vector: (d,)."""
+        """The vector that is added to every sample: (d,)."""
         return self.length * torch.randn(self.d, generator=self._generator(1)) / self.d**0.5
 
     def vectors(self, count: int, number: int = 0) -> Tensor:
@@ -53,7 +53,7 @@ class SyntheticSparseData:
         return self.length * made + self.mean()
 
     def _generator(self, number: int) -> torch.Generator:
-        # of no stream that torch.manual_seed(seed) gives: what is learned must not begin as the truth
+        # differs from torch.manual_seed(seed): an autoencoder of the same seed must not start as the true dictionary
         state = np.random.SeedSequence([self.seed, number]).generate_state(1, np.uint64)[0]
         return torch.Generator().manual_seed(int(state >> 1))
 

@@ -1,4 +1,4 @@
-"""What each feature of a sparse autoencoder does over a store: where it is most active, and how often.
+"""Statistics of each feature of a sparse autoencoder over a store: its top activating items and its density.
 
 One pass over the store, in memory that depends on the number of features and not on that of pictures: quantiles
 come from a histogram of each feature's activations, with eight bins between a power of two and the next. Codes
@@ -18,7 +18,7 @@ from vaelab.sae.model import SAE, Codes
 from vaelab.store.reader import Store
 
 NO_ITEM = -1
-"""The item of a place that no picture has taken."""
+"""Placeholder in a list of top activating items that is not full."""
 FINEST, OCTAVES, PARTS = -16, 32, 8
 """The histogram's bins divide each of so many octaves, from 2^FINEST on, in equal parts; what is beyond either end
 is counted in the last bin there. Positive and negative activations have bins of their own."""
@@ -28,7 +28,7 @@ QUANTILES = {"lower_quartile": 0.25, "median": 0.5, "upper_quartile": 0.75, "q99
 
 
 class FeatureSummary(NamedTuple):
-    """What n features do over M items of P positions each; all on the CPU."""
+    """Statistics of n features over M items of P positions each; all on the CPU."""
 
     values: Tensor
     """(n, top) float32, falling: the largest activation in each of the most activating items; 0 where
@@ -97,7 +97,7 @@ class FeatureSummary(NamedTuple):
 
 
 class FeatureAccumulator:
-    """A :class:`Summary` in the making, batch by batch."""
+    """Accumulates a :class:`FeatureSummary` batch by batch."""
 
     def __init__(self, n_features: int, top: int = 10, device: Any = "cpu"):
         at_least("top", top, 1)
@@ -166,7 +166,7 @@ class FeatureAccumulator:
         self._positions[features] = torch.cat([self._positions[features], places], 1).gather(1, order)
 
     def summary(self) -> FeatureSummary:
-        """What was seen so far."""
+        """The statistics of all batches so far."""
         values = self._values.masked_fill(self._items == NO_ITEM, 0)
         tensors = (
             values, self._items, self._positions, self._active_items, self._active_rows, self._total, self._squares,
@@ -178,7 +178,7 @@ class FeatureAccumulator:
 def summarise_features(
     sae: SAE, kept: Store, block: str, *, top: int = 10, items: Sequence[int] | None = None, batch_items: int = 64
 ) -> FeatureSummary:
-    """Go once over a block of a store.
+    """Summarise the features over a block of a store, in one pass.
 
     Args:
         sae: the autoencoder; the work is done on its device.
