@@ -14,8 +14,10 @@ def shaken(seed=0, **changes):
     with torch.no_grad():
         for weight in sae.parameters():
             weight.add_(0.05 * torch.randn(weight.shape, generator=generator))
-        if hasattr(sae, "threshold"):
-            sae.threshold.add_(1.5)
+        if changes.get("variant") == "jumprelu":
+            sae.set_thresholds(1.5 + 0.05 * torch.randn(FEATURES, generator=generator))
+        if changes.get("variant") == "batchtopk":
+            sae.set_thresholds(1.5)
     return sae
 
 

@@ -1,21 +1,21 @@
 import pytest
 import torch
 
-from vaelab.bench.peers import Dense, Setting, peer
+from vaelab.bench.peers import Dense, StepConfig, peer_step
 from vaelab.sae.model import SAE, SAEConfig
 
-SMALL = Setting(d=16, n_features=64, k=3, batch_size=32, dead=10)
+SMALL = StepConfig(d=16, n_features=64, k=3, batch_size=32, dead=10)
 
 
 def test_a_setting_is_fixed_by_its_seed():
     assert torch.equal(SMALL.batch(5), SMALL.batch(1)) and SMALL.batch(0).shape == (32, 16)
     assert len(set(SMALL.silent.tolist())) == 10
-    again = Setting(d=16, n_features=64, k=3, batch_size=32, dead=10)
+    again = StepConfig(d=16, n_features=64, k=3, batch_size=32, dead=10)
     assert torch.equal(again.silent, SMALL.silent) and torch.equal(again.batch(2), SMALL.batch(2))
     with pytest.raises(ValueError, match="dead: 64 of 64"):
-        Setting(n_features=64, dead=64)
+        StepConfig(n_features=64, dead=64)
     with pytest.raises(ValueError, match="batch_size"):
-        Setting(batch_size=0)
+        StepConfig(batch_size=0)
 
 
 @pytest.mark.parametrize("dead", [False, True])
@@ -28,7 +28,7 @@ def test_the_dense_step_minimises_what_ours_does(dead):
     asleep = torch.zeros(64)
     if dead:
         asleep[SMALL.silent] = 1
-        ours.silent[SMALL.silent] = 10**8
+        ours.inactive_for[SMALL.silent] = 10**8
     x = SMALL.batch(0)
     assert dense(x, asleep).item() == pytest.approx(ours.losses(x).loss.item(), rel=1e-5)
 
@@ -39,7 +39,7 @@ def test_the_dense_step_learns_and_keeps_features_of_unit_length(dead, monkeypat
 
     made = []
     monkeypatch.setattr(peers, "Dense", lambda setting: made.append(Dense(setting)) or made[0])
-    step = peer("dense", SMALL, dead=dead)
+    step = peer_step("dense", SMALL, dead=dead)
     (sae,) = made
     before = sae(SMALL.batch(0), torch.zeros(64)).item()
     for number in range(0, 200, 4):
@@ -52,9 +52,9 @@ def test_the_dense_step_learns_and_keeps_features_of_unit_length(dead, monkeypat
 def test_the_others_take_a_step_where_they_are_installed(name):
     pytest.importorskip(name)
     for dead in (False, True):
-        peer(name, SMALL, dead=dead)(0)
+        peer_step(name, SMALL, dead=dead)(0)
 
 
 def test_an_unknown_peer_is_refused():
     with pytest.raises(ValueError, match=r"peers: unknown name 'sparsfy'.*sparsify"):
-        peer("sparsfy", SMALL)
+        peer_step("sparsfy", SMALL)

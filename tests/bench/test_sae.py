@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pandas as pd
 import pytest
 import torch
@@ -5,10 +7,10 @@ import torch
 from vaelab.activations.collect import CollectConfig
 from vaelab.activations.denoiser import Sampling
 from vaelab.bench import sae as bench_sae
-from vaelab.bench.peers import Setting
+from vaelab.bench.peers import StepConfig
 from vaelab.sae.model import SAE, SAEConfig
 
-SMALL = Setting(d=16, n_features=64, k=3, batch_size=32, dead=10)
+SMALL = StepConfig(d=16, n_features=64, k=3, batch_size=32, dead=10)
 
 
 def test_ratios_are_of_medians():
@@ -19,7 +21,7 @@ def test_ratios_are_of_medians():
             "sparsify_dead": [10.0, 12.0, 14.0],
         }
     )  # fmt: skip
-    assert bench_sae.ratios(seconds) == {
+    assert bench_sae.step_ratios(seconds) == {
         "sae.step_over_gemm.float32": 1.5, "sae.step_over_best_gemm.float32": 3.0,
         "sae.step_over_gemm.bf16": 0.75, "sae.step_over_best_gemm.bf16": 1.5,
         "sae.step_over_gemm.float32_dead": 2.0, "sae.step_over_best_gemm.float32_dead": 4.0,
@@ -53,24 +55,26 @@ def test_what_fails_in_that_process_is_told():
 @pytest.mark.parametrize("screen", [False, True])
 @pytest.mark.parametrize("dead", [False, True])
 def test_our_step_is_that_of_the_training(screen, dead, monkeypatch):
-    from vaelab.sae.train import SAEObjective, Wanted, train_saes
+    from vaelab.sae.train import SAEObjective, SAESpec, train_saes
     from vaelab.training.loop import TrainConfig
 
     made = []
     monkeypatch.setattr(bench_sae, "SAEObjective", lambda wanted: made.append(SAEObjective(wanted)) or made[0])
-    step = bench_sae.ours(SMALL, screen=screen, dead=dead)
+    step = bench_sae.lab_step(SMALL, screen=screen, dead=dead)
     (sae,) = made[0].saes
     if dead:
         step(0)
-        assert (sae.silent[SMALL.silent] > 10**8 - 1).sum() + (sae.silent[SMALL.silent] == 0).sum() == 10
+        assert (sae.inactive_for[SMALL.dead_features] > 10**8 - 1).sum() + (
+            sae.inactive_for[SMALL.dead_features] == 0
+        ).sum() == 10
         return
-    # begun without the data's median and spread, as it is here
-    monkeypatch.setattr(SAEObjective, "begin", lambda self, sample: None)
+    # initialised without the data's median and spread, as it is here
+    monkeypatch.setattr(SAEObjective, "initialise", lambda self, sample: None)
     config = TrainConfig(
         steps=3, learning_rate=1e-4, clip_norm=0.0, device="cpu", precision="bfloat16" if screen else "float32"
     )
     trained = train_saes(
-        {"sae": Wanted("x", sae.config, SMALL.seed)},
+        {"sae": SAESpec("x", sae.config, SMALL.seed)},
         lambda start=0, **_: ({"x": SMALL.batch(number)} for number in range(start, 99)), config,
     )  # fmt: skip
     for number in range(3):
@@ -94,6 +98,13 @@ def test_the_screens_choice_is_compared_vector_by_vector():
 
 def test_an_autoencoder_of_real_vectors(small_pipeline):
     config = CollectConfig(("mid.0",), Sampling(steps=2, guidance_scale=0.0), seed=3)
-    sae, unseen = bench_sae.trained_on(small_pipeline("sdxl"), config, prompts=4, steps=3, n_features=64, k=4)
+    sae, unseen = bench_sae.train_on_pipeline(small_pipeline("sdxl"), config, prompts=4, steps=3, n_features=64, k=4)
     assert sae.config.d == unseen.shape[1] and sae.config.n_features == 64
     assert 0 <= bench_sae.selection_equal_fraction(sae, unseen) <= 1
+
+
+@pytest.mark.parametrize(("platform", "bytes_per_unit"), [("linux", 1024), ("darwin", 1)])
+def test_peak_memory_is_in_bytes_on_every_system(monkeypatch, platform, bytes_per_unit):
+    monkeypatch.setattr(bench_sae.sys, "platform", platform)
+    monkeypatch.setattr(bench_sae.resource, "getrusage", lambda _: SimpleNamespace(ru_maxrss=3000))
+    assert bench_sae.peak_process_bytes(torch.device("cpu")) == 3000 * bytes_per_unit

@@ -31,9 +31,9 @@ def test_a_masked_objective_is_trained_and_evaluated_near_the_cpu(device, images
 
 
 def test_samples_are_drawn_on_the_device_and_come_back_as_pictures(device, images):
-    objective = pruning_train.build("embedded", small_config(training={"device": str(device)}), 16)
-    config = metrics.MeasuringConfig(fid_images=3, sampler_steps=2)
-    pictures = metrics.drawn(objective, config, (4, 8, 8), 16, 0)
+    objective = pruning_train.build_objective("embedded", small_config(training={"device": str(device)}), 16)
+    config = metrics.EvaluationConfig(fid_images=3, sampler_steps=2)
+    pictures = metrics.sample_pictures(objective, config, (4, 8, 8), 16, 0)
     assert pictures.shape == (3, 3, 16, 16) and pictures.device.type == "cpu"
     assert pictures.isfinite().all()
 
@@ -45,4 +45,4 @@ def test_peak_memory_is_that_of_the_tensors_an_action_holds(device):
         del first
         return second * 2
 
-    assert slimming.peak_bytes(action, device) == pytest.approx(2 * 2**22, rel=0.3)
+    assert slimming.peak_memory_bytes(action, device) == pytest.approx(2 * 2**22, rel=0.3)

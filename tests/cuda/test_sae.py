@@ -16,7 +16,9 @@ SCREENED = ["topk", "k_sae", "matryoshka"]
 
 
 def with_dead(sae, count):
-    sae.silent[torch.randperm(FEATURES, generator=torch.Generator().manual_seed(1))[:count]] = sae.config.dead_after
+    sae.inactive_for[torch.randperm(FEATURES, generator=torch.Generator().manual_seed(1))[:count]] = (
+        sae.config.dead_after
+    )
     return sae
 
 

@@ -27,13 +27,13 @@ class Gaussian(nn.Module):
 def test_samples_have_the_planted_mean_and_scale_and_the_schedule_is_whole(steps):
     scheduler = DDPMScheduler(clip_sample=False)
     denoiser = Gaussian(scheduler, 2.0, 0.5)
-    found = pruning_fid.draw(denoiser, scheduler, (2, 4, 4), 60, steps=steps, batch_size=32, seed=0)
+    found = pruning_fid.ancestral_samples(denoiser, scheduler, (2, 4, 4), 60, steps=steps, batch_size=32, seed=0)
     assert found.shape == (60, 2, 4, 4)
     assert float(found.mean()) == pytest.approx(2.0, abs=0.05)
     assert float(found.std()) == pytest.approx(0.5, rel=0.06)
     first = denoiser.asked[:steps]
     assert first[0] == 999 and first == sorted(first, reverse=True) and first[-1] < 1000 / steps
-    again = pruning_fid.draw(denoiser, scheduler, (2, 4, 4), 60, steps=steps, batch_size=32, seed=0)
+    again = pruning_fid.ancestral_samples(denoiser, scheduler, (2, 4, 4), 60, steps=steps, batch_size=32, seed=0)
     assert torch.equal(found, again)
 
 
@@ -56,21 +56,21 @@ def test_frechet_distance_is_torchmetrics_and_that_of_known_gaussians():
 def test_a_judge_prefers_pictures_of_the_same_kind():
     generator = torch.Generator().manual_seed(0)
     real, same, other = (torch.rand(90, 3, 16, 16, generator=generator) for _ in range(3))
-    judge = pruning_fid.judge("embedded", [{"pixels": part} for part in real.split(30)], 90, "cpu")
+    judge = pruning_fid.fid_reference("embedded", [{"pixels": part} for part in real.split(30)], 90, "cpu")
     assert judge.distance(same) < 0.2 * judge.distance(0.3 * other)
-    assert pruning_fid.judge("embedded", [], 0) is None
+    assert pruning_fid.fid_reference("embedded", [], 0) is None
 
 
 def test_fewer_pictures_than_features_are_refused():
     with pytest.raises(ValueError, match="fid_images: 20 pictures for 64 features; take more than features"):
-        pruning_fid.judge("embedded", [{"pixels": torch.rand(20, 3, 16, 16)}], 20, "cpu")
+        pruning_fid.fid_reference("embedded", [{"pixels": torch.rand(20, 3, 16, 16)}], 20, "cpu")
 
 
 def test_an_unknown_network_and_one_that_is_not_there_are_told(monkeypatch):
     with pytest.raises(ValueError, match=r"fid_features: unknown name 'inceptoin'.*inception"):
-        pruning_fid.features("inceptoin")
+        pruning_fid.feature_network("inceptoin")
     import torchmetrics.image.fid as fid
 
     monkeypatch.setattr(fid, "_TORCH_FIDELITY_AVAILABLE", False)
     with pytest.raises(ValueError, match="fid_features: inception needs torch-fidelity"):
-        pruning_fid.features("inception", "cpu")
+        pruning_fid.feature_network("inception", "cpu")

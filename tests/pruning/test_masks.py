@@ -6,7 +6,15 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler
 from small_latents import small_unet
 
-from vaelab.pruning.masks import MASKS, ChannelMask, ImportancePredictor, LatentConfig, PruningObjective, gain, top_k
+from vaelab.pruning.masks import (
+    MASKS,
+    ChannelMask,
+    ImportancePredictor,
+    LatentConfig,
+    PruningObjective,
+    straight_through_topk,
+    variance_gain,
+)
 
 
 @pytest.fixture
@@ -78,49 +86,51 @@ def test_the_normalised_mask_keeps_the_summed_variance(latents):
 def test_scaling_all_masks_changes_nothing_under_the_gain(latents):
     mask = torch.rand(6, 4)
     for factor in (1.0, 1e-3, 50.0):
-        torch.testing.assert_close(gain(latents, factor * mask) * factor * mask, gain(latents, mask) * mask)
+        torch.testing.assert_close(
+            variance_gain(latents, factor * mask) * factor * mask, variance_gain(latents, mask) * mask
+        )
 
 
 def test_a_constant_cannot_stand_for_variance():
     latents = torch.cat([torch.full((3, 1, 4, 4), 9.0), torch.randn(3, 1, 4, 4)], 1)
     keeps_the_constant = torch.tensor([[1.0, 1e-3]]).expand(3, 2)
-    assert float(gain(latents, keeps_the_constant)) == pytest.approx(1e3, rel=1e-3)
+    assert float(variance_gain(latents, keeps_the_constant)) == pytest.approx(1e3, rel=1e-3)
 
 
-def test_in_evaluation_the_usual_gain_makes_pictures_independent(latents):
+def test_in_evaluation_the_running_gain_makes_pictures_independent(latents):
     masks = ChannelMask(4, LatentConfig(mask="normalised"))
     torch.nn.init.constant_(masks.predict.second.bias, 0.0)  # every importance about a half, the gain about 2
-    now = gain(latents, masks.train().mask(latents)).item()
+    now = variance_gain(latents, masks.train().mask(latents)).item()
     for _ in range(2):
         masks(latents)
     masks.eval()
-    assert 1.9 < now < 2.1 and float(masks.usual_gain) == pytest.approx(now, rel=1e-6)
+    assert 1.9 < now < 2.1 and float(masks.running_gain) == pytest.approx(now, rel=1e-6)
     for _ in range(300):
         masks.train()(3 * latents[:3])
-    other = gain(latents[:3], masks.mask(3 * latents[:3])).item()
-    assert float(masks.eval().usual_gain) == pytest.approx(other, rel=1e-5)
+    other = variance_gain(latents[:3], masks.mask(3 * latents[:3])).item()
+    assert float(masks.eval().running_gain) == pytest.approx(other, rel=1e-5)
     torch.testing.assert_close(masks(latents).latents[:2], masks(latents[:2]).latents)
 
 
 def test_top_k_keeps_exactly_k_and_its_gradient_is_straight_through():
     importance = torch.rand(50, 7, requires_grad=True)
     for keep in range(1, 8):
-        mask = top_k(importance, keep)
+        mask = straight_through_topk(importance, keep)
         assert set(mask.detach().unique().tolist()) <= {0.0, 1.0}
         assert (mask.sum(1) == keep).all()
         kept = importance.gather(1, mask.detach().topk(keep).indices).min(1).values
         left = importance.masked_fill(mask.detach() == 1, -1).max(1).values
         assert (kept >= left).all()
     weight = torch.randn(50, 7)
-    (gradient,) = torch.autograd.grad((weight * top_k(importance, 3)).sum(), importance)
+    (gradient,) = torch.autograd.grad((weight * straight_through_topk(importance, 3)).sum(), importance)
     torch.testing.assert_close(gradient, weight)
-    assert (top_k(torch.full((2, 4), 0.5), 2).sum(1) == 2).all()
+    assert (straight_through_topk(torch.full((2, 4), 0.5), 2).sum(1) == 2).all()
 
 
 @pytest.mark.parametrize("keep", [0, 5])
 def test_more_channels_kept_than_there_are_is_refused(keep):
     with pytest.raises(ValueError, match="keep: must be from 1 to the latent's 4 channels, got"):
-        top_k(torch.rand(2, 4), keep)
+        straight_through_topk(torch.rand(2, 4), keep)
 
 
 @pytest.mark.parametrize(

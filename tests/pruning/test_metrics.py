@@ -5,10 +5,10 @@ from small_latents import small_config
 
 from vaelab import data
 from vaelab.pruning import fid, noise_loss, slimming, sweep
-from vaelab.pruning.metrics import MeasuringConfig, drawn, latents_of, measure
-from vaelab.pruning.train import MaskWatcher, build
+from vaelab.pruning.metrics import EvaluationConfig, evaluate_pruning, sample_latents, sample_pictures
+from vaelab.pruning.train import MaskWatcher, build_objective
 
-MEASURING = MeasuringConfig(loss_timesteps=4, sampler_steps=3)
+MEASURING = EvaluationConfig(loss_timesteps=4, sampler_steps=3)
 
 
 @pytest.fixture(scope="module")
@@ -17,12 +17,12 @@ def images():
 
 
 def objective(**latent):
-    return build("embedded", small_config(latent=latent), 16).eval()
+    return build_objective("embedded", small_config(latent=latent), 16).eval()
 
 
 def test_without_a_mask_the_masked_reconstruction_is_the_other_and_both_are_sums_over_a_picture(images):
     one = objective(mask="none")
-    found, _ = measure(one, images, MEASURING, 0)
+    found, _ = evaluate_pruning(one, images, MEASURING, 0)
     pixels = images.stack()
     with torch.no_grad():
         decoded = one.vae.decode(one.vae.encode(pixels).latent_dist.mode()).sample
@@ -35,7 +35,7 @@ def test_without_a_mask_the_masked_reconstruction_is_the_other_and_both_are_sums
 
 def test_the_masked_reconstruction_is_that_of_what_the_denoiser_gets(images):
     one = objective(mask="topk", keep=1, shared=True)
-    found, _ = measure(one, images, MEASURING, 0)
+    found, _ = evaluate_pruning(one, images, MEASURING, 0)
     pixels = images.stack()
     with torch.no_grad():
         latents = one.vae.encode(pixels).latent_dist.mode()
@@ -49,11 +49,13 @@ def test_the_masked_reconstruction_is_that_of_what_the_denoiser_gets(images):
 
 def test_the_losses_are_those_of_noise_loss_and_the_spectrum_averages_to_them(images):
     one = objective()
-    found, spectrum = measure(one, images, MEASURING, 5)
-    seen, timesteps = latents_of(one, images, 5)[1], noise_loss.grid(one.scheduler, 4)
-    expected = noise_loss.errors(lambda x, t: one.unet(x, t).sample, seen, one.scheduler, timesteps, seed=5)
+    found, spectrum = evaluate_pruning(one, images, MEASURING, 5)
+    seen, timesteps = sample_latents(one, images, 5)[1], noise_loss.spread_timesteps(one.scheduler, 4)
+    expected = noise_loss.noise_errors(lambda x, t: one.unet(x, t).sample, seen, one.scheduler, timesteps, seed=5)
     assert found.diffusion_loss == pytest.approx(float(expected.mean()), rel=1e-5)
-    closed = noise_loss.closed_form(noise_loss.variances(seen), noise_loss.signal_share(one.scheduler, timesteps))
+    closed = noise_loss.closed_form_error(
+        noise_loss.channel_variances(seen), noise_loss.alpha_bar(one.scheduler, timesteps)
+    )
     assert found.closed_form_loss == pytest.approx(float(closed.mean()), rel=1e-6)
     assert len(spectrum) == 4 * 4
     for measured, name in ((found.diffusion_loss, "error"), (found.closed_form_loss, "closed_form")):
@@ -65,7 +67,7 @@ def test_the_losses_are_those_of_noise_loss_and_the_spectrum_averages_to_them(im
 def test_a_mask_of_almost_nothing_is_seen_in_the_scale_and_in_the_closed_form(images):
     one, closed = objective(), objective()
     torch.nn.init.constant_(closed.masks.predict.second.bias, np.log(0.003 / 0.997))
-    before, after = (measure(each, images, MEASURING, 0)[0] for each in (one, closed))
+    before, after = (evaluate_pruning(each, images, MEASURING, 0)[0] for each in (one, closed))
     assert after.mean_mask == pytest.approx(0.003, rel=0.2)
     assert after.latent_scale == before.latent_scale and after.recon_mse == before.recon_mse
     assert after.scale < 0.01 * before.scale
@@ -75,34 +77,34 @@ def test_a_mask_of_almost_nothing_is_seen_in_the_scale_and_in_the_closed_form(im
 
 def test_the_same_seed_gives_the_same_numbers(images):
     one = objective()
-    assert measure(one, images, MEASURING, 1) == measure(one, images, MEASURING, 1)
-    assert measure(one, images, MEASURING, 1)[0] != measure(one, images, MEASURING, 2)[0]
+    assert evaluate_pruning(one, images, MEASURING, 1) == evaluate_pruning(one, images, MEASURING, 1)
+    assert evaluate_pruning(one, images, MEASURING, 1)[0] != evaluate_pruning(one, images, MEASURING, 2)[0]
 
 
 def test_samples_are_decoded_and_judged(images):
-    one, asked = objective(), MeasuringConfig(loss_timesteps=2, fid_images=70, sampler_steps=2)
-    made = drawn(one, asked, (4, 8, 8), 16, 3)
+    one, asked = objective(), EvaluationConfig(loss_timesteps=2, fid_images=70, sampler_steps=2)
+    made = sample_pictures(one, asked, (4, 8, 8), 16, 3)
     assert made.shape == (70, 3, 16, 16) and made.abs().max() <= 1
     real = torch.rand(80, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    judge = fid.judge("embedded", [{"pixels": real}], 70, "cpu")
-    assert measure(one, images, asked, 3, judge)[0].fid == judge.distance(made)
+    judge = fid.fid_reference("embedded", [{"pixels": real}], 70, "cpu")
+    assert evaluate_pruning(one, images, asked, 3, judge)[0].fid == judge.distance(made)
     assert judge.distance(made) > 0
 
 
 def test_a_wrong_configuration_is_refused():
     for name, value in (("loss_timesteps", 0), ("fid_images", -1), ("sampler_steps", 0)):
         with pytest.raises(ValueError, match=f"{name}: must be at least"):
-            MeasuringConfig(**{name: value})
+            EvaluationConfig(**{name: value})
 
 
 @pytest.mark.parametrize(
     "evaluate",
     [
-        lambda one, images: measure(one, images, MEASURING, 0),
-        lambda one, images: latents_of(one, images, 0),
-        lambda one, images: drawn(one, MeasuringConfig(fid_images=2, sampler_steps=1), (4, 8, 8), 16, 0),
-        lambda one, images: sweep.pictures({"a": one}, images, small_config(), count=2),
-        lambda one, images: slimming.of_trained(one, images, 1, 0),
+        lambda one, images: evaluate_pruning(one, images, MEASURING, 0),
+        lambda one, images: sample_latents(one, images, 0),
+        lambda one, images: sample_pictures(one, EvaluationConfig(fid_images=2, sampler_steps=1), (4, 8, 8), 16, 0),
+        lambda one, images: sweep.picture_rows({"a": one}, images, small_config(), count=2),
+        lambda one, images: slimming.measure_savings(one, images, 1, 0),
         lambda one, images: MaskWatcher(one, images, 1).measure(0),
     ],
     ids=["measure", "latents_of", "drawn", "pictures", "savings", "MaskWatcher"],

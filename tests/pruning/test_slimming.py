@@ -21,7 +21,7 @@ def vae(request):
 @pytest.mark.parametrize("kept", [[0, 2], [3], [0, 1, 2, 3], [2, 0]])
 def test_without_the_channels_the_models_do_what_they_did_with_zeros_there(vae, kept):
     whole_unet = small_unet()
-    narrow = slimming.remove(vae, whole_unet, kept)
+    narrow = slimming.remove_channels(vae, whole_unet, kept)
     kept = sorted(kept)
     pixels, latents = torch.rand(2, 3, 16, 16), torch.randn(2, 4, 8, 8)
     silent = torch.zeros_like(latents)
@@ -41,11 +41,11 @@ def test_without_the_channels_the_models_do_what_they_did_with_zeros_there(vae, 
 @pytest.mark.parametrize("kept", [[], [4], [-1], [1, 1]])
 def test_channels_that_are_not_there_are_refused(tiny_vae, kept):
     with pytest.raises(ValueError, match="kept: expected different channels from 0 to 3, got"):
-        slimming.remove(tiny_vae, small_unet(), kept)
+        slimming.remove_channels(tiny_vae, small_unet(), kept)
 
 
 def test_savings_count_what_is_gone_and_time_each_part(tiny_vae):
-    table = slimming.savings(tiny_vae, small_unet(), [2, 0, 1, 3], torch.randn(2, 4, 8, 8), rounds=2)
+    table = slimming.savings_table(tiny_vae, small_unet(), [2, 0, 1, 3], torch.randn(2, 4, 8, 8), rounds=2)
     assert list(zip(table["part"], table["kept"], table["twin"], strict=True)) == [
         (part, kept, twin) for part in ("denoise", "decode")
         for kept, twin in ((4, False), (4, True), (3, False), (2, False), (1, False))
@@ -65,5 +65,5 @@ def test_peak_memory_is_what_is_held_at_once():
         del first
         return second * 2
 
-    found = slimming.peak_bytes(holds_two_of_three, torch.device("cpu"))
+    found = slimming.peak_memory_bytes(holds_two_of_three, torch.device("cpu"))
     assert found == pytest.approx(2 * 4 * (1 << 18), rel=0.05)

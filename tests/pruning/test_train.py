@@ -10,7 +10,7 @@ from small_latents import small_config
 
 from vaelab import data
 from vaelab.pruning import train
-from vaelab.pruning.train import PruningConfig, build, load_pruned, train_pruned
+from vaelab.pruning.train import PruningConfig, build_objective, load_pruned, train_pruned
 from vaelab.training.loop import TrainConfig
 
 
@@ -102,7 +102,7 @@ def test_a_frozen_vae_is_left_as_it_was_and_the_rest_is_trained(tiny_vae, pictur
     config = small_config(2, {"mask": "topk", "keep": 2}, autoencoder="frozen", vae_channels=())
     name, place = str(tmp_path / "vae"), tmp_path / "run"
     train_pruned(name, "frozen", config, pictures, place)
-    before, after = build(name, config, 16).state_dict(), load_pruned(name, config, 16, place).state_dict()
+    before, after = build_objective(name, config, 16).state_dict(), load_pruned(name, config, 16, place).state_dict()
     for key, value in tiny_vae.state_dict().items():
         assert torch.equal(after[f"vae.{key}"], value), key
     assert any(not torch.equal(after[key], before[key]) for key in before if key.startswith("unet."))
@@ -116,9 +116,11 @@ def test_more_latent_channels(pictures, tmp_path):
 
 
 def test_runs_of_one_seed_begin_alike_whatever_their_mask():
-    first, second = (build("embedded", small_config(1, {"mask": mask}), 16).state_dict() for mask in ("none", "topk"))
+    first, second = (
+        build_objective("embedded", small_config(1, {"mask": mask}), 16).state_dict() for mask in ("none", "topk")
+    )
     assert all(torch.equal(first[key], second[key]) for key in first)
-    other = build("embedded", small_config(1, training={"seed": 1}), 16).state_dict()
+    other = build_objective("embedded", small_config(1, training={"seed": 1}), 16).state_dict()
     assert not torch.equal(other["unet.conv_in.weight"], first["unet.conv_in.weight"])
 
 
@@ -136,7 +138,7 @@ def test_runs_of_one_seed_begin_alike_whatever_their_mask():
 )  # fmt: skip
 def test_what_does_not_fit_is_refused(changes, resolution, message):
     with pytest.raises(ValueError, match=message):
-        build("embedded", small_config(**changes), resolution)
+        build_objective("embedded", small_config(**changes), resolution)
 
 
 @pytest.mark.parametrize(

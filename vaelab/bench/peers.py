@@ -1,8 +1,8 @@
-"""A training step of a top-k autoencoder, as others take it: what ours is timed beside.
+"""A training step of a top-k autoencoder as other libraries take it, to be timed beside the lab's own.
 
-Each is at its best settings for this: the fused Adam, no more measuring than its own step needs.
-``dense`` is the step as the papers' code writes it, with dense products throughout. The others are
-installed apart, by ``make peers``, since they pin other versions: nothing else of the lab needs them.
+Each library runs at its best settings for this: the fused Adam, and no more measuring than its step needs. ``dense`` is
+the step as the papers' code writes it, with dense products throughout. ``make peers`` installs the libraries in an
+environment of their own, since they pin other versions; nothing else of the lab needs them.
 """
 
 from collections.abc import Callable
@@ -17,25 +17,29 @@ from vaelab.core.validate import at_least, one_of
 
 Step = Callable[[int], None]
 """Takes one step on the batch of that number."""
-AUX_WEIGHT, K_AUX, LONG_AGO = 1 / 32, 256, 10**8
+AUX_WEIGHT, K_AUX = 1 / 32, 256
+LONG_AGO = 10**8
+"""Vectors since a feature was last active, of a feature that every library counts as dead."""
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What is trained, on random vectors."""
+class StepConfig:
+    """The autoencoder and the random vectors of a timed step."""
 
     d: int = 1280
     """Width of the vectors."""
     n_features: int = 5120
     """Size of the dictionary."""
     k: int = 10
-    """Active features."""
+    """Active features of a vector."""
     batch_size: int = 4096
     """Vectors of a batch."""
     dead: int = 512
     """Features that count as dead in the steps with dead features."""
     seed: int = 0
-    """Fixes vectors, first weights, and which features are dead."""
+    """Fixes vectors, initial weights, and which features are dead."""
+    device: str = "cpu"
+    """Where the steps are taken."""
 
     def __post_init__(self) -> None:
         for name in ("d", "n_features", "k", "batch_size"):
@@ -46,24 +50,25 @@ class Setting:
 
     @cached_property
     def batches(self) -> list[Tensor]:
-        """Four batches (batch_size, d)."""
+        """Four batches (batch_size, d), on the device."""
         generator = torch.Generator().manual_seed(self.seed)
-        return [torch.randn(self.batch_size, self.d, generator=generator) for _ in range(4)]
+        return [torch.randn(self.batch_size, self.d, generator=generator).to(self.device) for _ in range(4)]
 
     @cached_property
-    def silent(self) -> Tensor:
-        """The features that count as dead: (dead,)."""
-        return torch.randperm(self.n_features, generator=torch.Generator().manual_seed(self.seed))[: self.dead]
+    def dead_features(self) -> Tensor:
+        """Numbers of the features that count as dead: (dead,), on the device."""
+        order = torch.randperm(self.n_features, generator=torch.Generator().manual_seed(self.seed))
+        return order[: self.dead].to(self.device)
 
     def batch(self, number: int) -> Tensor:
-        """One of the batches."""
+        """The batch (batch_size, d) of step ``number``; the four take turns."""
         return self.batches[number % len(self.batches)]
 
 
 class Dense(nn.Module):
-    """Eq. 16 and 17 in dense products."""
+    """Equations 16 and 17 of Surkov et al. ("Unpacking SDXL Turbo") in dense products."""
 
-    def __init__(self, setting: Setting):
+    def __init__(self, setting: StepConfig):
         super().__init__()
         generator = torch.Generator().manual_seed(setting.seed)
         rows = F.normalize(torch.randn(setting.n_features, setting.d, generator=generator))
@@ -72,7 +77,7 @@ class Dense(nn.Module):
         self.k = setting.k
 
     def forward(self, x: Tensor, dead: Tensor) -> Tensor:
-        """The loss on a batch (N, d), where ``dead`` (n_features,) says which features are."""
+        """The loss on a batch (N, d); ``dead`` (n_features,) is 1 for dead features, else 0."""
         pre = F.linear(x - self.pre_bias, self.encoder, self.latent_bias)
         reconstruction = F.linear(_only_largest(pre, self.k), self.decoder) + self.pre_bias
         loss = _relative(reconstruction, x)
@@ -91,13 +96,13 @@ def _relative(found: Tensor, x: Tensor) -> Tensor:
     return (found - x).square().mean() / (x - x.mean(0)).square().mean()
 
 
-def dense(setting: Setting, *, dead: bool) -> Step:
-    """Our own :class:`Dense`."""
-    sae = Dense(setting)
+def dense(setting: StepConfig, *, dead: bool) -> Step:
+    """A step of :class:`Dense`."""
+    sae = Dense(setting).to(setting.device)
     optimizer = torch.optim.Adam(sae.parameters(), lr=1e-4, fused=True)
-    asleep = torch.zeros(setting.n_features)
+    asleep = torch.zeros(setting.n_features, device=setting.device)
     if dead:
-        asleep[setting.silent] = 1
+        asleep[setting.dead_features] = 1
 
     def step(number: int) -> None:
         sae(setting.batch(number), asleep).backward()
@@ -111,20 +116,20 @@ def dense(setting: Setting, *, dead: bool) -> Step:
     return step
 
 
-def sparsify(setting: Setting, *, dead: bool) -> Step:
+def sparsify(setting: StepConfig, *, dead: bool) -> Step:
     """EleutherAI's ``eai-sparsify``, as its trainer steps with ``optimizer="adam"``."""
     from sparsify.config import SparseCoderConfig
     from sparsify.sparse_coder import SparseCoder
 
     torch.manual_seed(setting.seed)
-    sae = SparseCoder(setting.d, SparseCoderConfig(num_latents=setting.n_features, k=setting.k))
+    sae = SparseCoder(setting.d, SparseCoderConfig(num_latents=setting.n_features, k=setting.k), setting.device)
     optimizer = torch.optim.Adam(sae.parameters(), lr=1e-4, fused=True)
-    since = torch.zeros(setting.n_features, dtype=torch.int64)
+    since = torch.zeros(setting.n_features, dtype=torch.int64, device=setting.device)
 
     def step(number: int) -> None:
         x = setting.batch(number)
         if dead:
-            since[setting.silent] = LONG_AGO
+            since[setting.dead_features] = LONG_AGO
         out = sae(x, dead_mask=since > 10_000_000 if dead else None)
         (out.fvu + AUX_WEIGHT * out.auxk_loss).backward()
         since.add_(len(x)).index_fill_(0, out.latent_indices.flatten(), 0)
@@ -136,7 +141,7 @@ def sparsify(setting: Setting, *, dead: bool) -> Step:
     return step
 
 
-def sae_lens(setting: Setting, *, dead: bool) -> Step:
+def sae_lens(setting: StepConfig, *, dead: bool) -> Step:
     """``sae-lens``'s TopKTrainingSAE, as its trainer steps, without the rescaling by the decoder's lengths."""
     from sae_lens.saes.sae import TrainStepInput
     from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
@@ -145,13 +150,13 @@ def sae_lens(setting: Setting, *, dead: bool) -> Step:
     sae = TopKTrainingSAE(
         TopKTrainingSAEConfig(
             d_in=setting.d, d_sae=setting.n_features, k=setting.k, rescale_acts_by_decoder_norm=False,
-            use_sparse_activations=False, aux_loss_coefficient=AUX_WEIGHT,
+            use_sparse_activations=False, aux_loss_coefficient=AUX_WEIGHT, device=setting.device,
         )
     )  # fmt: skip
     optimizer = torch.optim.Adam(sae.parameters(), lr=1e-4, fused=True)
-    mask = torch.zeros(setting.n_features, dtype=torch.bool)
+    mask = torch.zeros(setting.n_features, dtype=torch.bool, device=setting.device)
     if dead:
-        mask[setting.silent] = True
+        mask[setting.dead_features] = True
 
     def step(number: int) -> None:
         given = TrainStepInput(setting.batch(number), {}, mask, number, is_logging_step=False)
@@ -163,19 +168,20 @@ def sae_lens(setting: Setting, *, dead: bool) -> Step:
     return step
 
 
-def dictionary_learning(setting: Setting, *, dead: bool) -> Step:
+def dictionary_learning(setting: StepConfig, *, dead: bool) -> Step:
     """``dictionary-learning``'s TopKTrainer."""
     from dictionary_learning.trainers.top_k import TopKTrainer
 
     trainer = TopKTrainer(
-        10**6, setting.d, setting.n_features, setting.k, layer=0, lm_name="", lr=1e-4, seed=setting.seed, device="cpu"
-    )
+        10**6, setting.d, setting.n_features, setting.k, layer=0, lm_name="", lr=1e-4, seed=setting.seed,
+        device=setting.device,
+    )  # fmt: skip
     trainer.optimizer = torch.optim.Adam(trainer.ae.parameters(), lr=1e-4, fused=True)
     trainer.scheduler = torch.optim.lr_scheduler.ConstantLR(trainer.optimizer, factor=1.0)
 
     def step(number: int) -> None:
         if dead:
-            trainer.num_tokens_since_fired[setting.silent] = LONG_AGO
+            trainer.num_tokens_since_fired[setting.dead_features] = LONG_AGO
         trainer.update(number + 1, setting.batch(number))
 
     return step
@@ -184,12 +190,12 @@ def dictionary_learning(setting: Setting, *, dead: bool) -> Step:
 PEERS = {"dense": dense, "sparsify": sparsify, "sae_lens": sae_lens, "dictionary_learning": dictionary_learning}
 
 
-def peer(name: str, setting: Setting, *, dead: bool = False) -> Step:
-    """The step of one of :data:`PEERS`.
+def peer_step(name: str, setting: StepConfig, *, dead: bool = False) -> Step:
+    """The training step of one of :data:`PEERS`.
 
     Raises:
         ValueError: an unknown name.
-        ImportError: it is not installed.
+        ImportError: the library is not installed.
     """
     one_of("peers", name, PEERS)
     return PEERS[name](setting, dead=dead)

@@ -1,7 +1,7 @@
-"""How well and how fast autoencoders are trained: planted dictionaries, steps beside others', peak memory.
+"""How well and how fast autoencoders train: recovery, step times beside other libraries', memory.
 
-Steps are timed in a process of their own, where the others' libraries are found (``make peers``);
-everything in it takes turns. The unit is one float32 product of the encoder, as torch makes it.
+Steps are timed in a process of their own, in which the other libraries are found (``make peers``); all systems take
+turns. The unit is one float32 product of the encoder, as torch makes it.
 """
 
 import json
@@ -20,18 +20,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vaelab.activations.collect import CollectConfig, vectors
+from vaelab.activations.collect import CollectConfig, stream_rows
 from vaelab.bench import peers as bench_peers
-from vaelab.bench.peers import LONG_AGO, PEERS, Setting, Step
+from vaelab.bench.peers import LONG_AGO, PEERS, Step, StepConfig
 from vaelab.core.io import read_json, write_json
 from vaelab.core.paths import project_root
 from vaelab.core.timing import interleaved
 from vaelab.data.prompts import load_prompts
 from vaelab.sae.kernels import linear
-from vaelab.sae.model import SAE, SCREENED, VARIANTS, SAEConfig
-from vaelab.sae.synthetic import Planted, recovery
-from vaelab.sae.topk import choose_top
-from vaelab.sae.train import SAEObjective, UnitLength, Wanted, train_saes
+from vaelab.sae.model import SAE, SCREEN_EXTRA, VARIANTS, SAEConfig
+from vaelab.sae.synthetic import SyntheticSparseData, dictionary_recovery
+from vaelab.sae.topk import select_topk
+from vaelab.sae.train import NormaliseDecoders, SAEObjective, SAESpec, train_saes
 from vaelab.training.loop import TrainConfig
 
 PEERS_FOLDER = ".peers"
@@ -39,9 +39,9 @@ PEERS_FOLDER = ".peers"
 OURS = {"float32": False, "bf16": True}
 
 
-def ours(setting: Setting, *, screen: bool = False, dead: bool = False) -> Step:
-    """A step of ours, as :func:`vaelab.training.loop.train` takes it: forward, both losses, backward, the
-    decoder's projection and normalisation, Adam.
+def lab_step(setting: StepConfig, *, screen: bool = False, dead: bool = False) -> Step:
+    """A training step of the lab's autoencoder, as :func:`vaelab.training.loop.train` takes it: forward, both losses,
+    backward, the decoder's projection and normalisation, Adam.
 
     Args:
         setting: what is trained.
@@ -49,15 +49,16 @@ def ours(setting: Setting, *, screen: bool = False, dead: bool = False) -> Step:
         dead: whether ``setting.dead`` features are dead in every step.
     """
     config = SAEConfig(setting.d, setting.n_features, min(setting.k, setting.n_features))
-    objective = SAEObjective({"sae": Wanted("x", config, setting.seed)})
+    objective = SAEObjective({"sae": SAESpec("x", config, setting.seed)}).to(setting.device)
+    device = torch.device(setting.device)
     optimizer = torch.optim.AdamW(objective.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
     (sae,) = objective.saes
-    unit_length = UnitLength([sae])
+    unit_length = NormaliseDecoders([sae])
 
     def step(number: int) -> None:
         if dead:
-            sae.silent[setting.silent] = LONG_AGO
-        with torch.autocast("cpu", torch.bfloat16, enabled=screen):
+            sae.inactive_for[setting.dead_features] = LONG_AGO
+        with torch.autocast(device.type, torch.bfloat16, enabled=screen):
             loss = objective({"x": setting.batch(number)})["loss"]
         loss.backward()
         optimizer.step()
@@ -67,9 +68,10 @@ def ours(setting: Setting, *, screen: bool = False, dead: bool = False) -> Step:
     return step
 
 
-def gemm(setting: Setting, product: Any = F.linear) -> Step:
+def encoder_product(setting: StepConfig, product: Any = F.linear) -> Step:
     """One product of the encoder, (batch_size, d) times (d, n_features), in float32."""
-    weight = torch.randn(setting.n_features, setting.d, generator=torch.Generator().manual_seed(setting.seed))
+    generator = torch.Generator().manual_seed(setting.seed)
+    weight = torch.randn(setting.n_features, setting.d, generator=generator).to(setting.device)
 
     def step(number: int) -> None:
         product(setting.batch(number), weight)
@@ -77,19 +79,20 @@ def gemm(setting: Setting, product: Any = F.linear) -> Step:
     return step
 
 
-def build(name: str, setting: Setting) -> Step:
-    """A system by its name: ``gemm`` (torch's), ``gemm_best`` (the kernel that ours uses), ``float32`` and
-    ``bf16`` (ours), or one of :data:`vaelab.bench.peers.PEERS`; with ``_dead``, with dead features."""
+def build_step(name: str, setting: StepConfig) -> Step:
+    """A system by its name: ``gemm`` (torch's product), ``gemm_best`` (by the kernel that the lab uses), ``float32``
+    and ``bf16`` (the lab's autoencoder), or one of :data:`vaelab.bench.peers.PEERS`; ``_dead`` after it adds dead
+    features."""
     plain = name.removesuffix("_dead")
     if plain in ("gemm", "gemm_best"):
-        return gemm(setting, F.linear if plain == "gemm" else linear)
+        return encoder_product(setting, F.linear if plain == "gemm" else linear)
     if plain in OURS:
-        return ours(setting, screen=OURS[plain], dead=plain != name)
-    return bench_peers.peer(plain, setting, dead=plain != name)
+        return lab_step(setting, screen=OURS[plain], dead=plain != name)
+    return bench_peers.peer_step(plain, setting, dead=plain != name)
 
 
-def _in_child(names: Sequence[str], setting: Setting, rounds: int) -> Any:
-    """What a process of its own, which finds the peers, has measured."""
+def _in_child(names: Sequence[str], setting: StepConfig, rounds: int) -> Any:
+    """Time systems in a process of their own, in which the peers' libraries are found."""
     with tempfile.TemporaryDirectory() as place:
         out = Path(place, "measured.json")
         given = {
@@ -103,44 +106,55 @@ def _in_child(names: Sequence[str], setting: Setting, rounds: int) -> Any:
         return read_json(out)
 
 
+def peak_process_bytes(device: torch.device) -> int:
+    """The most memory that this process has used so far, in bytes: on a GPU as its allocator counts, else resident.
+
+    ``ru_maxrss`` is in bytes on macOS and in units of 1024 bytes elsewhere (getrusage(2) of either system).
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def _child(given: Mapping[str, Any]) -> None:
-    sys.path.append(given["peers"])  # after ours, so that none of the lab's own versions is replaced
-    setting, missing, actions = Setting(**given["setting"]), {}, {}
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    sys.path.append(given["peers"])  # last, so that none of the lab's own versions is replaced
+    setting, missing, actions = StepConfig(**given["setting"]), {}, {}
+    device = torch.device(setting.device)
+    before = peak_process_bytes(device)
     for name in given["names"]:
         try:
-            actions[name] = build(name, setting)
+            actions[name] = build_step(name, setting)
         except ImportError as error:
             missing[name] = str(error)
-    seconds = interleaved(actions, given["rounds"], device=torch.device("cpu"), warmup=1) if actions else pd.DataFrame()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    memory = {"peak_mb": peak / 1024, "added_mb": (peak - before) / 1024}
+    seconds = interleaved(actions, given["rounds"], device=device, warmup=1) if actions else pd.DataFrame()
+    peak = peak_process_bytes(device)
+    memory = {"peak_mb": peak / 2**20, "added_mb": (peak - before) / 2**20}
     write_json(given["out"], {"seconds": seconds.to_dict("list"), "missing": missing, **memory})
 
 
-class Timed(NamedTuple):
-    """Steps that took turns."""
+class StepTimings(NamedTuple):
+    """Seconds of training steps that took turns."""
 
     seconds: pd.DataFrame
     """A row a round, a column a system."""
     missing: dict[str, str]
-    """The systems that are not installed, and what was said."""
+    """The systems that are not installed, with the error of their import."""
 
 
-def step_seconds(setting: Setting, rounds: int, *, peers: Sequence[str] = tuple(PEERS)) -> Timed:
+def step_seconds(setting: StepConfig, rounds: int, *, peers: Sequence[str] = tuple(PEERS)) -> StepTimings:
     """Seconds of a step of every system, without and with dead features, and of the encoder's product.
 
     Args:
         setting: what is trained.
         rounds: how often each is timed.
-        peers: whose steps besides ours.
+        peers: names in :data:`vaelab.bench.peers.PEERS`.
     """
     systems = [f"{name}{dead}" for dead in ("", "_dead") for name in (*OURS, *peers) if setting.dead or not dead]
     measured = _in_child(["gemm", "gemm_best", *systems], setting, rounds)
-    return Timed(pd.DataFrame(measured["seconds"]), measured["missing"])
+    return StepTimings(pd.DataFrame(measured["seconds"]), measured["missing"])
 
 
-def step_memory(setting: Setting, *, systems: Sequence[str] = (*OURS, *PEERS), rounds: int = 2) -> pd.DataFrame:
+def step_memory(setting: StepConfig, *, systems: Sequence[str] = (*OURS, *PEERS), rounds: int = 2) -> pd.DataFrame:
     """Peak memory of a process that takes steps of one system, and their time beside the encoder's product.
 
     Returns:
@@ -158,10 +172,14 @@ def step_memory(setting: Setting, *, systems: Sequence[str] = (*OURS, *PEERS), r
     return pd.DataFrame(rows)
 
 
-def ratios(seconds: pd.DataFrame) -> dict[str, float]:
-    """From the medians over rounds: ours over the encoder's product (``sae.step_over_gemm.<ours>``, and over
-    the quickest kernel's, ``sae.step_over_best_gemm.<ours>``), and how many times as long a peer's float32
-    step takes as ours (``sae.speedup_vs.<peer>``), each also with dead features (``_dead``)."""
+def step_ratios(seconds: pd.DataFrame) -> dict[str, float]:
+    """Ratios of median times over the rounds.
+
+    ``sae.step_over_gemm.<float32|bf16>`` is the lab's step over the encoder's product,
+    ``sae.step_over_best_gemm.<float32|bf16>`` the same over the quickest kernel's product. ``sae.speedup_vs.<peer>`` is
+    a peer's step over the lab's in float32, ``sae.speedup_vs.<peer>_by_bf16`` over the lab's in bfloat16. Each is also
+    there with dead features (``_dead``).
+    """
     medians, found = seconds.median(), {}
     for name in seconds.columns:
         plain = name.removesuffix("_dead")
@@ -185,28 +203,28 @@ def recovery_table(
         ``variant``, ``recovery`` (mean best cosine of the true features), and of the last steps
         ``explained_variance``, ``l0`` and ``dead_fraction``.
     """
-    planted = Planted(seed=seed)
+    planted = SyntheticSparseData(seed=seed)
     settings = {"d": planted.d, "n_features": planted.n_features, "k": planted.active, "dead_after": 25 * batch_size}
-    wanted = {variant: Wanted("planted", SAEConfig(variant=variant, **settings), seed) for variant in variants}
+    wanted = {variant: SAESpec("planted", SAEConfig(variant=variant, **settings), seed) for variant in variants}
     config = TrainConfig(
         steps=steps, learning_rate=1e-2, schedule="cosine", warmup=min(50, steps // 4), clip_norm=0.0, device=device,
         seed=seed, log_every=max(1, steps // 20),
     )  # fmt: skip
     trained = train_saes(wanted, planted.batches(batch_size), config, title="planted")
-    found = [recovery(planted.features(), trained.saes[variant].features().cpu()) for variant in variants]
+    found = [dictionary_recovery(planted.features(), trained.saes[variant].features().cpu()) for variant in variants]
     last = trained.history.groupby("sae").last().loc[list(variants), ["explained_variance", "l0", "dead_fraction"]]
     return last.rename_axis("variant").reset_index().assign(recovery=found)
 
 
-def selection_equal_fraction(sae: SAE, x: Tensor, *, extra: int = SCREENED) -> float:
+def selection_equal_fraction(sae: SAE, x: Tensor, *, extra: int = SCREEN_EXTRA) -> float:
     """The share of vectors (N, d) for which the bfloat16 screen chooses the same features as float32."""
     with torch.no_grad():
         given = (x.to(sae.encoder) - sae.pre_bias, sae.encoder, sae.latent_bias, sae.config.k)
-        plain, screened = (choose_top(*given, extra=more).entries.indices.view(len(x), -1) for more in (0, extra))
+        plain, screened = (select_topk(*given, extra=more).entries.indices.view(len(x), -1) for more in (0, extra))
     return float((plain.sort(1).values == screened.sort(1).values).all(1).float().mean())
 
 
-def trained_on(
+def train_on_pipeline(
     pipeline: Any, config: CollectConfig, *, prompts: int, steps: int, n_features: int = 2560, k: int = 10
 ) -> tuple[SAE, Tensor]:
     """An autoencoder trained on the first block's vectors for the world's prompts, and vectors (N, d) that
@@ -222,7 +240,7 @@ def trained_on(
     """
     (block, *_), other = config.blocks, max(1, prompts // 4)
     texts = load_prompts("world", count=prompts + other).texts
-    x = torch.cat([part.float() for part in vectors(pipeline, texts, config, block)])
+    x = torch.cat([part.float() for part in stream_rows(pipeline, texts, config, block)])
     seen, unseen = x.split([len(x) * prompts // len(texts), len(x) - len(x) * prompts // len(texts)])
 
     def batches(start: int = 0, rank: int = 0, world: int = 1) -> Iterator[dict[str, Tensor]]:
@@ -231,23 +249,23 @@ def trained_on(
             yield {block: seen[torch.randint(len(seen), (1024,), generator=generator)]}
 
     setting = TrainConfig(steps=steps, learning_rate=1e-3, clip_norm=0.0, device=str(pipeline.device), log_every=steps)
-    wanted = {block: Wanted(block, SAEConfig(x.shape[1], n_features, k, dead_after=25 * 1024))}
+    wanted = {block: SAESpec(block, SAEConfig(x.shape[1], n_features, k, dead_after=25 * 1024))}
     return train_saes(wanted, batches, setting, title=block).saes[block], unseen
 
 
-class Measured(NamedTuple):
-    """All of it, for a results file."""
+class SAEBenchmark(NamedTuple):
+    """Metrics and timed steps of :func:`benchmark_saes`."""
 
     metrics: dict[str, float]
-    """Under the names that :func:`ratios` and :func:`measured` tell."""
+    """Named as in :func:`step_ratios` and :func:`benchmark_saes`."""
     steps: pd.DataFrame
     """A row a timed step: ``system``, ``dead`` (``none dead``, ``512 dead``), and ``over_gemm``, its time over
     the encoder product's median."""
 
 
-def measured(
+def benchmark_saes(
     pipeline: Any, config: CollectConfig, *, steps: int, rounds: Sequence[int], batch_size: int, seed: int = 0
-) -> Measured:
+) -> SAEBenchmark:
     """``sae.recovery.<variant>``, ``sae.selection_equal_fraction`` on real vectors, and how steps compare.
 
     Args:
@@ -260,21 +278,23 @@ def measured(
         batch_size: vectors of a timed step, a quarter of them at 81,920 features.
         seed: fixes all.
     """
-    recovered = recovery_table(steps, seed=seed)
-    sae, x = trained_on(pipeline, config, prompts=max(8, steps // 16), steps=max(10, steps // 4))
-    timed = step_seconds(Setting(batch_size=batch_size, seed=seed), rounds[0])
+    recovered = recovery_table(steps, device=str(pipeline.device), seed=seed)
+    sae, x = train_on_pipeline(pipeline, config, prompts=max(8, steps // 16), steps=max(10, steps // 4))
+    timed = step_seconds(StepConfig(batch_size=batch_size, seed=seed, device=str(pipeline.device)), rounds[0])
     metrics = {f"sae.recovery.{row.variant}": row.recovery for row in recovered.itertuples()}
     metrics |= {"sae.selection_equal_fraction": selection_equal_fraction(sae, x.to(sae.device))}
-    metrics |= ratios(timed.seconds)
+    metrics |= step_ratios(timed.seconds)
     if rounds[1]:
-        large = Setting(n_features=81_920, k=32, batch_size=max(1, batch_size // 4), seed=seed)
+        large = StepConfig(
+            n_features=81_920, k=32, batch_size=max(1, batch_size // 4), seed=seed, device=str(pipeline.device)
+        )
         for row in step_memory(large, rounds=rounds[1]).itertuples():
             metrics[f"sae.large.peak_mb.{row.system}"] = row.peak_mb
             metrics[f"sae.large.step_over_gemm.{row.system}"] = row.step_over_gemm
     over = (timed.seconds / timed.seconds["gemm"].median()).melt(var_name="system", value_name="over_gemm")
     over["dead"] = over["system"].str.endswith("_dead").map({False: "none dead", True: "512 dead"})
     over["system"] = over["system"].str.removesuffix("_dead")
-    return Measured({name: float(value) for name, value in metrics.items()}, over)
+    return SAEBenchmark({name: float(value) for name, value in metrics.items()}, over)
 
 
 if __name__ == "__main__":

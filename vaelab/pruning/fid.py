@@ -24,7 +24,7 @@ Features = Callable[[Tensor], Tensor]
 
 
 @torch.no_grad()
-def draw(
+def ancestral_samples(
     unet: nn.Module, scheduler: Any, shape: tuple[int, int, int], count: int, *, steps: int, batch_size: int, seed: int
 ) -> Tensor:
     """Latents (count, c, h, w) by ancestral sampling over the whole schedule, from its noisiest timestep.
@@ -52,7 +52,7 @@ def draw(
     return torch.cat(parts)
 
 
-def features(name: str, device: str = "auto") -> Features:
+def feature_network(name: str, device: str = "auto") -> Features:
     """The feature network by name.
 
     Raises:
@@ -62,17 +62,19 @@ def features(name: str, device: str = "auto") -> Features:
     return _embedded(device) if name == "embedded" else _inception(device)
 
 
-def judge(name: str, batches: Iterable[dict[str, Tensor]], count: int, device: str = "auto") -> "Judge | None":
-    """A judge by the feature network ``name`` against the ``pixels`` of ``batches``, or None where no
-    picture is to be judged (``count`` 0)."""
-    return Judge(features(name, device), (batch["pixels"] for batch in batches)) if count else None
+def fid_reference(
+    name: str, batches: Iterable[dict[str, Tensor]], count: int, device: str = "auto"
+) -> "FIDReference | None":
+    """Reference features of the ``pixels`` of ``batches`` by the network ``name``; None where no pictures are to be
+    compared (``count`` 0)."""
+    return FIDReference(feature_network(name, device), (batch["pixels"] for batch in batches)) if count else None
 
 
-def statistics(features: Features, batches: Iterable[Tensor]) -> tuple[np.ndarray, np.ndarray]:
+def feature_statistics(features: Features, batches: Iterable[Tensor]) -> tuple[np.ndarray, np.ndarray]:
     """Mean (d,) and covariance (d, d) of the features of pictures, in float64.
 
     Raises:
-        ValueError: no more pictures than features, whose covariance would be singular.
+        ValueError: not more pictures than features, so that the covariance would be singular.
     """
     with torch.no_grad():
         found = torch.cat([features(batch).cpu() for batch in batches]).double().numpy()
@@ -91,22 +93,22 @@ def frechet_distance(first: tuple[np.ndarray, np.ndarray], second: tuple[np.ndar
     return float(max(0.0, np.square(mean - other_mean).sum() + spread))
 
 
-class Judge:
-    """Frechet distances to one set of pictures, by one feature network.
+class FIDReference:
+    """One set of pictures as features of one network, to which Frechet distances are measured.
 
     Args:
         features: see :func:`features`.
-        batches: the pictures (B, 3, R, R) in [-1, 1] that all others are compared with.
-        batch_size: pictures at a time.
+        batches: the reference pictures (B, 3, R, R) in [-1, 1].
+        batch_size: pictures per pass of the network.
     """
 
     def __init__(self, features: Features, batches: Iterable[Tensor], batch_size: int = 64):
         self._features, self._size = features, batch_size
-        self._real = statistics(features, batches)
+        self._real = feature_statistics(features, batches)
 
     def distance(self, pictures: Tensor) -> float:
-        """Of pictures (N, 3, R, R) in [-1, 1]."""
-        return frechet_distance(self._real, statistics(self._features, pictures.split(self._size)))
+        """The Frechet distance of pictures (N, 3, R, R) in [-1, 1] to the reference."""
+        return frechet_distance(self._real, feature_statistics(self._features, pictures.split(self._size)))
 
 
 def _embedded(device: str) -> Features:

@@ -18,13 +18,13 @@ from vaelab.core.validate import at_least, one_of
 
 MASKS = ("none", "soft", "normalised", "topk")
 DECODER_READS = ("latent", "masked")
-OPENING = 3.0
-GAIN_MEMORY = 0.95
+INITIAL_BIAS = 3.0
+GAIN_DECAY = 0.95
 
 
 @dataclass(frozen=True)
 class LatentConfig:
-    """What is done to the latent between encoder and denoiser, and what the whole is trained on."""
+    """The mask between encoder and denoiser, and the terms of the training loss."""
 
     mask: str = "soft"
     """``none``; ``soft``, the paper's; ``normalised``, the same made to keep the latent's variance;
@@ -71,21 +71,21 @@ class ImportancePredictor(nn.Module):
     """m = sigmoid(W2 relu(W1 mean(z) + b1) + b2): one importance a channel from the pooled latent.
 
     4 channels and a hidden width of 32 are the paper's 292 parameters. The last layer begins at a
-    bias of ``OPENING`` and small weights: every importance is near 0.95.
+    bias of ``INITIAL_BIAS`` and small weights: every importance is near 0.95.
     """
 
     def __init__(self, channels: int, hidden: int = 32):
         super().__init__()
         self.first, self.second = nn.Linear(channels, hidden), nn.Linear(hidden, channels)
         nn.init.normal_(self.second.weight, std=0.01)
-        nn.init.constant_(self.second.bias, OPENING)
+        nn.init.constant_(self.second.bias, INITIAL_BIAS)
 
     def forward(self, latents: Tensor) -> Tensor:
         """Importances (B, c) in (0, 1) of latents (B, c, h, w)."""
         return torch.sigmoid(self.second(torch.relu(self.first(latents.mean((2, 3))))))
 
 
-def top_k(importance: Tensor, keep: int) -> Tensor:
+def straight_through_topk(importance: Tensor, keep: int) -> Tensor:
     """1 for the ``keep`` most important channels of importance (B, c), 0 for the others; the gradient is
     that of the importances (straight-through, Bengio et al. 2013).
 
@@ -99,7 +99,7 @@ def top_k(importance: Tensor, keep: int) -> Tensor:
     return hard + (importance - importance.detach())
 
 
-def gain(latents: Tensor, mask: Tensor) -> Tensor:
+def variance_gain(latents: Tensor, mask: Tensor) -> Tensor:
     """What a masked latent is to be multiplied by to keep its variance: the square root of the channels'
     summed variances before, over those after. Means do not count, so a constant cannot stand for them.
 
@@ -114,17 +114,17 @@ def gain(latents: Tensor, mask: Tensor) -> Tensor:
     return (before / after.clamp_min(torch.finfo(after.dtype).tiny)).sqrt()
 
 
-class Masked(NamedTuple):
-    """A latent as the denoiser gets it."""
+class MaskedLatents(NamedTuple):
+    """A masked latent, the denoiser's input."""
 
     latents: Tensor
     """(B, c, h, w)."""
     mask: Tensor
-    """(B, c), all that the latent was multiplied by."""
+    """(B, c), the factors of the channels, the gain included."""
 
 
 class ChannelMask(nn.Module):
-    """The mask on a latent, of one of the kinds ``MASKS``."""
+    """Multiplies the channels of a latent by a mask of one of the kinds :data:`MASKS`."""
 
     def __init__(self, channels: int, config: LatentConfig):
         super().__init__()
@@ -133,24 +133,24 @@ class ChannelMask(nn.Module):
         self.predict = ImportancePredictor(channels, config.hidden)
         self.predict.requires_grad_(config.mask != "none")
         self._config, self.used = config, True
-        self.register_buffer("usual_gain", torch.ones(()))
+        self.register_buffer("running_gain", torch.ones(()))
         self.register_buffer("gains", torch.zeros(()))
 
-    def forward(self, latents: Tensor) -> Masked:
+    def forward(self, latents: Tensor) -> MaskedLatents:
         """Mask latents (B, c, h, w). In evaluation the gain is the usual one of training, so that a
         picture does not depend on its neighbours."""
         mask = self.mask(latents)
         if self._config.mask == "normalised":
-            now = gain(latents, mask) if self.training else self.usual_gain
+            now = variance_gain(latents, mask) if self.training else self.running_gain
             if self.training:
                 self.gains += 1
-                self.usual_gain.lerp_(
-                    now.detach().to(self.usual_gain), torch.clamp(1 / self.gains, min=1 - GAIN_MEMORY)
+                self.running_gain.lerp_(
+                    now.detach().to(self.running_gain), torch.clamp(1 / self.gains, min=1 - GAIN_DECAY)
                 )
             mask = now * mask
         if not self.used:
             mask = torch.ones_like(mask) + 0 * mask
-        return Masked(mask[..., None, None] * latents, mask)
+        return MaskedLatents(mask[..., None, None] * latents, mask)
 
     def mask(self, latents: Tensor) -> Tensor:
         """The mask (B, c) before any gain."""
@@ -159,7 +159,7 @@ class ChannelMask(nn.Module):
         importance = self.predict(latents)
         if self._config.shared:
             importance = importance.mean(0, keepdim=True).expand_as(importance)
-        return top_k(importance, self._config.keep) if self._config.mask == "topk" else importance
+        return straight_through_topk(importance, self._config.keep) if self._config.mask == "topk" else importance
 
 
 class PruningObjective(nn.Module):
@@ -184,7 +184,7 @@ class PruningObjective(nn.Module):
         """A sample of the posterior (B, c, h, w), scaled as the VAE's configuration says."""
         return models.posterior(self.vae, pixels).sample(generator) * self.vae.config.scaling_factor
 
-    def seen(self, latents: Tensor) -> Masked:
+    def seen(self, latents: Tensor) -> MaskedLatents:
         """The latents (B, c, h, w) as the denoiser gets them: standardised where asked for, and masked."""
         return self.masks(self.standard(latents))
 

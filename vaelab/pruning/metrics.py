@@ -1,6 +1,8 @@
-"""What held-out pictures say of a trained latent, mask and denoiser: the two numbers of PeLAP-A ("Adaptive
-Latent Pruning for Lightweight Latent Diffusion Models"), and beside them those that a latent scaled to
-zero does not improve."""
+"""Evaluation of a trained VAE, mask and denoiser on held-out pictures.
+
+PeLAP-A ("Adaptive Latent Pruning for Lightweight Latent Diffusion Models") reports two numbers, the diffusion loss and
+the reconstruction error. Beside these stand numbers that a latent scaled to zero does not improve.
+"""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -20,11 +22,11 @@ AT_ONCE = 64
 
 
 @dataclass(frozen=True)
-class MeasuringConfig:
-    """How a trained setting is measured."""
+class EvaluationConfig:
+    """How a trained objective is evaluated."""
 
     loss_timesteps: int = 25
-    """At how many timesteps, spread over the schedule, the denoiser is measured."""
+    """Number of timesteps, spread over the schedule, at which the denoiser is evaluated."""
     fid_images: int = 0
     """Pictures drawn for the Frechet distance; 0 draws none."""
     sampler_steps: int = 1000
@@ -36,13 +38,13 @@ class MeasuringConfig:
         at_least("sampler_steps", self.sampler_steps, 1)
 
 
-class Measures(NamedTuple):
-    """What held-out pictures say of a trained setting."""
+class PruningMetrics(NamedTuple):
+    """Numbers of a trained objective on held-out pictures."""
 
     diffusion_loss: float
     """Mean squared error of the predicted noise, over the whole schedule."""
     closed_form_loss: float
-    """The same of the best linear prediction for channels of the same variances."""
+    """The error of the best linear prediction for channels of the same variances."""
     recon_mse: float
     """Squared error of reconstructions from unmasked latents, summed over a picture's values."""
     masked_recon_mse: float
@@ -53,14 +55,15 @@ class Measures(NamedTuple):
     ssim: float
     masked_ssim: float
     mean_mask: float
-    """Mean of all that the latents are multiplied by."""
+    """Mean over pictures and channels of the mask, its gain included."""
     channels_off: int
-    """Channels that are below the noise at every timestep, see :func:`vaelab.pruning.noise_loss.audible`."""
+    """Inactive channels, below the noise at every timestep; see
+    :func:`vaelab.pruning.noise_loss.above_noise_floor`."""
     latent_scale: float
     """Standard deviation of the latents before the mask, over pictures and places, root mean square
     over channels."""
     scale: float
-    """The same of what the denoiser gets."""
+    """The same of the masked latents, which are the denoiser's input."""
     kl: float
     """Of the posterior, summed over a latent's entries, in nats."""
     fid: float | None
@@ -68,7 +71,7 @@ class Measures(NamedTuple):
 
 
 @torch.no_grad()
-def latents_of(objective: PruningObjective, images: Images, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+def sample_latents(objective: PruningObjective, images: Images, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """Samples of the posteriors of all ``images`` (N, c, h, w), the same as the denoiser gets them, and their
     masks (N, c); in evaluation mode, in which neither the standardisation nor the usual gain learns from them."""
     generator, device = torch.Generator().manual_seed(seed), next(objective.parameters()).device
@@ -81,17 +84,17 @@ def latents_of(objective: PruningObjective, images: Images, seed: int) -> tuple[
     return before, seen, mask
 
 
-def measure(
+def evaluate_pruning(
     objective: PruningObjective,
     images: Images,
-    config: MeasuringConfig,
+    config: EvaluationConfig,
     seed: int,
-    judge: pruning_fid.Judge | None = None,
-) -> tuple[Measures, list[dict[str, float]]]:
-    """Measure a trained objective on held-out pictures, with randomness fixed by ``seed``.
+    judge: pruning_fid.FIDReference | None = None,
+) -> tuple[PruningMetrics, list[dict[str, float]]]:
+    """Evaluate a trained objective on held-out pictures; ``seed`` fixes the randomness, every module keeps its mode.
 
     Returns:
-        The measures, and the loss over the signal-to-noise ratio: a row a timestep and channel with
+        The metrics, and the loss over the signal-to-noise ratio: a row a timestep and channel with
         ``timestep``, ``channel``, ``snr``, ``error``, ``closed_form``.
     """
     with evaluation_mode(objective):
@@ -99,25 +102,29 @@ def measure(
 
 
 def _evaluated(
-    objective: PruningObjective, images: Images, config: MeasuringConfig, seed: int, judge: pruning_fid.Judge | None
-) -> tuple[Measures, list[dict[str, float]]]:
-    before, seen, mask = latents_of(objective, images, seed)
+    objective: PruningObjective,
+    images: Images,
+    config: EvaluationConfig,
+    seed: int,
+    judge: pruning_fid.FIDReference | None,
+) -> tuple[PruningMetrics, list[dict[str, float]]]:
+    before, seen, mask = sample_latents(objective, images, seed)
     scheduler = objective.scheduler
-    timesteps = noise_loss.grid(scheduler, config.loss_timesteps)
-    errors = noise_loss.errors(
-        noise_loss.predictor(objective.unet), seen, scheduler, timesteps, batch_size=AT_ONCE, seed=seed
+    timesteps = noise_loss.spread_timesteps(scheduler, config.loss_timesteps)
+    errors = noise_loss.noise_errors(
+        noise_loss.noise_predictor(objective.unet), seen, scheduler, timesteps, batch_size=AT_ONCE, seed=seed
     )
-    variance, abar = noise_loss.variances(seen).cpu(), noise_loss.signal_share(scheduler, timesteps)
-    closed = noise_loss.closed_form(variance, abar)
+    variance, abar = noise_loss.channel_variances(seen).cpu(), noise_loss.alpha_bar(scheduler, timesteps)
+    closed = noise_loss.closed_form_error(variance, abar)
     plain = evaluate_reconstruction(objective.vae, images.batches(AT_ONCE))
-    masked = evaluate_reconstruction(_ThroughTheMask(objective).eval(), images.batches(AT_ONCE))
+    masked = evaluate_reconstruction(_MaskedVAE(objective).eval(), images.batches(AT_ONCE))
     values, fid = 3 * images.resolution**2, None
     if config.fid_images and judge:
-        fid = judge.distance(drawn(objective, config, tuple(seen.shape[1:]), images.resolution, seed))
-    found = Measures(
+        fid = judge.distance(sample_pictures(objective, config, tuple(seen.shape[1:]), images.resolution, seed))
+    found = PruningMetrics(
         float(errors.mean()), float(closed.mean()), values * plain.mse, values * masked.mse, plain.psnr, masked.psnr,
-        plain.ssim, masked.ssim, float(mask.mean()), int((~noise_loss.audible(variance, scheduler)).sum()),
-        float(noise_loss.variances(before).mean().sqrt()), float(variance.mean().sqrt()), plain.kl, fid,
+        plain.ssim, masked.ssim, float(mask.mean()), int((~noise_loss.above_noise_floor(variance, scheduler)).sum()),
+        float(noise_loss.channel_variances(before).mean().sqrt()), float(variance.mean().sqrt()), plain.kl, fid,
     )  # fmt: skip
     spectrum = [
         {"timestep": int(timestep), "channel": channel, "snr": float(variance[channel] * share / (1 - share)),
@@ -129,12 +136,12 @@ def _evaluated(
 
 
 @torch.no_grad()
-def drawn(
-    objective: PruningObjective, config: MeasuringConfig, shape: tuple[int, ...], resolution: int, seed: int
+def sample_pictures(
+    objective: PruningObjective, config: EvaluationConfig, shape: tuple[int, ...], resolution: int, seed: int
 ) -> Tensor:
     """``config.fid_images`` pictures (N, 3, R, R) decoded from samples of the denoiser, on the CPU."""
     with evaluation_mode(objective):
-        latents = pruning_fid.draw(
+        latents = pruning_fid.ancestral_samples(
             objective.unet, objective.scheduler, shape, config.fid_images, steps=config.sampler_steps,
             batch_size=AT_ONCE, seed=seed,
         )  # fmt: skip
@@ -143,8 +150,8 @@ def drawn(
     return torch.cat(parts).float().clamp(-1, 1).cpu()
 
 
-class _ThroughTheMask(nn.Module):
-    """An objective's VAE that decodes what the denoiser gets."""
+class _MaskedVAE(nn.Module):
+    """An objective's VAE whose decoder gets the masked latents."""
 
     def __init__(self, objective: PruningObjective):
         super().__init__()

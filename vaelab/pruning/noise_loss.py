@@ -1,10 +1,12 @@
-"""What a noise-prediction loss is worth: its closed form for a latent of a given scale, its course over
-the signal-to-noise ratio, and one denoiser's loss on scaled latents without any training.
+"""How the noise-prediction loss depends on the scale of the latent.
 
-A loss E||eps - eps_theta(z_t, t)||^2 with z_t = sqrt(abar) z + sqrt(1 - abar) eps (Ho et al. 2020, eq. 14)
-falls when z gets smaller, whatever the denoiser has learned: of z = 0 the noise can be read off. For z of
-variance s^2 the best linear prediction has the error abar s^2 / (abar s^2 + 1 - abar) an entry. A Gaussian
-latent whose entries are independent attains it, and only structure in the latent can lower it.
+The loss E||eps - eps_theta(z_t, t)||^2 with z_t = sqrt(abar) z + sqrt(1 - abar) eps (Ho et al. 2020, eq. 14) falls when
+z gets smaller, whatever the denoiser has learned: with z = 0 the input is the noise itself. For z of variance s^2 the
+best linear prediction has an error of abar s^2 / (abar s^2 + 1 - abar) per entry. No denoiser does better on a Gaussian
+latent with independent entries; only structure in the latent can lower the error.
+
+Here are that closed form, the measured error over the signal-to-noise ratio, and the loss of one trained denoiser on
+rescaled latents, without any further training.
 """
 
 from collections.abc import Callable
@@ -18,20 +20,20 @@ from vaelab.core.validate import at_least
 
 BISECTIONS = 80
 
-Predict = Callable[[Tensor, Tensor], Tensor]
+NoisePredictor = Callable[[Tensor, Tensor], Tensor]
 """From noisy latents (B, c, h, w) and a timestep (a scalar, not always whole) to the noise in them."""
 
 
-def predictor(unet: nn.Module) -> Predict:
+def noise_predictor(unet: nn.Module) -> NoisePredictor:
     """A diffusers U-Net without conditioning as a :data:`Predict`."""
     return lambda noisy, timestep: unet(noisy, timestep).sample
 
 
-def grid(scheduler: Any, count: int) -> Tensor:
-    """``count`` timesteps (count,), the middles of equal parts of the whole schedule.
+def spread_timesteps(scheduler: Any, count: int) -> Tensor:
+    """``count`` timesteps (count,) int64, the midpoints of equal parts of the whole schedule.
 
     Raises:
-        ValueError: more than the schedule has.
+        ValueError: more timesteps than the schedule has.
     """
     total = scheduler.config.num_train_timesteps
     at_least("loss_timesteps", count, 1)
@@ -40,18 +42,18 @@ def grid(scheduler: Any, count: int) -> Tensor:
     return ((torch.arange(count) + 0.5) * total / count).long()
 
 
-def signal_share(scheduler: Any, timesteps: Tensor | None = None) -> Tensor:
-    """The schedule's abar at some timesteps (T,), or at all of them, in float64."""
+def alpha_bar(scheduler: Any, timesteps: Tensor | None = None) -> Tensor:
+    """The schedule's cumulative product abar at given timesteps (T,), or at all of them; float64, on the CPU."""
     shares = scheduler.alphas_cumprod.double().cpu()
     return shares if timesteps is None else shares[timesteps.cpu()]
 
 
-def variances(latents: Tensor) -> Tensor:
+def channel_variances(latents: Tensor) -> Tensor:
     """The variance (c,) of every channel of latents (N, c, h, w) about its mean, in float64."""
-    return latents.double().var((0, 2, 3), correction=0)
+    return _double(latents).var((0, 2, 3), correction=0)
 
 
-def closed_form(variance: Tensor, abar: Tensor) -> Tensor:
+def closed_form_error(variance: Tensor, abar: Tensor) -> Tensor:
     """The error of the best linear prediction of the noise, abar s^2 / (abar s^2 + 1 - abar).
 
     Args:
@@ -65,25 +67,25 @@ def closed_form(variance: Tensor, abar: Tensor) -> Tensor:
     return signal / (signal + 1 - abar[:, None])
 
 
-def audible(variance: Tensor, scheduler: Any) -> Tensor:
-    """Which channels (c,) bool rise above the noise at any timestep at all: s^2 abar / (1 - abar) > 1 at
-    the schedule's least noisy one. The others are off, for every timestep and in every unit."""
-    least_noisy = signal_share(scheduler).max()
+def above_noise_floor(variance: Tensor, scheduler: Any) -> Tensor:
+    """Which channels (c,) bool have more signal than noise at some timestep: s^2 abar / (1 - abar) > 1 at the least
+    noisy one. The other channels are inactive at every timestep, in whatever unit the latent is given."""
+    least_noisy = alpha_bar(scheduler).max()
     return variance * least_noisy > 1 - least_noisy
 
 
 @torch.no_grad()
-def errors(
-    predict: Predict, latents: Tensor, scheduler: Any, timesteps: Tensor, *, batch_size: int = 256, seed: int = 0
+def noise_errors(
+    predict: NoisePredictor, latents: Tensor, scheduler: Any, timesteps: Tensor, *, batch_size: int = 256, seed: int = 0
 ) -> Tensor:
-    """The mean squared error of a predicted noise (T, c), a row a timestep, a column a channel.
+    """Mean squared error of the predicted noise for every timestep and channel: (T, c) float64.
 
     Args:
         predict: the denoiser, see :func:`predictor`.
-        latents: (N, c, h, w), what it is to denoise.
+        latents: (N, c, h, w), clean.
         scheduler: whose ``add_noise`` is the forward process.
         timesteps: (T,) whole numbers; every latent is noised to each of them.
-        batch_size: latents at a time.
+        batch_size: latents per pass.
         seed: fixes the noise, which is the same for every denoiser and every scale of the latents.
     """
     rows = []
@@ -94,20 +96,20 @@ def errors(
             noise = torch.randn(part.shape, generator=generator).to(part)
             noisy = scheduler.add_noise(part, noise, torch.full((len(part),), timestep, device=part.device))
             predicted = predict(noisy, torch.tensor(float(timestep), device=part.device))
-            total += (predicted - noise).double().square().sum((0, 2, 3)).cpu()
+            total += _double(predicted - noise).square().sum((0, 2, 3)).cpu()
         rows.append(total / (latents[:, 0].numel()))
     return torch.stack(rows)
 
 
-def at_scale(predict: Predict, scheduler: Any, factor: float) -> Predict:
-    """The denoiser of z as a denoiser of ``factor`` z, exactly as good, without any training.
+def predictor_of_scaled_latents(predict: NoisePredictor, scheduler: Any, factor: float) -> NoisePredictor:
+    """Turn a denoiser of z into an equally good denoiser of ``factor`` z, without any training.
 
     Noisy ``factor`` z at abar is, up to a known factor, noisy z at the abar' that has the same
-    signal-to-noise ratio, abar' = k^2 abar / (k^2 abar + 1 - abar): that is where it is asked. Beyond
-    either end of its schedule it is asked at that end.
+    signal-to-noise ratio, abar' = k^2 abar / (k^2 abar + 1 - abar); the denoiser is evaluated at the timestep of abar'.
+    Beyond either end of its schedule it is evaluated at that end.
     """
     at_least("scales", factor, 0)
-    shares = signal_share(scheduler)
+    shares = alpha_bar(scheduler)
     ratios = torch.log(shares / (1 - shares)).numpy()
 
     def predict_scaled(noisy: Tensor, timestep: Tensor) -> Tensor:
@@ -130,15 +132,20 @@ def equivalent_scale(loss: float, scheduler: Any) -> float:
     """
     if not 0 <= loss < 1:
         raise ValueError(f"loss: a latent without structure has one from 0 to below 1, got {loss!r}")
-    return equal_factor(torch.ones(1, dtype=torch.float64), loss, signal_share(scheduler))
+    return factor_for_loss(torch.ones(1, dtype=torch.float64), loss, alpha_bar(scheduler))
 
 
-def equal_factor(variance: Tensor, loss: float, abar: Tensor) -> float:
+def factor_for_loss(variance: Tensor, loss: float, abar: Tensor) -> float:
     """The one factor on all channels of variance (c,) that brings the closed form's mean over abar (T,)
     to ``loss``."""
     low, high = -40.0, 40.0
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
-        below = closed_form(variance * np.exp(2 * middle), abar).mean() < loss
+        below = closed_form_error(variance * np.exp(2 * middle), abar).mean() < loss
         low, high = (middle, high) if below else (low, middle)
     return float(np.exp(low)) if loss > 0 else 0.0
+
+
+def _double(values: Tensor) -> Tensor:
+    """In float64; from Apple's GPUs, which have none, on the CPU."""
+    return (values.cpu() if values.device.type == "mps" else values).double()

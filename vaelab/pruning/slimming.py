@@ -1,4 +1,8 @@
-"""What taking channels of a latent away saves in time and memory, measured."""
+"""Removing channels of a latent for good, and what that saves in time and memory.
+
+A channel that is inactive for every picture need not be encoded, denoised or decoded: the convolutions that write and
+read the latent lose its weights. Everything between them stays.
+"""
 
 import copy
 import weakref
@@ -14,14 +18,13 @@ from torch.utils._pytree import tree_leaves
 from vaelab.core import timing
 from vaelab.data.images import Images
 from vaelab.pruning.masks import PruningObjective
-from vaelab.pruning.metrics import latents_of
+from vaelab.pruning.metrics import sample_latents
 from vaelab.training import evaluation_mode
 
-# removal: Taking channels of a latent away for good.
-#
-# A channel that is off for every picture need not be encoded, denoised or decoded: the convolutions that
-# write and read the latent lose its weights. All that lies between them stays.
-#
+PARTS = ("denoise", "decode")
+TIMESTEP = 500
+TIMED = 16
+"""Latents that are denoised and decoded at a time."""
 
 
 class Narrowed(NamedTuple):
@@ -31,7 +34,7 @@ class Narrowed(NamedTuple):
     unet: nn.Module
 
 
-def remove(vae: nn.Module, unet: nn.Module, kept: Sequence[int]) -> Narrowed:
+def remove_channels(vae: nn.Module, unet: nn.Module, kept: Sequence[int]) -> Narrowed:
     """Copies of an ``AutoencoderKL`` and its ``UNet2DModel`` without the channels that are not ``kept``.
 
     The narrow decoder gives of (B, k, h, w) what the whole one gives of the same with zeros in the other
@@ -72,20 +75,15 @@ def _narrow(
     setattr(owner, name, narrow)
 
 
-PARTS = ("denoise", "decode")
-TIMESTEP = 500
-TIMED = 16
-
-
-def of_trained(objective: PruningObjective, images: Images, rounds: int, seed: int) -> pd.DataFrame:
-    """:func:`savings` of a trained objective on ``TIMED`` latents of ``images``, the least used channels
-    removed first, whether or not they are off."""
-    _, seen, mask = latents_of(objective, images, seed)
+def measure_savings(objective: PruningObjective, images: Images, rounds: int, seed: int) -> pd.DataFrame:
+    """:func:`savings_table` of a trained objective on ``TIMED`` latents of ``images``, the least used channels
+    removed first, whether or not they are inactive."""
+    _, seen, mask = sample_latents(objective, images, seed)
     order = mask.mean(0).argsort(descending=True).tolist()
-    return savings(objective.vae, objective.unet, order, seen[:TIMED], rounds)
+    return savings_table(objective.vae, objective.unet, order, seen[:TIMED], rounds)
 
 
-def savings(vae: nn.Module, unet: nn.Module, order: Sequence[int], latents: Tensor, rounds: int) -> pd.DataFrame:
+def savings_table(vae: nn.Module, unet: nn.Module, order: Sequence[int], latents: Tensor, rounds: int) -> pd.DataFrame:
     """One denoising step and one decoding, with fewer and fewer channels.
 
     Args:
@@ -108,7 +106,7 @@ def savings(vae: nn.Module, unet: nn.Module, order: Sequence[int], latents: Tens
 def _compared(whole: Narrowed, order: Sequence[int], latents: Tensor, rounds: int) -> pd.DataFrame:
     device, rows = latents.device, []
     models = {"whole": whole, "twin": whole}
-    models |= {str(count): remove(*whole, order[:count]) for count in range(len(order) - 1, 0, -1)}
+    models |= {str(count): remove_channels(*whole, order[:count]) for count in range(len(order) - 1, 0, -1)}
     for part in PARTS:
         actions = {name: _action(part, model, latents) for name, model in models.items()}
         seconds = timing.interleaved(actions, rounds, device=device)
@@ -118,13 +116,13 @@ def _compared(whole: Narrowed, order: Sequence[int], latents: Tensor, rounds: in
             rows.append({
                 "part": part, "kept": len(order) if name in ("whole", "twin") else int(name), "twin": name == "twin",
                 "parameters": sum(parameter.numel() for parameter in own.parameters()),
-                "peak_bytes": peak_bytes(actions[name], device), "milliseconds": 1000 * seconds[name].median(),
+                "peak_bytes": peak_memory_bytes(actions[name], device), "milliseconds": 1000 * seconds[name].median(),
                 "saved": -longer, "saved_low": -high, "saved_high": -low,
             })  # fmt: skip
     return pd.DataFrame(rows)
 
 
-def peak_bytes(action: Callable[[int], object], device: torch.device) -> int:
+def peak_memory_bytes(action: Callable[[int], object], device: torch.device) -> int:
     """The most memory that ``action`` holds at once beyond what was held before it: on a GPU as its
     allocator counts, on a CPU what its tensors take."""
     if device.type == "cuda":

@@ -20,9 +20,9 @@ from vaelab.core.config import configured
 from vaelab.core.io import atomic, read_json, write_json
 from vaelab.core.validate import at_least, one_of
 from vaelab.data.images import Images
-from vaelab.pruning.fid import Judge
+from vaelab.pruning.fid import FIDReference
 from vaelab.pruning.masks import LatentConfig, PruningObjective
-from vaelab.pruning.metrics import MeasuringConfig, measure
+from vaelab.pruning.metrics import EvaluationConfig, evaluate_pruning
 from vaelab.training import evaluation_mode
 from vaelab.training.checkpoint import require_same_settings
 from vaelab.training.loop import EXECUTION_ONLY, TrainConfig, Watcher, train
@@ -37,7 +37,7 @@ class PruningConfig:
 
     train: TrainConfig
     latent: LatentConfig = field(default_factory=LatentConfig)
-    measuring: MeasuringConfig = field(default_factory=MeasuringConfig)
+    measuring: EvaluationConfig = field(default_factory=EvaluationConfig)
     batch_size: int = 16
     """Pictures to a batch."""
     autoencoder: str = "scratch"
@@ -59,7 +59,7 @@ class PruningConfig:
     def of(cls, params: dict[str, Any], **changes: Any) -> "PruningConfig":
         """The configuration that a notebook's parameters describe: each field takes the parameter
         of its name, ``changes`` override, and what is in neither keeps its default."""
-        parts = {"train": TrainConfig, "latent": LatentConfig, "measuring": MeasuringConfig}
+        parts = {"train": TrainConfig, "latent": LatentConfig, "measuring": EvaluationConfig}
         return configured(cls, {**params, **changes}, **parts)
 
     def __post_init__(self) -> None:
@@ -96,10 +96,10 @@ class PrunedRun(NamedTuple):
     spectrum: list[dict[str, float]]
     """A row a timestep and channel: ``timestep``, ``channel``, ``snr``, ``error``, ``closed_form``."""
     measures: dict[str, Any]
-    """The fields of :class:`vaelab.pruning.metrics.Measures`."""
+    """The fields of :class:`vaelab.pruning.metrics.PruningMetrics`."""
 
 
-class Scheduled(Watcher):
+class SparsitySchedule(Watcher):
     """Sets lambda, and whether the mask is used, for every step."""
 
     def __init__(self, objective: PruningObjective):
@@ -156,7 +156,9 @@ class MaskWatcher(Watcher):
         self.rows = state["rows"]
 
 
-def build(model: str, config: PruningConfig, resolution: int, revision: str | None = None) -> PruningObjective:
+def build_objective(
+    model: str, config: PruningConfig, resolution: int, revision: str | None = None
+) -> PruningObjective:
     """VAE, predictor, denoiser and schedule, untrained but for a VAE that is to be finetuned or frozen.
 
     Raises:
@@ -204,7 +206,7 @@ def train_pruned(
     pictures: tuple[Images, Images],
     folder: str | Path,
     *,
-    judge: Judge | None = None,
+    judge: FIDReference | None = None,
     revision: str | None = None,
 ) -> PrunedRun:
     """Train and measure one setting, going on from what an interrupted call left.
@@ -228,7 +230,7 @@ def train_pruned(
         require_same_settings(finished, stored.pop("settings"), settings)
         return PrunedRun(**stored)
     learning, held_out = pictures
-    objective = build(model, config, learning.resolution, revision)
+    objective = build_objective(model, config, learning.resolution, revision)
     watcher = MaskWatcher(objective, held_out, config.track_every)
     if not (folder / "checkpoint.safetensors").exists():
         watcher.measure(0)
@@ -237,11 +239,11 @@ def train_pruned(
         learning.shuffled(config.batch_size, config.train.seed),
         config.train,
         folder=folder,
-        watchers=[Scheduled(objective), watcher],
+        watchers=[SparsitySchedule(objective), watcher],
         settings=settings,
         title=f"{setting}, seed {config.train.seed}",
     )
-    found, spectrum = measure(objective, held_out, config.measuring, config.train.seed, judge)
+    found, spectrum = evaluate_pruning(objective, held_out, config.measuring, config.train.seed, judge)
     run = PrunedRun(setting, config.train.seed, trained.history, watcher.rows, spectrum, found._asdict())
     if PartialState().is_main_process:
         with atomic(weights) as draft:
@@ -255,7 +257,7 @@ def load_pruned(
     model: str, config: PruningConfig, resolution: int, folder: str | Path, revision: str | None = None
 ) -> PruningObjective:
     """What :func:`train_pruned` trained, in evaluation mode."""
-    objective = build(model, config, resolution, revision)
+    objective = build_objective(model, config, resolution, revision)
     objective.load_state_dict(load_file(Path(folder, "weights.safetensors")))
     return objective.eval()
 

@@ -1,0 +1,136 @@
+"""Results of a sweep of PeLAP-A's lambda over seeds: means with intervals, the paper's two runs beside these, and the
+findings as text.
+
+"PeLAP-A: Adaptive Latent Pruning for Lightweight Latent Diffusion Models" compares two single runs.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from vaelab.core.stats import Interval, paired_interval
+from vaelab.pruning import noise_loss
+from vaelab.pruning.sweep import KEEP, UNMASKED, lambda_name
+
+PAPER = {"lambda_0": (0.0240, 24.67), "lambda_0.01": (0.0236, 22.59)}
+"""Diffusion loss and reconstruction MSE, summed over a picture's 3,072 values, of the paper's abstract: one
+run each; what it calls the unpruned baseline stands under ``lambda_0``."""
+PAPER_SCHEDULE = 1000
+
+
+def mean_interval(values: Sequence[float]) -> Interval:
+    """The mean over seeds with its 95 % interval by Student's t."""
+    return paired_interval(np.zeros(len(values)), values)
+
+
+def summarize_over_seeds(measured: pd.DataFrame) -> dict[str, float]:
+    """``<setting>.<measure>`` over seeds, with ``.low`` and ``.high``; what was not measured is left out."""
+    found: dict[str, float] = {}
+    measures = [name for name in measured.columns if name not in ("setting", "seed")]
+    for setting, part in measured.groupby("setting", sort=False):
+        for measure in measures:
+            if part[measure].notna().all():
+                found |= interval_entries(f"{setting}.{measure}", mean_interval(part[measure].astype(float)))
+    return found
+
+
+def interval_entries(name: str, value: Interval) -> dict[str, float]:
+    """An interval as three numbers: ``name``, ``name.low`` and ``name.high``."""
+    return {name: value.mean, f"{name}.low": value.low, f"{name}.high": value.high}
+
+
+def control_metrics(scaled: pd.DataFrame) -> dict[str, float]:
+    """``control.scale_<value>.<measure>`` over seeds, with ``.low`` and ``.high``."""
+    return summarize_over_seeds(scaled.assign(setting=[f"control.scale_{scale:g}" for scale in scaled["scale"]]))
+
+
+def closed_form_curve(smallest: float = 1e-3, largest: float = 3.0) -> tuple[np.ndarray, np.ndarray]:
+    """Scales (N,) and the diffusion loss (N,) of a latent without structure of each, over the paper's schedule."""
+    scales = torch.logspace(np.log10(smallest), np.log10(largest), 100, dtype=torch.float64)
+    abar = noise_loss.alpha_bar(_schedule())
+    return scales.numpy(), noise_loss.closed_form_error(scales.square(), abar).mean(0).numpy()
+
+
+def topk_runs(measured: pd.DataFrame) -> pd.DataFrame:
+    """The runs of hard top-k, with their number of channels as ``kept``."""
+    own = measured[measured["setting"].str.startswith(KEEP)]
+    return own.assign(kept=own["setting"].str.removeprefix(KEEP).astype(int))
+
+
+def paper_comparison(measured: pd.DataFrame) -> pd.DataFrame:
+    """The paper's two runs beside ours, with the scale of a structureless latent of that loss: a row a
+    setting that the paper has."""
+    scheduler, found = _schedule(), []
+    for setting, (loss, mse) in PAPER.items():
+        own = measured[measured["setting"] == setting]
+        if len(own):
+            found.append({
+                "setting": setting, "paper: diffusion loss": loss,
+                "paper: scale of that closed form": noise_loss.equivalent_scale(loss, scheduler),
+                "here: diffusion loss": own["diffusion_loss"].mean(), "here: scale": own["scale"].mean(),
+                "paper: MSE": mse, "here: MSE": own["recon_mse"].mean(),
+                "here: masked MSE": own["masked_recon_mse"].mean(),
+            })  # fmt: skip
+    return pd.DataFrame(found)
+
+
+def paper_differences(measured: pd.DataFrame) -> pd.DataFrame:
+    """What the paper compares, lambda 0.01 with its baseline, as paired differences with 95 % intervals: a row a
+    measure; none where one of the two settings was not run."""
+    first, second = (measured[measured["setting"] == name].sort_values("seed") for name in PAPER)
+    rows = []
+    for place, measure in enumerate(("diffusion_loss", "recon_mse")):
+        if len(first) and len(second):
+            here = paired_interval(first[measure], second[measure])
+            paper = PAPER["lambda_0.01"][place] - PAPER["lambda_0"][place]
+            rows.append({"measure": measure, "paper": paper, "here": here.mean, "low": here.low, "high": here.high})
+    return pd.DataFrame(rows)
+
+
+def describe_results(measured: pd.DataFrame, parts: pd.DataFrame) -> Any:
+    """What the numbers say, in plain words, as Markdown."""
+    from IPython.display import Markdown
+
+    means = measured.groupby("setting", sort=False)[[
+        "diffusion_loss", "recon_mse", "masked_recon_mse", "mean_mask", "channels_off", "scale", "latent_scale",
+    ]].mean()  # fmt: skip
+    before = means.loc[UNMASKED]
+    lines = []
+    for setting, now in means.drop(UNMASKED).iterrows():
+        own = parts[parts["setting"] == setting]
+        gain, scaling = mean_interval(own["improvement"]), mean_interval(own["by_scaling"])
+        sure = gain.low > 0 or gain.high < 0
+        less = f"{abs(gain.mean):.3g} {'lower' if gain.mean > 0 else 'higher'}" if sure else "not clearly another"
+        share = f", of which scaling alone brings {scaling.mean:.3g}" if sure and gain.mean > 0 else ""
+        ratio = now["masked_recon_mse"] / before["recon_mse"]
+        lines.append(
+            f"- **{setting}**: mean mask {now['mean_mask']:.3g}, {now['channels_off']:.2g} channels off; the diffusion "
+            f"loss is {less}{share}; pictures decoded from what the denoiser gets have {ratio:.3g} times the error."
+        )
+    lambdas = [name for name in means.index if name.startswith("lambda_")]
+    collapsed = [name for name in lambdas if means.loc[name, "scale"] < 0.1 * before["scale"]]
+    worse = [name for name in collapsed if means.loc[name, "masked_recon_mse"] > 2 * before["recon_mse"]]
+    said = "No lambda brought the latent below a tenth of its scale."
+    if collapsed:
+        said = f"The latent collapses below a tenth of its scale with {', '.join(collapsed)}"
+        said += ", without any penalty too" if lambda_name(0) in collapsed else ""
+        said += f". Its pictures are then lost with {', '.join(worse)}." if worse else "; its pictures are not lost."
+        fell = parts[parts["setting"].isin(collapsed)][["by_scaling", "improvement"]].mean()
+        said += (
+            f" The diffusion loss falls by {fell['improvement']:.3g}; scaling alone, of the denoiser without a mask, "
+            f"brings {fell['by_scaling']:.3g}."
+        )
+    return Markdown(
+        f"Against `unmasked` (diffusion loss {before['diffusion_loss']:.3g}, scale {before['scale']:.3g}, error "
+        f"{before['recon_mse']:.3g} a picture), by 95 % intervals over {measured['seed'].nunique()} seeds.\n\n"
+        + said + "\n\n" + "\n".join(lines)
+    )  # fmt: skip
+
+
+def _schedule() -> Any:
+    from diffusers import DDPMScheduler
+
+    return DDPMScheduler(num_train_timesteps=PAPER_SCHEDULE)
