@@ -313,6 +313,17 @@ def test_other_settings_are_refused_with_their_differences(written, options, mes
     assert contents(written) == before
 
 
+def test_two_spellings_of_a_path_are_the_same_setting(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("prompts.txt", "others.txt"):
+        (tmp_path / name).touch()
+    begin(tmp_path / "store", settings={"dataset": "prompts.txt"}).close()
+    assert begin(tmp_path / "store", settings={"dataset": str(tmp_path / "prompts.txt")}).complete
+    for other in ("others.txt", "missing.txt"):
+        with pytest.raises(ValueError, match=r"settings dataset 'prompts.txt' there"):
+            begin(tmp_path / "store", settings={"dataset": other})
+
+
 def test_two_writers_at_a_time_are_refused(tmp_path):
     with begin(tmp_path), pytest.raises(ValueError, match="is being written by another process"):
         begin(tmp_path)

@@ -1,16 +1,15 @@
-"""The store beside what others keep activations in: the same maps written, their vectors read shuffled.
+"""Speed of the store and of other formats for activations: writing the same maps, reading their vectors shuffled.
 
-- ``webdataset``: a tar of pickled tensors, as sdxl-unbox collects them, read through a buffer of
-  samples that is filled up by a fifth and shuffled anew each time, as its iterator does. (That one
-  drops what is in the buffer at the end; here every vector is read.) The maps stay as they are.
-- ``arrow``: rows of float16 in Arrow, by the ``datasets`` library's own writer, a table at a time:
-  the quickest of its ways by far. The maps are turned into rows by the store's own function.
+- ``webdataset``: a tar of pickled tensors, as sdxl-unbox collects them. It is read through a buffer of samples that
+  is refilled by a fifth and reshuffled each time, as in its iterator (which drops the rest of the buffer at the end;
+  here every vector is read). The maps are written as they are.
+- ``arrow``: rows of float16 in Arrow, written by the ``datasets`` library a table at a time, which is by far its
+  fastest way. The store's own function turns the maps into rows.
 
-All are given the maps as a model makes them: some at a time, each time other memory, channels first.
-A write ends when file and name are on the disk, once; the store's shards are so one by one, and only
-the store refuses what is not finite, keeps checksums and can be gone on with. A read gives every
-vector once, shuffled, in float32 batches; the files are then in the page cache, so that it is the
-software that is timed and not the disk.
+All systems get the maps as a model produces them: a few at a time, in fresh memory, channels first. A write ends when
+the file and its name are synced to the disk. The store syncs every shard; it alone refuses numbers that are not
+finite, computes checksums and can be resumed. A read gives every vector once, shuffled, in float32 batches. The files
+are in the page cache by then, so that the software is timed and not the disk.
 """
 
 import io
@@ -36,9 +35,9 @@ BLOCK = "down.2.1"
 SIDE = 16
 """Of the maps, in positions."""
 TOGETHER = 10
-"""Maps that are given to a system at a time; a sample of the tar holds them."""
+"""Maps that a system gets at a time, and in one sample of the tar."""
 SAMPLES_IN_BUFFER = 25
-"""Of the tar's reader: 64,000 vectors are shuffled together. The store's reader has as many."""
+"""Samples in the buffer of the tar's reader: 64,000 vectors are shuffled together, as in the store's reader."""
 
 
 def store_seconds(
@@ -52,7 +51,7 @@ def store_seconds(
     warmup: int = 1,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """How long the systems take to write and to read the same vectors, in turns.
+    """Time the systems in turns, writing and reading the same vectors.
 
     Args:
         folder: where to write; None is the folder of temporary files.

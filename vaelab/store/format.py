@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from vaelab.core import devices
+from vaelab.core.paths import local
 from vaelab.core.validate import at_least
 from vaelab.store.files import Folder
 
@@ -109,13 +110,15 @@ class Spec:
     def differences(self, other: "Spec") -> list[str]:
         """Descriptions of what differs between the store of this spec ("there") and the other spec ("here").
 
-        ``items_per_shard`` is not compared, since it does not decide the stored numbers.
+        ``items_per_shard`` is not compared, since it does not decide the stored numbers. Two spellings of the path
+        of one local file or folder are equal.
         """
         there, here = self._decisive(), other._decisive()
         return [
             f"{name} {there.get(name, 'missing')!r} there, {here.get(name, 'missing')!r} here"
             for name in {**there, **here}
             if (name in there, there.get(name)) != (name in here, here.get(name))
+            and not _same_path(there.get(name), here.get(name))
         ]
 
     def _decisive(self) -> dict[str, Any]:
@@ -152,6 +155,13 @@ class Spec:
         }
         text = json.dumps({"__metadata__": metadata, "rows": rows}).encode()
         return (HEADER_BYTES - 8).to_bytes(8, "little") + text.ljust(HEADER_BYTES - 8)
+
+
+def _same_path(there: Any, here: Any) -> bool:
+    if not (isinstance(there, str) and isinstance(here, str)):
+        return False
+    paths = local(there), local(here)
+    return None not in paths and paths[0].samefile(paths[1])
 
 
 class FileRecord(NamedTuple):
