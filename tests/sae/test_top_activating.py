@@ -161,9 +161,9 @@ def test_planted_features_have_the_purity_they_were_made_with(tmp_path, position
         assert set(found.positions[:3].flatten().tolist()) == {2}
     expected = [(0.0, 1.0), (1.0, 0.5)]
     for feature, (entropy, majority) in enumerate(expected):
-        one = purity.measure(labels, found.items[[feature]].numpy(), permutations=200)
+        one = purity.measure_purity(labels, found.items[[feature]].numpy(), permutations=200)
         assert (one.entropy, one.majority) == (entropy, majority) and one.permutation_p < 0.02
-    assert purity.measure(labels, found.items[[2]].numpy(), permutations=200).permutation_p > 0.05
+    assert purity.measure_purity(labels, found.items[[2]].numpy(), permutations=200).permutation_p > 0.05
     half = summarise_features(identity_sae(4, 2), kept, "up.t25", items=range(0, 60, 2), top=5)
     assert half.item_count == 30 and all(item % 2 == 0 for item in half.items[:3].flatten().tolist())
 

@@ -1,4 +1,4 @@
-"""Figures of what is read off layers: maps over layers and timesteps, and accuracies with their intervals."""
+"""Figures of accuracies: maps over layers and timesteps, and best layers with their intervals."""
 
 from collections.abc import Mapping
 
@@ -17,14 +17,14 @@ AT_CHANCE, ALL = "#f2f0eb", "#14506e"
 
 @plain_text
 def knowledge(tables: Mapping[str, pd.DataFrame], title: str = "") -> Figure:
-    """The map of knowledge: what each layer and timestep knows of each factor, a row of panels a measure.
+    """A heat map of layers by timesteps for every factor, with a row of panels per measure.
 
-    The colour goes from what chance would give, which stands over each panel, to 1; the number is the measure itself.
-    What was not measured is left white.
+    The colour scale goes from chance, given above each panel, to 1; the numbers are the measure itself.
+    Missing values are white.
 
     Args:
-        tables: for each measure, under its label, a row a layer and factor: columns ``block``, ``timestep``,
-            ``factor``, ``value`` (at most 1, which is best) and ``chance``, of which the mean is shown. The first has
+        tables: by the measure's label, a row per layer and factor: columns ``block``, ``timestep``,
+            ``factor``, ``value`` (at most 1, the best) and ``chance``, whose mean is shown. The first table has
             all layers.
         title: the figure's.
     """
@@ -60,11 +60,11 @@ def knowledge(tables: Mapping[str, pd.DataFrame], title: str = "") -> Figure:
 
 @plain_text
 def accuracies(table: pd.DataFrame, title: str = "") -> Figure:
-    """Accuracies with their intervals, a line a layer and factor, and a mark where chance is.
+    """Accuracies with their 95 % intervals, a line per layer and factor, and a mark at chance.
 
     Args:
         table: columns ``layer``, ``factor``, ``classifier``, ``accuracy``, ``low``, ``high``, ``chance``, and
-            where there are several models ``model``.
+            ``model`` if there are several models.
         title: the figure's.
     """
     several = "model" in table and table["model"].nunique() > 1
