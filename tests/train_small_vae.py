@@ -1,4 +1,4 @@
-"""Train the VAE in one folder with nudges, in another: the command that test_study.py runs, kills
+"""Train the VAE of one folder with nudges, in another folder: the command that tests/vae/test_finetune.py runs, kills
 and runs as two processes."""
 
 import os
@@ -35,7 +35,7 @@ def main(model: str, folder: str, steps: int) -> None:
     loaded = []
     load = models.load_vae
     models.load_vae = lambda *names, **options: loaded.append(load(*names, **options)) or loaded[-1]
-    run = finetune.train_vae(model, "nudge", config, pictures, folder, keep_weights=True)
+    run = finetune.train_vae(model, "nudge", config, pictures, folder, save_weights=True)
     if "RANK" in os.environ:
         rank = os.environ["RANK"]
         save_file(loaded[0].state_dict(), Path(folder, f"rank{rank}.safetensors"))

@@ -25,7 +25,7 @@ def pictures(name):
 
 def test_every_variant_changes_one_thing(model, tmp_path):
     names = ["reference", "no weight decay", "scales not decayed", "half the width", "twice the length", "glyphs"]
-    table = causes.compare(model, names, [0], CONFIG, pictures, "digits", tmp_path / "runs")
+    table = causes.train_variants(model, names, [0], CONFIG, pictures, "digits", tmp_path / "runs")
     assert list(dict.fromkeys(table["variant"])) == names
     assert table.groupby("variant")["final"].sum().eq(1).all()
     stored = {name: tmp_path / "runs" / f"{name.replace(' ', '-')}-seed0" / "run.json" for name in names}
@@ -57,4 +57,4 @@ def test_a_decay_that_silences_every_channel_spares_scales_that_are_not_decayed(
 
 def test_an_unknown_variant_lists_the_nearest(model, tmp_path):
     with pytest.raises(ValueError, match="no weight decay"):
-        causes.compare(model, ["no weight decy"], [0], CONFIG, pictures, "digits", tmp_path)
+        causes.train_variants(model, ["no weight decy"], [0], CONFIG, pictures, "digits", tmp_path)

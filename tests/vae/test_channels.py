@@ -6,7 +6,7 @@ from scipy import integrate, stats
 from torch import nn
 
 from vaelab.vae import channels
-from vaelab.vae.channels import ActivityTracker, Moments, channel_moments, classify, groupnorms, merge
+from vaelab.vae.channels import ActivityTracker, Moments, channel_moments, classify, groupnorms, merge_moments
 
 
 @pytest.mark.parametrize("mean", [-2.0, -0.1, 0.0, 0.7, 5.0])
@@ -19,7 +19,8 @@ def test_folded_normal_mean_equals_quadrature(mean, std):
 
 @pytest.mark.filterwarnings("error")
 def test_folded_normal_mean_without_deviation_is_the_magnitude():
-    np.testing.assert_array_equal(channels.folded_normal_mean(np.array([-2.0, 0.0, 3.0]), np.zeros(3)), [2, 0, 3])
+    means = channels.folded_normal_mean(np.array([-2.0, 0.0, 3.0, -1e30]), np.zeros(4))
+    np.testing.assert_allclose(means, [2, 0, 3, 1e30], rtol=1e-15, atol=1e-300)
 
 
 def test_normal_channels_are_predicted_by_gamma_and_beta():
@@ -120,7 +121,7 @@ class TestMoments:
         whole = torch.randn(5, *shape[1:]) * torch.linspace(0.5, 9, 5).view(-1, *[1] * (len(shape) - 1)) + 2
         merged, *others = [channel_moments(part) for part in whole.split(parts)]
         for other in others:
-            merged = merge(merged, other)
+            merged = merge_moments(merged, other)
         assert_same(merged, naive_moments(whole))
 
 
@@ -180,7 +181,7 @@ class TestTracker:
 
     def test_measure_equals_the_tracker(self, tiny_vae):
         batches = [{"pixels": pictures(2, 1)}, {"pixels": pictures(1, 2)}]
-        measured = channels.measure(tiny_vae, tiny_vae, batches)
+        measured = channels.measure_activity(tiny_vae, tiny_vae, batches)
         maps = self.collected(tiny_vae, [batch["pixels"] for batch in batches])
         for layer, moments in measured.items():
             assert_same(moments, naive_moments(maps[layer]))
@@ -188,7 +189,7 @@ class TestTracker:
     def test_measure_feeds_the_models_own_precision(self, tiny_vae):
         dtypes = []
         model = tiny_vae.bfloat16()
-        channels.measure(model, lambda x: dtypes.append(x.dtype) or model(x), [{"pixels": pictures(1)}])
+        channels.measure_activity(model, lambda x: dtypes.append(x.dtype) or model(x), [{"pixels": pictures(1)}])
         assert dtypes == [torch.bfloat16]
 
     def test_hooks_exist_within_track_only(self, tiny_vae):
@@ -285,7 +286,7 @@ class TestClassify:
 
     def test_relative_agrees_with_the_tables_column(self, tiny_vae):
         randomise_scales(tiny_vae)
-        activity = channels.measure(tiny_vae, tiny_vae, [{"pixels": pictures(2)}])
+        activity = channels.measure_activity(tiny_vae, tiny_vae, [{"pixels": pictures(2)}])
         found = classify(tiny_vae, activity, threshold=0.7, relative=True)
         table = channels.channel_table(tiny_vae, activity)
         low = table[table["relative"] < 0.7]
@@ -341,30 +342,30 @@ class TestPlanted:
 
     @pytest.mark.parametrize("how", [{}, {"threshold": 0.05, "relative": True}, {"by": "gamma"}], ids=str)
     def test_exactly_the_twenty_silenced_channels_are_found(self, tiny_vae, planted, how):
-        activity = channels.measure(tiny_vae, tiny_vae, [{"pixels": pictures(4)}])
+        activity = channels.measure_activity(tiny_vae, tiny_vae, [{"pixels": pictures(4)}])
         found = classify(tiny_vae, activity, **how)
         assert {(layer, index) for layer, one in found.items() for index in one.indices} == planted
-        assert channels.count(found) == len(planted) == 20
+        assert channels.count_suppressed(found) == len(planted) == 20
         assert all(set(one.values) == {0.0} for one in found.values())
 
     def test_their_rows_of_the_table(self, tiny_vae, planted):
-        activity = channels.measure(tiny_vae, tiny_vae, [{"pixels": pictures(4)}])
+        activity = channels.measure_activity(tiny_vae, tiny_vae, [{"pixels": pictures(4)}])
         found = classify(tiny_vae, activity)
-        rows = channels.suppressed_rows(channels.channel_table(tiny_vae, activity), found)
+        rows = channels.suppressed_channel_rows(channels.channel_table(tiny_vae, activity), found)
         assert set(zip(rows["layer"], rows["channel"], strict=True)) == planted
         assert len(rows) == 20
         assert (rows[["mean_abs", "gamma", "beta"]] == 0).all(axis=None)
 
     def test_the_layer_with_the_most(self, tiny_vae, planted):
-        activity = channels.measure(tiny_vae, tiny_vae, [{"pixels": pictures(4)}])
+        activity = channels.measure_activity(tiny_vae, tiny_vae, [{"pixels": pictures(4)}])
         table = channels.channel_table(tiny_vae, activity)
-        assert channels.most_silent_layer(table, classify(tiny_vae, activity)) == self.LAYERS[1]
+        assert channels.most_suppressed_layer(table, classify(tiny_vae, activity)) == self.LAYERS[1]
 
     def test_with_none_the_layer_of_the_faintest_channel(self, tiny_vae):
         tiny_vae.decoder.conv_norm_out.weight.data[3] = 0.01
-        activity = channels.measure(tiny_vae, tiny_vae, [{"pixels": pictures(4)}])
+        activity = channels.measure_activity(tiny_vae, tiny_vae, [{"pixels": pictures(4)}])
         table = channels.channel_table(tiny_vae, activity)
-        assert channels.most_silent_layer(table, {}) == "decoder.conv_norm_out"
+        assert channels.most_suppressed_layer(table, {}) == "decoder.conv_norm_out"
 
 
 class TestTable:
@@ -398,15 +399,15 @@ class TestTable:
 class TestAsMap:
     def test_a_sequence_is_laid_out_row_by_row(self):
         maps = torch.randn(2, 4, 4)
-        assert torch.equal(channels.as_map(maps.flatten(1)), maps)
+        assert torch.equal(channels.activation_map(maps.flatten(1)), maps)
 
     def test_a_map_stays(self):
         maps = torch.randn(2, 4, 5)
-        assert channels.as_map(maps) is maps
+        assert channels.activation_map(maps) is maps
 
     def test_a_sequence_that_is_no_square_is_refused(self):
         with pytest.raises(ValueError, match="activation: 5 positions"):
-            channels.as_map(torch.ones(2, 5))
+            channels.activation_map(torch.ones(2, 5))
 
 
 class TestNearZeroWeights:

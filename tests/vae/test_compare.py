@@ -3,8 +3,9 @@ import pytest
 from scipy import stats
 
 from vaelab.core.io import write_json
+from vaelab.training.checkpoint import LOG, TrainingLog
 from vaelab.vae import compare
-from vaelab.vae.finetune import VAERun
+from vaelab.vae.finetune import LOGS, VAERun
 
 
 def a_run(condition, seed, mse, suppressed=(5, 7)):
@@ -12,7 +13,12 @@ def a_run(condition, seed, mse, suppressed=(5, 7)):
     validation = [{"step": 0, "mse": 1.0, **ends, "suppressed": suppressed[0]}]
     validation.append({"step": 9, "mse": mse, **ends, "suppressed": suppressed[1]})
     tracked = [{"step": 3, "suppressed": 6, "nudged": 0, "near_zero": {"conv": 0.25}}]
-    return VAERun(condition, seed, [{"step": 9, "loss": mse}], tracked, [{"step": 3}] * seed, validation)
+    return VAERun(condition, seed, [{"step": 9, "loss": mse}], tracked, touched(seed), validation)
+
+
+def touched(count):
+    """One intervention in ``count`` channels of a layer."""
+    return [{"step": 3, "layer": "norm", "channels": [*range(count)], "before": [0.1] * count, "after": [0.2] * count}]
 
 
 BASE, NUDGED = [0.10, 0.20, 0.30], [0.11, 0.19, 0.33]
@@ -36,17 +42,17 @@ def test_one_seed_has_a_difference_and_no_interval():
 
 
 def test_frames_have_condition_and_seed():
-    table = compare.frame(RUNS, "validation")
+    table = compare.run_log_table(RUNS, "validation")
     assert len(table) == 12
     assert (
         table.loc[(table["condition"] == "nudge") & (table["seed"] == 2) & (table["step"] == 9), "mse"].item() == 0.33
     )
-    near_zero = compare.near_zero_frame(RUNS)
+    near_zero = compare.near_zero_table(RUNS)
     assert set(near_zero["layer"]) == {"conv"} and len(near_zero) == 6
 
 
 def test_summary_is_the_means_over_seeds():
-    values = compare.summary(RUNS)
+    values = compare.condition_means(RUNS)
     assert values["suppressed.start"] == 5
     assert values["baseline.mse"] == pytest.approx(0.2)
     assert values["nudge.suppressed"] == 7
@@ -55,10 +61,10 @@ def test_summary_is_the_means_over_seeds():
 
 @pytest.fixture
 def stored(tmp_path):
-    for one in RUNS:
-        write_json(
-            tmp_path / "runs" / f"{one.condition}-seed{one.seed}" / "run.json", {"settings": {}, **one._asdict()}
-        )
+    for run in RUNS:
+        folder = tmp_path / "runs" / f"{run.condition}-seed{run.seed}"
+        log = TrainingLog(folder / LOG, dict(zip(LOGS, run[2:], strict=True))).append()
+        write_json(folder / "run.json", {"settings": {}, "condition": run.condition, "seed": run.seed, "log": log})
     params = {"seeds": [0, 1, 2], "conditions": ["baseline", "nudge"], "dataset": "frgfm/imagenette:320px"}
     write_json(tmp_path / "results.json", {"params": params})
     return tmp_path
@@ -69,7 +75,7 @@ def test_a_stored_study_is_read_back(stored):
     assert study.dataset == "imagenette"
     assert sorted(study.runs) == sorted(RUNS)
     assert study.weights("nudge") == stored / "runs" / "nudge-seed0" / "vae"
-    assert compare.suppressed_metrics([study]) == {"imagenette.suppressed.start": 5, "imagenette.suppressed.end": 7}
+    assert compare.suppressed_means([study]) == {"imagenette.suppressed.start": 5, "imagenette.suppressed.end": 7}
 
 
 def test_two_studies_of_one_data_set_are_refused(stored):
@@ -100,6 +106,6 @@ def test_the_verdict_names_what_differs_and_says_where_nothing_does():
     clear = [a_run("baseline", i, 1.0 + i / 1e3) for i in range(3)] + [
         a_run("nudge", i, 2.0 + i / 1e3 + i**2 / 1e4) for i in range(3)
     ]
-    assert "mse +1e+02 %" in compare.verdict(compare.paired_differences(clear, "d")).data
-    assert "Of 4 intervals" in compare.verdict(compare.paired_differences(RUNS, "d")).data
-    assert "no measure differs" in compare.verdict(compare.paired_differences(RUNS, "d")).data
+    assert "mse +1e+02 %" in compare.describe_differences(compare.paired_differences(clear, "d")).data
+    assert "Of 4 intervals" in compare.describe_differences(compare.paired_differences(RUNS, "d")).data
+    assert "no measure differs" in compare.describe_differences(compare.paired_differences(RUNS, "d")).data

@@ -17,10 +17,10 @@ from vaelab.data.images import load_images
 from vaelab.training import loop
 from vaelab.training.loop import TrainConfig
 from vaelab.vae import channels, finetune, objective
-from vaelab.vae.finetune import StudyConfig, compare, train_vae
+from vaelab.vae.finetune import StudyConfig, train_conditions, train_vae
 from vaelab.vae.nudge import NudgeConfig
 
-SCRIPT = Path(__file__).with_name("train_small_vae.py")
+SCRIPT = Path(train_small_vae.__file__)
 PLANTED = sorted((layer, channel) for layer, indices in SILENT.items() for channel in indices)
 
 
@@ -47,7 +47,13 @@ def config(nudge=None, **changes):
 
 
 def touched(run):
-    return [(row["step"], row["layer"], row["channel"]) for row in run.interventions]
+    return [(row["step"], row["layer"], channel) for row in run.interventions for channel in row["channels"]]
+
+
+def scales(run, step):
+    """Before and after, of every channel touched at a step."""
+    rows = [row for row in run.interventions if row["step"] == step]
+    return [pair for row in rows for pair in zip(row["before"], row["after"], strict=True)]
 
 
 def command(model, folder, steps):
@@ -102,12 +108,14 @@ def test_killed_at_any_moment_it_ends_in_the_same_bits(model, tmp_path):
 
     assert kills >= 6
     assert len(resumed_from) >= 4
-    assert sorted(bytes_of(folder)) == ["run.json", "vae/config.json", "vae/diffusion_pytorch_model.safetensors"]
+    assert sorted(bytes_of(folder)) == [
+        *("log.jsonl", "run.json", "vae/config.json", "vae/diffusion_pytorch_model.safetensors")
+    ]
     assert bytes_of(folder) == bytes_of(tmp_path / "alone")
-    run = json.loads((folder / "run.json").read_text())
-    assert run["interventions"]
-    assert [row["step"] for row in run["validation"]] == [0, 25, 50, 75, 100]
-    assert [row["step"] for row in run["tracked"]] == [1, *range(5, 101, 5)]
+    run = finetune.read_run(folder)
+    assert run.interventions
+    assert [row["step"] for row in run.validation] == [0, 25, 50, 75, 100]
+    assert [row["step"] for row in run.tracked] == [1, *range(5, 101, 5)]
 
 
 def wait_until(process, reached):
@@ -125,20 +133,20 @@ def test_two_processes_stay_replicas(model, tmp_path):
         assert torch.equal(value, second[name]), name
     runs = [json.loads((tmp_path / "run" / f"rank{rank}.json").read_text()) for rank in (0, 1)]
     assert runs[0]["interventions"] == runs[1]["interventions"]
-    assert [row["channel"] for row in runs[0]["interventions"] if row["step"] == 10]
+    assert [row["channels"] for row in runs[0]["interventions"] if row["step"] == 10]
     assert runs[0]["tracked"] == runs[1]["tracked"]
     losses = [[row["loss"] for row in run["history"]] for run in runs]
     assert all(a != b for a, b in zip(*losses, strict=True))
-    stored = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert {key: stored[key] for key in runs[0]} == runs[0]
+    assert finetune.read_run(tmp_path / "run")._asdict() == runs[0]
     assert not (tmp_path / "run" / "checkpoint.safetensors").exists()
 
 
 def test_nudge_touches_the_suppressed_channels_on_its_steps_and_not_after_the_last(model, pictures, tmp_path):
     run = train_vae(model, "nudge", config(learning_rate=1e-6), pictures, tmp_path)
     assert touched(run) == [(step, *one) for step in (2, 4) for one in sorted(PLANTED, key=layer_order(model))]
-    for row in run.interventions[: len(PLANTED)]:
-        assert row["after"] == pytest.approx(1.1 * row["before"], rel=1e-5)
+    assert len(scales(run, 2)) == len(PLANTED)
+    for before, after in scales(run, 2):
+        assert after == pytest.approx(1.1 * before, rel=1e-5)
     assert [(row["step"], row["nudged"]) for row in run.tracked] == [(1, 0), (2, 5), (4, 5), (6, 0)]
 
 
@@ -149,7 +157,7 @@ def layer_order(model):
 
 def test_baseline_scales_move_by_the_optimizer_alone(model, pictures, tmp_path):
     setting = config(undecayed=(), weight_decay=0.0)
-    run = train_vae(model, "baseline", setting, pictures, tmp_path / "run", keep_weights=True)
+    run = train_vae(model, "baseline", setting, pictures, tmp_path / "run", save_weights=True)
     assert run.interventions == []
     assert {row["nudged"] for row in run.tracked} == {0}
     plain = models.load_vae(model, device="cpu")
@@ -169,11 +177,11 @@ def test_control_touches_as_many_active_channels_of_the_same_layers(model, pictu
     assert not {one[1:] for one in at_first} & set(PLANTED)
     counts = {layer: sum(one[1] == layer for one in at_first) for layer in SILENT}
     assert counts == {layer: len(indices) for layer, indices in SILENT.items()}
-    assert all(abs(row["before"]) > 0.5 for row in run.interventions if row["step"] == 2)
+    assert all(abs(before) > 0.5 for before, _ in scales(run, 2))
 
 
 def test_compare_pairs_runs_by_their_seed(model, pictures, tmp_path):
-    runs = compare(model, ["baseline", "nudge", "control"], [0, 7], config(), pictures, tmp_path)
+    runs = train_conditions(model, ["baseline", "nudge", "control"], [0, 7], config(), pictures, tmp_path)
     assert [(run.seed, run.condition) for run in runs] == [
         (seed, condition) for seed in (0, 7) for condition in ("baseline", "nudge", "control")
     ]
@@ -196,7 +204,7 @@ def test_validation_counts_the_planted_channels(model, pictures, tmp_path):
 
 def test_finished_run_is_read_back_and_not_trained_again(model, pictures, tmp_path, monkeypatch):
     first = train_vae(model, "nudge", config(), pictures, tmp_path)
-    assert [path.name for path in tmp_path.glob("*") if path.name != "model"] == ["run.json"]
+    assert [path.name for path in sorted(tmp_path.glob("*")) if path.name != "model"] == ["log.jsonl", "run.json"]
     with monkeypatch.context() as patched:
         patched.setattr(finetune, "train", None)
         assert train_vae(model, "nudge", config(), pictures, tmp_path) == first
@@ -211,8 +219,8 @@ def test_finished_run_without_weights_is_trained_again_where_they_are_wanted(mod
     with monkeypatch.context() as patched:
         patched.setattr("diffusers.AutoencoderKL.save_pretrained", killed)
         with pytest.raises(KeyboardInterrupt):
-            train_vae(model, "nudge", config(), pictures, tmp_path / "run", keep_weights=True)
-    assert train_vae(model, "nudge", config(), pictures, tmp_path / "run", keep_weights=True) == first
+            train_vae(model, "nudge", config(), pictures, tmp_path / "run", save_weights=True)
+    assert train_vae(model, "nudge", config(), pictures, tmp_path / "run", save_weights=True) == first
     assert (tmp_path / "run" / "vae" / "diffusion_pytorch_model.safetensors").exists()
 
 
@@ -241,7 +249,7 @@ def test_from_scratch_the_seed_makes_the_weights(model, pictures, tmp_path):
     def scratch(seed, changes):
         folder = tmp_path / f"{seed}{len(changes)}"
         setting = config(steps=1, seed=seed, learning_rate=1e-9)
-        train_vae(model, "baseline", setting, pictures, folder, changes=changes, keep_weights=True)
+        train_vae(model, "baseline", setting, pictures, folder, changes=changes, save_weights=True)
         return models.load_vae(str(folder / "vae"), device="cpu")
 
     first, second = scratch(0, {}), scratch(1, {})
@@ -251,15 +259,15 @@ def test_from_scratch_the_seed_makes_the_weights(model, pictures, tmp_path):
 
 
 def test_decayless_scales_are_spared(model, pictures, tmp_path):
-    names = finetune.decayless_scales(models.load_vae(model, device="cpu"))
+    names = finetune.scale_parameters(models.load_vae(model, device="cpu"))
     setting = {"steps": 2, "weight_decay": 0.5, "learning_rate": 0.1, "clip_norm": 0}
 
-    def scales(folder, undecayed):
+    def trained_scales(folder, undecayed):
         train_vae(model, "baseline", config(**setting, undecayed=undecayed), pictures, tmp_path / folder,
-                  keep_weights=True)  # fmt: skip
+                  save_weights=True)  # fmt: skip
         return models.load_vae(str(tmp_path / folder / "vae"), device="cpu").encoder.conv_norm_out.weight
 
-    decayed, spared = scales("decayed", ()), scales("spared", names)
+    decayed, spared = trained_scales("decayed", ()), trained_scales("spared", names)
     assert len(names) == 2 * len(channels.groupnorms(models.load_vae(model, device="cpu")))
     assert spared.mean() - decayed.mean() > 0.05
 
@@ -295,14 +303,14 @@ def test_unknown_layers_are_refused(model, pictures, tmp_path):
 @pytest.mark.parametrize("conditions", [["baseline", "nugde"], ["nudge"], ["baseline", "baseline"], []])
 def test_bad_conditions_are_refused(model, pictures, tmp_path, conditions):
     with pytest.raises(ValueError, match=r"^conditions:"):
-        compare(model, conditions, [0, 1], config(), pictures, tmp_path / "run")
+        train_conditions(model, conditions, [0, 1], config(), pictures, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("seeds", [[], [1, 1]])
 def test_bad_seeds_are_refused(model, pictures, tmp_path, seeds):
     with pytest.raises(ValueError, match=r"^seeds:"):
-        compare(model, ["baseline", "nudge"], seeds, config(), pictures, tmp_path / "run")
+        train_conditions(model, ["baseline", "nudge"], seeds, config(), pictures, tmp_path / "run")
 
 
 @pytest.mark.parametrize(
@@ -324,3 +332,21 @@ def test_configuration_of_a_notebooks_parameters():
     got = StudyConfig.of(params, threshold=0.25)
     expected = TrainConfig(steps=5, learning_rate=1e-3, trackers=("tensorboard",), seed=4)
     assert got == StudyConfig(expected, NudgeConfig(interval=3), threshold=0.25)
+
+
+@pytest.mark.parametrize(("name", "content"), [("run.json", '{"settings": {'), ("run.json", "[]"), ("log.jsonl", "")])
+def test_a_damaged_finished_run_is_named(model, pictures, tmp_path, name, content):
+    train_vae(model, "baseline", config(steps=1), pictures, tmp_path / "run")
+    (tmp_path / "run" / name).write_text(content)
+    with pytest.raises(ValueError, match=rf"{name} is (missing or )?damaged"):
+        finetune.read_run(tmp_path / "run")
+
+
+def test_validation_restores_the_mode_of_every_submodule(model, pictures):
+    vae = models.load_vae(model, device="cpu").train()
+    vae.encoder.mid_block.eval()
+    before = [module.training for module in vae.modules()]
+    finetune.Validator(vae, pictures[1], config()).measure(0)
+    channels.measure_activity(vae, lambda x: models.reconstruct(vae, x), pictures[1].batches(4))
+    objective.latent_scale(vae, pictures[1].batches(4))
+    assert [module.training for module in vae.modules()] == before

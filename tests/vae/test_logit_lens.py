@@ -46,14 +46,14 @@ def test_grouped_decoders_are_as_independent_as_separate_ones():
 
 
 def test_a_full_map_that_holds_the_picture_is_read_and_shuffling_destroys_it(planted):
-    trained = logit_lens.fit(*planted, CONFIG, width=8)
+    trained = logit_lens.train_lens(*planted, CONFIG, width=8)
     assert trained.score.r2[0] > 0.9
     assert trained.shuffled.r2[0] < 0.1
     assert trained.score.psnr[0] > trained.shuffled.psnr[0] + 5
 
 
 def test_single_channels_are_scored_each_for_what_it_holds(planted):
-    trained = logit_lens.fit(*planted, CONFIG, channels=[0, 1, 2, 3], width=8)
+    trained = logit_lens.train_lens(*planted, CONFIG, channels=[0, 1, 2, 3], width=8)
     bright, small, noise, constant = trained.score.r2
     assert bright > 0.9 and small > 0.9
     assert noise < 0.1 and constant < 0.1
@@ -62,8 +62,8 @@ def test_single_channels_are_scored_each_for_what_it_holds(planted):
 
 def test_scores_are_their_formulas(planted):
     learning, (maps, pictures) = planted
-    trained = logit_lens.fit(learning, (maps, pictures), TrainConfig(steps=5, device="cpu"), width=4)
-    read_off = (logit_lens.read(trained, maps)[:, 0] + 1) / 2
+    trained = logit_lens.train_lens(learning, (maps, pictures), TrainConfig(steps=5, device="cpu"), width=4)
+    read_off = (logit_lens.apply_lens(trained, maps)[:, 0] + 1) / 2
     mse = (read_off - pictures).double().square().mean()
     nothing = (learning[1].mean(dim=0) - pictures).double().square().mean()
     assert trained.score.r2[0] == pytest.approx(float(1 - mse / nothing), abs=1e-5)
@@ -72,13 +72,13 @@ def test_scores_are_their_formulas(planted):
 
 def test_channels_beyond_the_layer_are_refused(planted):
     with pytest.raises(ValueError, match="channels: the layer has channels 0 to 3"):
-        logit_lens.fit(*planted, CONFIG, channels=[4])
+        logit_lens.train_lens(*planted, CONFIG, channels=[4])
 
 
 def test_extremes_are_the_most_and_least_active():
     maps = torch.tensor([3.0, -9.0, 0.1, 1.0, 0.0]).view(1, 5, 1, 1).expand(2, 5, 2, 2)
-    assert logit_lens.extremes(maps, 2) == [1, 0, 2, 4]
-    assert sorted(logit_lens.extremes(maps, 9)) == [0, 1, 2, 3, 4]
+    assert logit_lens.extreme_channels(maps, 2) == [1, 0, 2, 4]
+    assert sorted(logit_lens.extreme_channels(maps, 9)) == [0, 1, 2, 3, 4]
 
 
 LAYER = "encoder.down_blocks.0.resnets.0.norm2"
@@ -86,28 +86,28 @@ LAYER = "encoder.down_blocks.0.resnets.0.norm2"
 
 def test_activations_come_with_their_own_pictures(tiny_vae):
     images = data.load_images("digits", resolution=16, max_images=5)
-    maps, pictures = logit_lens.activations(tiny_vae, LAYER, images, batch_size=2)
+    maps, pictures = logit_lens.layer_activations(tiny_vae, LAYER, images, batch_size=2)
     assert len(maps) == len(pictures) == 5
     assert torch.allclose(pictures * 2 - 1, images.stack())
-    alone, _ = logit_lens.activations(tiny_vae, LAYER, images, batch_size=1)
+    alone, _ = logit_lens.layer_activations(tiny_vae, LAYER, images, batch_size=1)
     assert torch.allclose(maps, alone, atol=1e-5)
 
 
 def test_a_layer_that_gives_no_map_is_refused(tiny_vae):
     images = data.load_images("digits", resolution=16, max_images=2)
     with pytest.raises(ValueError, match=r"gives \(B, C, H, W\)"):
-        logit_lens.activations(tiny_vae, "encoder.mid_block.attentions.0.group_norm", images, 2)
+        logit_lens.layer_activations(tiny_vae, "encoder.mid_block.attentions.0.group_norm", images, 2)
 
 
 def test_through_the_model(tiny_vae):
     pixels = torch.rand(2, 3, 16, 16) * 2 - 1
-    whole = logit_lens.through_model(tiny_vae, LAYER, pixels, None, keep=True)
+    whole = logit_lens.decode_single_channel(tiny_vae, LAYER, pixels, None, keep=True)
     assert torch.equal(whole, models.reconstruct(tiny_vae, pixels))
-    alone = logit_lens.through_model(tiny_vae, LAYER, pixels, 1, keep=True)
-    without = logit_lens.through_model(tiny_vae, LAYER, pixels, 1, keep=False)
+    alone = logit_lens.decode_single_channel(tiny_vae, LAYER, pixels, 1, keep=True)
+    without = logit_lens.decode_single_channel(tiny_vae, LAYER, pixels, 1, keep=False)
     assert not torch.allclose(alone, whole, atol=1e-4) and not torch.allclose(without, whole, atol=1e-6)
     with pytest.raises(ValueError, match="channel"):
-        logit_lens.through_model(tiny_vae, LAYER, pixels, 99, keep=True)
+        logit_lens.decode_single_channel(tiny_vae, LAYER, pixels, 99, keep=True)
 
 
 def test_holding_a_silent_channel_changes_nothing(tiny_vae):
@@ -115,5 +115,5 @@ def test_holding_a_silent_channel_changes_nothing(tiny_vae):
     with torch.no_grad():
         norm.weight[2] = norm.bias[2] = 0
     pixels = torch.rand(2, 3, 16, 16) * 2 - 1
-    without = logit_lens.through_model(tiny_vae, LAYER, pixels, 2, keep=False)
+    without = logit_lens.decode_single_channel(tiny_vae, LAYER, pixels, 2, keep=False)
     assert np.allclose(without.numpy(), models.reconstruct(tiny_vae, pixels).detach().numpy())

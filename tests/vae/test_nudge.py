@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from vaelab.vae.channels import ActivityTracker, Moments, Suppressed, channel_moments, classify
-from vaelab.vae.nudge import Intervention, NudgeConfig, nudge, random_active
+from vaelab.vae.nudge import Intervention, NudgeConfig, nudge_scales, random_active_channels
 
 SCALES = [0.9, 0.0, -0.02, 1.95, 0.3, -1.99, 0.0004, -0.0]
 TOUCHED = (1, 2, 3, 5, 6, 7)
@@ -23,7 +23,7 @@ def target(indices, layer="norm"):
 
 def after(scales, config, indices=TOUCHED):
     model = nn.ModuleDict({"norm": norm_of(scales)})
-    nudge(model, target(indices), config)
+    nudge_scales(model, target(indices), config)
     return model["norm"].weight.detach()
 
 
@@ -69,14 +69,16 @@ class TestFormulas:
     def test_the_cap_is_never_passed_however_often(self, strategy):
         model = nn.ModuleDict({"norm": norm_of(SCALES)})
         for _ in range(40):
-            nudge(model, target(TOUCHED), NudgeConfig(strategy, nudge_factor=1.5, nudge_amount=0.2, gamma_max=1.2))
+            nudge_scales(
+                model, target(TOUCHED), NudgeConfig(strategy, nudge_factor=1.5, nudge_amount=0.2, gamma_max=1.2)
+            )
         reached = model["norm"].weight.detach()[list(TOUCHED)].abs()
         assert torch.equal(reached, torch.full((6,), 1.2))
 
     def test_a_scale_of_exactly_zero_comes_back_under_multiply(self):
         model = nn.ModuleDict({"norm": norm_of([0.0, 1.0])})
         for _ in range(100):
-            nudge(model, target([0]), NudgeConfig("multiply", nudge_factor=1.1))
+            nudge_scales(model, target([0]), NudgeConfig("multiply", nudge_factor=1.1))
         assert model["norm"].weight[0] > 1
 
     def test_without_a_floor_zero_stays_zero(self):
@@ -84,7 +86,7 @@ class TestFormulas:
 
     def test_a_scale_in_bfloat16(self):
         model = nn.ModuleDict({"norm": norm_of([0.5, 0.25]).bfloat16()})
-        (done,) = nudge(model, target([0]), NudgeConfig("add", nudge_amount=0.25))
+        (done,) = nudge_scales(model, target([0]), NudgeConfig("add", nudge_amount=0.25))
         assert model["norm"].weight.dtype == torch.bfloat16
         assert done == Intervention("norm", 0, 0.5, 0.75)
 
@@ -103,7 +105,7 @@ class TestReach:
         found = classify(tiny_vae, activity, threshold=1e-3)
         assert {layer: one.indices for layer, one in found.items()} == layers
 
-        log = nudge(tiny_vae, found, NudgeConfig(strategy), activity=activity, threshold=1e-3)
+        log = nudge_scales(tiny_vae, found, NudgeConfig(strategy), activity=activity, threshold=1e-3)
 
         touched = {(f"{one.layer}.weight", one.channel) for one in log}
         assert len(touched) == len(log) == 4
@@ -117,7 +119,7 @@ class TestReach:
     def test_the_log_says_what_was_and_what_is(self):
         model = nn.ModuleDict({"norm": norm_of(SCALES)})
         before = model["norm"].weight.detach().clone()
-        log = nudge(model, target(TOUCHED), NudgeConfig("multiply"))
+        log = nudge_scales(model, target(TOUCHED), NudgeConfig("multiply"))
         assert [one.layer for one in log] == ["norm"] * 6
         assert tuple(one.channel for one in log) == TOUCHED
         assert [one.before for one in log] == before[list(TOUCHED)].tolist()
@@ -125,24 +127,24 @@ class TestReach:
 
     def test_no_targets_do_nothing(self, tiny_vae):
         before = snapshot(tiny_vae)
-        assert nudge(tiny_vae, {}, NudgeConfig()) == []
+        assert nudge_scales(tiny_vae, {}, NudgeConfig()) == []
         assert all(torch.equal(value, before[name]) for name, value in tiny_vae.state_dict().items())
 
     @pytest.mark.parametrize("wrap", [nn.DataParallel, lambda m: torch.compile(m, backend="eager")])
     def test_wrapped_models_are_reached(self, wrap):
         model = nn.Sequential(norm_of([0.5, 0.25]))
-        nudge(wrap(model), target([1], "0"), NudgeConfig("reset"))
+        nudge_scales(wrap(model), target([1], "0"), NudgeConfig("reset"))
         assert model[0].weight.tolist() == [0.5, 1.0]
 
     def test_training_goes_on(self):
         model = nn.ModuleDict({"norm": norm_of([0.5, 0.25])})
-        nudge(model, target([1]), NudgeConfig("reset"))
+        nudge_scales(model, target([1]), NudgeConfig("reset"))
         model["norm"](torch.randn(2, 2, 4)).square().sum().backward()
         assert model["norm"].weight.grad.abs().min() > 0
 
     def test_a_target_without_a_parameter_is_refused(self, tiny_vae):
         with pytest.raises(ValueError, match=r"targets: the model has no parameter 'norm\.weight'"):
-            nudge(tiny_vae, target([0]), NudgeConfig())
+            nudge_scales(tiny_vae, target([0]), NudgeConfig())
 
 
 class TestAdaptive:
@@ -160,7 +162,7 @@ class TestAdaptive:
         model = nn.ModuleDict({"norm": norm_of(scales, bias)})
         activity = self.measured(model, x)
         found = classify(model, activity, threshold=threshold)
-        log = nudge(model, found, config or NudgeConfig("adaptive"), activity=activity, threshold=threshold)
+        log = nudge_scales(model, found, config or NudgeConfig("adaptive"), activity=activity, threshold=threshold)
         return model["norm"].weight.detach(), log, activity["norm"].mean_abs, self.measured(model, x)["norm"].mean_abs
 
     def test_suppressed_channels_reach_the_threshold_and_hardly_pass_it(self):
@@ -187,7 +189,7 @@ class TestAdaptive:
         for _ in range(6):
             activity = self.measured(model, x)
             found = classify(model, activity, threshold=threshold)
-            nudge(model, found, NudgeConfig("adaptive"), activity=activity, threshold=threshold)
+            nudge_scales(model, found, NudgeConfig("adaptive"), activity=activity, threshold=threshold)
         assert classify(model, self.measured(model, x), threshold=threshold) == {}
         assert self.measured(model, x)["norm"].mean_abs.max() < threshold * 1.02
 
@@ -210,7 +212,7 @@ class TestAdaptive:
         activity = self.measured(model, x)
         before = snapshot(model)
         threshold = activity["norm"].mean_abs.min().item()
-        nudge(model, target(range(self.SIZE)), NudgeConfig("adaptive"), activity=activity, threshold=threshold)
+        nudge_scales(model, target(range(self.SIZE)), NudgeConfig("adaptive"), activity=activity, threshold=threshold)
         assert torch.equal(model["norm"].weight, before["norm.weight"])
 
     def test_out_of_reach_it_stops_at_the_cap(self):
@@ -235,7 +237,7 @@ class TestAdaptive:
     def test_without_activity_or_threshold_it_is_refused(self, missing):
         model = nn.ModuleDict({"norm": norm_of(SCALES)})
         with pytest.raises(ValueError, match="strategy: adaptive needs"):
-            nudge(model, target(TOUCHED), NudgeConfig("adaptive"), **missing)
+            nudge_scales(model, target(TOUCHED), NudgeConfig("adaptive"), **missing)
 
 
 class TestMoments:
@@ -259,7 +261,7 @@ class TestMoments:
     def test_keep_leaves_all_of_them(self):
         model, optimizer = self.trained()
         before = self.moments(model, optimizer)
-        nudge(model, target(TOUCHED), NudgeConfig(moments="keep"), optimizer=optimizer)
+        nudge_scales(model, target(TOUCHED), NudgeConfig(moments="keep"), optimizer=optimizer)
         now = self.moments(model, optimizer)
         assert before.keys() == now.keys()
         assert all(torch.equal(value, before[key]) for key, value in now.items())
@@ -268,7 +270,7 @@ class TestMoments:
         model, optimizer = self.trained()
         before = self.moments(model, optimizer)
         assert all((before["norm.weight", key] != 0).all() for key in ("exp_avg", "exp_avg_sq"))
-        nudge(model, target(TOUCHED), NudgeConfig(moments="reset"), optimizer=optimizer)
+        nudge_scales(model, target(TOUCHED), NudgeConfig(moments="reset"), optimizer=optimizer)
         for (name, key), value in self.moments(model, optimizer).items():
             wanted = before[name, key]
             if name == "norm.weight" and key in ("exp_avg", "exp_avg_sq"):
@@ -278,14 +280,14 @@ class TestMoments:
     def test_reset_of_an_optimizer_before_its_first_step(self):
         model = nn.ModuleDict({"norm": norm_of(SCALES)})
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-        nudge(model, target(TOUCHED), NudgeConfig(moments="reset"), optimizer=optimizer)
+        nudge_scales(model, target(TOUCHED), NudgeConfig(moments="reset"), optimizer=optimizer)
         model["norm"](torch.randn(4, 8, 6)).square().sum().backward()
         optimizer.step()
         assert (optimizer.state[model["norm"].weight]["exp_avg"] != 0).all()
 
     def test_reset_where_there_are_no_moments(self):
         model, optimizer = self.trained(torch.optim.SGD)
-        assert len(nudge(model, target(TOUCHED), NudgeConfig(moments="reset"), optimizer=optimizer)) == 6
+        assert len(nudge_scales(model, target(TOUCHED), NudgeConfig(moments="reset"), optimizer=optimizer)) == 6
 
 
 class TestRandomActive:
@@ -295,7 +297,7 @@ class TestRandomActive:
     def test_as_many_in_each_layer_and_none_that_is_suppressed(self):
         seen = set()
         for seed in range(60):
-            drawn = random_active(self.ACTIVITY, self.SUPPRESSED, np.random.default_rng(seed))
+            drawn = random_active_channels(self.ACTIVITY, self.SUPPRESSED, np.random.default_rng(seed))
             assert list(drawn) == ["a", "b"]
             for layer, one in drawn.items():
                 assert len(set(one.indices)) == len(one.indices) == len(self.SUPPRESSED[layer].indices)
@@ -305,35 +307,37 @@ class TestRandomActive:
         assert seen == set(range(40)) - set(self.SUPPRESSED["a"].indices)
 
     def test_values_are_those_of_the_drawn_channels(self):
-        drawn = random_active(self.ACTIVITY, self.SUPPRESSED, np.random.default_rng(0))["a"]
+        drawn = random_active_channels(self.ACTIVITY, self.SUPPRESSED, np.random.default_rng(0))["a"]
         np.testing.assert_allclose(drawn.values, [0.01 * i for i in drawn.indices], rtol=1e-6)
 
     def test_the_generator_decides(self):
-        drawn = [random_active(self.ACTIVITY, self.SUPPRESSED, np.random.default_rng(seed)) for seed in (3, 3, 4)]
+        drawn = [
+            random_active_channels(self.ACTIVITY, self.SUPPRESSED, np.random.default_rng(seed)) for seed in (3, 3, 4)
+        ]
         assert drawn[0] == drawn[1]
         assert drawn[0] != drawn[2]
 
     def test_a_layer_with_too_few_gives_all_it_has(self):
         activity = {"a": activity_of([0.0, 0.0, 0.0, 5.0]), "b": activity_of([0.0, 0.0])}
         suppressed = {**target((0, 1, 2), "a"), **target((0, 1), "b")}
-        drawn = random_active(activity, suppressed, np.random.default_rng(0))
+        drawn = random_active_channels(activity, suppressed, np.random.default_rng(0))
         assert {layer: one.indices for layer, one in drawn.items()} == {"a": (3,)}
 
     def test_what_a_layer_lacks_is_drawn_from_the_others(self):
         activity = {"a": activity_of([0.0, 0.0, 0.0, 5.0]), "b": activity_of([5.0] * 3), "c": activity_of([5.0] * 3)}
         suppressed = target((0, 1, 2), "a")
-        drawn = [random_active(activity, suppressed, np.random.default_rng(seed)) for seed in range(8)]
+        drawn = [random_active_channels(activity, suppressed, np.random.default_rng(seed)) for seed in range(8)]
         assert all(one["a"].indices == (3,) and one["a"].parameter == "a.weight" for one in drawn)
         assert all(sum(len(layer.indices) for layer in one.values()) == 3 for one in drawn)
         assert {layer for one in drawn for layer in one} == {"a", "b", "c"}
 
     def test_nothing_suppressed_nothing_drawn(self):
-        assert random_active(self.ACTIVITY, {}, np.random.default_rng(0)) == {}
+        assert random_active_channels(self.ACTIVITY, {}, np.random.default_rng(0)) == {}
 
     def test_the_nudge_takes_them(self):
         model = nn.ModuleDict({"b": norm_of([0.5] * 10)})
-        drawn = random_active(self.ACTIVITY, target((9,), "b"), np.random.default_rng(0))
-        (done,) = nudge(model, drawn, NudgeConfig("multiply", nudge_factor=1.5))
+        drawn = random_active_channels(self.ACTIVITY, target((9,), "b"), np.random.default_rng(0))
+        (done,) = nudge_scales(model, drawn, NudgeConfig("multiply", nudge_factor=1.5))
         assert done == Intervention("b", drawn["b"].indices[0], 0.5, 0.75)
         assert model["b"].weight[9] == 0.5
 

@@ -8,7 +8,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from helpers import without_groupnorm
 from skimage.metrics import structural_similarity
 
-from vaelab.vae.objective import VAEObjective, evaluate, latent_scale
+from vaelab.vae.objective import VAEObjective, evaluate_reconstruction, latent_scale
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def test_measures_equal_their_formulas(tiny_vae, pictures):
     mean, logvar, decoded = in_float64(tiny_vae, pictures)
     mse = np.mean((decoded - pictures.numpy()) ** 2)
     kl = kl_divergence(mean, logvar).mean()
-    got = evaluate(tiny_vae, in_batches(pictures))
+    got = evaluate_reconstruction(tiny_vae, in_batches(pictures))
     assert got.mse == pytest.approx(mse, rel=1e-5)
     assert got.psnr == pytest.approx(10 * np.log10(4 / mse), rel=1e-5)
     assert got.kl == pytest.approx(kl, rel=1e-5)
@@ -66,19 +66,19 @@ def test_ssim_is_scikit_images(pictures):
     bordered = [np.pad(x.double().numpy(), border, mode="reflect") for x in (pictures, decoded)]
     expected = [structural_similarity(a, b, **options) for a, b in zip(*bordered, strict=True)]
     assert np.ptp(expected) > 0.001
-    assert evaluate(Dimming(), in_batches(pictures)).ssim == pytest.approx(np.mean(expected), rel=1e-5)
+    assert evaluate_reconstruction(Dimming(), in_batches(pictures)).ssim == pytest.approx(np.mean(expected), rel=1e-5)
 
 
 def test_measures_do_not_depend_on_the_batches(tiny_vae, pictures):
-    whole = evaluate(tiny_vae, in_batches(pictures, [5]))
-    assert evaluate(tiny_vae, in_batches(pictures, [1, 4])) == pytest.approx(whole, rel=1e-5)
+    whole = evaluate_reconstruction(tiny_vae, in_batches(pictures, [5]))
+    assert evaluate_reconstruction(tiny_vae, in_batches(pictures, [1, 4])) == pytest.approx(whole, rel=1e-5)
 
 
 def test_evaluating_leaves_no_trace(tiny_vae, pictures):
     tiny_vae.train()
     before = {name: value.clone() for name, value in tiny_vae.state_dict().items()}
     state = torch.get_rng_state()
-    evaluate(tiny_vae, in_batches(pictures))
+    evaluate_reconstruction(tiny_vae, in_batches(pictures))
     assert tiny_vae.training
     assert torch.equal(torch.get_rng_state(), state)
     assert all(parameter.grad is None for parameter in tiny_vae.parameters())
@@ -87,7 +87,7 @@ def test_evaluating_leaves_no_trace(tiny_vae, pictures):
 
 def test_no_picture_is_an_error(tiny_vae):
     with pytest.raises(ValueError, match="no picture"):
-        evaluate(tiny_vae, [])
+        evaluate_reconstruction(tiny_vae, [])
 
 
 def test_loss_is_mse_plus_weighted_kl(tiny_vae, pictures):
@@ -127,9 +127,9 @@ def test_latent_scale_is_that_of_samples(tiny_vae, pictures):
 def test_model_without_a_posterior_is_refused(pictures):
     tiny = without_groupnorm()
     with pytest.raises(ValueError, match=r"^model: AutoencoderTiny has no Gaussian posterior"):
-        evaluate(tiny, in_batches(pictures))
+        evaluate_reconstruction(tiny, in_batches(pictures))
 
 
 def test_a_side_that_the_model_cannot_halve_is_refused(tiny_vae):
     with pytest.raises(ValueError, match="resolution: pictures of 17 x 17 come back as 16 x 16; take a multiple of 2"):
-        evaluate(tiny_vae, [{"pixels": torch.zeros(1, 3, 17, 17)}])
+        evaluate_reconstruction(tiny_vae, [{"pixels": torch.zeros(1, 3, 17, 17)}])

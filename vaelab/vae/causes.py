@@ -14,7 +14,7 @@ import pandas as pd
 from vaelab import models
 from vaelab.core.validate import at_least, one_of
 from vaelab.data.images import Images
-from vaelab.vae.finetune import StudyConfig, VAERun, decayless_scales, train_vae
+from vaelab.vae.finetune import StudyConfig, VAERun, scale_parameters, train_vae
 
 
 @dataclass(frozen=True)
@@ -74,12 +74,12 @@ def train_variant(
     )
     if not variant.decay_scales:
         vae = models.load_vae(model, device="cpu", changes=changes)
-        train = replace(train, undecayed=decayless_scales(vae))
+        train = replace(train, undecayed=scale_parameters(vae))
     shown = pictures(variant.dataset or dataset)
     return train_vae(model, "baseline", replace(config, train=train), shown, folder, changes=changes)
 
 
-def compare(
+def train_variants(
     model: str,
     names: list[str],
     seeds: list[int],

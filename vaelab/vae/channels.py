@@ -1,7 +1,9 @@
-"""Which channels of a model are silent: per-channel statistics and what is read off them.
+"""Suppressed channels: statistics of GroupNorm outputs, and how they relate to GroupNorm's scales.
 
 From "Investigating the Functional Role of Learned Channel Suppression in Diffusion VAEs" (Shi, Wang
-and Roshka), sections 4.2 and 4.3.
+and Roshka), sections 4.2 and 4.3. A channel is suppressed where its mean absolute activation m_c is
+below a threshold theta_act. The paper names GroupNorm's scale gamma as the mechanism:
+:func:`scale_relation` tests that.
 """
 
 import math
@@ -16,54 +18,7 @@ from torch import Tensor, nn
 
 from vaelab.core.validate import at_least, one_of
 from vaelab.hooks import capture, find_layers, unwrap
-
-# mechanism: Whether GroupNorm's scale is what silences a channel: its m_c against gamma and beta.
-#
-# A claim of Shi, Wang and Roshka, section 4.3. A normalised channel times gamma plus beta is normal, as
-# far as the channel was, so that its mean absolute activation can be foretold.
-#
-
-
-def folded_normal_mean(mean: np.ndarray, std: np.ndarray) -> np.ndarray:
-    """E|y| of a normal y: what m_c would be of a channel with this mean and standard deviation."""
-    from scipy.special import erf
-
-    ratio = mean / np.maximum(std, np.abs(mean) / 40 + np.finfo(float).tiny)  # beyond 40, E|y| is |mean|
-    return std * np.sqrt(2 / np.pi) * np.exp(-(ratio**2) / 2) + mean * erf(ratio / np.sqrt(2))
-
-
-def scale_relation(table: pd.DataFrame, threshold: float) -> dict[str, float]:
-    """How m_c, gamma and beta relate: a test of the claim that GroupNorm's scale is the mechanism.
-
-    Args:
-        table: from :func:`vaelab.vae.channels.channel_table`.
-        threshold: theta_act, for both m_c and |gamma|.
-
-    Returns:
-        ``spearman.gamma`` and ``spearman.beta``, rank correlations of m_c with |gamma| and |beta|;
-        ``predicted.r2``, the share of m_c's variance that E|gamma z + beta| with a standard normal
-        z accounts for; and the counts ``low.activity``, ``low.gamma`` and ``low.both``. A correlation
-        that is not defined, as that with the shifts of an untrained model, all 0, is left out.
-    """
-    gamma, beta = table["gamma"].abs(), table["beta"]
-    predicted = folded_normal_mean(beta.to_numpy(), gamma.to_numpy())
-    residual = ((table["mean_abs"] - predicted) ** 2).sum()
-    total = ((table["mean_abs"] - table["mean_abs"].mean()) ** 2).sum()
-    low, low_gamma = table["mean_abs"] < threshold, gamma < threshold
-    relation = {
-        "spearman.gamma": _spearman(table["mean_abs"], gamma),
-        "spearman.beta": _spearman(table["mean_abs"], beta.abs()),
-        "predicted.r2": float(1 - residual / total) if total > 0 else float("nan"),
-        "low.activity": int(low.sum()),
-        "low.gamma": int(low_gamma.sum()),
-        "low.both": int((low & low_gamma).sum()),
-    }
-    return {name: value for name, value in relation.items() if np.isfinite(value)}
-
-
-def _spearman(first: pd.Series, second: pd.Series) -> float:
-    return float(first.rank().corr(second.rank()))
-
+from vaelab.training.evaluation import evaluation_mode
 
 MEASURES = ("activity", "gamma")
 
@@ -94,7 +49,7 @@ class Suppressed(NamedTuple):
     """Name of the scale, gamma, in the model: where an intervention has to reach."""
     indices: tuple[int, ...]
     values: tuple[float, ...]
-    """What was below the threshold, for each index: m_c, or |gamma|."""
+    """The value below the threshold of each index: m_c, or |gamma|."""
 
 
 def channel_moments(activation: Tensor) -> Moments:
@@ -116,7 +71,7 @@ def channel_moments(activation: Tensor) -> Moments:
     return Moments(values.numel() // values.shape[1], values.abs().mean(dim=over), mean.flatten(), variance)
 
 
-def merge(first: Moments, second: Moments) -> Moments:
+def merge_moments(first: Moments, second: Moments) -> Moments:
     """Moments of two sets of values together (Chan, Golub and LeVeque, 1979)."""
     total = first.count + second.count
     share = second.count / total
@@ -165,15 +120,16 @@ class ActivityTracker:
 
     @contextmanager
     def track(self) -> Iterator[None]:
-        """Add what passes inside the ``with`` block to the moments."""
+        """Add the activations of forward passes inside the ``with`` block to the moments."""
         with capture(self._model, self.layers, reduce=channel_moments) as seen:
             yield
         for layer, calls in seen.items():
             for moments in calls:
-                self._moments[layer] = merge(self._moments[layer], moments) if layer in self._moments else moments
+                earlier = self._moments.get(layer)
+                self._moments[layer] = merge_moments(earlier, moments) if earlier else moments
 
     def read(self, *, reset: bool = True) -> Activity:
-        """The moments so far, on the CPU; ``reset`` begins anew.
+        """The moments so far, on the CPU; ``reset`` starts again from none.
 
         Raises:
             RuntimeError: nothing has been tracked.
@@ -200,15 +156,15 @@ def _merged_over_processes(activity: Activity) -> Activity:
     torch.distributed.all_gather_object(everyone, activity)
     merged = everyone[0]
     for other in everyone[1:]:
-        merged = {layer: merge(merged[layer], other[layer]) for layer in merged}
+        merged = {layer: merge_moments(merged[layer], other[layer]) for layer in merged}
     return merged
 
 
 @torch.no_grad()
-def measure(
+def measure_activity(
     model: nn.Module, forward: Callable[[Tensor], object], batches: Iterable[dict], layers: str | Iterable[str] = "*"
 ) -> Activity:
-    """Moments of the GroupNorm outputs over a data set, without training.
+    """Moments of the GroupNorm outputs over a data set, in evaluation mode.
 
     Args:
         model: the model whose layers are read.
@@ -218,9 +174,10 @@ def measure(
     """
     tracker = ActivityTracker(model, layers)
     parameter = next(model.parameters())
-    for batch in batches:
-        with tracker.track():
-            forward(batch["pixels"].to(parameter.device, parameter.dtype))
+    with evaluation_mode(model):
+        for batch in batches:
+            with tracker.track():
+                forward(batch["pixels"].to(parameter.device, parameter.dtype))
     return tracker.read()
 
 
@@ -238,10 +195,10 @@ def classify(
         model: whose GroupNorm layers were measured.
         activity: see :class:`ActivityTracker`.
         threshold: theta_act. A value equal to it is not below it.
-        relative: take the threshold times the layer's median instead, since an absolute one means
-            different things in different layers. Where over half of a layer is silent its median
-            is too, and this finds next to none of them.
-        by: ``activity`` (m_c), or ``gamma`` (|gamma| alone), the mechanism the paper names.
+        relative: multiply the threshold by the layer's median value, since layers differ in scale.
+            Where more than half of a layer is suppressed, its median is near 0 and next to none of
+            its channels are found.
+        by: the value that is compared: ``activity`` (m_c), or ``gamma`` (|gamma|).
 
     Returns:
         An entry for every layer that has such a channel.
@@ -252,7 +209,7 @@ def classify(
     suppressed = {}
     for layer, moments in activity.items():
         if not moments.mean_abs.isfinite().all():
-            raise ValueError(f"activity: {layer} puts out NaN or infinity; precision float32 or bfloat16 may help")
+            raise ValueError(f"activity: the output of {layer} has NaN or infinity; try precision float32 or bfloat16")
         values = moments.mean_abs if by == "activity" else found[layer].weight.detach().float().abs().cpu()
         bound = threshold * values.quantile(0.5) if relative else threshold
         indices = torch.nonzero(values < bound).flatten().tolist()
@@ -262,9 +219,9 @@ def classify(
     return suppressed
 
 
-def count(suppressed: dict[str, Suppressed]) -> int:
-    """How many channels, over all layers."""
-    return sum(len(one.indices) for one in suppressed.values())
+def count_suppressed(suppressed: dict[str, Suppressed]) -> int:
+    """The number of suppressed channels over all layers."""
+    return sum(len(layer.indices) for layer in suppressed.values())
 
 
 def channel_table(model: nn.Module, activity: Activity) -> pd.DataFrame:
@@ -288,21 +245,21 @@ def channel_table(model: nn.Module, activity: Activity) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)
 
 
-def suppressed_rows(table: pd.DataFrame, suppressed: dict[str, Suppressed]) -> pd.DataFrame:
-    """The rows of :func:`channel_table` that :func:`classify` named."""
-    named = {(layer, channel) for layer, one in suppressed.items() for channel in one.indices}
-    return table[[key in named for key in zip(table["layer"], table["channel"], strict=True)]].reset_index(drop=True)
+def suppressed_channel_rows(table: pd.DataFrame, suppressed: dict[str, Suppressed]) -> pd.DataFrame:
+    """The rows of :func:`channel_table` of the channels that :func:`classify` returned."""
+    chosen = {(layer, channel) for layer, target in suppressed.items() for channel in target.indices}
+    return table[[key in chosen for key in zip(table["layer"], table["channel"], strict=True)]].reset_index(drop=True)
 
 
-def most_silent_layer(table: pd.DataFrame, suppressed: dict[str, Suppressed]) -> str:
+def most_suppressed_layer(table: pd.DataFrame, suppressed: dict[str, Suppressed]) -> str:
     """The layer with the most suppressed channels; where there are none, that of the smallest m_c."""
     if suppressed:
         return max(suppressed, key=lambda layer: len(suppressed[layer].indices))
     return table.loc[table["mean_abs"].idxmin(), "layer"]
 
 
-def as_map(activation: Tensor) -> Tensor:
-    """One picture's activation as maps (C, H, W); an attention block's (C, L) is laid out square.
+def activation_map(activation: Tensor) -> Tensor:
+    """One picture's activation as maps (C, H, W); an attention block's (C, L) becomes (C, sqrt L, sqrt L).
 
     Raises:
         ValueError: a sequence whose length is no square.
@@ -331,3 +288,50 @@ def near_zero_weights(model: nn.Module, threshold: float = 1e-8, *, relative: bo
         (weight < (threshold * weight.mean() if relative else threshold)).float().mean() for weight in weights.values()
     ]
     return dict(zip(weights, torch.stack(fractions).tolist(), strict=True)) if weights else {}
+
+
+def folded_normal_mean(mean: np.ndarray, std: np.ndarray) -> np.ndarray:
+    """E|y| of a normal y with this mean and standard deviation: the m_c that such a channel would have."""
+    from scipy.stats import foldnorm
+
+    # from 40 standard deviations on E|y| is |mean|; scipy takes no standard deviation of 0
+    std = np.maximum(std, np.abs(mean) / 40 + np.finfo(float).tiny)
+    return foldnorm.mean(np.abs(mean) / std, scale=std)
+
+
+def scale_relation(table: pd.DataFrame, threshold: float) -> dict[str, float]:
+    """How m_c, gamma and beta relate: a test of the paper's claim that the scale is the mechanism.
+
+    A normalised channel z times gamma plus beta is normal as far as z is. Its m_c is then the mean
+    of a folded normal distribution.
+
+    Args:
+        table: from :func:`vaelab.vae.channels.channel_table`.
+        threshold: theta_act, for both m_c and |gamma|.
+
+    Returns:
+        ``spearman.gamma`` and ``spearman.beta``, rank correlations of m_c with |gamma| and |beta|;
+        ``predicted.r2``, the share of m_c's variance that E|gamma z + beta| with a standard normal
+        z accounts for; and the counts of channels below the threshold: ``low.activity``,
+        ``low.gamma`` and ``low.both``. What is undefined is left out, such as the correlation with
+        the shifts of an untrained model, which are all 0.
+    """
+    gamma, beta = table["gamma"].abs(), table["beta"]
+    predicted = folded_normal_mean(beta.to_numpy(), gamma.to_numpy())
+    residual = ((table["mean_abs"] - predicted) ** 2).sum()
+    total = ((table["mean_abs"] - table["mean_abs"].mean()) ** 2).sum()
+    low, low_gamma = table["mean_abs"] < threshold, gamma < threshold
+    relation = {
+        "spearman.gamma": _spearman(table["mean_abs"], gamma),
+        "spearman.beta": _spearman(table["mean_abs"], beta.abs()),
+        "predicted.r2": float(1 - residual / total) if total > 0 else float("nan"),
+        "low.activity": int(low.sum()),
+        "low.gamma": int(low_gamma.sum()),
+        "low.both": int((low & low_gamma).sum()),
+    }
+    return {name: value for name, value in relation.items() if np.isfinite(value)}
+
+
+def _spearman(first: pd.Series, second: pd.Series) -> float:
+    constant = first.nunique() < 2 or second.nunique() < 2
+    return float("nan") if constant else float(first.corr(second, method="spearman"))

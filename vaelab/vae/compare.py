@@ -14,7 +14,7 @@ from vaelab.core.io import read_json
 from vaelab.core.paths import resolve
 from vaelab.core.stats import Interval, paired_interval
 from vaelab.data.images import short_name
-from vaelab.vae.finetune import VAERun
+from vaelab.vae.finetune import VAERun, read_run
 
 MEASURES = ("mse", "kl", "psnr", "ssim")
 PAPER_TABLE_1 = {
@@ -59,8 +59,7 @@ def read_comparison(folder: str) -> Comparison:
         )
     params = read_json(place / "results.json")["params"]
     names = [f"{condition}-seed{seed}" for seed in params["seeds"] for condition in params["conditions"]]
-    stored = [read_json(place / "runs" / name / "run.json") for name in names]
-    runs = [VAERun(**{key: value for key, value in one.items() if key != "settings"}) for one in stored]
+    runs = [read_run(place / "runs" / name) for name in names]
     if len(params["seeds"]) < 2:
         raise ValueError(f"runs: {folder!r} has one seed; an interval needs two or more")
     return Comparison(short_name(params["dataset"]), params, place, runs)
@@ -79,13 +78,13 @@ def read_comparisons(folders: list[str]) -> list[Comparison]:
     return studies
 
 
-def frame(runs: list[VAERun], part: str) -> pd.DataFrame:
+def run_log_table(runs: list[VAERun], part: str) -> pd.DataFrame:
     """One of the logs of several runs (``history``, ``tracked``, ``validation``, ``interventions``)
     as a table with the columns ``condition`` and ``seed``."""
     return pd.DataFrame([{"condition": r.condition, "seed": r.seed, **row} for r in runs for row in getattr(r, part)])
 
 
-def near_zero_frame(runs: list[VAERun]) -> pd.DataFrame:
+def near_zero_table(runs: list[VAERun]) -> pd.DataFrame:
     """The near-zero weights of several runs: a row for every run, tracked step and layer."""
     return pd.DataFrame(
         [
@@ -125,7 +124,7 @@ def paired_differences(runs: list[VAERun], dataset: str) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def summary(runs: list[VAERun]) -> dict[str, float]:
+def condition_means(runs: list[VAERun]) -> dict[str, float]:
     """Means over seeds: the suppressed channels before training, and for every condition the
     measures and the suppressed channels at the end, and the number of touched entries."""
     values = {"suppressed.start": float(np.mean([run.validation[0]["suppressed"] for run in runs]))}
@@ -133,7 +132,9 @@ def summary(runs: list[VAERun]) -> dict[str, float]:
         own = [run for run in runs if run.condition == condition]
         for measure in ("suppressed", *MEASURES, "kl_per_entry"):
             values[f"{condition}.{measure}"] = float(np.mean([run.validation[-1][measure] for run in own]))
-        values[f"{condition}.touched"] = float(np.mean([len(run.interventions) for run in own]))
+        values[f"{condition}.touched"] = float(
+            np.mean([sum(len(row["channels"]) for row in run.interventions) for run in own])
+        )
     return values
 
 
@@ -154,7 +155,7 @@ def suppressed_counts(studies: list[Comparison]) -> pd.DataFrame:
     )
 
 
-def suppressed_metrics(studies: list[Comparison]) -> dict[str, float]:
+def suppressed_means(studies: list[Comparison]) -> dict[str, float]:
     """``<dataset>.suppressed.start`` and ``.end``, of the baseline, means over seeds."""
     counts = suppressed_counts(studies).groupby(["dataset", "when"])["suppressed"].mean()
     names = {"start": "start", "end": "baseline"}
@@ -179,7 +180,7 @@ def beside_paper(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def verdict(table: pd.DataFrame) -> Any:
+def describe_differences(table: pd.DataFrame) -> Any:
     """What the intervals say, in plain words, as Markdown."""
     from IPython.display import Markdown
 

@@ -20,23 +20,25 @@ from vaelab.core.config import configured
 from vaelab.core.io import read_json, write_json
 from vaelab.core.validate import at_least, one_of
 from vaelab.data.images import Images
-from vaelab.training.checkpoint import Rows, require_same_settings
+from vaelab.training.checkpoint import CHECKPOINT, LOG, Rows, TrainingLog, read_tensors, require_same_settings
 from vaelab.training.loop import EXECUTION_ONLY, TrainConfig, Watcher, train
 from vaelab.vae import channels
-from vaelab.vae.nudge import NudgeConfig, nudge, random_active
-from vaelab.vae.objective import VAEObjective, evaluate
+from vaelab.vae.nudge import Intervention, NudgeConfig, nudge_scales, random_active_channels
+from vaelab.vae.objective import VAEObjective, evaluate_reconstruction
 
 CONDITIONS = ("baseline", "nudge", "control")
+LOGS = ("history", "ChannelWatcher 0: tracked", "ChannelWatcher 0: interventions", "Validator 1: validation")
+"""The lists of rows in a training's log, in the order of the fields of :class:`VAERun`."""
 
 
 @dataclass(frozen=True)
 class StudyConfig:
-    """What is trained, watched and done in one training."""
+    """The settings of one training of a VAE."""
 
     train: TrainConfig
     nudge: NudgeConfig = field(default_factory=NudgeConfig)
     batch_size: int = 16
-    """Pictures to a batch."""
+    """Pictures per batch."""
     kl_weight: float = 1e-6
     """beta_KL, the weight of the KL term."""
     threshold: float = 1e-3
@@ -44,9 +46,9 @@ class StudyConfig:
     relative: bool = False
     """Whether the threshold is in units of the layer's median m_c."""
     layers: str = "*"
-    """GroupNorm layers to watch, as a glob."""
+    """GroupNorm layers to track, as a glob."""
     track_every: int = 20
-    """Steps between tracked ones; the steps of an intervention are tracked too."""
+    """Steps between tracked steps; the steps of interventions are tracked too."""
     near_zero_threshold: float = 1e-8
     """A convolution's weight below it is near zero."""
     evaluate_every: int = 0
@@ -55,12 +57,12 @@ class StudyConfig:
     @classmethod
     def of(cls, params: dict[str, Any], **changes: Any) -> "StudyConfig":
         """The configuration that a notebook's parameters describe: each field takes the parameter
-        of its name, ``changes`` override, and what is in neither keeps its default."""
+        of its name, ``changes`` override, and the other fields have their defaults."""
         return configured(cls, {**params, **changes}, train=TrainConfig, nudge=NudgeConfig)
 
     def __post_init__(self) -> None:
         if self.relative and self.nudge.strategy == "adaptive":
-            raise ValueError("strategy: adaptive raises m_c to an absolute threshold; it cannot go with relative")
+            raise ValueError("strategy: adaptive raises m_c to an absolute threshold; relative must be false with it")
         at_least("batch_size", self.batch_size, 1)
         at_least("track_every", self.track_every, 1)
         at_least("threshold", self.threshold, 0)
@@ -70,10 +72,10 @@ class StudyConfig:
 
 
 class ChannelWatcher(Watcher):
-    """Tracks the channels of a VAE in training and nudges them where the condition says so.
+    """Tracks the channels of a VAE in training, and nudges them under the conditions that do.
 
-    ``rows`` gets, for every tracked step, the number of suppressed channels and the near-zero
-    fractions; ``interventions`` a row a touched channel.
+    ``rows`` gets a row per tracked step, ``interventions`` a row per intervention and layer; see
+    :class:`VAERun`.
     """
 
     def __init__(self, vae: nn.Module, condition: str, config: StudyConfig):
@@ -84,7 +86,7 @@ class ChannelWatcher(Watcher):
         self.interventions: list[dict[str, Any]] = []
 
     def around(self, step: int) -> AbstractContextManager:
-        """Hooks exist during tracked steps only."""
+        """Record activations during tracked steps only."""
         return self._tracker.track() if self._tracked(step) else nullcontext()
 
     def after(self, step: int, optimizer: torch.optim.Optimizer) -> None:
@@ -97,14 +99,14 @@ class ChannelWatcher(Watcher):
         log = []
         if self._intervenes(step):
             rng = np.random.default_rng([config.train.seed, step])
-            targets = random_active(activity, suppressed, rng) if self._condition == "control" else suppressed
-            log = nudge(
+            targets = random_active_channels(activity, suppressed, rng) if self._condition == "control" else suppressed
+            log = nudge_scales(
                 self._vae, targets, config.nudge, activity=activity, threshold=config.threshold, optimizer=optimizer
             )
-        self.interventions += [{"step": step, **one._asdict()} for one in log]
+        self.interventions += [{"step": step, **row} for row in _by_layer(log)]
         near_zero = channels.near_zero_weights(self._vae, config.near_zero_threshold)
-        row = {"step": step, "suppressed": channels.count(suppressed), "nudged": len(log), "near_zero": near_zero}
-        self.rows.append(row)
+        count = channels.count_suppressed(suppressed)
+        self.rows.append({"step": step, "suppressed": count, "nudged": len(log), "near_zero": near_zero})
 
     def logs(self) -> dict[str, Rows]:
         """Both lists."""
@@ -122,8 +124,8 @@ class ChannelWatcher(Watcher):
 
 
 class Validator(Watcher):
-    """Reconstructions and suppressed channels of held-out pictures, at the start, at the end, and
-    every so many steps; a row each."""
+    """Reconstruction quality and suppressed channels on held-out pictures: a row at the start, at the
+    end, and every ``evaluate_every`` steps."""
 
     def __init__(self, vae: nn.Module, images: Images, config: StudyConfig):
         self._vae, self._images, self._config = vae, images, config
@@ -140,9 +142,9 @@ class Validator(Watcher):
         config = self._config
         tracker = channels.ActivityTracker(self._vae, config.layers)
         with tracker.track():
-            result = evaluate(self._vae, self._images.batches(config.batch_size))
+            result = evaluate_reconstruction(self._vae, self._images.batches(config.batch_size))
         suppressed = channels.classify(self._vae, tracker.read(), threshold=config.threshold, relative=config.relative)
-        self.rows.append({"step": step, **result._asdict(), "suppressed": channels.count(suppressed)})
+        self.rows.append({"step": step, **result._asdict(), "suppressed": channels.count_suppressed(suppressed)})
 
     def logs(self) -> dict[str, Rows]:
         """The rows."""
@@ -150,19 +152,46 @@ class Validator(Watcher):
 
 
 class VAERun(NamedTuple):
-    """One training, as its ``run.json`` has it."""
+    """One training: its ``run.json``, and the rows of its ``log.jsonl``."""
 
     condition: str
     seed: int
     history: list[dict[str, float]]
     """Training losses, see :class:`vaelab.training.loop.Trained`."""
     tracked: list[dict[str, Any]]
-    """A row for every tracked step: ``step``, ``suppressed``, ``nudged``, ``near_zero``."""
+    """A row per tracked step: ``step``, ``suppressed``, ``nudged`` (numbers of channels) and
+    ``near_zero`` (a fraction per layer)."""
     interventions: list[dict[str, Any]]
-    """A row for every touched channel: ``step``, ``layer``, ``channel``, ``before``, ``after``."""
+    """A row per intervention and layer: ``step``, ``layer``, and lists of the ``channels`` whose scale
+    was changed and of its values ``before`` and ``after``."""
     validation: list[dict[str, float]]
-    """A row for every validation, the first before training: ``step``, the fields of
+    """A row per validation, the first before training: ``step``, the fields of
     :class:`vaelab.vae.objective.Reconstruction`, ``suppressed``."""
+
+
+def read_run(folder: str | Path, settings: dict[str, Any] | None = None) -> VAERun:
+    """Read a finished training from its folder.
+
+    Args:
+        folder: of :func:`train_vae`.
+        settings: what it must have been made with; None accepts any.
+
+    Raises:
+        ValueError: a missing or damaged file, or other settings.
+    """
+    path = Path(folder, "run.json")
+    try:
+        stored = read_json(path)
+        made_with, condition, seed, log = (stored[key] for key in ("settings", "condition", "seed", "log"))
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} is missing: no finished training is in its folder") from error
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged or of another version ({error!r})") from error
+    if settings is not None:
+        require_same_settings(path, made_with, settings)
+    rows: dict[str, Rows] = {name: [] for name in LOGS}
+    TrainingLog(Path(folder, LOG), rows).restore(log)
+    return VAERun(condition, seed, *rows.values())
 
 
 def train_vae(
@@ -174,30 +203,31 @@ def train_vae(
     *,
     revision: str | None = None,
     changes: dict[str, Any] | None = None,
-    keep_weights: bool = False,
+    save_weights: bool = False,
 ) -> VAERun:
-    """Train ``model`` under one condition, going on from what an interrupted call left.
+    """Train ``model`` under one condition, resuming where an interrupted call stopped.
 
     Args:
         model: as in :func:`vaelab.models.loading.load_vae`.
         condition: ``baseline``; ``nudge``; ``control``, the same nudge on active channels.
-        config: what is trained, watched and done; its ``train.seed`` is the run's seed.
-        pictures: to train on, and to measure on.
-        folder: where its checkpoint, ``run.json`` and, if kept, ``vae`` go.
+        config: the settings; its ``train.seed`` is the run's seed.
+        pictures: to train on, and held-out ones to measure on.
+        folder: for its checkpoint while it trains, then ``run.json``, ``log.jsonl`` and, with
+            ``save_weights``, the diffusers folder ``vae``.
         revision: of a model on the hub.
         changes: train from scratch, from the seed, with these changes (none: ``{}``) to the
             model's configuration; None fine-tunes its weights.
-        keep_weights: save the trained VAE as a diffusers folder.
+        save_weights: save the trained VAE as a diffusers folder.
     """
     from accelerate import PartialState
 
     folder = Path(folder)
-    finished, checkpoint = folder / "run.json", folder / "checkpoint.safetensors"
+    finished, checkpoint = folder / "run.json", folder / CHECKPOINT
     settings = _settings(model, revision, condition, config, pictures, changes)
-    if finished.exists() and (not keep_weights or (folder / "vae").exists()):
-        return _reload(finished, settings)
+    if finished.exists() and (not save_weights or (folder / "vae").exists()):
+        return read_run(folder, settings)
     finished.unlink(missing_ok=True)
-    models.check_precision(model, config.train.precision, revision)
+    models.validate_precision(model, config.train.precision, revision)
     vae = models.load_vae(
         model, device=config.train.device, revision=revision, groupnorm=True, changes=changes, seed=config.train.seed
     )
@@ -216,15 +246,17 @@ def train_vae(
     )
     result = VAERun(condition, config.train.seed, trained.history, watcher.rows, watcher.interventions, validator.rows)
     if PartialState().is_main_process:
-        if keep_weights:
+        if save_weights:
             shutil.rmtree(folder / "vae", ignore_errors=True)  # what a kill left half written
             vae.eval().save_pretrained(folder / "vae")
-        write_json(finished, {"settings": settings, **result._asdict()})
+        _, documents = read_tensors(checkpoint)
+        named = {"condition": condition, "seed": config.train.seed, "log": documents["log"]}
+        write_json(finished, {"settings": settings, **named})
         checkpoint.unlink()
     return result
 
 
-def compare(
+def train_conditions(
     model: str,
     conditions: list[str],
     seeds: list[int],
@@ -234,29 +266,29 @@ def compare(
     *,
     revision: str | None = None,
 ) -> list[VAERun]:
-    """Fine-tune under every condition with every seed; of the first seed the weights are kept.
+    """Fine-tune under every condition with every seed; the weights of the first seed are saved.
 
-    A pair of runs with one seed shares its data, their order and the posterior's noise.
+    Runs with the same seed share their data, its order and the posterior's noise.
     """
     for condition in conditions:
         one_of("conditions", condition, CONDITIONS)
     if "baseline" not in conditions or len(set(conditions)) < len(conditions):
-        raise ValueError(f"conditions: expected baseline and what is compared with it, each once, got {conditions}")
+        raise ValueError(f"conditions: expected baseline and others to compare with it, each once, got {conditions}")
     if len(set(seeds)) < len(seeds) or not seeds:
-        raise ValueError(f"seeds: expected one or more different numbers, got {seeds}")
+        raise ValueError(f"seeds: expected one or more numbers, each once, got {seeds}")
     runs = []
     for seed in seeds:
         for condition in conditions:
-            one = replace(config, train=replace(config.train, seed=seed))
+            seeded = replace(config, train=replace(config.train, seed=seed))
             place = Path(folder, f"{condition}-seed{seed}")
-            keep = seed == seeds[0]
-            runs.append(train_vae(model, condition, one, pictures, place, revision=revision, keep_weights=keep))
+            save = seed == seeds[0]
+            runs.append(train_vae(model, condition, seeded, pictures, place, revision=revision, save_weights=save))
     return runs
 
 
-def decayless_scales(model: nn.Module) -> tuple[str, ...]:
-    """The names that :class:`vaelab.training.loop.TrainConfig` must leave undecayed for weight decay to
-    spare GroupNorm's scales and shifts."""
+def scale_parameters(model: nn.Module) -> tuple[str, ...]:
+    """The names of GroupNorm's scales and shifts in :class:`vaelab.vae.objective.VAEObjective`, for
+    ``undecayed`` of :class:`vaelab.training.loop.TrainConfig`."""
     return tuple(f"vae.{layer}.{part}" for layer in channels.groupnorms(model) for part in ("weight", "bias"))
 
 
@@ -268,7 +300,7 @@ def _settings(
     pictures: tuple[Images, Images],
     changes: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """All that decides the outcome, as it comes back from JSON."""
+    """Everything that decides the result, as it is after a round trip through JSON."""
     decides = asdict(config)
     decides |= decides.pop("train") | decides.pop("nudge")
     for name in EXECUTION_ONLY:
@@ -278,7 +310,11 @@ def _settings(
     return json.loads(json.dumps({**decides, **named}))
 
 
-def _reload(path: Path, settings: dict[str, Any]) -> VAERun:
-    stored = read_json(path)
-    require_same_settings(path, stored.pop("settings"), settings)
-    return VAERun(**stored)
+def _by_layer(interventions: list[Intervention]) -> list[dict[str, Any]]:
+    rows: dict[str, dict[str, Any]] = {}
+    for layer, channel, before, after in interventions:
+        row = rows.setdefault(layer, {"layer": layer, "channels": [], "before": [], "after": []})
+        row["channels"].append(channel)
+        row["before"].append(before)
+        row["after"].append(after)
+    return list(rows.values())

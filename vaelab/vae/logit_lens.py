@@ -6,9 +6,9 @@ it reads and scored on held-out pictures, beside the same decoder trained and sc
 activations that belong to other pictures. Where it can, :func:`through_model` needs no training.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +18,8 @@ from vaelab import models
 from vaelab.core.validate import at_least
 from vaelab.data.images import Images
 from vaelab.hooks import capture, edit
+from vaelab.training.batches import NumberedBatches
+from vaelab.training.evaluation import evaluation_mode
 from vaelab.training.loop import TrainConfig, train
 
 EPSILON = 1e-12
@@ -101,7 +103,7 @@ class _LensObjective(nn.Module):
 
 
 @torch.no_grad()
-def activations(vae: nn.Module, layer: str, images: Images, batch_size: int) -> tuple[Tensor, Tensor]:
+def layer_activations(vae: nn.Module, layer: str, images: Images, batch_size: int) -> tuple[Tensor, Tensor]:
     """A layer's activations for a data set, with its pictures.
 
     Args:
@@ -115,7 +117,7 @@ def activations(vae: nn.Module, layer: str, images: Images, batch_size: int) -> 
     """
     seen, shown = [], []
     parameter = next(vae.parameters())
-    with capture(vae, layer, to="cpu") as captured:
+    with evaluation_mode(vae), capture(vae, layer, to="cpu") as captured:
         for batch in images.batches(batch_size):
             models.reconstruct(vae, batch["pixels"].to(parameter.device, parameter.dtype))
             (calls,) = captured.values()
@@ -127,7 +129,7 @@ def activations(vae: nn.Module, layer: str, images: Images, batch_size: int) -> 
     return torch.cat(seen), torch.cat(shown)
 
 
-def fit(
+def train_lens(
     learning: tuple[Tensor, Tensor],
     held_out: tuple[Tensor, Tensor],
     config: TrainConfig,
@@ -161,13 +163,12 @@ def fit(
         decoder.standardise(maps)
         batches = _batches(maps, paired, batch_size, config.seed)
         train(_LensObjective(decoder), batches, config, title=f"lens ({name})")
-        decoder.eval()
         lenses.append((decoder, _score(decoder, held_maps, held_paired, pictures.mean(dim=0))))
     (decoder, score), (_, shuffled) = lenses
     return Lens(decoder, score, shuffled, taken)
 
 
-def extremes(maps: Tensor, count: int) -> list[int]:
+def extreme_channels(maps: Tensor, count: int) -> list[int]:
     """The ``count`` most active and the ``count`` least active channels of (N, C, H, W) maps, by
     their mean absolute activation; fewer where there are not as many."""
     order = maps.abs().mean(dim=(0, 2, 3)).argsort(descending=True).tolist()
@@ -175,7 +176,7 @@ def extremes(maps: Tensor, count: int) -> list[int]:
 
 
 @torch.no_grad()
-def read(lens: Lens, activation: Tensor) -> Tensor:
+def apply_lens(lens: Lens, activation: Tensor) -> Tensor:
     """Look through a lens.
 
     Args:
@@ -191,7 +192,7 @@ def read(lens: Lens, activation: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def through_model(vae: nn.Module, layer: str, pixels: Tensor, channel: int | None, *, keep: bool) -> Tensor:
+def decode_single_channel(vae: nn.Module, layer: str, pixels: Tensor, channel: int | None, *, keep: bool) -> Tensor:
     """The lens that needs no training: a channel pushed through the model's own remaining layers.
 
     Args:
@@ -217,7 +218,7 @@ def through_model(vae: nn.Module, layer: str, pixels: Tensor, channel: int | Non
         return mixed
 
     parameter = next(vae.parameters())
-    with edit(vae, {layer: held}):
+    with evaluation_mode(vae), edit(vae, {layer: held}):
         return models.reconstruct(vae, pixels.to(parameter.device, parameter.dtype)).float()
 
 
@@ -231,14 +232,12 @@ def _taking(pair: tuple[Tensor, Tensor], channels: list[int] | None) -> tuple[Te
     return maps, pictures
 
 
-def _batches(maps: Tensor, pictures: Tensor, batch_size: int, seed: int) -> Any:
-    def batches(start: int = 0, rank: int = 0, world: int = 1) -> Iterator[dict[str, Tensor]]:
-        while True:
-            drawn = np.random.default_rng([seed, start, rank]).integers(0, len(maps), batch_size)
-            yield {"activation": maps[drawn], "pictures": pictures[drawn]}
-            start += 1
+def _batches(maps: Tensor, pictures: Tensor, batch_size: int, seed: int) -> NumberedBatches:
+    def draw(number: int) -> dict[str, Tensor]:
+        rows = np.random.default_rng([seed, number]).integers(0, len(maps), batch_size)
+        return {"activation": maps[rows], "pictures": pictures[rows]}
 
-    return batches
+    return NumberedBatches(draw)
 
 
 @torch.no_grad()

@@ -68,7 +68,7 @@ class Intervention(NamedTuple):
 
 
 @torch.no_grad()
-def nudge(
+def nudge_scales(
     model: nn.Module,
     targets: dict[str, Suppressed],
     config: NudgeConfig,
@@ -116,7 +116,7 @@ def nudge(
     return log
 
 
-def random_active(
+def random_active_channels(
     activity: Activity, suppressed: dict[str, Suppressed], rng: np.random.Generator
 ) -> dict[str, Suppressed]:
     """The control's targets: as many channels that are *not* suppressed, at random, in each layer.
