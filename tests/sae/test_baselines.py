@@ -38,7 +38,7 @@ def test_pca_is_scikit_learns(k):
 
 def test_constants_have_no_codes():
     x = vectors(7)
-    one = baselines.Constant(torch.arange(D))
+    one = baselines.ConstantDictionary(torch.arange(D))
     codes = one.encode(x)
     assert codes.values.shape == codes.indices.shape == (7, 0)
     assert torch.equal(one.decode(codes), torch.arange(D).float().expand(7, D))

@@ -17,9 +17,6 @@ from vaelab.models import block_names
 from vaelab.sae import interventions
 from vaelab.sae.interventions import LPIPS
 
-# ablate: Blocks switched off, and what is measured of it.
-# perceptual: LPIPS where the package is there, where it is not, and where it cannot be loaded.
-
 
 class Fake(torch.nn.Module):
     """Has the package's signature: pictures in [-1, 1] to (N, 1, 1, 1)."""

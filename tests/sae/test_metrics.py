@@ -56,7 +56,7 @@ class Scheduled(Identity):
 
 def test_identity_explains_all_and_the_mean_nothing():
     x = vectors(far=50.0)
-    mean = baselines.Constant(x.double().mean(0))
+    mean = baselines.ConstantDictionary(x.double().mean(0))
     found = metrics.evaluate_dictionaries({"identity": Identity(), "mean": mean}, x.split(64))
     assert found["identity"] == metrics.Fidelity(1.0, 0.0, 1.0, D, 0.0, 1.0)
     assert abs(found["mean"].explained_variance) < 1e-6 and abs(found["mean"].by_channel) < 1e-6
@@ -65,7 +65,7 @@ def test_identity_explains_all_and_the_mean_nothing():
 
 def test_zero_far_from_the_mean_is_worse_than_the_mean_but_not_for_the_papers_code():
     x = vectors(far=50.0)
-    zero = metrics.evaluate_dictionaries({"zero": baselines.Constant(torch.zeros(D))}, [x])["zero"]
+    zero = metrics.evaluate_dictionaries({"zero": baselines.ConstantDictionary(torch.zeros(D))}, [x])["zero"]
     wide = x.double()
     expected = 1 - wide.square().sum() / (wide - wide.mean(0)).square().sum()
     np.testing.assert_allclose(zero.explained_variance, expected, rtol=1e-9)

@@ -17,9 +17,6 @@ from vaelab.sae import baselines, sweep
 from vaelab.sae.model import SAE
 from vaelab.store.format import BlockShape
 
-# sae_runs: Autoencoders that a run left, read again beside their baselines.
-
-
 SOURCE = {"model": "sd2", "dataset": "world", "split": "train"}
 BLOCK, OTHER, WIDTH = "up.1.1", "up.1.2", 16
 SIZES = [(2, 8), (2, 24), (4, 8), (4, 24)]

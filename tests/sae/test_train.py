@@ -21,7 +21,7 @@ from vaelab.sae.train import (
 )
 from vaelab.training.loop import TrainConfig, Watcher
 
-PLANTED_SAE_BATCHES = SyntheticSparseData(d=32, n_features=48, active=2, length=30.0)
+STORED = SyntheticSparseData(d=32, n_features=48, active=2, length=30.0)
 
 
 def written(folder, items=60):
@@ -29,8 +29,7 @@ def written(folder, items=60):
     with store.create(folder, layout, items_per_shard=20) as writer:
         for number in range(items):
             maps = {
-                name: PLANTED_SAE_BATCHES.vectors(16, number + at).view(1, 4, 4, 32)
-                for at, name in ((0, "mid.0"), (999, "up.0.1"))
+                name: STORED.vectors(16, number + at).view(1, 4, 4, 32) for at, name in ((0, "mid.0"), (999, "up.0.1"))
             }
             writer.add(maps, [{"prompt": str(number), "seed": number, "timestep": 1}])
     return store.open(folder)
