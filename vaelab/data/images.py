@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from vaelab.core.paths import local
-from vaelab.core.validate import at_least, nearest, one_of
-from vaelab.data import bundled, folders
+from vaelab.core.validate import at_least, nearest
+from vaelab.data import bundled, columns, folders
 from vaelab.data.transforms import BROKEN, collate, decode, square, to_rgb
 from vaelab.training.batches import Batches, shuffled_batches
 
@@ -33,8 +33,6 @@ MOVED = {
     "rcugarte/genfonts_data": "any folder of glyph pictures, or the embedded glyphs",
 }
 """What to use in the place of hub ids that ``datasets`` cannot load, or that have gone."""
-SAMPLED_ROWS = 64
-"""How many rows are tried to see whether a column of bytes holds pictures."""
 
 
 class Part(NamedTuple):
@@ -119,8 +117,8 @@ class Images:
     @property
     def summary(self) -> str:
         """One sentence on what is loaded, and one on each thing that was left out or chosen."""
-        columns = ", ".join(sorted({part.label_column for part in self._parts} - {""}))
-        classes = f" of {len(self.classes)} classes ({columns})" if self.classes else ", no classes"
+        names = ", ".join(sorted({part.label_column for part in self._parts} - {""}))
+        classes = f" of {len(self.classes)} classes ({names})" if self.classes else ", no classes"
         return "; ".join([f"{self.name}: {len(self):,} pictures{classes}", *self.notes])
 
     def __getitem__(self, index: int) -> dict[str, Any] | None:
@@ -282,8 +280,8 @@ def load_images(
     if white_level is not None:
         at_least("white_level", white_level, 0, exclusive=True)
     _require_colour(background)
-    columns = (image_column or "", label_column or "")
-    parts = [_load_part(part, piece, revision, *columns) for part in _parts(dataset) for piece in split.split("+")]
+    asked = (image_column or "", label_column or "")
+    parts = [_load_part(part, piece, revision, *asked) for part in _parts(dataset) for piece in split.split("+")]
     if not sum(len(part.numbers) for part in parts):
         raise ValueError(f"dataset: {dataset!r} has no picture in its split {split!r}")
     name = f"{dataset}[{split}]" + (f"@{revision}" if revision else "")
@@ -349,8 +347,8 @@ class _Split(NamedTuple):
 def _load_part(dataset: str, split: str, revision: str | None, image_column: str, label_column: str) -> Part:
     base = split.split("[")[0]
     whole = _load_split(dataset, base, revision)
-    image = _image_column(whole.rows, dataset, image_column)
-    labels, classes, column, choices = _labels(whole, dataset, image, label_column)
+    image = columns.find_images(whole.rows, dataset, image_column)
+    labels, classes, column, choices = columns.find_labels(whole.rows, whole.every_value, dataset, image, label_column)
     notes = list(whole.notes)
     if choices:
         notes.append(f"no classes chosen; label_column may be {', '.join(choices)}")
@@ -423,21 +421,21 @@ def _folder_split(folder: Path, listing: folders.Listing, dataset: str, split: s
     split = folders.find_split(f"split (of {dataset!r})", split, found.splits)
     rows = [(path, row) for path in found.splits[split] for row in found.metadata.get(path, [{}])]
     stored = [{"bytes": None, "path": str(folder / path)} for path, _ in rows]
-    columns = {"image": datasets.Dataset.from_dict({"image": stored}, features=_undecoded("image"))}
+    tables = {"image": datasets.Dataset.from_dict({"image": stored}, features=_undecoded("image"))}
     described = {column for rows in found.metadata.values() for row in rows for column in row} - {"image"}
     for column in sorted(described):
         values = [row.get(column) for _, row in rows]
         kinds = {type(value) for value in values} - {type(None)}
         if kinds and kinds <= {str, int, float, bool}:
             same = values if len(kinds) == 1 else [None if value is None else str(value) for value in values]
-            columns[column] = datasets.Dataset.from_dict({column: same})
+            tables[column] = datasets.Dataset.from_dict({column: same})
     notes = [*notes, *found.notes]
-    if "label" not in columns and any(path in found.labels for path, _ in rows):
+    if "label" not in tables and any(path in found.labels for path, _ in rows):
         label = datasets.ClassLabel(names=found.classes)
         numbers = [found.labels.get(path, -1) for path, _ in rows]
-        columns["label"] = datasets.Dataset.from_dict({"label": numbers}, features=datasets.Features(label=label))
+        tables["label"] = datasets.Dataset.from_dict({"label": numbers}, features=datasets.Features(label=label))
         notes += ["classes are the names of the folders"] if listing.metadata else []
-    whole = datasets.concatenate_datasets(list(columns.values()), axis=1)
+    whole = datasets.concatenate_datasets(list(tables.values()), axis=1)
     anywhere = (Path(folder.resolve().anchor),)  # the files were listed here, and a link may lead anywhere
 
     def every_value(column: str) -> list[Any]:
@@ -487,106 +485,3 @@ def _hub_split(dataset: str, split: str, revision: str | None) -> _Split:
             yield from rows.unique(column) if column in rows.column_names else ()
 
     return _Split(rows, f"{dataset}[{split}]@{revision or ''}", lambda row: roots, every_value, [])
-
-
-def _image_column(rows: "datasets.Dataset", dataset: str, asked: str) -> str:
-    """The column of pictures.
-
-    Raises:
-        ValueError: there is none, or several and none of them is called ``image``.
-    """
-    import datasets
-
-    if asked:
-        one_of(f"image_column (of {dataset!r})", asked, rows.column_names)
-    storing = [name for name, feature in rows.features.items() if _may_store_pictures(feature)]
-    if asked in storing:
-        return asked
-    kinds = ", ".join(f"{name} ({type(feature).__name__})" for name, feature in rows.features.items())
-    if not storing or asked:
-        missing = f"image_column: {asked!r} holds no pictures" if asked else "dataset: no image column"
-        raise ValueError(f"{missing} in {dataset!r}; its columns: {kinds or 'none'}")
-    if len(storing) == 1:
-        return storing[0]
-    holding = [
-        name for name in storing if isinstance(rows.features[name], datasets.Image) or _opens_as_picture(rows, name)
-    ]
-    if len(holding) == 1 or "image" in holding:
-        return "image" if "image" in holding else holding[0]
-    raise ValueError(
-        f"image_column: {dataset!r} has {len(holding)} columns of pictures; give one of {', '.join(holding or storing)}"
-    )
-
-
-def _may_store_pictures(feature: Any) -> bool:
-    import datasets
-
-    return (
-        isinstance(feature, datasets.Image)
-        or (isinstance(feature, dict) and {"bytes", "path"} <= feature.keys())
-        or (isinstance(feature, datasets.Value) and feature.dtype in ("binary", "large_binary"))
-    )
-
-
-def _opens_as_picture(rows: "datasets.Dataset", column: str) -> bool:
-    for value in rows.select_columns([column])[:SAMPLED_ROWS][column]:
-        stored = value if isinstance(value, dict) else {"bytes": value}
-        if stored.get("bytes") is None and Path(stored.get("path") or "").suffix.lower() in folders.picture_suffixes():
-            return True
-        try:
-            decode(stored)
-        except BROKEN:
-            continue
-        return True
-    return False
-
-
-def _labels(whole: _Split, dataset: str, image: str, asked: str) -> tuple[np.ndarray | None, list[str], str, list[str]]:
-    """Class numbers (rows,), class names, the column they come from, and the columns to choose from if none does."""
-    import datasets
-
-    features = {name: feature for name, feature in whole.rows.features.items() if name != image}
-    usable = [name for name, feature in features.items() if _may_be_labels(feature)]
-    named = [name for name in usable if isinstance(features[name], datasets.ClassLabel)]
-    if asked:
-        one_of(f"label_column (of {dataset!r})", asked, usable)
-    column = asked or ("label" if "label" in usable else named[0] if len(named) == 1 else "")
-    if not column:
-        return None, [], "", named or usable
-    values = whole.rows.select_columns([column]).with_format("arrow")[:][column]
-    if column in named:
-        return values.fill_null(-1).to_numpy().astype(np.int64), list(features[column].names), column, []
-    try:
-        labels, classes = _numbered(values.to_pylist(), whole.every_value(column))
-    except ValueError as error:
-        raise ValueError(f"label_column: {column!r} of {dataset!r} {error}") from error
-    return labels, classes, column, []
-
-
-def _may_be_labels(feature: Any) -> bool:
-    import datasets
-
-    if isinstance(feature, datasets.ClassLabel):
-        return True
-    kinds = ("string", "large_string", "bool", "int", "uint", "float")
-    return isinstance(feature, datasets.Value) and feature.dtype.startswith(kinds)
-
-
-def _numbered(values: Sequence[Any], every: Iterable[Any]) -> tuple[np.ndarray, list[str]]:
-    """Class numbers of text or whole numbers, and the classes of all splits, so that they agree in all."""
-    found = {_class_name(value) for value in (*every, *values)} - {""}
-    whole_numbers = all(name.removeprefix("-").isdecimal() for name in found)
-    classes = sorted(found, key=int) if whole_numbers else sorted(found)
-    number = {name: number for number, name in enumerate(classes)} | {"": -1}
-    return np.array([number[_class_name(value)] for value in values], dtype=np.int64), classes
-
-
-def _class_name(value: Any) -> str:
-    """A label as text; empty where it is withheld."""
-    if value is None or value != value:
-        return ""
-    if isinstance(value, float):
-        if not value.is_integer():
-            raise ValueError(f"holds {value}; expected text or whole numbers")
-        value = int(value)
-    return str(value)
