@@ -9,9 +9,9 @@ SMALL = StepConfig(d=16, n_features=64, k=3, batch_size=32, dead=10)
 
 def test_a_setting_is_fixed_by_its_seed():
     assert torch.equal(SMALL.batch(5), SMALL.batch(1)) and SMALL.batch(0).shape == (32, 16)
-    assert len(set(SMALL.silent.tolist())) == 10
+    assert len(set(SMALL.dead_features.tolist())) == 10
     again = StepConfig(d=16, n_features=64, k=3, batch_size=32, dead=10)
-    assert torch.equal(again.silent, SMALL.silent) and torch.equal(again.batch(2), SMALL.batch(2))
+    assert torch.equal(again.dead_features, SMALL.dead_features) and torch.equal(again.batch(2), SMALL.batch(2))
     with pytest.raises(ValueError, match="dead: 64 of 64"):
         StepConfig(n_features=64, dead=64)
     with pytest.raises(ValueError, match="batch_size"):
@@ -27,8 +27,8 @@ def test_the_dense_step_minimises_what_ours_does(dead):
             one.pre_bias.copy_(torch.linspace(-1, 1, 16)), one.latent_bias.copy_(torch.linspace(-1, 1, 64))
     asleep = torch.zeros(64)
     if dead:
-        asleep[SMALL.silent] = 1
-        ours.inactive_for[SMALL.silent] = 10**8
+        asleep[SMALL.dead_features] = 1
+        ours.inactive_for[SMALL.dead_features] = 10**8
     x = SMALL.batch(0)
     assert dense(x, asleep).item() == pytest.approx(ours.losses(x).loss.item(), rel=1e-5)
 
