@@ -8,7 +8,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from vaelab import activations, hooks, models, world
 from vaelab.embedded import evaluate, train_dit, train_unet
-from vaelab.embedded.train_dit import NO_CLASS, ClassObjective, DiTConfig
+from vaelab.embedded.train_dit import NULL_CLASS, ClassObjective, DiTConfig
 from vaelab.training import loop
 from vaelab.world import oracle
 
@@ -35,18 +35,20 @@ def awake(pipeline):
 
 
 def test_classes_are_the_pairs_that_training_shows():
-    names = train_dit.classes()
+    names = train_dit.class_names()
     assert list(names) == list(range(56)) and names[0] == "red circle"
     pairs = {tuple(name.split()) for name in names.values()}
     assert len(pairs) == 56
-    assert not pairs & {(colour, shape) for shape, colour, _, _ in world.allowed("unseen")}
+    assert not pairs & {(colour, shape) for shape, colour, _, _ in world.allowed_combinations("unseen")}
 
 
 def test_a_batch_shows_its_classes_and_nothing_else():
-    names = train_dit.classes()
-    batch = next(train_dit.classed(24)(start=2))
-    assert batch["weight"].unique().tolist() == [1, train_dit.THING_WEIGHT]
-    for scene, number, weight in zip(oracle.read(batch["pixels"]), batch["classes"], batch["weight"], strict=True):
+    names = train_dit.class_names()
+    batch = next(train_dit.class_batches(24)(start=2))
+    assert batch["weight"].unique().tolist() == [1, train_dit.THING_PIXEL_WEIGHT]
+    for scene, number, weight in zip(
+        oracle.read_scenes(batch["pixels"]), batch["classes"], batch["weight"], strict=True
+    ):
         (thing,) = scene.things
         assert names[int(number)] == f"{thing.colour} {thing.shape}" and thing.offset == (0, 0)
         assert torch.equal(weight[0] > 1, torch.from_numpy(thing.coverage() >= 0.5))
@@ -54,20 +56,20 @@ def test_a_batch_shows_its_classes_and_nothing_else():
 
 def test_every_block_begins_as_the_identity_and_the_whole_with_nothing(pipeline):
     blocks = [f"transformer_blocks.{i}" for i in (0, 1)]
-    sample, times, told = torch.randn(2, 4, 16, 16), torch.tensor([10, 900]), torch.tensor([3, NO_CLASS])
+    sample, times, told = torch.randn(2, 4, 16, 16), torch.tensor([10, 900]), torch.tensor([3, NULL_CLASS])
     with torch.no_grad(), hooks.capture(pipeline.transformer, blocks, side="update") as seen:
         assert not pipeline.transformer(sample, times, told).sample.any()
     assert len(seen) == 2 and not any(update[0].any() for update in seen.values())
     for block in pipeline.transformer.transformer_blocks:
         table = block.norm1.emb.class_embedder.embedding_table.weight
-        assert table[:56].any(1).all() and table[NO_CLASS].any() and not table[56:NO_CLASS].any()
+        assert table[:56].any(1).all() and table[NULL_CLASS].any() and not table[56:NULL_CLASS].any()
 
 
 def test_the_loss_is_the_weighted_velocity_error(pipeline, monkeypatch):
     """v = sqrt(abar) eps - sqrt(1 - abar) z (Salimans and Ho 2022), in float64."""
     monkeypatch.setattr(train_dit, "CLASS_DROPOUT", 0.0)
     objective = ClassObjective(awake(pipeline))
-    batch = next(train_dit.classed(3)())
+    batch = next(train_dit.class_batches(3)())
     torch.manual_seed(1)
     losses = objective(batch)
     torch.manual_seed(1)
@@ -81,7 +83,7 @@ def test_the_loss_is_the_weighted_velocity_error(pipeline, monkeypatch):
     error = ((predicted - velocity) ** 2).mean(1, keepdim=True)
     weight = adaptive_avg_pool2d(batch["weight"].double(), 16)
     assert losses["loss"].item() == pytest.approx(((weight * error).sum() / weight.sum()).item(), rel=1e-4)
-    assert losses["error"].item() == pytest.approx(error.mean().item(), rel=1e-4)
+    assert losses["velocity_mse"].item() == pytest.approx(error.mean().item(), rel=1e-4)
 
 
 @pytest.mark.parametrize(("share", "expected"), [(0.0, 0), (0.5, 16), (1.0, 32)])
@@ -95,15 +97,15 @@ def test_a_class_is_dropped_in_all_blocks_at_once(pipeline, monkeypatch, share, 
         forward = module.forward
         monkeypatch.setattr(module, "forward", lambda x, t=table, f=forward: told.setdefault(t, x) is None or f(x))
     torch.manual_seed(0)
-    objective(batch := next(train_dit.classed(32)()))
+    objective(batch := next(train_dit.class_batches(32)()))
     assert torch.equal(*told.values())
-    dropped = told[tables[0]] == NO_CLASS
+    dropped = told[tables[0]] == NULL_CLASS
     assert abs(int(dropped.sum()) - expected) <= 6 * (0 < share < 1)
     assert torch.equal(told[tables[0]][~dropped], batch["classes"][~dropped])
 
 
 def test_it_learns_a_little_and_goes_on_to_the_same_weights(tmp_path, monkeypatch):
-    config, stream, cut_at = loop.TrainConfig, train_dit.classed, []
+    config, stream, cut_at = loop.TrainConfig, train_dit.class_batches, []
 
     def stops(batch_size):
         def batches(**where):
@@ -114,20 +116,20 @@ def test_it_learns_a_little_and_goes_on_to_the_same_weights(tmp_path, monkeypatc
 
         return batches
 
-    monkeypatch.setattr(train_dit, "BATCH", 4)
+    monkeypatch.setattr(train_dit, "BATCH_SIZE", 4)
     monkeypatch.setattr(
         train_dit, "TrainConfig", lambda **given: config(**{**given, "checkpoint_every": 8, "log_every": 6})
     )
-    monkeypatch.setattr(train_dit, "classed", stops)
+    monkeypatch.setattr(train_dit, "class_batches", stops)
 
     def train(folder):
         return train_dit.train_dit(tmp_path / folder, autoencoder(), steps=30, device="cpu", model=SIZES)
 
     whole = train("whole")
     rows = whole.trained.history
-    assert rows[-1]["step"] == 30 and rows[-1]["error"] < 0.95 * rows[0]["error"]
+    assert rows[-1]["step"] == 30 and rows[-1]["velocity_mse"] < 0.95 * rows[0]["velocity_mse"]
     for block in whole.pipeline.transformer.transformer_blocks:
-        assert not block.norm1.emb.class_embedder.embedding_table.weight[56:NO_CLASS].any()
+        assert not block.norm1.emb.class_embedder.embedding_table.weight[56:NULL_CLASS].any()
     cut_at.append(12)
     with pytest.raises(KeyboardInterrupt):
         train("cut")
@@ -139,7 +141,7 @@ def test_it_learns_a_little_and_goes_on_to_the_same_weights(tmp_path, monkeypatc
 
 
 def test_a_checkpoint_of_another_autoencoder_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(train_dit, "BATCH", 2)
+    monkeypatch.setattr(train_dit, "BATCH_SIZE", 2)
     vae = autoencoder()
     train_dit.train_dit(tmp_path, vae, steps=1, device="cpu", model=SIZES)
     vae.register_to_config(scaling_factor=3.0)
@@ -148,10 +150,10 @@ def test_a_checkpoint_of_another_autoencoder_is_refused(tmp_path, monkeypatch):
 
 
 def test_a_saved_folder_loads_as_a_plain_pipeline(pipeline, tmp_path, complaints):
-    models.ship(awake(pipeline), tmp_path)
+    models.save_in_float16(awake(pipeline), tmp_path)
     loaded = diffusers.DiTPipeline.from_pretrained(tmp_path)
     loaded.set_progress_bar_config(disable=True)
-    assert loaded.labels == {name: number for number, name in train_dit.classes().items()}
+    assert loaded.labels == {name: number for number, name in train_dit.class_names().items()}
     numbers = loaded.get_label_ids(["red circle", "black heart"])
     picture = loaded(numbers, num_inference_steps=2, guidance_scale=3.0, output_type="np").images
     assert picture.shape == (2, 64, 64, 3) and np.isfinite(picture).all()
@@ -173,13 +175,13 @@ def test_a_saved_folder_loads_as_a_plain_pipeline(pipeline, tmp_path, complaints
 def test_the_shipped_transformer_draws_its_classes():
     shipped = models.load_pipeline("embedded-dit", device="cpu")
     assert isinstance(shipped, diffusers.DiTPipeline)
-    assert shipped.labels == {name: number for number, name in train_dit.classes().items()}
+    assert shipped.labels == {name: number for number, name in train_dit.class_names().items()}
     assert list(models.blocks(shipped).values()) == [
         (f"transformer_blocks.{number}", (8, 8, 192)) for number in range(6)
     ]
-    numbers, told = evaluate.classes_asked(shipped, 28)
+    numbers, told = evaluate.sample_classes(shipped, 28)
     drawn = activations.generate_all(shipped, numbers, activations.Sampling(10, 3.0), batch_size=28)
-    accuracy = oracle.accuracy(oracle.judge(told, drawn)).set_index("factor")["accuracy"]
+    accuracy = oracle.accuracy_by_factor(oracle.check_prompts(told, drawn)).set_index("factor")["accuracy"]
     assert accuracy["colour"] >= 0.9 and accuracy["shape"] >= 0.6
 
 

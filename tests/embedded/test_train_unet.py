@@ -6,7 +6,7 @@ import torch
 
 from vaelab import activations, models
 from vaelab.embedded import curriculum, text_encoder, train_unet
-from vaelab.embedded.curriculum import DenoisingObjective, ScheduleConfig
+from vaelab.embedded.curriculum import CurriculumConfig, DenoisingObjective
 from vaelab.embedded.train_unet import ModelConfig
 from vaelab.training.loop import TrainConfig, train
 
@@ -17,9 +17,9 @@ SIZES = ModelConfig(
 
 def untrained():
     vae = train_unet.new_vae(SIZES)
-    vae.requires_grad_(False).register_to_config(scaling_factor=train_unet.latent_scale(vae))
+    vae.requires_grad_(False).register_to_config(scaling_factor=train_unet.latent_mean_scale(vae))
     tokenizer = text_encoder.new_tokenizer()
-    return train_unet.new_pipeline(vae, text_encoder.new_text_model(tokenizer, 32, 1), tokenizer, SIZES)
+    return train_unet.new_pipeline(vae, text_encoder.new_text_encoder(tokenizer, 32, 1), tokenizer, SIZES)
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +38,8 @@ def test_the_last_timestep_is_pure_noise(pipeline):
 
 
 def test_all_lessons_are_gone_through_and_told(tmp_path, monkeypatch):
-    monkeypatch.setattr(train_unet, "BATCH", 2)
-    monkeypatch.setattr(train_unet, "SCENES_FOR_THE_SCALE", 8)
+    monkeypatch.setattr(train_unet, "BATCH_SIZE", 2)
+    monkeypatch.setattr(train_unet, "SCALE_SCENES", 8)
     steps = {"vae_steps": 1, "text_steps": 1, "lesson_steps": (2, 1, 1)}
     made = train_unet.train_pipeline(tmp_path, **steps, device="cpu", model=SIZES)
     assert [(row["step"], row["condition"]) for row in made.history] == [
@@ -57,8 +57,8 @@ def test_all_lessons_are_gone_through_and_told(tmp_path, monkeypatch):
 def test_it_learns_a_little_and_goes_on_to_the_same_weights(tmp_path):
     def trained(folder, steps_until=None):
         pipeline = untrained()
-        schedule = ScheduleConfig(curriculum=4)
-        stream = curriculum.prompted(4, pipeline.tokenizer, schedule)
+        schedule = CurriculumConfig(easy_steps=4)
+        stream = curriculum.prompted_batches(4, pipeline.tokenizer, schedule)
         config = TrainConfig(steps=12, learning_rate=2e-3, device="cpu", log_every=1, checkpoint_every=4)
 
         def stops(**where):
@@ -71,7 +71,7 @@ def test_it_learns_a_little_and_goes_on_to_the_same_weights(tmp_path):
         return pipeline, train(objective, stops, config, folder=folder)
 
     whole, run = trained(tmp_path / "whole")
-    assert np.mean([row["error"] for row in run.history[-3:]]) < run.history[0]["error"]
+    assert np.mean([row["velocity_mse"] for row in run.history[-3:]]) < run.history[0]["velocity_mse"]
     with pytest.raises(KeyboardInterrupt):
         trained(tmp_path / "cut", steps_until=6)
     cut, again = trained(tmp_path / "cut")
@@ -83,7 +83,7 @@ def test_it_learns_a_little_and_goes_on_to_the_same_weights(tmp_path):
 def test_a_saved_folder_loads_as_a_plain_pipeline(pipeline, tmp_path):
     from diffusers import StableDiffusionPipeline
 
-    models.ship(pipeline, tmp_path)
+    models.save_in_float16(pipeline, tmp_path)
     loaded = StableDiffusionPipeline.from_pretrained(tmp_path)
     pipeline.to(torch.float32)
     loaded.set_progress_bar_config(disable=True)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from vaelab.world import oracle
-from vaelab.world.oracle import accuracy, judge, read
+from vaelab.world.oracle import accuracy_by_factor, check_prompts, read_scenes
 from vaelab.world.scenes import (
     COLOURS,
     FACTORS,
@@ -39,7 +39,7 @@ def noise(*shape, std=1.0):
 
 
 def wrong(judged):
-    return {(row.thing, row.factor): row.read for row in judged.itertuples() if not row.right}
+    return {(row.thing, row.factor): row.recognised for row in judged.itertuples() if not row.correct}
 
 
 class TestRead:
@@ -47,84 +47,89 @@ class TestRead:
     def test_every_factor_and_the_count_of_rendered_scenes(self, split):
         asked = scenes(split, 300)
         pictures = render(asked)
-        clean, noisy = judge(asked, pictures), judge(asked, pictures + noise(*pictures.shape, std=0.1))
+        clean, noisy = check_prompts(asked, pictures), check_prompts(asked, pictures + noise(*pictures.shape, std=0.1))
         assert len(clean) == sum(4 * len(scene.things) + 3 for scene in asked)
-        assert clean["right"].all()
-        assert list(accuracy(noisy)["factor"]) == [*FACTORS, "count"]
-        assert (accuracy(noisy)["accuracy"] >= 0.98).all()
+        assert clean["correct"].all()
+        assert list(accuracy_by_factor(noisy)["factor"]) == [*FACTORS, "count"]
+        assert (accuracy_by_factor(noisy)["accuracy"] >= 0.98).all()
 
     @pytest.mark.parametrize("offset", [(-1, -1), (-1, 1), (1, -1), (1, 1)])
     @pytest.mark.parametrize("position", POSITIONS)
     def test_where_a_thing_stands_to_the_pixel(self, position, offset):
         scene = Scene((Thing("heart", "green", "large", position, offset),), "dotted", "beige")
-        assert read(render([scene])) == [scene]
+        assert read_scenes(render([scene])) == [scene]
 
     def test_a_thing_further_out_than_any_that_is_sampled(self):
         scene = Scene((replace(STAR, position="centre", offset=(2, -2)),), "plain", "grey")
-        assert read(render([scene])) == [scene]
+        assert read_scenes(render([scene])) == [scene]
 
     @pytest.mark.parametrize("texture", FACTORS["texture"])
     def test_large_dark_things_do_not_darken_the_ground(self, texture):
         things = tuple(Thing("square", "black", "large", position) for position in ("top left", "top right", "bottom"))
         scene = Scene(things, texture, "grey")
-        assert read(render([scene])) == [scene]
+        assert read_scenes(render([scene])) == [scene]
 
     def test_what_it_reads_can_be_drawn_and_is_the_picture(self):
         pictures = render(scenes("train", 50))
-        torch.testing.assert_close(render(read(pictures)), pictures)
+        torch.testing.assert_close(render(read_scenes(pictures)), pictures)
 
     def test_things_are_in_the_order_of_the_positions(self):
-        (seen,) = read(render([Scene((RING, STAR), "plain", "grey")]))
+        (seen,) = read_scenes(render([Scene((RING, STAR), "plain", "grey")]))
         assert seen.things == (STAR, RING)
 
     @pytest.mark.parametrize("texture", FACTORS["texture"])
     @pytest.mark.parametrize("ground", FACTORS["ground"])
     def test_an_empty_ground_has_no_things(self, texture, ground):
         empty = Scene((), texture, ground)
-        assert read(render([empty])) == [empty]
-        assert read(render([empty]) + noise(1, 3, 64, 64, std=0.1)) == [empty]
+        assert read_scenes(render([empty])) == [empty]
+        assert read_scenes(render([empty]) + noise(1, 3, 64, 64, std=0.1)) == [empty]
 
     @pytest.mark.parametrize(
         "picture", [noise(3, 64, 64), noise(3, 64, 64, std=9), torch.ones(3, 64, 64), -torch.ones(3, 64, 64)]
     )
     def test_what_is_no_scene_is_read_as_one_all_the_same(self, picture):
-        (seen,) = read(picture[None])
+        (seen,) = read_scenes(picture[None])
         assert seen.picture().shape == (64, 64, 3)
-        assert (judge([sample(0).spelled_out()], picture[None])["factor"] == "count").sum() == 1
+        assert (check_prompts([sample(0).spelled_out()], picture[None])["factor"] == "count").sum() == 1
 
     def test_what_is_too_bright_or_dark_is_cut(self):
         pictures = noise(5, 3, 64, 64, std=2)
-        assert read(pictures) == read(pictures.clamp(-1, 1))
+        assert read_scenes(pictures) == read_scenes(pictures.clamp(-1, 1))
 
     def test_other_precisions_and_graphs(self):
         asked = scenes(count=3)
         pictures = render(asked)
         kept = pictures.clone().requires_grad_()
-        assert read(kept) == read(pictures.double()) == read(pictures)
-        assert wrong(judge(asked, pictures.bfloat16())) == {}
+        assert read_scenes(kept) == read_scenes(pictures.double()) == read_scenes(pictures)
+        assert wrong(check_prompts(asked, pictures.bfloat16())) == {}
         assert torch.equal(kept, pictures)
 
     def test_batches_make_no_difference(self, monkeypatch):
         pictures = torch.cat([render(scenes(count=8)) + noise(8, 3, 64, 64, std=0.3), noise(2, 3, 64, 64)])
-        whole = read(pictures)
-        assert [read(picture[None])[0] for picture in pictures] == whole
+        whole = read_scenes(pictures)
+        assert [read_scenes(picture[None])[0] for picture in pictures] == whole
         monkeypatch.setattr(oracle, "CHUNK", 3)
-        assert read(pictures) == whole
+        assert read_scenes(pictures) == whole
 
     def test_no_pictures(self):
-        assert read(torch.zeros(0, 3, 64, 64)) == []
+        assert read_scenes(torch.zeros(0, 3, 64, 64)) == []
 
     @pytest.mark.parametrize("shape", [(3, 64, 64), (1, 1, 64, 64), (1, 3, 32, 64), (1, 64, 64, 3)])
     def test_other_shapes_are_refused(self, shape):
         with pytest.raises(ValueError, match=r"pictures: expected \(N, 3, 64, 64\), got \(" + str(shape)[1:-1]):
-            read(torch.zeros(shape))
+            read_scenes(torch.zeros(shape))
+
+    def test_whole_numbers_are_refused(self):
+        """Levels from 0 to 255 would all be cut to white."""
+        with pytest.raises(ValueError, match="pictures: expected floating point values"):
+            read_scenes(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf")])
     def test_what_is_not_finite_is_refused(self, value):
         pictures = torch.zeros(2, 3, 64, 64)
         pictures[1, 2, 3, 4] = value
         with pytest.raises(ValueError, match="pictures: not all values are finite"):
-            read(pictures)
+            read_scenes(pictures)
 
 
 WHITE = Scene((Thing("circle", "white", "small", "right"),), "plain", "grey")
@@ -144,7 +149,7 @@ class TestLikelihood:
     @pytest.mark.parametrize("name", PICTURES)
     def test_of_a_thing(self, name):
         picture = self.PICTURES[name]
-        (seen,) = read(picture[None])
+        (seen,) = read_scenes(picture[None])
         found = {thing.position: thing for thing in seen.things}
         behind = background(seen.texture, seen.ground).astype(np.float64)
         target = levels(picture)
@@ -158,7 +163,7 @@ class TestLikelihood:
             for names in itertools.product(*(FACTORS[factor] for factor in SCENE_FACTORS)):
                 squared = ((levels(picture) - background(*names)) ** 2).sum(2)
                 errors[names] = np.sort(squared.ravel())[:kept].sum()
-            (seen,) = read(picture[None])
+            (seen,) = read_scenes(picture[None])
             assert (seen.texture, seen.ground) == min(errors, key=errors.get)
 
 
@@ -196,25 +201,25 @@ class TestJudge:
             shown, thing = replace(self.SCENE, **{factor: value}), -1
         else:
             shown, thing = replace(self.SCENE, things=(replace(STAR, **{factor: value}),)), 0
-        assert wrong(judge([self.SCENE], render([shown]))) == {(thing, factor): value}
+        assert wrong(check_prompts([self.SCENE], render([shown]))) == {(thing, factor): value}
 
     def test_the_picture_of_another_scene_is_right_where_they_agree(self):
         asked = [scene for scene in scenes(count=60) if len(scene.things) == 1]
         shown = asked[1:] + asked[:1]
-        judged = judge(asked, render(shown))
-        assert 0.1 < judged["right"].mean() < 0.9
+        judged = check_prompts(asked, render(shown))
+        assert 0.1 < judged["correct"].mean() < 0.9
         for row in judged.itertuples():
             if row.factor == "count":
                 continue
             one, other = asked[row.picture], shown[row.picture]
             if row.factor in THING_FACTORS:
                 (one,), (other,) = one.things, other.things
-            assert (row.asked, row.read) == (getattr(one, row.factor), getattr(other, row.factor))
-            assert row.right == (row.asked == row.read)
+            assert (row.expected, row.recognised) == (getattr(one, row.factor), getattr(other, row.factor))
+            assert row.correct == (row.expected == row.recognised)
 
     def test_rows(self):
         scene = Scene((replace(STAR, named=("colour", "position")),), "plain", "grey", ("ground",))
-        judged = judge([scene, scene], render([scene, replace(scene, ground="teal")]))
+        judged = check_prompts([scene, scene], render([scene, replace(scene, ground="teal")]))
         assert judged.values.tolist() == [
             [0, 0, "colour", "red", "red", True],
             [0, 0, "position", "left", "left", True],
@@ -225,55 +230,58 @@ class TestJudge:
             [1, -1, "ground", "grey", "teal", False],
             [1, -1, "count", 1, 1, True],
         ]
-        assert list(judged.columns) == ["picture", "thing", "factor", "asked", "read", "right"]
+        assert list(judged.columns) == ["picture", "thing", "factor", "expected", "recognised", "correct"]
 
     def test_what_is_not_named_is_not_judged(self):
         asked = Scene((replace(STAR, named=()),), "plain", "grey", ())
         shown = Scene((Thing("heart", "blue", "small", "top"),), "dotted", "pink")
-        judged = judge([asked], render([shown]))
+        judged = check_prompts([asked], render([shown]))
         assert list(judged["factor"]) == ["count"]
-        assert judged["right"].all()
+        assert judged["correct"].all()
 
     def test_colours_of_two_things_swapped(self):
         asked = Scene((STAR, RING), "plain", "grey")
         shown = Scene((replace(STAR, colour="blue"), replace(RING, colour="red")), "plain", "grey")
-        assert wrong(judge([asked], render([shown]))) == {(0, "colour"): "blue", (1, "colour"): "red"}
+        assert wrong(check_prompts([asked], render([shown]))) == {(0, "colour"): "blue", (1, "colour"): "red"}
 
     @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
     @pytest.mark.parametrize("named", [THING_FACTORS, ("shape",), ("colour", "size")])
     def test_things_asked_for_in_any_order(self, order, named):
         things = [replace(thing, named=named) for thing in (STAR, RING, Thing("cross", "white", "large", "top"))]
         asked = Scene(tuple(things[i] for i in order), "plain", "grey")
-        assert wrong(judge([asked], render([asked]))) == {}
+        assert wrong(check_prompts([asked], render([asked]))) == {}
 
     @pytest.mark.parametrize("order", [1, -1])
     @pytest.mark.parametrize("swapped", [False, True])
     def test_the_assignment_is_the_one_in_which_most_agrees(self, order, swapped):
-        any_red, red_star = replace(STAR, position="right", named=("colour",)), replace(STAR, named=("shape", "colour"))
+        any_red, red_star = (
+            replace(STAR, position="right", named=("colour",)),
+            replace(STAR, named=("shape", "colour")),
+        )
         asked = Scene((any_red, red_star)[::order], "plain", "grey")
         things = (STAR, replace(RING, colour="red"))
         if swapped:
             things = tuple(replace(t, position=o.position) for t, o in zip(things, things[::-1], strict=True))
-        assert wrong(judge([asked], render([Scene(things, "plain", "grey")]))) == {}
+        assert wrong(check_prompts([asked], render([Scene(things, "plain", "grey")]))) == {}
 
     def test_a_thing_that_is_missing_has_no_factor_right(self):
         asked = Scene((STAR, replace(RING, named=("shape", "size"))), "plain", "grey")
-        judged = judge([asked], render([self.SCENE]))
+        judged = check_prompts([asked], render([self.SCENE]))
         assert wrong(judged) == {(1, "shape"): None, (1, "size"): None, (-1, "count"): 1}
 
     def test_no_thing_at_all(self):
         asked = Scene((STAR, RING), "plain", "grey")
-        judged = judge([asked], render([Scene((), "plain", "grey")]))
+        judged = check_prompts([asked], render([Scene((), "plain", "grey")]))
         expected = {(i, factor): None for i in (0, 1) for factor in THING_FACTORS} | {(-1, "count"): 0}
         assert wrong(judged) == expected
 
     def test_one_thing_too_many_is_a_wrong_count(self):
-        judged = judge([self.SCENE], render([Scene((RING, STAR), "plain", "grey")]))
+        judged = check_prompts([self.SCENE], render([Scene((RING, STAR), "plain", "grey")]))
         assert wrong(judged) == {(-1, "count"): 2}
 
     def test_as_many_scenes_as_pictures(self):
-        with pytest.raises(ValueError, match="zip"):
-            judge([self.SCENE] * 2, render([self.SCENE]))
+        with pytest.raises(ValueError, match="expected one for each of the 2 scenes, got 1"):
+            check_prompts([self.SCENE] * 2, render([self.SCENE]))
 
 
 class TestAccuracy:
@@ -284,8 +292,8 @@ class TestAccuracy:
             (2, 0, "shape", False), (2, -1, "count", True), (2, -1, "ground", False),
             (3, 0, "colour", False), (3, 0, "shape", False), (3, -1, "count", True),
         ]  # fmt: skip
-        table = accuracy(pd.DataFrame(rows, columns=["picture", "thing", "factor", "right"]))
-        assert list(table.columns) == ["factor", "pictures", "accuracy", "named"]
+        table = accuracy_by_factor(pd.DataFrame(rows, columns=["picture", "thing", "factor", "correct"]))
+        assert list(table.columns) == ["factor", "pictures", "accuracy", "thing_accuracy"]
         assert [list(row) for row in table.itertuples(index=False)] == [
             ["shape", 2, 0, 0],
             ["colour", 3, pytest.approx(1 / 3), pytest.approx(4 / 6)],
@@ -296,7 +304,7 @@ class TestAccuracy:
     def test_of_what_was_judged(self):
         asked = Scene((STAR, RING), "plain", "grey")
         shown = Scene((STAR, replace(RING, colour="green")), "plain", "grey")
-        table = accuracy(judge([asked, asked], render([asked, shown]))).set_index("factor")
+        table = accuracy_by_factor(check_prompts([asked, asked], render([asked, shown]))).set_index("factor")
         assert (table["pictures"] == 2).all()
-        assert table.loc["colour", ["accuracy", "named"]].tolist() == [0.5, 0.75]
-        assert (table.drop("colour")[["accuracy", "named"]] == 1).all(axis=None)
+        assert table.loc["colour", ["accuracy", "thing_accuracy"]].tolist() == [0.5, 0.75]
+        assert (table.drop("colour")[["accuracy", "thing_accuracy"]] == 1).all(axis=None)

@@ -13,7 +13,7 @@ from vaelab.world.scenes import (
     COLOURS,
     FACTORS,
     GROUNDS,
-    LEFT_OUT,
+    OMISSION_RATES,
     PHRASES,
     POSITIONS,
     SCENE_FACTORS,
@@ -24,7 +24,7 @@ from vaelab.world.scenes import (
     THING_FACTORS,
     Scene,
     Thing,
-    allowed,
+    allowed_combinations,
     background,
     sample,
 )
@@ -40,31 +40,35 @@ def scenes(split="train", count=200):
 
 class TestSplits:
     def test_counts(self):
-        assert [len(allowed(split)) for split in SPLITS] == [896, 112, 144]
+        assert [len(allowed_combinations(split)) for split in SPLITS] == [896, 112, 144]
 
     def test_together_they_are_every_combination_once(self):
-        together = Counter(combination for split in SPLITS for combination in allowed(split))
+        together = Counter(combination for split in SPLITS for combination in allowed_combinations(split))
         assert together == Counter(itertools.product(*(FACTORS[factor] for factor in THING_FACTORS)))
 
     def test_unseen_shares_no_shape_and_colour_with_the_others(self):
-        train, test, unseen = ({one[:2] for one in allowed(split)} for split in SPLITS)
+        train, test, unseen = ({one[:2] for one in allowed_combinations(split)} for split in SPLITS)
         assert unseen.isdisjoint(train | test)
         assert test == train
         assert len(train) == 56
 
     @pytest.mark.parametrize("split", SPLITS)
     def test_every_value_of_every_factor_occurs(self, split):
-        for factor, values in zip(THING_FACTORS, zip(*allowed(split), strict=True), strict=True):
+        for factor, values in zip(THING_FACTORS, zip(*allowed_combinations(split), strict=True), strict=True):
             assert set(values) == set(FACTORS[factor])
 
     @pytest.mark.parametrize("split", SPLITS)
     def test_things_of_a_sample_are_of_its_split(self, split):
-        combinations = set(allowed(split))
+        combinations = set(allowed_combinations(split))
         things = [thing for scene in scenes(split) for thing in scene.things]
         assert {tuple(getattr(thing, factor) for factor in THING_FACTORS) for thing in things} <= combinations
 
     def test_unknown_split(self):
-        for fails in (lambda: allowed("tran"), lambda: sample(0, "tran"), lambda: world.dataset("tran", 1)):
+        for fails in (
+            lambda: allowed_combinations("tran"),
+            lambda: sample(0, "tran"),
+            lambda: world.dataset("tran", 1),
+        ):
             with pytest.raises(ValueError, match=r"^split: unknown name 'tran'.*: train"):
                 fails()
 
@@ -102,8 +106,8 @@ class TestSample:
         drawn = scenes(count=2000)
         named = {factor: [factor in thing.named for s in drawn for thing in s.things] for factor in THING_FACTORS}
         named |= {factor: [factor in scene.named for scene in drawn] for factor in SCENE_FACTORS}
-        assert set(LEFT_OUT) == set(named)
-        for factor, rate in LEFT_OUT.items():
+        assert set(OMISSION_RATES) == set(named)
+        for factor, rate in OMISSION_RATES.items():
             assert np.mean(named[factor]) == pytest.approx(1 - rate, abs=0.03)
 
 
@@ -399,3 +403,30 @@ class TestDataset:
     def test_an_empty_one_is_refused(self):
         with pytest.raises(ValueError, match="count: must be at least 1, got 0"):
             world.dataset("train", 0)
+
+
+class TestRefused:
+    @pytest.mark.parametrize(("position", "offset"), [("left", (-30, 0)), ("left", (-3, 0)), ("bottom", (0, 3))])
+    def test_a_thing_that_is_not_inside_the_picture(self, position, offset):
+        """With an offset of -30 it would wrap around and be drawn on the other side."""
+        with pytest.raises(ValueError, match=r"^offset: .* off the picture"):
+            replace(STAR, position=position, offset=offset)
+
+    def test_named_factors_that_do_not_exist(self):
+        """A misspelt factor would be left out of the prompt without a word."""
+        with pytest.raises(ValueError, match=r"^named: unknown name 'color'.*: colour"):
+            replace(STAR, named=("color",))
+        with pytest.raises(ValueError, match=r"^named: unknown name 'textures'.*: texture"):
+            Scene((STAR,), "plain", "grey", ("textures",))
+
+    def test_seeds_before_the_first(self):
+        with pytest.raises(ValueError, match=r"^seed: must be at least 0, got -1"):
+            sample(-1)
+
+
+def test_a_scene_without_things_has_a_prompt_a_picture_and_a_mask():
+    empty = Scene((), "dotted", "teal")
+    assert empty.prompt == "nothing, on a dotted teal background"
+    assert empty.masks().shape == (1, 64, 64) and empty.masks().all()
+    np.testing.assert_array_equal(empty.picture(), background("dotted", "teal"))
+    assert world.render([]).shape == (0, 3, 64, 64)

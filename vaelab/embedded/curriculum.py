@@ -1,5 +1,8 @@
-"""What the embedded denoiser learns from: pictures of the world with their prompts, easy ones first, and
-the loss on them."""
+"""Training data and objective of the embedded text-to-image model.
+
+The data are scenes of the world with their prompts. A curriculum gives easy examples first: one thing,
+every factor named. The objective is the velocity loss of the U-Net and the text encoder together.
+"""
 
 import itertools
 import re
@@ -14,6 +17,7 @@ from torch import Tensor, nn
 from vaelab import hooks, models
 from vaelab.core.validate import at_least
 from vaelab.embedded.text_encoder import tokenize
+from vaelab.training.batches import Batches, NumberedBatches
 from vaelab.world.scenes import CENTRES, POSITIONS, SIDE, Scene, render, sample
 
 if TYPE_CHECKING:
@@ -21,205 +25,259 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class ScheduleConfig:
-    """What the training of the denoiser draws."""
+class CurriculumConfig:
+    """The examples, timesteps and loss weights of one lesson."""
 
     prompt_dropout: float = 0.1
-    """Share of the prompts replaced by the empty one, for classifier-free guidance."""
+    """Share of the prompts replaced by the empty prompt, for classifier-free guidance."""
     sampler_steps: int = 4
-    """The sampler whose timesteps are drawn more often."""
-    sampler_share: float = 0.7
-    """Share of the timesteps drawn from that sampler's, the noisier the more often, since the less
-    is seen of a picture the more is learned from its prompt; the rest are uniform."""
-    curriculum: int = 1000
-    """Steps over which the easy examples become fewer, in which every factor is named."""
-    alone: bool = True
-    """Whether the easy examples have one thing only."""
+    """Number of steps of the sampler whose timesteps are drawn more often."""
+    sampler_timestep_share: float = 0.7
+    """Share of the timesteps drawn from that sampler's. Noisier ones are drawn more often, since the
+    less is visible of a picture, the more its prompt matters. The other timesteps are uniform."""
+    easy_steps: int = 1000
+    """Steps over which the share of easy examples falls from 1 to 0. An easy example's prompt names every factor."""
+    single_thing: bool = True
+    """Whether an easy example shows one thing only."""
     pure_noise: bool = True
-    """Whether the easy examples are to be drawn out of pure noise: there is nothing to be seen there, so
-    that the prompt must be read."""
-    exact: bool = False
-    """Whether things stand exactly at their places. A prompt does not tell by how much they are off, so
-    that what is learned of their outlines otherwise is the mean over that."""
-    noise_chooses: bool = False
-    """Whether a thing whose place is not named stands where the noise says, see :func:`let_noise_choose`."""
-    place_weight: float = 0.1
-    """Of knowing where one is."""
-    thing_weight: tuple[float, float] = (10.0, 3.0)
-    """How much a thing's pixels count beside the ground's, of which there are many more: where examples
-    are all easy, and where none is."""
+    """Whether easy examples are always predicted from pure noise, where only the prompt says what to draw."""
+    exact_positions: bool = False
+    """Whether all things have offset 0. A prompt does not name the offset, so a model that is trained with random
+    offsets learns outlines averaged over them."""
+    coupled_noise: bool = False
+    """Whether the noise determines the positions that a prompt leaves open, see :func:`couple_noise_to_positions`."""
+    position_loss_weight: float = 0.1
+    """Weight of the loss that makes blocks encode each pixel's row and column."""
+    thing_pixel_weight: tuple[float, float] = (10.0, 3.0)
+    """Weight of a thing's pixels, (the ground's have 1) while all examples are easy, and when none is."""
 
     def __post_init__(self) -> None:
         at_least("sampler_steps", self.sampler_steps, 1)
-        at_least("curriculum", self.curriculum, 0)
-        at_least("place_weight", self.place_weight, 0)
-        at_least("thing_weight", min(self.thing_weight), 1)
-        for name in ("prompt_dropout", "sampler_share"):
+        at_least("easy_steps", self.easy_steps, 0)
+        at_least("position_loss_weight", self.position_loss_weight, 0)
+        at_least("thing_pixel_weight", min(self.thing_pixel_weight), 1)
+        for name in ("prompt_dropout", "sampler_timestep_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: must be between 0 and 1, got {getattr(self, name)!r}")
 
 
 LESSONS = {
-    "placing": ScheduleConfig(curriculum=800, exact=True, thing_weight=(10.0, 10.0)),
-    "outlines": ScheduleConfig(
-        sampler_share=0.5, curriculum=1500, alone=False, pure_noise=False, exact=True, thing_weight=(10.0, 10.0)
+    "placing": CurriculumConfig(easy_steps=800, exact_positions=True, thing_pixel_weight=(10.0, 10.0)),
+    "outlines": CurriculumConfig(
+        sampler_timestep_share=0.5,
+        easy_steps=1500,
+        single_thing=False,
+        pure_noise=False,
+        exact_positions=True,
+        thing_pixel_weight=(10.0, 10.0),
     ),
-    "practice": ScheduleConfig(curriculum=0, exact=True, noise_chooses=True, thing_weight=(5.0, 5.0)),
+    "practice": CurriculumConfig(easy_steps=0, exact_positions=True, coupled_noise=True, thing_pixel_weight=(5.0, 5.0)),
 }
-"""First what is named comes in its place, then with its outline, then as people write, with much left unsaid."""
+"""The three lessons of the embedded model, in order: positions first, then outlines, then ordinary prompts that
+leave factors out."""
 
 
 class DenoisingObjective(nn.Module):
-    """L = E ||v - v_theta(z_t, t, prompt)||^2, for the U-Net and the text model together.
+    """L = E ||v - v_theta(z_t, t, prompt)||^2, for the U-Net and the text encoder together.
 
-    Beside it, what a transformer block takes in must tell each position's row and column to one
-    linear map. A convolution learns of places only at the picture's edge, from the padding (Islam
-    et al. 2020); in pure noise there is nothing else to see, and as long as no layer knows where it
-    is, nothing is gained by reading in a prompt where a thing should be.
+    An auxiliary loss predicts each pixel's row and column from the input of every transformer block by
+    one linear map. A convolution knows positions only from the padding at the picture's edge (Islam et
+    al. 2020). Pure noise contains no other cue, and a prompt's positions cannot be used before some
+    layer knows where it is.
+
+    Args:
+        pipeline: a ``StableDiffusionPipeline``; its U-Net and text encoder are trained.
+        config: the lesson.
     """
 
-    def __init__(self, pipeline: Any, config: ScheduleConfig):
+    def __init__(self, pipeline: Any, config: CurriculumConfig):
         super().__init__()
         self.unet, self.text_encoder = pipeline.unet, pipeline.text_encoder
-        self._config, self._vae, self._scheduler = config, [pipeline.vae], pipeline.scheduler  # a list: not trained
+        # in a list the autoencoder is no submodule, so it is not trained
+        self._config, self._vae, self._scheduler = config, [pipeline.vae], pipeline.scheduler
         self._empty = tokenize(pipeline.tokenizer, [""])[0]
         pipeline.scheduler.set_timesteps(config.sampler_steps)
-        self._visited = pipeline.scheduler.timesteps.clone()
-        found = models.blocks(pipeline).items()
-        # the first stage has seen too few convolutions for the edge to be felt in the middle
-        self._knowing = {
-            block.path: block.shape for name, block in found if re.fullmatch(r"(down\.[1-9]|mid|up)[.\d]+", name)
+        self._sampler_timesteps = pipeline.scheduler.timesteps.clone()
+        # the first down stage is left out: after so few convolutions the padding does not reach the middle
+        self._positioned = {
+            block.path: block.shape
+            for name, block in models.blocks(pipeline).items()
+            if re.fullmatch(r"(down\.[1-9]|mid|up)[.\d]+", name)
         }
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            heads = [nn.Linear(width, height + wide) for height, wide, width in self._knowing.values()]
-        self.places = nn.ModuleList(heads)
+            heads = [nn.Linear(channels, height + width) for height, width, channels in self._positioned.values()]
+        self.position_heads = nn.ModuleList(heads)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The loss of ``pixels`` (B, 3, R, R) in [-1, 1], their ``tokens`` (B, L), the ``weight``
-        (B, 1, R, R) of each pixel, which are ``blank`` (B,), to be made of pure noise, and the
-        things whose place is ``unsaid`` (B, 9)."""
+        """Compute the losses of a batch.
+
+        Args:
+            batch: ``pixels`` (B, 3, R, R) in [-1, 1], ``tokens`` (B, L), the ``weight`` (B, 1, R, R) of each
+                pixel, ``pure_noise`` (B,) bool, whether an example is predicted from pure noise, and ``unnamed``
+                (B, 9), see :func:`unnamed_positions`.
+
+        Returns:
+            Scalars: the ``loss``, the unweighted ``velocity_mse`` and the ``position_loss``.
+        """
         pixels, tokens, device = batch["pixels"], batch["tokens"], batch["pixels"].device
         latents = scaled_latents(self._vae[0], pixels)
         noise = torch.randn_like(latents)
-        timesteps = torch.where(batch["blank"], self._visited[0], self._timesteps(len(latents)).to(device))
+        first = self._sampler_timesteps[0]
+        timesteps = torch.where(batch["pure_noise"], first, self._timesteps(len(latents)).to(device))
         dropped = torch.rand(len(tokens), 1, device=device) < self._config.prompt_dropout
-        if self._config.noise_chooses:
-            noise = torch.where(dropped[..., None, None], noise, let_noise_choose(noise, batch["unsaid"]))
+        if self._config.coupled_noise:
+            coupled = couple_noise_to_positions(noise, batch["unnamed"])
+            noise = torch.where(dropped[..., None, None], noise, coupled)
         states = self.text_encoder(torch.where(dropped, self._empty.to(device), tokens))[0]
         noisy = self._scheduler.add_noise(latents, noise, timesteps)
         target = self._scheduler.get_velocity(latents, noise, timesteps)
-        with hooks.capture(self.unet, self._knowing, side="input", grad=True) as seen:
+        with hooks.capture(self.unet, self._positioned, side="input", grad=True) as captured:
             predicted = self.unet(noisy, timesteps, states).sample
-        place = self._place([seen[path][0] for path in self._knowing])
-        loss, error = weighted_error(predicted, target, batch["weight"])
-        return {"loss": loss + self._config.place_weight * place, "error": error, "place": place}
+        position_loss = self._position_loss([captured[path][0] for path in self._positioned])
+        loss, velocity_mse = weighted_mse(predicted, target, batch["weight"])
+        return {
+            "loss": loss + self._config.position_loss_weight * position_loss,
+            "velocity_mse": velocity_mse,
+            "position_loss": position_loss,
+        }
 
-    def _place(self, maps: list[Tensor]) -> Tensor:
-        """Cross-entropy of every position's row and column, mean over blocks; ``maps`` are (B, C, H, W)."""
+    def _position_loss(self, maps: list[Tensor]) -> Tensor:
+        """Cross-entropy of every pixel's row and column, mean over blocks; ``maps`` are (B, C, H, W)."""
         losses = []
-        for head, each in zip(self.places, maps, strict=True):
-            height, wide = each.shape[-2:]
-            rows, columns = head(each.movedim(1, -1)).float().split((height, wide), -1)
-            row = torch.arange(height, device=each.device)[:, None].expand(rows.shape[:-1])
-            column = torch.arange(wide, device=each.device).expand(columns.shape[:-1])
-            for answer, truth in ((rows, row), (columns, column)):
-                losses.append(nn.functional.cross_entropy(answer.flatten(0, -2), truth.flatten()))
+        for head, features in zip(self.position_heads, maps, strict=True):
+            height, width = features.shape[-2:]
+            rows, columns = head(features.movedim(1, -1)).float().split((height, width), -1)
+            row = torch.arange(height, device=features.device)[:, None].expand(rows.shape[:-1])
+            column = torch.arange(width, device=features.device).expand(columns.shape[:-1])
+            for logits, truth in ((rows, row), (columns, column)):
+                losses.append(nn.functional.cross_entropy(logits.flatten(0, -2), truth.flatten()))
         return torch.stack(losses).mean()
 
     def _timesteps(self, count: int) -> Tensor:
         uniform = torch.randint(0, self._scheduler.config.num_train_timesteps, (count,))
-        shares = torch.arange(len(self._visited), 0, -1.0)
-        visited = self._visited[torch.multinomial(shares, count, replacement=True)]
-        return torch.where(torch.rand(count) < self._config.sampler_share, visited, uniform)
+        weights = torch.arange(len(self._sampler_timesteps), 0, -1.0)
+        from_sampler = self._sampler_timesteps[torch.multinomial(weights, count, replacement=True)]
+        return torch.where(torch.rand(count) < self._config.sampler_timestep_share, from_sampler, uniform)
 
 
 @torch.no_grad()
 def scaled_latents(vae: nn.Module, pixels: Tensor) -> Tensor:
-    """What a denoiser is taught to draw: the posteriors' means (B, c, h, w), brought to deviation one."""
-    return models.posterior(vae, pixels).mode() * vae.config.scaling_factor
+    """The latents (B, c, h, w) that a denoiser learns to draw: posterior means with standard deviation one.
+
+    Args:
+        vae: the autoencoder; its configuration says how its latents are scaled.
+        pixels: (B, 3, R, R) in [-1, 1].
+    """
+    return models.scale_latents(vae, models.posterior(vae, pixels).mode())
 
 
-def weighted_error(predicted: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The weighted mean of the squared error, and the plain one.
+def weighted_mse(predicted: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The squared error's weighted mean and its plain mean.
 
     Args:
         predicted: (B, c, h, w).
-        target: of the same shape.
-        weight: (B, 1, R, R), of each pixel.
+        target: (B, c, h, w).
+        weight: (B, 1, R, R), of each pixel of the picture.
     """
     error = (predicted.float() - target.float()).square().mean(1, keepdim=True)
     weight = nn.functional.adaptive_avg_pool2d(weight, error.shape[-2:])
     return (weight * error).sum() / weight.sum(), error.mean()
 
 
-def pictures(batch_size: int) -> Callable[..., Iterator[dict[str, Tensor]]]:
-    """Endless batches of pictures of training scenes, none of them twice, for the autoencoder."""
-    return stream(batch_size, lambda drawn, _: {"pixels": render(drawn)})
+def scene_batches(batch_size: int, make: Callable[[list[Scene], int], dict[str, Tensor]]) -> Batches:
+    """Endless batches of training scenes, no scene twice.
+
+    Args:
+        batch_size: scenes of a batch.
+        make: makes a batch of its scenes and the training step, counted from 0.
+    """
+    at_least("batch_size", batch_size, 1)
+
+    def batches(start: int = 0, rank: int = 0, world: int = 1) -> Iterator[dict[str, Tensor]]:
+        def numbered(number: int) -> dict[str, Tensor]:
+            return make([sample(number * batch_size + i) for i in range(batch_size)], number // world)
+
+        return NumberedBatches(numbered)(start, rank, world)
+
+    return batches
 
 
-def prompted(
-    batch_size: int, tokenizer: "CLIPTokenizer", config: ScheduleConfig
-) -> Callable[..., Iterator[dict[str, Tensor]]]:
-    """Endless batches of training scenes with their prompts' tokens and their pixels' weights."""
+def picture_batches(batch_size: int) -> Batches:
+    """Endless batches of pictures of training scenes, for the autoencoder: ``pixels`` (B, 3, 64, 64)."""
+    return scene_batches(batch_size, lambda scenes, _: {"pixels": render(scenes)})
 
-    def batch(drawn: list[Scene], number: int) -> dict[str, Tensor]:
-        left = max(0.0, 1 - number / config.curriculum) if config.curriculum else 0.0
-        easy = round(left * len(drawn))
-        drawn = [*(_easy(scene, config.alone) for scene in drawn[:easy]), *drawn[easy:]]
-        drawn = [*map(exactly_placed, drawn)] if config.exact else drawn
-        first, last = config.thing_weight
+
+def prompted_batches(batch_size: int, tokenizer: "CLIPTokenizer", config: CurriculumConfig) -> Batches:
+    """Endless batches of training scenes with their prompts, as :class:`DenoisingObjective` takes them.
+
+    The share of easy examples falls with the training step.
+    """
+
+    def make(scenes: list[Scene], step: int) -> dict[str, Tensor]:
+        share = max(0.0, 1 - step / config.easy_steps) if config.easy_steps else 0.0
+        easy = round(share * len(scenes))
+        scenes = [*(_easy(scene, config.single_thing) for scene in scenes[:easy]), *scenes[easy:]]
+        scenes = [*map(without_offsets, scenes)] if config.exact_positions else scenes
+        first, last = config.thing_pixel_weight
         return {
-            "pixels": render(drawn),
-            "tokens": tokenize(tokenizer, [scene.prompt for scene in drawn]),
-            "weight": pixel_weights(drawn, last + left * (first - last)),
-            "blank": torch.arange(len(drawn)) < easy * config.pure_noise,
-            "unsaid": unsaid_places(drawn),
+            "pixels": render(scenes),
+            "tokens": tokenize(tokenizer, [scene.prompt for scene in scenes]),
+            "weight": pixel_weights(scenes, last + share * (first - last)),
+            "pure_noise": torch.arange(len(scenes)) < easy * config.pure_noise,
+            "unnamed": unnamed_positions(scenes),
         }
 
-    return stream(batch_size, batch)
+    return scene_batches(batch_size, make)
 
 
-def unsaid_places(scenes: Sequence[Scene]) -> Tensor:
-    """What a prompt leaves open of each of the nine positions: (B, 9) int64, i for its i-th thing whose
-    place is not named, counted from 1, 0 where nothing stands and -1 where a thing's place is named."""
-    places = torch.zeros(len(scenes), len(POSITIONS), dtype=torch.long)
-    for row, scene in zip(places, scenes, strict=True):
-        unsaid = itertools.count(1)
+def unnamed_positions(scenes: Sequence[Scene]) -> Tensor:
+    """Which of the nine positions hold things whose position the prompt leaves out.
+
+    Returns:
+        (B, 9) int64: i at the position of a scene's i-th such thing, counted from 1; -1 at the position of a
+        thing whose position is named; 0 at an empty position.
+    """
+    table = torch.zeros(len(scenes), len(POSITIONS), dtype=torch.long)
+    for row, scene in zip(table, scenes, strict=True):
+        unnamed = itertools.count(1)
         for thing in scene.things:
-            row[list(POSITIONS).index(thing.position)] = -1 if "position" in thing.named else next(unsaid)
-    return places
+            row[list(POSITIONS).index(thing.position)] = -1 if "position" in thing.named else next(unnamed)
+    return table
 
 
-def let_noise_choose(noise: Tensor, unsaid: Tensor) -> Tensor:
-    """Noise that tells where the things stand whose places a prompt does not name.
+def couple_noise_to_positions(noise: Tensor, unnamed: Tensor) -> Tensor:
+    """Noise that determines the positions which a prompt leaves open.
 
-    Of pure noise and a prompt that leaves a place open, a denoiser can only draw the mean over all
-    places, a few faint copies of the thing, and the steps of a short sampler are too few to part
-    from it. So noise and picture are drawn together (as in multisample flow matching, Pooladian et
-    al. 2023, where the coupling is that of optimal transport): the first such thing stands where of
-    all places left the noise in the middle is highest, the second where it is next highest. What is
-    exchanged are like parts of white noise, so that noise by itself, and given any prompt, is as it was
-    where all places left are equally likely (nearly so in a split, which leaves some combinations
-    out); the paths from noise to picture are straighter, and a deterministic sampler follows them.
+    Given pure noise and a prompt without a position, the best prediction is an average over all
+    positions. A sampler of few steps cannot recover from that blur. So noise and picture are drawn
+    together, as in multisample flow matching (Pooladian et al. 2023, who couple them by optimal
+    transport): the scene's first unnamed thing stands at the free position whose central noise has the
+    highest mean, the second at the next highest. To this end the central patches of two positions are
+    exchanged. Patches of white noise are interchangeable, so the noise stays white as long as all free
+    positions are equally likely; in a split, which leaves some combinations out, this holds nearly. The
+    paths from noise to picture become straighter, and a deterministic sampler can follow them.
 
     Args:
         noise: (B, c, h, w).
-        unsaid: as :func:`unsaid_places` gives it.
+        unnamed: (B, 9), see :func:`unnamed_positions`.
+
+    Returns:
+        A copy of the noise with patches exchanged.
     """
     noise = noise.clone()
-    for each, places in zip(noise, unsaid.tolist(), strict=True):
-        middles = [each[:, rows, columns] for rows, columns in _middles(each.shape[-2:])]
-        left = [i for i, place in enumerate(places) if place >= 0]
-        for _, i in sorted((place, i) for i, place in enumerate(places) if place > 0):
-            best = max(left, key=lambda j: middles[j].mean().item())
-            middles[i][:], middles[best][:] = middles[best].clone(), middles[i].clone()
-            left.remove(i)
+    for picture, table in zip(noise, unnamed.tolist(), strict=True):
+        patches = [picture[:, rows, columns] for rows, columns in _central_patches(picture.shape[-2:])]
+        free = [i for i, number in enumerate(table) if number >= 0]
+        for _, i in sorted((number, i) for i, number in enumerate(table) if number > 0):
+            best = max(free, key=lambda j: patches[j].mean().item())
+            patches[i][:], patches[best][:] = patches[best].clone(), patches[i].clone()
+            free.remove(i)
     return noise
 
 
-def _middles(shape: Sequence[int]) -> list[tuple[slice, slice]]:
-    """Rows and columns of a latent picture in the middle of each position: an eighth of its side."""
+def _central_patches(shape: Sequence[int]) -> list[tuple[slice, slice]]:
+    """Rows and columns of the latent patch at the centre of each position; its side is an eighth of the latent's."""
     rows, columns = (
         [slice(first, first + max(1, side // 8)) for first in (round(c * side / SIDE - side / 16) for c in CENTRES)]
         for side in shape
@@ -227,28 +285,16 @@ def _middles(shape: Sequence[int]) -> list[tuple[slice, slice]]:
     return list(itertools.product(rows, columns))
 
 
-def stream(batch_size: int, batch: Callable[[list[Scene], int], dict]) -> Callable[..., Iterator[dict[str, Tensor]]]:
-    """Endless batches, each made of training scenes that come once only, and of the batch's number."""
-    at_least("batch_size", batch_size, 1)
-
-    def batches(start: int = 0, rank: int = 0, world: int = 1) -> Iterator[dict[str, Tensor]]:
-        for number in itertools.count(start):
-            first = (number * world + rank) * batch_size
-            yield batch([sample(seed) for seed in range(first, first + batch_size)], number)
-
-    return batches
-
-
 def pixel_weights(scenes: list[Scene], things: float) -> Tensor:
-    """The weight (B, 1, 64, 64) of every pixel: that of things, 1 for the ground's."""
+    """The weight (B, 1, 64, 64) of every pixel: ``things`` for those of things, 1 for those of the ground."""
     return 1 + (things - 1) * torch.from_numpy(np.stack([~scene.masks()[-1:] for scene in scenes]))
 
 
-def exactly_placed(scene: Scene) -> Scene:
-    """The scene with its things exactly at their places."""
+def without_offsets(scene: Scene) -> Scene:
+    """The scene with every thing at the centre of its position."""
     return replace(scene, things=tuple(replace(thing, offset=(0, 0)) for thing in scene.things))
 
 
-def _easy(scene: Scene, alone: bool) -> Scene:
-    """The scene with everything named, or its first thing so."""
-    return (replace(scene, things=scene.things[:1]) if alone else scene).spelled_out()
+def _easy(scene: Scene, single_thing: bool) -> Scene:
+    """The scene, or its first thing alone, with every factor named."""
+    return (replace(scene, things=scene.things[:1]) if single_thing else scene).spelled_out()

@@ -1,4 +1,4 @@
-"""How well a text-to-image or class-conditional model draws the world, by the oracle: tables for the notebooks."""
+"""How well a text-to-image or class-conditional model draws the world, as the oracle recognises it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -11,36 +11,57 @@ from torch import Tensor
 
 from vaelab import activations, models
 from vaelab.activations.denoiser import Sampling
+from vaelab.core.validate import at_least
 from vaelab.data.prompts import Prompts, load_prompts
 from vaelab.models.conditioning import by_class
 from vaelab.world import oracle
 from vaelab.world.scenes import Scene, Thing
 
+TRAINING_SPLIT = "train"
 
-class Asked(NamedTuple):
-    """What a class-conditional model is asked to draw."""
+
+def require_held_out(split: str, unseen_split: str) -> None:
+    """Raise ValueError unless both splits of the world are different and neither is the training split."""
+    for name, value in (("split", split), ("unseen_split", unseen_split)):
+        if value == TRAINING_SPLIT:
+            raise ValueError(f"{name}: the embedded models were trained on {value!r}; expected a held-out split")
+    if split == unseen_split:
+        raise ValueError(f"unseen_split: is {unseen_split!r} like split; expected two different splits")
+
+
+def require_sampler_steps(pipeline: Any, steps: Sequence[int]) -> None:
+    """Raise ValueError for a number of denoising steps that the pipeline's noise schedule does not have."""
+    most = pipeline.scheduler.config.num_train_timesteps
+    for count in steps:
+        at_least("steps", count, 1)
+        if count > most:
+            raise ValueError(f"steps: got {count}; the model's noise schedule has {most} timesteps")
+
+
+class ClassSample(NamedTuple):
+    """Classes for a class-conditional model to draw."""
 
     numbers: list[int]
-    """Class numbers."""
+    """Class numbers, as the pipeline takes them."""
     scenes: list[Scene]
-    """What these name: one thing's colour and shape."""
+    """A scene for each class: one thing, of which colour and shape are named."""
 
 
-def classes_asked(pipeline: Any, count: int, seed: int = 0) -> Asked:
-    """``count`` of a model's classes, each as often as any other, in an order that the seed fixes.
+def sample_classes(pipeline: Any, count: int, seed: int = 0) -> ClassSample:
+    """Choose ``count`` of a model's classes, all equally often, in an order that the seed fixes.
 
     Raises:
-        ValueError: a model whose classes are not a colour and a shape of the world's.
+        ValueError: the model's classes are not pairs of a colour and a shape of the world.
     """
     if not getattr(pipeline, "labels", None):
         raise ValueError(f"class_model: the classes of {type(pipeline).__name__} have no names")
     named = sorted((number, label) for label, number in pipeline.labels.items())
     order = np.random.default_rng(seed).permutation(len(named))
     chosen = [named[order[i % len(named)]] for i in range(count)]
-    return Asked([number for number, _ in chosen], [_scene(label) for _, label in chosen])
+    return ClassSample([number for number, _ in chosen], [_class_scene(label) for _, label in chosen])
 
 
-def _scene(label: str) -> Scene:
+def _class_scene(label: str) -> Scene:
     colour, _, shape = label.partition(" ")
     try:
         thing = Thing(shape, colour, "large", "centre", named=("shape", "colour"))
@@ -49,61 +70,90 @@ def _scene(label: str) -> Scene:
     return Scene((thing,), "plain", "grey", named=())
 
 
-class Drawings(NamedTuple):
-    """A few pictures of a model, for a figure."""
+class CaptionedPictures(NamedTuple):
+    """A few pictures that a model drew, for a figure."""
 
     pictures: Tensor
     """(N, 3, H, W) in [-1, 1]."""
     captions: list[str]
-    """What was asked for."""
+    """The prompt or class name of each."""
 
 
-def drawings(pipeline: Any, sampling: Sampling, count: int, seed: int = 0) -> Drawings:
-    """Pictures of prompts of combinations that were kept from training; of a class-conditional model, of classes."""
+def draw_examples(pipeline: Any, sampling: Sampling, count: int, seed: int = 0) -> CaptionedPictures:
+    """Draw prompts of the ``test`` split; with a class-conditional model, classes."""
     if by_class(pipeline):
-        numbers, scenes = classes_asked(pipeline, count, seed)
-        return Drawings(
-            activations.generate_all(pipeline, numbers, sampling, seed=seed), [one.prompt for one in scenes]
-        )
+        numbers, scenes = sample_classes(pipeline, count, seed)
+        pictures = activations.generate_all(pipeline, numbers, sampling, seed=seed)
+        return CaptionedPictures(pictures, [scene.prompt for scene in scenes])
     texts = load_prompts("world", split="test", count=count).texts
-    return Drawings(activations.generate_all(pipeline, texts, sampling, seed=seed), texts)
+    return CaptionedPictures(activations.generate_all(pipeline, texts, sampling, seed=seed), texts)
 
 
-def table(asked: Sequence[Scene], pictures: Mapping[str, Tensor]) -> pd.DataFrame:
+def accuracy_table(scenes: Sequence[Scene], pictures: Mapping[str, Tensor]) -> pd.DataFrame:
     """The accuracy of every factor, for several sets of pictures of the same N scenes.
 
+    Args:
+        scenes: N scenes; only factors that their prompts name count.
+        pictures: by the name of their source, (N, 3, 64, 64) in [-1, 1].
+
     Returns:
-        Columns ``who`` and those of :func:`vaelab.world.oracle.accuracy`.
+        Columns ``source`` and those of :func:`vaelab.world.oracle.accuracy_by_factor`.
     """
-    parts = [oracle.accuracy(oracle.judge(asked, made)).assign(who=who) for who, made in pictures.items()]
-    whole = pd.concat(parts, ignore_index=True)
-    return whole[["who", *whole.columns.drop("who")]]
+    parts = []
+    for source, drawn in pictures.items():
+        accuracy = oracle.accuracy_by_factor(oracle.check_prompts(scenes, drawn))
+        accuracy.insert(0, "source", source)
+        parts.append(accuracy)
+    return pd.concat(parts, ignore_index=True)
 
 
-def through_vae(pipeline: Any, pictures: Tensor, batch_size: int) -> Tensor:
-    """Pictures (N, 3, H, W) encoded and decoded by a pipeline's autoencoder, on the CPU."""
+def reconstruct_in_batches(pipeline: Any, pictures: Tensor, batch_size: int) -> Tensor:
+    """Encode and decode pictures by a pipeline's autoencoder.
+
+    Args:
+        pipeline: a diffusers pipeline with a ``vae``.
+        pictures: (N, 3, H, W) in [-1, 1].
+        batch_size: pictures of one pass.
+
+    Returns:
+        (N, 3, H, W) float32, on the CPU.
+    """
     vae = pipeline.vae
     parts = [models.reconstruct(vae, part.to(vae.device, vae.dtype)).cpu() for part in pictures.split(batch_size)]
     return torch.cat(parts).float()
 
 
-def captions(asked: Sequence[Scene], pictures: Tensor) -> list[str]:
-    """Each prompt, with what the oracle reads otherwise than it names."""
-    judged = oracle.judge(asked, pictures)
-    wrong = judged[~judged["right"]].groupby("picture")
-    said = {picture: ", ".join(f"{row.asked} → {row.read}" for row in part.itertuples()) for picture, part in wrong}
-    return [scene.prompt + (f" [{said[i]}]" if i in said else "") for i, scene in enumerate(asked)]
+def captions_with_errors(scenes: Sequence[Scene], pictures: Tensor) -> list[str]:
+    """Each scene's prompt, with what the oracle recognises otherwise in the picture (N, 3, 64, 64)."""
+    checked = oracle.check_prompts(scenes, pictures)
+    wrong = checked[~checked["correct"]].groupby("picture")
+    errors = {
+        picture: ", ".join(f"{row.expected} → {row.recognised}" for row in part.itertuples()) for picture, part in wrong
+    }
+    return [scene.prompt + (f" [{errors[i]}]" if i in errors else "") for i, scene in enumerate(scenes)]
 
 
-def by_steps(
-    pipeline: Any, asked: Prompts, sampling: Sampling, steps: Sequence[int], *, batch_size: int, seed: int
+def accuracy_by_steps(
+    pipeline: Any, prompts: Prompts, sampling: Sampling, steps: Sequence[int], *, batch_size: int, seed: int
 ) -> pd.DataFrame:
-    """The accuracy of every factor with other numbers of denoising steps: ``steps`` and a column a factor."""
+    """The accuracy of every factor with other numbers of denoising steps.
+
+    Args:
+        pipeline: a text-to-image pipeline.
+        prompts: of the world.
+        sampling: guidance and size.
+        steps: the numbers of steps; repeated ones count once.
+        batch_size: pictures of one pass.
+        seed: of the first picture's noise.
+
+    Returns:
+        A row for each number of ``steps``, with a column for each factor.
+    """
     rows = []
     for count in sorted(set(steps)):
-        made = activations.generate_all(
-            pipeline, asked.texts, replace(sampling, steps=count), batch_size=batch_size, seed=seed
+        drawn = activations.generate_all(
+            pipeline, prompts.texts, replace(sampling, steps=count), batch_size=batch_size, seed=seed
         )
-        accuracy = oracle.accuracy(oracle.judge(asked.scenes, made)).set_index("factor")["accuracy"]
-        rows.append({"steps": count, **accuracy.to_dict()})
+        accuracy = oracle.accuracy_by_factor(oracle.check_prompts(prompts.scenes, drawn))
+        rows.append({"steps": count, **accuracy.set_index("factor")["accuracy"].to_dict()})
     return pd.DataFrame(rows)

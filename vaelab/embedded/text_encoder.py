@@ -1,9 +1,8 @@
-"""The embedded text model: CLIP's architecture, a tokenizer of its own, and how it learns to read.
+"""The embedded text encoder: CLIP's architecture, its own tokenizer, and how it is pretrained.
 
-Stable Diffusion's text encoder has learned to read before the U-Net sees it, from 400 million
-pictures with captions (Radford et al. 2021). This one, which knows only the world's prompts, learns
-from the prompts alone: asked what a prompt puts in each place, it must give its tokens what the
-U-Net will look for there.
+Stable Diffusion's text encoder has learned to read before the U-Net uses it, from 400 million captioned
+pictures (Radford et al. 2021). This one is pretrained on the world's prompts alone: a small head must
+predict from its token states which shape, colour and size a prompt names at each of the nine positions.
 """
 
 import itertools
@@ -11,7 +10,7 @@ import json
 import string
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from vaelab.core.validate import at_least
+from vaelab.training.batches import Batches, NumberedBatches
 from vaelab.world.scenes import (
     COLOURS,
     FACTORS,
@@ -36,26 +36,29 @@ if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
 
 MAX_TOKENS = 40
-SPECIAL = ("<|startoftext|>", "<|endoftext|>")
-PROMPTS_FOR_THE_TOKENIZER = 5000
-NOT_SAID = -1
-ASKED = {"shape": len(SHAPES) + 1, "colour": len(COLOURS), "size": len(SIZES)}
-"""What is asked of each place; after the shapes comes that nothing is there."""
-GROUND = {"texture": len(TEXTURES), "ground": len(GROUNDS)}
+SPECIAL_TOKENS = ("<|startoftext|>", "<|endoftext|>")
+TOKENIZER_PROMPTS = 5000
+"""Prompts whose words get a token each."""
+UNNAMED = -1
+"""Label of a factor that a prompt does not name."""
+POSITION_FACTORS = {"shape": len(SHAPES) + 1, "colour": len(COLOURS), "size": len(SIZES)}
+"""Number of classes of each factor at a position; the last shape is "nothing"."""
+GROUND_FACTORS = {"texture": len(TEXTURES), "ground": len(GROUNDS)}
+"""Number of classes of each factor of the ground."""
 
 
 def new_tokenizer() -> "CLIPTokenizer":
-    """CLIP's byte-pair tokenizer, with a token for every word of the world's prompts.
+    """CLIP's byte-pair tokenizer, with one token for every word of the world's prompts.
 
-    The merges are found here, ties broken by name: the tokenizers library's trainer breaks them
-    otherwise in every process, and a training that is gone on from needs the same numbers.
+    The merges are computed here, with ties broken by name. The trainer of the tokenizers library breaks
+    ties differently in every process, and a resumed training needs the same token numbers.
     """
     from transformers import CLIPTokenizer
 
-    prompts = (sample(seed).prompt for seed in range(PROMPTS_FOR_THE_TOKENIZER))
+    prompts = (sample(seed).prompt for seed in range(TOKENIZER_PROMPTS))
     merges = _merges(sorted({word for prompt in prompts for word in prompt.replace(",", " ,").split()}))
     characters = string.ascii_lowercase + string.digits + ".,!?'-"
-    tokens = [*SPECIAL, *characters, *(f"{one}</w>" for one in characters), *map("".join, merges)]
+    tokens = [*SPECIAL_TOKENS, *characters, *(f"{character}</w>" for character in characters), *map("".join, merges)]
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
         Path(folder, "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, merges)]))
@@ -63,7 +66,7 @@ def new_tokenizer() -> "CLIPTokenizer":
 
 
 def _merges(words: list[str]) -> list[tuple[str, str]]:
-    """Byte-pair encoding (Sennrich et al. 2016) of words that count once each, until each is one token."""
+    """Byte-pair merges (Sennrich et al. 2016) until each word is one token; every word counts once."""
     pieces = [[*word[:-1], f"{word[-1]}</w>"] for word in words]
     merges: list[tuple[str, str]] = []
     while counts := Counter(pair for word in pieces for pair in itertools.pairwise(word)):
@@ -77,14 +80,28 @@ def _merges(words: list[str]) -> list[tuple[str, str]]:
 
 
 def tokenize(tokenizer: "CLIPTokenizer", prompts: list[str]) -> Tensor:
-    """Token numbers (B, L), padded as the pipelines of diffusers do."""
-    return tokenizer(
-        prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
-    ).input_ids
+    """Token numbers (B, L) of prompts, padded to the tokenizer's length as diffusers' pipelines do.
+
+    Raises:
+        ValueError: a prompt that does not fit. transformers would cut its end off and only log that.
+    """
+    length = tokenizer.model_max_length
+    tokens = tokenizer(prompts, padding="max_length", max_length=length).input_ids
+    for prompt, row in zip(prompts, tokens, strict=True):
+        if len(row) > length:
+            raise ValueError(f"prompts: {prompt!r} has {len(row)} tokens; the tokenizer takes up to {length}")
+    return torch.tensor(tokens)
 
 
-def new_text_model(tokenizer: "CLIPTokenizer", width: int, layers: int, seed: int = 0) -> "CLIPTextModel":
-    """An untrained CLIP text model, whose states are ``width`` wide."""
+def new_text_encoder(tokenizer: "CLIPTokenizer", width: int, layers: int, seed: int = 0) -> "CLIPTextModel":
+    """An untrained CLIP text encoder.
+
+    Args:
+        tokenizer: fixes the vocabulary.
+        width: channels of its states.
+        layers: transformer layers.
+        seed: fixes the initial weights.
+    """
     from transformers import CLIPTextConfig, CLIPTextModel
 
     with torch.random.fork_rng(devices=[]):
@@ -106,73 +123,85 @@ def new_text_model(tokenizer: "CLIPTokenizer", width: int, layers: int, seed: in
 
 
 class ReadingObjective(nn.Module):
-    """Cross-entropy of what a prompt puts in each of the nine places, and of its ground.
+    """Cross-entropy of the factors that a prompt names at each of the nine positions and of the ground.
 
-    Each place asks with a query of its own, through one layer of attention to the text model's
-    states: as little as that, so that it is the text model that learns to read.
+    Each position has a query of its own, which attends to the text encoder's states in one layer. The head
+    is this small so that the text encoder, not the head, learns to read.
+
+    Args:
+        text_encoder: is trained, together with the head.
+        seed: fixes the head's initial weights.
     """
 
-    def __init__(self, text_model: "CLIPTextModel", seed: int = 0):
+    def __init__(self, text_encoder: "CLIPTextModel", seed: int = 0):
         super().__init__()
-        width = text_model.config.hidden_size
-        self.text_encoder = text_model
+        width = text_encoder.config.hidden_size
+        self.text_encoder = text_encoder
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.queries = nn.Parameter(torch.randn(len(POSITIONS) + 1, width))
             self.attention = nn.MultiheadAttention(width, 4, batch_first=True)
-            self.place = nn.Linear(width, sum(ASKED.values()))
-            self.ground = nn.Linear(width, sum(GROUND.values()))
+            self.position_head = nn.Linear(width, sum(POSITION_FACTORS.values()))
+            self.ground_head = nn.Linear(width, sum(GROUND_FACTORS.values()))
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The loss of ``tokens`` (B, L), what is said of each of the 9 ``places`` (B, 9, 3) and of
-        the ``ground`` (B, 2), -1 where the prompt does not say; and the share of right answers."""
+        """Compute the loss of a batch.
+
+        Args:
+            batch: ``tokens`` (B, L) and the labels of :func:`prompt_labels`.
+
+        Returns:
+            Scalars: the ``loss``, summed over factors and positions, and the ``accuracy`` over all named factors.
+        """
         states = self.text_encoder(batch["tokens"])[0]
-        found, _ = self.attention(self.queries.expand(len(states), -1, -1), states, states, need_weights=False)
-        answers = [
-            *self.place(found[:, :-1]).split(list(ASKED.values()), -1),
-            *self.ground(found[:, -1]).split(list(GROUND.values()), -1),
+        queries = self.queries.expand(len(states), -1, -1)
+        attended, _ = self.attention(queries, states, states, need_weights=False)
+        predictions = [
+            *self.position_head(attended[:, :-1]).split(list(POSITION_FACTORS.values()), -1),
+            *self.ground_head(attended[:, -1]).split(list(GROUND_FACTORS.values()), -1),
         ]
-        truths = [*batch["places"].unbind(-1), *batch["ground"].unbind(-1)]
-        loss, right, said = 0.0, 0, 0
-        for answer, truth in zip(answers, truths, strict=True):
-            known = truth != NOT_SAID
-            if known.any():
-                loss = loss + nn.functional.cross_entropy(answer[known].float(), truth[known])
-                right, said = right + (answer[known].argmax(-1) == truth[known]).sum(), said + known.sum()
-        return {"loss": loss, "right": right / said}
+        labels = [*batch["positions"].unbind(-1), *batch["ground"].unbind(-1)]
+        loss, correct, count = 0.0, 0, 0
+        for logits, truth in zip(predictions, labels, strict=True):
+            named = truth != UNNAMED
+            if named.any():
+                loss = loss + nn.functional.cross_entropy(logits[named].float(), truth[named])
+                correct = correct + (logits[named].argmax(-1) == truth[named]).sum()
+                count = count + named.sum()
+        return {"loss": loss, "accuracy": correct / count}
 
 
-def readings(batch_size: int, tokenizer: "CLIPTokenizer") -> Callable[..., Iterator[dict[str, Tensor]]]:
-    """Endless batches of prompts of training scenes, for :class:`ReadingObjective`."""
+def prompt_batches(batch_size: int, tokenizer: "CLIPTokenizer") -> Batches:
+    """Endless batches of prompts of training scenes, as :class:`ReadingObjective` takes them."""
     at_least("batch_size", batch_size, 1)
 
-    def batches(start: int = 0, rank: int = 0, world: int = 1) -> Iterator[dict[str, Tensor]]:
-        for number in itertools.count(start):
-            first = (number * world + rank) * batch_size
-            drawn = [sample(seed) for seed in range(first, first + batch_size)]
-            yield {"tokens": tokenize(tokenizer, [scene.prompt for scene in drawn]), **said(drawn)}
+    def make(number: int) -> dict[str, Tensor]:
+        scenes = [sample(number * batch_size + i) for i in range(batch_size)]
+        return {"tokens": tokenize(tokenizer, [scene.prompt for scene in scenes]), **prompt_labels(scenes)}
 
-    return batches
+    return NumberedBatches(make)
 
 
-def said(scenes: Sequence[Scene]) -> dict[str, Tensor]:
-    """What prompts say: ``places`` (B, 9, 3), of each place its shape, colour and size, and
-    ``ground`` (B, 2), as numbers of the world's factors.
+def prompt_labels(scenes: Sequence[Scene]) -> dict[str, Tensor]:
+    """The factors that the scenes' prompts name, as class numbers; ``UNNAMED`` where a prompt names none.
 
-    A place is said to be empty where the place of every thing is named and it is none of these.
+    A position counts as empty where the prompt names the positions of all things and this is none of them.
+
+    Returns:
+        ``positions`` (B, 9, 3): shape, colour and size at each position. ``ground`` (B, 2): texture and colour.
     """
-    places = torch.full((len(scenes), len(POSITIONS), len(ASKED)), NOT_SAID)
-    ground = torch.full((len(scenes), len(GROUND)), NOT_SAID)
+    positions = torch.full((len(scenes), len(POSITIONS), len(POSITION_FACTORS)), UNNAMED)
+    ground = torch.full((len(scenes), len(GROUND_FACTORS)), UNNAMED)
     for i, scene in enumerate(scenes):
         placed = [thing for thing in scene.things if "position" in thing.named]
         if len(placed) == len(scene.things):
-            places[i, :, 0] = len(SHAPES)
+            positions[i, :, 0] = len(SHAPES)
         for thing in placed:
-            values = [_number(thing, factor) for factor in ASKED]
-            places[i, FACTORS["position"].index(thing.position)] = torch.tensor(values)
-        ground[i] = torch.tensor([_number(scene, factor) for factor in SCENE_FACTORS])
-    return {"places": places, "ground": ground}
+            labels = [_label(thing, factor) for factor in POSITION_FACTORS]
+            positions[i, FACTORS["position"].index(thing.position)] = torch.tensor(labels)
+        ground[i] = torch.tensor([_label(scene, factor) for factor in SCENE_FACTORS])
+    return {"positions": positions, "ground": ground}
 
 
-def _number(named: object, factor: str) -> int:
-    return FACTORS[factor].index(getattr(named, factor)) if factor in named.named else NOT_SAID
+def _label(described: object, factor: str) -> int:
+    return FACTORS[factor].index(getattr(described, factor)) if factor in described.named else UNNAMED

@@ -1,11 +1,11 @@
-"""Training the embedded class-conditional model from scratch on the world: a diffusion transformer.
+"""Training of the embedded class-conditional diffusion transformer, from scratch on the world.
 
-DiT (Peebles and Xie 2023) on the latents of the text-to-image model's autoencoder, with that model's
-schedule and v-prediction, so that a U-Net and a transformer can be compared on one world. A class is what
-a picture's only thing is, ``red circle``; its size and place and the ground are left to chance.
+A DiT (Peebles and Xie 2023) on the latents of the text-to-image model's autoencoder, with that model's
+noise schedule and v-prediction, so that a U-Net and a transformer can be compared on the same data. Every
+picture shows one thing. Its colour and shape, such as ``red circle``, are its class; size, position and
+ground vary.
 """
 
-from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,31 +15,33 @@ from torch import Tensor, nn
 
 from vaelab.core import devices
 from vaelab.core.validate import at_least
-from vaelab.embedded.curriculum import exactly_placed, pixel_weights, scaled_latents, stream, weighted_error
-from vaelab.embedded.train_unet import attention_written_out, new_scheduler
+from vaelab.embedded.curriculum import pixel_weights, scaled_latents, scene_batches, weighted_mse, without_offsets
+from vaelab.embedded.train_unet import new_scheduler, unfused_attention_on_cpu
+from vaelab.training.batches import Batches
 from vaelab.training.loop import TrainConfig, Trained, train
-from vaelab.world.scenes import COLOURS, SHAPES, Scene, allowed, render
+from vaelab.world.scenes import COLOURS, SHAPES, Scene, allowed_combinations, render
 
-BATCH = 32
-NO_CLASS = 1000
-"""The class that stands for none: diffusers' ``DiTPipeline`` guides with this number, whatever the model."""
+BATCH_SIZE = 32
+NULL_CLASS = 1000
+"""The class number that means no class; diffusers' ``DiTPipeline`` uses it for guidance with every model."""
 CLASS_DROPOUT = 0.1
-"""Share of the pictures that are shown without their class, for classifier-free guidance."""
-THING_WEIGHT = 5.0
-"""How much a thing's pixels count beside the ground's, of which there are many more."""
+"""Share of the training pictures without their class, for classifier-free guidance."""
+THING_PIXEL_WEIGHT = 5.0
+"""Weight of a thing's pixels in the loss, where one of the ground has weight 1."""
 EMBEDDING_STD = 0.02
+"""Standard deviation of the initial timestep and class embeddings."""
 
 
 @dataclass(frozen=True)
 class DiTConfig:
-    """The transformer's sizes."""
+    """Sizes of the transformer."""
 
     layers: int = 6
-    """Blocks."""
+    """Transformer blocks."""
     heads: int = 3
-    """Of each block's attention."""
+    """Attention heads of a block."""
     head_width: int = 64
-    """Channels to a head."""
+    """Channels of an attention head."""
     patch: int = 2
     """Side of the square of latent pixels that is a token."""
 
@@ -49,22 +51,22 @@ class DiTConfig:
 
 
 class TrainedDiT(NamedTuple):
-    """What :func:`train_dit` gives back."""
+    """Result of :func:`train_dit`."""
 
     pipeline: Any
     """A ``DiTPipeline``, in evaluation mode."""
     trained: Trained
-    """How its training went."""
+    """Its training."""
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        """The rows of its history, ``condition`` being ``DiT``."""
+        """The rows of its training history, with ``condition`` ``DiT``."""
         return [{**row, "condition": "DiT"} for row in self.trained.history]
 
 
-def classes() -> dict[int, str]:
-    """The names of the classes: the pairs of colour and shape that training shows, 56 of 64."""
-    shown = {(colour, shape) for shape, colour, _, _ in allowed("train")}
+def class_names() -> dict[int, str]:
+    """Names of the classes by number: the 56 of 64 pairs of colour and shape in the training split."""
+    shown = {(colour, shape) for shape, colour, _, _ in allowed_combinations("train")}
     pairs = [(colour, shape) for colour in COLOURS for shape in SHAPES if (colour, shape) in shown]
     return {number: f"{colour} {shape}" for number, (colour, shape) in enumerate(pairs)}
 
@@ -78,16 +80,17 @@ def train_dit(
     seed: int = 0,
     model: DiTConfig | None = None,
 ) -> TrainedDiT:
-    """Train the transformer from scratch on the latents of a trained autoencoder, going on from what an
-    interrupted call left.
+    """Train the transformer from scratch on the latents of a trained autoencoder.
+
+    An interrupted call is resumed from the folder's checkpoint.
 
     Args:
         folder: where the checkpoint goes.
-        vae: the autoencoder, with its ``scaling_factor``; it stays as it is, on the device.
-        steps: of 32 pictures each.
+        vae: the autoencoder, with its ``scaling_factor``; it is frozen and moved to the device.
+        steps: optimizer steps, 32 pictures each.
         device: where to train.
-        seed: fixes the first weights and every step.
-        model: the transformer's sizes.
+        seed: fixes the initial weights and every step.
+        model: the transformer's sizes; None takes the defaults.
     """
     model = model or DiTConfig()
     pipeline = new_dit(vae.requires_grad_(False).to(devices.pick(device)), model, seed)
@@ -95,25 +98,27 @@ def train_dit(
         steps=steps, learning_rate=1e-3, weight_decay=0.01, warmup=min(200, steps // 10), schedule="cosine",
         log_every=50, precision="bfloat16", device=device, seed=seed, checkpoint_every=100,
     )  # fmt: skip
-    settings = {"model": asdict(model), "scaling_factor": round(vae.config.scaling_factor, 4), "batch_size": BATCH,
-                "class_dropout": CLASS_DROPOUT, "thing_weight": THING_WEIGHT}  # fmt: skip
-    with attention_written_out(pipeline.transformer):
-        trained = train(ClassObjective(pipeline), classed(BATCH), config, folder=folder, settings=settings, title="DiT")
+    settings = {"model": asdict(model), "scaling_factor": round(vae.config.scaling_factor, 4), "batch_size": BATCH_SIZE,
+                "class_dropout": CLASS_DROPOUT, "thing_pixel_weight": THING_PIXEL_WEIGHT}  # fmt: skip
+    with unfused_attention_on_cpu(pipeline.transformer, device):
+        trained = train(
+            ClassObjective(pipeline), class_batches(BATCH_SIZE), config, folder=folder, settings=settings, title="DiT"
+        )
     pipeline.set_progress_bar_config(disable=True)
     return TrainedDiT(pipeline, trained)
 
 
 def new_dit(vae: nn.Module, config: DiTConfig, seed: int = 0) -> Any:
-    """A ``DiTPipeline`` of a trained autoencoder with an untrained transformer.
+    """A ``DiTPipeline`` of a trained autoencoder and an untrained transformer.
 
     Args:
         vae: the autoencoder.
         config: the transformer's sizes.
-        seed: fixes its weights.
+        seed: fixes the initial weights.
     """
     from diffusers import DiTPipeline, DiTTransformer2DModel
 
-    names = classes()
+    names = class_names()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         transformer = DiTTransformer2DModel(
@@ -124,7 +129,7 @@ def new_dit(vae: nn.Module, config: DiTConfig, seed: int = 0) -> Any:
             num_layers=config.layers,
             sample_size=vae.config.sample_size // 2 ** (len(vae.config.block_out_channels) - 1),
             patch_size=config.patch,
-            num_embeds_ada_norm=NO_CLASS,
+            num_embeds_ada_norm=NULL_CLASS,
         )
         _initialise(transformer, len(names))
     pipeline = DiTPipeline(transformer, vae, new_scheduler(), names)
@@ -133,8 +138,10 @@ def new_dit(vae: nn.Module, config: DiTConfig, seed: int = 0) -> Any:
 
 
 def _initialise(transformer: nn.Module, shown: int) -> None:
-    """Every block begins as the identity (adaLN-Zero; Peebles and Xie, section 3.2), which diffusers leaves to
-    whoever trains one; of classes that are never shown the embedding is zero."""
+    """Initialise every block as the identity (adaLN-Zero; Peebles and Xie, section 3.2), which diffusers does not do.
+
+    The embeddings of classes that never occur are zero.
+    """
     for module in transformer.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
@@ -144,29 +151,39 @@ def _initialise(transformer: nn.Module, shown: int) -> None:
         timestep, table = block.norm1.emb.timestep_embedder, block.norm1.emb.class_embedder.embedding_table.weight
         for weight in (timestep.linear_1.weight, timestep.linear_2.weight, table):
             nn.init.normal_(weight, std=EMBEDDING_STD)
-        table.data[shown:NO_CLASS] = 0
+        table.data[shown:NULL_CLASS] = 0
     for last in (transformer.proj_out_1, transformer.proj_out_2):
         nn.init.zeros_(last.weight)
 
 
 class ClassObjective(nn.Module):
-    """L = E ||v - v_theta(z_t, t, class)||^2, the things' pixels counting more.
+    """L = E ||v - v_theta(z_t, t, class)||^2, with a higher weight on the things' pixels.
 
-    A class is dropped here, for the whole transformer at once. In diffusers each block has an embedding of
-    its own, which would drop it by itself: hardly a picture in a million would be without it everywhere,
-    as a picture is where guidance asks what would be drawn without a class.
+    A class is dropped here for the whole transformer at once. In diffusers each block embeds the class by
+    itself and would drop it independently of the others. Hardly one picture in a million would then have no
+    class in any block, which is what guidance needs.
+
+    Args:
+        pipeline: a ``DiTPipeline``; its transformer is trained.
     """
 
     def __init__(self, pipeline: Any):
         super().__init__()
         self.transformer = pipeline.transformer
-        self._vae, self._scheduler = [pipeline.vae], pipeline.scheduler  # a list: not trained
+        self._vae, self._scheduler = [pipeline.vae], pipeline.scheduler  # in a list it is no submodule: not trained
         for block in self.transformer.transformer_blocks:
             block.norm1.emb.class_embedder.dropout_prob = 0.0
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The loss of ``pixels`` (B, 3, R, R) in [-1, 1], their ``classes`` (B,) and the ``weight``
-        (B, 1, R, R) of each pixel."""
+        """Compute the losses of a batch.
+
+        Args:
+            batch: ``pixels`` (B, 3, R, R) in [-1, 1], their ``classes`` (B,) and the ``weight`` (B, 1, R, R)
+                of each pixel.
+
+        Returns:
+            Scalars: the ``loss`` and the unweighted ``velocity_mse``.
+        """
         device = batch["pixels"].device
         latents = scaled_latents(self._vae[0], batch["pixels"])
         noise = torch.randn_like(latents)
@@ -174,22 +191,23 @@ class ClassObjective(nn.Module):
         dropped = torch.rand(len(latents)).to(device) < CLASS_DROPOUT
         noisy = self._scheduler.add_noise(latents, noise, timesteps)
         target = self._scheduler.get_velocity(latents, noise, timesteps)
-        told = batch["classes"].masked_fill(dropped, NO_CLASS)
-        loss, error = weighted_error(self.transformer(noisy, timesteps, told).sample, target, batch["weight"])
-        return {"loss": loss, "error": error}
+        classes = batch["classes"].masked_fill(dropped, NULL_CLASS)
+        predicted = self.transformer(noisy, timesteps, classes).sample
+        loss, velocity_mse = weighted_mse(predicted, target, batch["weight"])
+        return {"loss": loss, "velocity_mse": velocity_mse}
 
 
-def classed(batch_size: int) -> Callable[..., Iterator[dict[str, Tensor]]]:
-    """Endless batches of training scenes, of each the first thing alone and exactly at its place, with its class."""
-    numbers = {name: number for number, name in classes().items()}
+def class_batches(batch_size: int) -> Batches:
+    """Endless batches of training scenes with their class; a scene keeps its first thing only, without offset."""
+    numbers = {name: number for number, name in class_names().items()}
 
-    def batch(drawn: list[Scene], _: int) -> dict[str, Tensor]:
-        alone = [exactly_placed(replace(scene, things=scene.things[:1])) for scene in drawn]
+    def make(scenes: list[Scene], _: int) -> dict[str, Tensor]:
+        alone = [without_offsets(replace(scene, things=scene.things[:1])) for scene in scenes]
         names = [f"{scene.things[0].colour} {scene.things[0].shape}" for scene in alone]
         return {
             "pixels": render(alone),
             "classes": torch.tensor([numbers[name] for name in names]),
-            "weight": pixel_weights(alone, THING_WEIGHT),
+            "weight": pixel_weights(alone, THING_PIXEL_WEIGHT),
         }
 
-    return stream(batch_size, batch)
+    return scene_batches(batch_size, make)

@@ -1,9 +1,9 @@
-"""Training the embedded text-to-image model from scratch on the world.
+"""Training of the embedded text-to-image model, from scratch on the world.
 
-A latent diffusion model (Rombach et al. 2022) with cross-attention in every stage of its U-Net, made
-so that few steps suffice: v-prediction (Salimans and Ho 2022) on a schedule whose last timestep is
-pure noise (Lin et al. 2023), guided without a classifier (Ho and Salimans 2022). What it is taught,
-and in which order, is in :mod:`vaelab.embedded.curriculum`.
+A latent diffusion model (Rombach et al. 2022) with cross-attention in every stage of its U-Net. It needs
+few sampling steps: v-prediction (Salimans and Ho 2022) on a schedule whose last timestep is pure noise
+(Lin et al. 2023), with classifier-free guidance (Ho and Salimans 2022). Its training data and their order
+are in :mod:`vaelab.embedded.curriculum`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,9 +16,10 @@ import torch
 from torch import nn
 
 from vaelab import models
+from vaelab.core import devices
 from vaelab.core.validate import at_least
-from vaelab.embedded.curriculum import LESSONS, DenoisingObjective, pictures, prompted
-from vaelab.embedded.text_encoder import ReadingObjective, new_text_model, new_tokenizer, readings
+from vaelab.embedded.curriculum import LESSONS, DenoisingObjective, picture_batches, prompted_batches
+from vaelab.embedded.text_encoder import ReadingObjective, new_text_encoder, new_tokenizer, prompt_batches
 from vaelab.training.loop import TrainConfig, Trained, train
 from vaelab.vae.objective import VAEObjective
 from vaelab.world.scenes import SIDE, render, sample
@@ -27,31 +28,33 @@ if TYPE_CHECKING:
     from diffusers import DDIMScheduler
     from transformers import CLIPTextModel, CLIPTokenizer
 
-SCENES_FOR_THE_SCALE = 256
-VAE_BATCH = 16
-TEXT_BATCH = 64
-BATCH = 32
+SCALE_SCENES = 256
+VAE_BATCH_SIZE = 16
+TEXT_BATCH_SIZE = 64
+BATCH_SIZE = 32
 KL_WEIGHT = 1e-6
 HORIZON = 1.7
-"""Of the first lesson's schedule, in lessons: the second begins before the learning rate is low."""
+"""End of the first lesson's learning rate schedule, in units of its steps: the lesson ends at a high rate."""
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The sizes of the three networks."""
+    """Sizes of the autoencoder, the U-Net and the text encoder."""
 
     vae_channels: tuple[int, ...] = (32, 64, 64)
-    """Of the autoencoder's blocks; the latent's side is the picture's over 2 ** (blocks - 1)."""
+    """Channels of the autoencoder's blocks. The latent's side is the picture's divided by 2 ** (blocks - 1)."""
     latent_channels: int = 4
+    """Channels of the latent."""
     unet_channels: tuple[int, ...] = (64, 128)
-    """Of the U-Net's stages, from the latent's side to half of it and so on."""
+    """Channels of the U-Net's stages; each stage halves the side."""
     unet_layers: int = 2
-    """Of a stage on its way down, each a residual block and a transformer."""
+    """Layers of a down stage, each a residual block and a transformer block."""
     head_width: int = 32
-    """Channels to an attention head."""
+    """Channels of an attention head."""
     text_width: int = 128
-    """Of the text model's states, which the U-Net attends to."""
+    """Channels of the text encoder's states, which the U-Net attends to."""
     text_layers: int = 3
+    """Transformer layers of the text encoder."""
 
     def __post_init__(self) -> None:
         for name in ("unet_layers", "text_layers"):
@@ -62,20 +65,20 @@ class ModelConfig:
 
 
 class TrainedPipeline(NamedTuple):
-    """What :func:`train_pipeline` gives back."""
+    """Result of :func:`train_pipeline`."""
 
     pipeline: Any
     """A ``StableDiffusionPipeline``, in evaluation mode."""
     vae: Trained
-    """How the autoencoder's training went."""
+    """The autoencoder's training."""
     text: Trained
-    """How the text model learned to read."""
+    """The text encoder's pretraining."""
     lessons: dict[str, Trained]
-    """How each of the lessons of U-Net and text model went."""
+    """The training of U-Net and text encoder, by lesson."""
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        """The rows of all lessons' histories, steps counted through, ``condition`` the lesson."""
+        """The rows of all lessons' histories. ``step`` counts over all lessons; ``condition`` names the lesson."""
         rows, before = [], 0
         for name, trained in self.lessons.items():
             rows += [{**row, "step": row["step"] + before, "condition": name} for row in trained.history]
@@ -84,7 +87,7 @@ class TrainedPipeline(NamedTuple):
 
     @property
     def seconds(self) -> dict[str, float]:
-        """What each took in this process, as numbers of a run."""
+        """Seconds that each training took in this process, as metrics of a run."""
         named = {"world_vae": self.vae, "text_model": self.text, **self.lessons}
         return {f"{name}.seconds": trained.seconds for name, trained in named.items()}
 
@@ -99,60 +102,77 @@ def train_pipeline(
     seed: int = 0,
     model: ModelConfig | None = None,
 ) -> TrainedPipeline:
-    """Train the autoencoder, teach the text model to read, then train U-Net and text model together
-    on the latents, all from scratch on the world, going on from what an interrupted call left.
+    """Train the autoencoder, then the text encoder, then U-Net and text encoder together on the latents.
+
+    All start from random weights. An interrupted call is resumed from the folder's checkpoints.
 
     Args:
         folder: where the checkpoints go.
-        vae_steps: of the autoencoder, 16 pictures each.
-        text_steps: of the text model, 64 prompts each.
-        lesson_steps: of U-Net and text model, 32 pictures each, in each of the ``LESSONS``.
+        vae_steps: steps of the autoencoder, 16 pictures each.
+        text_steps: steps of the text encoder, 64 prompts each.
+        lesson_steps: steps of U-Net and text encoder, 32 pictures each, one number for each of the ``LESSONS``.
         device: where to train.
-        seed: fixes the first weights and every step.
-        model: the networks' sizes.
+        seed: fixes the initial weights and every step.
+        model: the networks' sizes; None takes the defaults.
 
     Raises:
-        ValueError: another number of ``lesson_steps`` than of lessons.
+        ValueError: ``lesson_steps`` does not have one number for each lesson.
     """
-    if len(lesson_steps) != len(LESSONS):
-        raise ValueError(f"lesson_steps: expected one for each of {', '.join(LESSONS)}, got {list(lesson_steps)}")
+    require_lesson_steps(lesson_steps)
     model = model or ModelConfig()
     vae = new_vae(model, seed)
-    settings = {"channels": [*model.vae_channels, model.latent_channels], "batch_size": VAE_BATCH, "kl": KL_WEIGHT}
+    settings = {"channels": [*model.vae_channels, model.latent_channels], "batch_size": VAE_BATCH_SIZE, "kl": KL_WEIGHT}
     vae_trained = train(
-        VAEObjective(vae, KL_WEIGHT), pictures(VAE_BATCH), _training(vae_steps, 100, device, seed),
+        VAEObjective(vae, KL_WEIGHT), picture_batches(VAE_BATCH_SIZE), _training(vae_steps, 100, device, seed),
         folder=Path(folder, "vae"), settings=settings, title="autoencoder",
     )  # fmt: skip
-    vae.requires_grad_(False).register_to_config(scaling_factor=latent_scale(vae))
+    vae.requires_grad_(False).register_to_config(scaling_factor=latent_mean_scale(vae))
     tokenizer = new_tokenizer()
-    text_encoder = new_text_model(tokenizer, model.text_width, model.text_layers, seed)
-    settings = {"width": model.text_width, "layers": model.text_layers, "batch_size": TEXT_BATCH}
+    text_encoder = new_text_encoder(tokenizer, model.text_width, model.text_layers, seed)
+    settings = {"width": model.text_width, "layers": model.text_layers, "batch_size": TEXT_BATCH_SIZE}
     text_trained = train(
-        ReadingObjective(text_encoder, seed), readings(TEXT_BATCH, tokenizer), _training(text_steps, 100, device, seed),
-        folder=Path(folder, "text"), settings=settings, title="text model",
+        ReadingObjective(text_encoder, seed), prompt_batches(TEXT_BATCH_SIZE, tokenizer),
+        _training(text_steps, 100, device, seed),
+        folder=Path(folder, "text"), settings=settings, title="text encoder",
     )  # fmt: skip
     pipeline = new_pipeline(vae, text_encoder, tokenizer, model, seed)
-    lessons, places = {}, None
-    with attention_written_out(pipeline.unet):
+    lessons, heads = {}, None
+    with unfused_attention_on_cpu(pipeline.unet, device):
         for (name, schedule), steps in zip(LESSONS.items(), lesson_steps, strict=True):
             objective = DenoisingObjective(pipeline, schedule)
-            objective.places = places = places or objective.places
-            settings = {"model": asdict(model), "schedule": asdict(schedule), "batch_size": BATCH}
+            objective.position_heads = heads = heads or objective.position_heads
+            settings = {"model": asdict(model), "schedule": asdict(schedule), "batch_size": BATCH_SIZE}
             config = _training(steps, 50 if lessons else 200, device, seed)
             if not lessons:
                 config = replace(config, horizon=round(HORIZON * steps))
-            stream = prompted(BATCH, tokenizer, schedule)
-            lessons[name] = train(objective, stream, config, folder=Path(folder, name), settings=settings, title=name)
+            batches = prompted_batches(BATCH_SIZE, tokenizer, schedule)
+            lessons[name] = train(objective, batches, config, folder=Path(folder, name), settings=settings, title=name)
     pipeline.set_progress_bar_config(disable=True)
     return TrainedPipeline(pipeline, vae_trained, text_trained, lessons)
 
 
+def require_lesson_steps(lesson_steps: Sequence[int]) -> None:
+    """Raise ValueError unless there is one number of steps, at least 1, for each of the ``LESSONS``."""
+    if len(lesson_steps) != len(LESSONS):
+        raise ValueError(f"lesson_steps: expected one for each of {', '.join(LESSONS)}, got {list(lesson_steps)}")
+    at_least("lesson_steps", min(lesson_steps), 1)
+
+
 @contextmanager
-def attention_written_out(network: nn.Module) -> Iterator[None]:
-    """Without PyTorch's fused attention, whose backward pass is slow on a CPU: a training step of the U-Net
-    takes a fifth less time there."""
+def unfused_attention_on_cpu(network: nn.Module, device: str) -> Iterator[None]:
+    """Replace PyTorch's fused attention in a network that trains on the CPU, where its backward pass is slow.
+
+    A training step of the U-Net takes a fifth less time there. On any other device nothing changes.
+
+    Args:
+        network: a diffusers model; its processors are restored afterwards.
+        device: as a notebook names it, such as ``auto``.
+    """
     from diffusers.models.attention_processor import AttnProcessor
 
+    if devices.pick(device).type != "cpu":
+        yield
+        return
     fused = {module: module.processor for module in network.modules() if hasattr(module, "set_processor")}
     for attention in fused:
         attention.set_processor(AttnProcessor())
@@ -171,7 +191,7 @@ def _training(steps: int, warmup: int, device: str, seed: int) -> TrainConfig:
 
 
 def new_vae(config: ModelConfig, seed: int = 0) -> nn.Module:
-    """An untrained autoencoder."""
+    """An untrained ``AutoencoderKL`` for pictures of the world."""
     from diffusers import AutoencoderKL
 
     depth = len(config.vae_channels)
@@ -192,7 +212,7 @@ def new_vae(config: ModelConfig, seed: int = 0) -> nn.Module:
 def new_pipeline(
     vae: nn.Module, text_encoder: "CLIPTextModel", tokenizer: "CLIPTokenizer", config: ModelConfig, seed: int = 0
 ) -> Any:
-    """A ``StableDiffusionPipeline`` of a trained autoencoder and text model with an untrained U-Net."""
+    """A ``StableDiffusionPipeline`` of a trained autoencoder and text encoder with an untrained U-Net."""
     from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
     stages = len(config.unet_channels)
@@ -207,7 +227,7 @@ def new_pipeline(
             block_out_channels=config.unet_channels,
             layers_per_block=config.unet_layers,
             cross_attention_dim=config.text_width,
-            # by diffusers' misnomer, the number of heads
+            # diffusers' name is misleading: it is the number of heads
             attention_head_dim=tuple(width // config.head_width for width in config.unet_channels),
             use_linear_projection=True,
             norm_num_groups=16,
@@ -218,12 +238,12 @@ def new_pipeline(
 
 
 def new_scheduler() -> "DDIMScheduler":
-    """The schedule of noise that the embedded denoisers are trained on; its last timestep is pure noise."""
+    """The noise schedule of the embedded denoisers; its last timestep is pure noise."""
     from diffusers import DDIMScheduler
 
     return DDIMScheduler(
-        # more noise than Stable Diffusion's: a thing is seen through that one's at three quarters of the
-        # way, so that nothing but the first step would learn to read the prompt
+        # more noise than Stable Diffusion's schedule: there a thing is still visible after three quarters
+        # of the timesteps, so only the first sampling step would learn to read the prompt
         beta_start=0.0001,
         beta_end=0.02,
         beta_schedule="linear",
@@ -237,13 +257,12 @@ def new_scheduler() -> "DDIMScheduler":
 
 
 @torch.no_grad()
-def latent_scale(vae: nn.Module) -> float:
-    """diffusers' ``scaling_factor``: one over the standard deviation of the posteriors' means.
+def latent_mean_scale(vae: nn.Module) -> float:
+    """diffusers' ``scaling_factor``: one over the standard deviation of the posterior means.
 
-    The U-Net is trained on the means: the posterior's noise is what the decoder forgives, not what
-    a denoiser should have to make.
+    The U-Net is trained on the means. A denoiser should not have to reproduce the posterior's noise.
     """
-    pictures = render(sample(seed) for seed in range(SCENES_FOR_THE_SCALE))
+    pictures = render(sample(seed) for seed in range(SCALE_SCENES))
     parameter = next(vae.parameters())
     means = [
         models.posterior(vae, part.to(parameter.device, parameter.dtype)).mode().cpu().double()

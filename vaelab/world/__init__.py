@@ -18,12 +18,12 @@ from vaelab.world.scenes import (
     THING_FACTORS,
     Scene,
     Thing,
-    allowed,
+    allowed_combinations,
     background,
     dataset,
     render,
-    rows,
     sample,
+    table_rows,
 )
 
 __all__ = [
@@ -44,10 +44,10 @@ __all__ = [
     "TEXTURES",
     "THING_FACTORS",
     "Thing",
-    "allowed",
+    "allowed_combinations",
     "background",
     "dataset",
     "render",
-    "rows",
+    "table_rows",
     "sample",
 ]

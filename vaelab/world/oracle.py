@@ -1,9 +1,9 @@
-"""Reading a scene's factors back from a picture, by nothing but the world's own rules.
+"""The oracle: recognises a scene's factors in a picture by the renderer's rules alone.
 
-The oracle is the maximum-likelihood reader under the renderer and white noise: of all grounds the
-one nearest to the picture, then at each of the nine positions the thing (or nothing) whose drawing
-there leaves the smallest squared error. It has no trained part, so it cannot have learned the
-habits of the model that it judges.
+The oracle is the maximum-likelihood estimate under the renderer and white noise. First it chooses the
+ground that is nearest to the picture. Then it chooses, at each of the nine positions, the thing (or
+nothing) that leaves the smallest squared error there. No part of it is trained, so it cannot share the
+biases of the model that it evaluates.
 """
 
 import functools
@@ -33,6 +33,7 @@ from vaelab.world.scenes import (
 )
 
 REACH = JITTER + 1
+"""Largest offset that is searched, in pixels."""
 WINDOW = max(SIZES.values()) + 2 * REACH
 CHUNK = 64
 GROUND_SHARE = 0.65
@@ -40,25 +41,27 @@ GROUND_SHARE = 0.65
 
 class _Templates(NamedTuple):
     coverage: Tensor
-    """(K, W * W): what each thing covers of a position's window."""
+    """(K, W * W): the coverage of each thing in a position's window."""
     things: list[tuple[str, str, tuple[int, int]]]
-    """K shapes, sizes and offsets."""
+    """Shape, size and offset of each of the K templates."""
     colours: Tensor
-    """(C, 3)."""
+    """(C, 3) in [0, 1]."""
 
 
-def read(pictures: Tensor) -> list[Scene]:
-    """The scenes that pictures show.
+def read_scenes(pictures: Tensor) -> list[Scene]:
+    """Recognise the scenes that pictures show.
 
     Args:
         pictures: (N, 3, 64, 64) in [-1, 1].
 
     Returns:
-        A scene a picture, its things in the order of the positions; it may have none.
+        One scene for each picture, its things in the order of the positions; it may have none.
 
     Raises:
-        ValueError: pictures of another shape, or that are not finite.
+        ValueError: pictures of another shape, of whole numbers, or that are not finite.
     """
+    if not pictures.is_floating_point():
+        raise ValueError(f"pictures: expected floating point values in [-1, 1], got {pictures.dtype}")
     if pictures.ndim != 4 or tuple(pictures.shape[1:]) != (3, SIDE, SIDE):
         raise ValueError(f"pictures: expected (N, 3, {SIDE}, {SIDE}), got {tuple(pictures.shape)}")
     if not torch.isfinite(pictures).all():
@@ -85,7 +88,7 @@ def _read(pictures: Tensor) -> list[Scene]:
 
 
 def _best_at(position: str, pictures: Tensor, ground: Tensor) -> list[Thing | None]:
-    """What explains each picture's window best: of ||P - B - a (C - B)||^2 the part that varies."""
+    """The thing with the smallest ||P - B - a (C - B)||^2 in each picture's window, without its constant part."""
     templates, (rows, columns) = _templates(), _window(position)
     coverage, colours = templates.coverage, templates.colours
     behind = _grounds()[1][ground][:, :, rows, columns].flatten(2)  # (N, 3, W * W)
@@ -95,7 +98,7 @@ def _best_at(position: str, pictures: Tensor, ground: Tensor) -> list[Thing | No
     squared = coverage**2
     norm = squared.sum(1)[:, None] * (colours**2).sum(1) - 2 * torch.einsum("kw,ncw->nkc", squared, behind) @ colours.T
     norm = norm + torch.einsum("kw,nw->nk", squared, (behind**2).sum(1))[..., None]
-    error = (norm - 2 * inner).flatten(1)  # against 0 for nothing
+    error = (norm - 2 * inner).flatten(1)  # an empty position has 0
     least, index = error.min(1)
     return [
         _thing(position, *divmod(i, len(colours))) if value < 0 else None
@@ -138,23 +141,28 @@ def _templates() -> _Templates:
     return _Templates(torch.from_numpy(np.stack(coverage)), things, colours)
 
 
-def judge(asked: Sequence[Scene], pictures: Tensor) -> pd.DataFrame:
-    """Whether pictures show what their prompts name.
+def check_prompts(scenes: Sequence[Scene], pictures: Tensor) -> pd.DataFrame:
+    """Check whether pictures show what their prompts name.
 
-    What the oracle reads is assigned to what was asked for so that as many named factors agree as
-    can; a thing that is not there has no factor right.
+    Recognised things are assigned to the scene's things so that as many named factors as possible agree.
+    All factors of a thing that is missing are wrong.
 
     Args:
-        asked: N scenes; only what their prompts name is judged.
+        scenes: N scenes; only factors that their prompts name are checked.
         pictures: (N, 3, 64, 64) in [-1, 1].
 
     Returns:
-        A row for every named factor: ``picture``, ``thing`` (-1 for the ground), ``factor``,
-        ``asked``, ``read`` (None for no such thing) and ``right``; and for every picture one
+        A row for every named factor: ``picture``, ``thing`` (-1 for the ground), ``factor``, ``expected``,
+        ``recognised`` (None where the thing is missing) and ``correct``; and for every picture a row
         whose factor is ``count``, the number of things.
+
+    Raises:
+        ValueError: not one picture for each scene, or pictures that :func:`read_scenes` refuses.
     """
+    if len(scenes) != len(pictures):
+        raise ValueError(f"pictures: expected one for each of the {len(scenes)} scenes, got {len(pictures)}")
     rows = []
-    for picture, (scene, seen) in enumerate(zip(asked, read(pictures), strict=True)):
+    for picture, (scene, seen) in enumerate(zip(scenes, read_scenes(pictures), strict=True)):
         pairs = [(i, thing, match) for i, (thing, match) in enumerate(_assigned(scene.things, seen.things))]
         for i, thing, match in [*pairs, (-1, scene, seen)]:
             for factor in thing.named:
@@ -162,10 +170,11 @@ def judge(asked: Sequence[Scene], pictures: Tensor) -> pd.DataFrame:
                 rows.append((picture, i, factor, getattr(thing, factor), shown, getattr(thing, factor) == shown))
         counts = len(scene.things), len(seen.things)
         rows.append((picture, -1, "count", *counts, counts[0] == counts[1]))
-    return pd.DataFrame(rows, columns=["picture", "thing", "factor", "asked", "read", "right"])
+    return pd.DataFrame(rows, columns=["picture", "thing", "factor", "expected", "recognised", "correct"])
 
 
 def _assigned(asked: Sequence[Thing], seen: Sequence[Thing]) -> list[tuple[Thing, Thing | None]]:
+    """Each thing of the scene with the recognised thing that it is matched with, or None."""
     agree = np.array([[sum(getattr(a, f) == getattr(s, f) for f in a.named) for s in seen] for a in asked])
     if not asked or not seen:
         return [(thing, None) for thing in asked]
@@ -173,11 +182,15 @@ def _assigned(asked: Sequence[Thing], seen: Sequence[Thing]) -> list[tuple[Thing
     return [(thing, seen[matched[i]] if i in matched else None) for i, thing in enumerate(asked)]
 
 
-def accuracy(judged: pd.DataFrame) -> pd.DataFrame:
-    """By factor: ``pictures`` that name it, the share ``accuracy`` of them in which every naming
-    came out right, and the share ``named`` of single namings that did."""
-    whole = judged.groupby(["factor", "picture"])["right"].all().groupby("factor").agg(["size", "mean"])
-    single = judged.groupby("factor")["right"].mean()
+def accuracy_by_factor(checked: pd.DataFrame) -> pd.DataFrame:
+    """The accuracy of each factor, from the rows of :func:`check_prompts`.
+
+    Returns:
+        Columns ``factor``; ``pictures``, the number of pictures whose prompt names it; ``accuracy``, the share
+        of them in which it is correct for every thing; ``thing_accuracy``, the share of single things.
+    """
+    whole = checked.groupby(["factor", "picture"])["correct"].all().groupby("factor").agg(["size", "mean"])
+    single = checked.groupby("factor")["correct"].mean()
     order = [factor for factor in (*FACTORS, "count") if factor in single.index]
-    table = pd.DataFrame({"pictures": whole["size"], "accuracy": whole["mean"], "named": single})
+    table = pd.DataFrame({"pictures": whole["size"], "accuracy": whole["mean"], "thing_accuracy": single})
     return table.loc[order].reset_index()

@@ -1,9 +1,9 @@
-"""The world: small pictures whose every factor is known, each with its prompt and its masks.
+"""The world: a synthetic data set of small pictures with known factors, prompts and masks.
 
-A scene is one to three things (shape, colour, size, position) on a ground (texture, colour),
-fixed by a split and a seed. The splits are disjoint in the combinations of factors: a thing of
-``test`` is of a shape, colour, size and position never seen together in ``train``, a thing of
-``unseen`` even of a shape and colour never seen together. Pictures are 64 x 64, antialiased.
+A scene is one to three things (shape, colour, size, position) on a ground (texture, colour). A split and
+a seed determine it. The splits share no combination of factors: the combination of shape, colour, size
+and position of a thing in ``test`` never occurs in ``train``, and the pair of shape and colour of a thing
+in ``unseen`` occurs in neither. Pictures are 64 x 64 and antialiased.
 """
 
 import functools
@@ -24,28 +24,35 @@ if TYPE_CHECKING:
     import datasets
 
 SIDE = 64
+"""Side of a picture, in pixels."""
 SUPERSAMPLING = 8
+"""Samples a pixel, along each side, from which its coverage is averaged."""
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross", "diamond", "heart")
 COLOURS = {
     "red": (214, 39, 40), "orange": (255, 140, 20), "yellow": (250, 225, 40), "green": (35, 150, 50),
     "blue": (35, 75, 215), "purple": (140, 50, 180), "white": (250, 250, 250), "black": (15, 15, 15),
 }  # fmt: skip
 SIZES = {"large": 20, "small": 14}
+"""Side of a thing, in pixels."""
 POSITIONS = {
     "top left": (0, 0), "top": (1, 0), "top right": (2, 0),
     "left": (0, 1), "centre": (1, 1), "right": (2, 1),
     "bottom left": (0, 2), "bottom": (1, 2), "bottom right": (2, 2),
 }  # fmt: skip
+"""Column and row of each position."""
 PHRASES = {
     "top left": "in the top left", "top": "at the top", "top right": "in the top right",
     "left": "on the left", "centre": "in the centre", "right": "on the right",
     "bottom left": "in the bottom left", "bottom": "at the bottom", "bottom right": "in the bottom right",
 }  # fmt: skip
 CENTRES = (12, 32, 52)
+"""Pixel of the centre of each column or row."""
 JITTER = 1
+"""Largest offset of a sampled thing, in pixels."""
 TEXTURES = ("plain", "striped", "checkered", "dotted", "shaded")
 GROUNDS = {"grey": (150, 150, 150), "beige": (215, 195, 160), "teal": (95, 150, 150), "pink": (215, 160, 170)}
 SHADE = 0.72
+"""Brightness of a texture's dark parts, relative to the ground's colour."""
 FACTORS = {
     "shape": SHAPES,
     "colour": tuple(COLOURS),
@@ -57,7 +64,8 @@ FACTORS = {
 THING_FACTORS = ("shape", "colour", "size", "position")
 SCENE_FACTORS = ("texture", "ground")
 SPLITS = ("train", "test", "unseen")
-LEFT_OUT = {"shape": 0.1, "colour": 0.15, "size": 0.25, "position": 0.25, "texture": 0.2, "ground": 0.2}
+OMISSION_RATES = {"shape": 0.1, "colour": 0.15, "size": 0.25, "position": 0.25, "texture": 0.2, "ground": 0.2}
+"""Probability that a prompt leaves a factor out."""
 
 
 @dataclass(frozen=True)
@@ -69,25 +77,31 @@ class Thing:
     size: str
     position: str
     offset: tuple[int, int] = (0, 0)
-    """Pixels that it stands to the right of and below its position's centre."""
+    """Pixels to the right of and below the position's centre."""
     named: tuple[str, ...] = THING_FACTORS
     """The factors that the prompt names."""
 
     def __post_init__(self) -> None:
         for factor in THING_FACTORS:
             one_of(factor, getattr(self, factor), FACTORS[factor])
+        for factor in self.named:
+            one_of("named", factor, THING_FACTORS)
+        for cell, shift in zip(POSITIONS[self.position], self.offset, strict=True):
+            first = CENTRES[cell] - SIZES[self.size] // 2 + shift
+            if not 0 <= first <= SIDE - SIZES[self.size]:
+                raise ValueError(f"offset: {self.offset} moves a {self.size} thing at {self.position} off the picture")
 
     @property
     def phrase(self) -> str:
-        """Such as ``a large red star on the left``; a shape not named is a ``thing``."""
-        size, colour = (getattr(self, one) if one in self.named else "" for one in ("size", "colour"))
+        """The thing in words, such as ``a large red star on the left``; without its shape it is a ``thing``."""
+        size, colour = (getattr(self, factor) if factor in self.named else "" for factor in ("size", "colour"))
         noun = self.shape if "shape" in self.named else "thing"
         words = " ".join(word for word in (size, colour, noun) if word)
         article = "an" if words[0] in "aeiou" else "a"
         return f"{article} {words}" + (f" {PHRASES[self.position]}" if "position" in self.named else "")
 
     def coverage(self) -> np.ndarray:
-        """How much of each pixel it covers: (64, 64) float32 in [0, 1]."""
+        """The share of each pixel that the thing covers: (64, 64) float32 in [0, 1]."""
         column, row = POSITIONS[self.position]
         stamp = _stamp(self.shape, self.size)
         canvas = np.zeros((SIDE, SIDE), np.float32)
@@ -106,19 +120,21 @@ class Scene:
     texture: str
     ground: str
     named: tuple[str, ...] = SCENE_FACTORS
-    """Which of texture and ground the prompt names."""
+    """The factors of the ground that the prompt names."""
 
     def __post_init__(self) -> None:
         for factor in SCENE_FACTORS:
             one_of(factor, getattr(self, factor), FACTORS[factor])
+        for factor in self.named:
+            one_of("named", factor, SCENE_FACTORS)
         if len({thing.position for thing in self.things}) < len(self.things):
             raise ValueError("things: two of them share a position")
 
     @property
     def prompt(self) -> str:
-        """Plain English, without the factors that are not named."""
+        """The scene in plain English, with the named factors only; a scene without things begins with ``nothing``."""
         phrases = [thing.phrase for thing in self.things]
-        listed = ", ".join(phrases[:-1]) + " and " + phrases[-1] if len(phrases) > 1 else phrases[0]
+        listed = ", ".join(phrases[:-1]) + " and " + phrases[-1] if len(phrases) > 1 else (phrases or ["nothing"])[0]
         words = [getattr(self, factor) for factor in SCENE_FACTORS if factor in self.named]
         return listed + (f", on a {' '.join(words)} background" if words else "")
 
@@ -128,7 +144,7 @@ class Scene:
         return replace(self, things=things, named=SCENE_FACTORS)
 
     def picture(self) -> np.ndarray:
-        """(64, 64, 3) float32 in [0, 1]."""
+        """Draw the scene: (64, 64, 3) float32 in [0, 1]."""
         canvas = background(self.texture, self.ground).copy()
         for thing in self.things:
             alpha = thing.coverage()[..., None]
@@ -136,22 +152,21 @@ class Scene:
         return canvas
 
     def masks(self) -> np.ndarray:
-        """Where each thing is, and last the ground: (things + 1, 64, 64) bool, every pixel once.
+        """The pixels of each thing, and last those of the ground: (things + 1, 64, 64) bool.
 
-        A thing's mask is that of its shape, colour, size and position; the ground's is that of
-        its texture and colour. Where two things overlap, the later one is drawn over the other.
+        Every pixel belongs to exactly one of them. Where two things overlap, the later one is on top.
         """
-        covered = np.stack([thing.coverage() for thing in self.things]) >= 0.5
+        covered = np.array([thing.coverage() >= 0.5 for thing in self.things], bool).reshape(-1, SIDE, SIDE)
         for i, mask in enumerate(covered):
             mask &= ~covered[i + 1 :].any(0)
         return np.concatenate([covered, ~covered.any(0, keepdims=True)])
 
 
-def allowed(split: str) -> list[tuple[str, str, str, str]]:
-    """The combinations (shape, colour, size, position) that the things of a split may have.
+def allowed_combinations(split: str) -> list[tuple[str, str, str, str]]:
+    """The combinations (shape, colour, size, position) that the things of a split can have.
 
-    One colour of each shape is kept for ``unseen``; of every other shape and colour in every size,
-    one position is kept for ``test``.
+    One colour of each shape is reserved for ``unseen``. For every other combination of shape, colour and
+    size, one position is reserved for ``test``.
     """
     one_of("split", split, SPLITS)
     return [
@@ -169,12 +184,14 @@ def _split_of(shape: int, colour: int, size: int, position: int) -> str:
 
 @functools.cache
 def _allowed_at(split: str) -> dict[str, list[tuple[str, str, str, str]]]:
-    return {position: [one for one in allowed(split) if one[3] == position] for position in POSITIONS}
+    every = allowed_combinations(split)
+    return {position: [choice for choice in every if choice[3] == position] for position in POSITIONS}
 
 
 def sample(seed: int, split: str = "train") -> Scene:
-    """The scene that ``seed`` and ``split`` fix."""
+    """The scene number ``seed``, from 0 on, of a split; it is always the same."""
     one_of("split", split, SPLITS)
+    at_least("seed", seed, 0)
     rng = np.random.default_rng([SPLITS.index(split), seed])
     choices = _allowed_at(split)
     things = []
@@ -188,18 +205,18 @@ def sample(seed: int, split: str = "train") -> Scene:
 
 
 def _named(factors: tuple[str, ...], rng: np.random.Generator) -> tuple[str, ...]:
-    return tuple(factor for factor in factors if rng.random() >= LEFT_OUT[factor])
+    return tuple(factor for factor in factors if rng.random() >= OMISSION_RATES[factor])
 
 
 def render(scenes: Iterable[Scene]) -> Tensor:
-    """Pictures of scenes: (N, 3, 64, 64) float32 in [-1, 1]."""
-    pictures = np.stack([scene.picture() for scene in scenes])
+    """Draw scenes: (N, 3, 64, 64) float32 in [-1, 1]."""
+    pictures = np.array([scene.picture() for scene in scenes], np.float32).reshape(-1, SIDE, SIDE, 3)
     return torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous() * 2 - 1
 
 
 @functools.cache
 def background(texture: str, ground: str) -> np.ndarray:
-    """A ground without things: (64, 64, 3) float32 in [0, 1]; read-only."""
+    """Draw a ground without things: (64, 64, 3) float32 in [0, 1], read-only."""
     one_of("texture", texture, TEXTURES)
     one_of("ground", ground, GROUNDS)
     y, x = np.mgrid[:SIDE, :SIDE].astype(np.float32) + 0.5
@@ -218,7 +235,7 @@ def background(texture: str, ground: str) -> np.ndarray:
 
 @functools.cache
 def _stamp(shape: str, size: str) -> np.ndarray:
-    """A shape's coverage in a square of its size, in pixels."""
+    """A shape's coverage of a square of its size: (side, side) float32 in [0, 1]."""
     side = SIZES[size] * SUPERSAMPLING
     picture = PIL.Image.new("L", (side, side), 0)
     draw = PIL.ImageDraw.Draw(picture)
@@ -258,8 +275,8 @@ _OUTLINES = {
 }  # fmt: skip
 
 
-def rows(split: str, seeds: Iterable[int]) -> Iterator[dict[str, Any]]:
-    """Scenes as rows of a table: ``image``, ``prompt``, ``seed``, ``masks``, every factor's label."""
+def table_rows(split: str, seeds: Iterable[int]) -> Iterator[dict[str, Any]]:
+    """The rows of :func:`dataset`: ``image``, ``prompt``, ``seed``, ``masks`` and the label of every factor."""
     for seed in seeds:
         scene = sample(seed, split)
         labels = {factor: [getattr(thing, factor) for thing in scene.things] for factor in THING_FACTORS}
@@ -271,9 +288,9 @@ def rows(split: str, seeds: Iterable[int]) -> Iterator[dict[str, Any]]:
 def dataset(split: str, count: int, first_seed: int = 0) -> "datasets.Dataset":
     """The scenes of ``count`` seeds from ``first_seed`` on, as a ``datasets.Dataset``.
 
-    Its columns: ``image``; ``prompt``; ``seed``; ``masks``, (things + 1, 64, 64) as in
-    :meth:`Scene.masks`; ``shape``, ``colour``, ``size``, ``position``, a list with a label a
-    thing; ``texture`` and ``ground``, a label each.
+    Its columns are ``image``; ``prompt``; ``seed``; ``masks``, (things + 1, 64, 64) as in
+    :meth:`Scene.masks`; ``shape``, ``colour``, ``size`` and ``position``, a list with one label for each
+    thing; ``texture`` and ``ground``, one label each.
     """
     import datasets
 
@@ -288,7 +305,7 @@ def dataset(split: str, count: int, first_seed: int = 0) -> "datasets.Dataset":
         **{factor: datasets.List(kinds[factor]) for factor in THING_FACTORS},
         **{factor: kinds[factor] for factor in SCENE_FACTORS},
     )
-    table = rows(split, range(first_seed, first_seed + count))
+    table = table_rows(split, range(first_seed, first_seed + count))
     columns = {
         name: list(values)
         for name, *values in zip(features, *([row[n] for n in features] for row in table), strict=True)
