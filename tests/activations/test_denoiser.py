@@ -13,7 +13,7 @@ from vaelab.activations.denoiser import (
     generate,
     generate_all,
     passes,
-    refuse_size,
+    validate_size,
 )
 from vaelab.hooks import capture, edit
 from vaelab.models import conditioning
@@ -633,12 +633,12 @@ def test_a_size_that_the_model_does_not_make_is_refused_before_it_runs(
 
 def test_a_size_is_refused_where_another_alone_will_do(small_pipeline):
     pipeline = small_pipeline("sd")
-    refuse_size(pipeline, Sampling(), 32)
-    refuse_size(pipeline, Sampling(height=64, width=64), 64)
-    refuse_size(small_pipeline("pixart"), Sampling(height=200, width=200))  # which rounds by itself
+    validate_size(pipeline, Sampling(), 32)
+    validate_size(pipeline, Sampling(height=64, width=64), 64)
+    validate_size(small_pipeline("pixart"), Sampling(height=200, width=200))  # which rounds by itself
     for own in (pipeline, small_pipeline("dit")):
         with pytest.raises(ValueError, match=r"^resolution: pictures of 32 x 32; of this dataset they must be 64 x 64"):
-            refuse_size(own, Sampling(), 64)
+            validate_size(own, Sampling(), 64)
 
 
 def test_options_reach_the_pipeline(small_pipeline):

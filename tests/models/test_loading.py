@@ -225,12 +225,12 @@ def test_models_are_put_in_the_embedded_ones_place(tiny_vae, tmp_path, monkeypat
     monkeypatch.setattr(loading, "embedded_vae_path", lambda: tmp_path / "vae")
     monkeypatch.setattr(loading, "embedded_dit_path", lambda: tmp_path / "dit")
     with pytest.raises(ValueError, match=r"^ship: unknown name 'vea'.*vae"):
-        loading.put_in_place({"vae": tiny_vae, "dit": tiny_vae}, ["vae", "vea"])
+        loading.replace_embedded({"vae": tiny_vae, "dit": tiny_vae}, ["vae", "vea"])
     assert not any(tmp_path.iterdir())
-    loading.refuse_unshipped(["vae", "pipeline", "dit"])
+    loading.validate_embedded_names(["vae", "pipeline", "dit"])
     with pytest.raises(ValueError, match=r"^ship: unknown name 'vea'.*vae"):
-        loading.refuse_unshipped(["vae", "vea"])
-    loading.put_in_place({"vae": tiny_vae, "dit": tiny_vae}, ["vae"])
+        loading.validate_embedded_names(["vae", "vea"])
+    loading.replace_embedded({"vae": tiny_vae, "dit": tiny_vae}, ["vae"])
     assert [path.name for path in tmp_path.iterdir()] == ["vae"]
     assert_same_weights(load_vae(str(tmp_path / "vae"), device="cpu"), tiny_vae.to(torch.float32))
 

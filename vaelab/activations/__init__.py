@@ -8,7 +8,16 @@ from vaelab.activations.denoiser import (
     generate,
     generate_all,
     passes,
-    refuse_size,
+    validate_size,
 )
 
-__all__ = ["Features", "Sampling", "from_pictures", "from_prompts", "generate", "generate_all", "passes", "refuse_size"]
+__all__ = [
+    "Features",
+    "Sampling",
+    "from_pictures",
+    "from_prompts",
+    "generate",
+    "generate_all",
+    "passes",
+    "validate_size",
+]

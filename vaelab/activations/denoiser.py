@@ -24,7 +24,7 @@ from vaelab.models.conditioning import add_noise, by_class, classes, condition, 
 
 __all__ = [
     "Features", "Sampling", "add_noise", "condition", "encode", "from_pictures", "from_prompts", "generate",
-    "generate_all", "last_timestep", "passes", "predict", "refuse_size",
+    "generate_all", "last_timestep", "passes", "predict", "validate_size",
 ]  # fmt: skip
 
 OWN_ARGUMENTS = (
@@ -209,7 +209,7 @@ def passes(pipeline: Any, sampling: Sampling) -> int:
     return len(scheduler.timesteps)
 
 
-def refuse_size(pipeline: Any, sampling: Sampling, only: int | None = None) -> None:
+def validate_size(pipeline: Any, sampling: Sampling, only: int | None = None) -> None:
     """Refuse a size before anything is drawn in it.
 
     Args:
@@ -281,7 +281,7 @@ def _call(pipeline: Any, prompts: Sequence[str | int], seeds: Sequence[int], sam
         asked = {"class_labels": classes(pipeline, prompts)}
     else:
         asked = {"prompt": [str(prompt) for prompt in prompts]}
-    refuse_size(pipeline, sampling)
+    validate_size(pipeline, sampling)
     if sampling.height is not None:
         asked |= {"height": sampling.height, "width": sampling.width}
     if "clean_caption" in signature(pipeline.__call__).parameters:  # else a prompt depends on what is installed

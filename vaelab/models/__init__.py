@@ -2,26 +2,26 @@
 
 from vaelab.models.block_names import blocks
 from vaelab.models.loading import (
-    check_precision,
     decode_latents,
     encode_latents,
     load_pipeline,
     load_vae,
     posterior,
-    put_in_place,
     reconstruct,
-    refuse_unshipped,
+    replace_embedded,
     require_finite,
     require_groupnorm,
+    save_in_float16,
     scale_latents,
-    ship,
     unscale_latents,
+    validate_embedded_names,
+    validate_precision,
 )
 from vaelab.models.registry import embedded_dit_path, embedded_path, embedded_vae_path, identity
 
 __all__ = [
     "blocks",
-    "check_precision",
+    "validate_precision",
     "decode_latents",
     "embedded_dit_path",
     "embedded_path",
@@ -31,12 +31,12 @@ __all__ = [
     "load_pipeline",
     "load_vae",
     "posterior",
-    "put_in_place",
+    "replace_embedded",
     "reconstruct",
-    "refuse_unshipped",
+    "validate_embedded_names",
     "require_finite",
     "require_groupnorm",
     "scale_latents",
-    "ship",
+    "save_in_float16",
     "unscale_latents",
 ]

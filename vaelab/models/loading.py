@@ -278,7 +278,7 @@ def require_finite(tensors: Iterable[tuple[str, Tensor]], what: str) -> None:
             raise ValueError(f"{what} has NaN or infinite entries in {key} ({tensor.dtype}); expected finite weights")
 
 
-def check_precision(name: str, precision: str, revision: str | None = None) -> None:
+def validate_precision(name: str, precision: str, revision: str | None = None) -> None:
     """Raise ValueError for the SDXL-VAE in float16, in which its activations overflow.
 
     It is recognized by ``force_upcast`` in its configuration, or by its latents' scaling factor where
@@ -287,7 +287,7 @@ def check_precision(name: str, precision: str, revision: str | None = None) -> N
     _refuse_overflow(locate_vae(name, revision).config, precision, name)
 
 
-def ship(model: Any, folder: Path) -> None:
+def save_in_float16(model: Any, folder: Path) -> None:
     """Save a module or pipeline in float16 as a diffusers folder; its own weights are float16 afterwards.
 
     A text model stays in float32: transformers loads it in the precision it has on disk, the rest of
@@ -299,7 +299,7 @@ def ship(model: Any, folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-def put_in_place(made: dict[str, Any], names: Iterable[str]) -> None:
+def replace_embedded(made: dict[str, Any], names: Iterable[str]) -> None:
     """Save trained models over the embedded ones.
 
     Args:
@@ -314,10 +314,10 @@ def put_in_place(made: dict[str, Any], names: Iterable[str]) -> None:
         if name not in made:
             raise unknown("ship", name, made)
     for name in names:
-        ship(made[name], folders[name])
+        save_in_float16(made[name], folders[name])
 
 
-def refuse_unshipped(names: Iterable[str]) -> None:
+def validate_embedded_names(names: Iterable[str]) -> None:
     """Raise ValueError for a name that is no embedded model's, before there is anything to save."""
     for name in names:
         one_of("ship", name, SHIPPED)

@@ -235,7 +235,7 @@ class ReplacementExperiment:
             seed: of the first picture.
             keep: pictures of a replacement that are kept.
         """
-        activations.refuse_size(pipeline, sampling, SIDE if asked.of_the_world else None)
+        activations.validate_size(pipeline, sampling, SIDE if asked.of_the_world else None)
         self._drawing = {"sampling": sampling, "batch_size": batch_size, "seed": seed}
         self._pipeline, self._texts, self._keep, self.perceptual = pipeline, asked.texts, keep, perceptual
         self.pictures, self.steps = (

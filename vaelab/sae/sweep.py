@@ -17,7 +17,7 @@ from torch import Tensor
 from vaelab import store
 from vaelab.activations import collect
 from vaelab.activations.collect import CollectConfig
-from vaelab.activations.denoiser import Sampling, from_prompts, refuse_size
+from vaelab.activations.denoiser import Sampling, from_prompts, validate_size
 from vaelab.core.io import atomic, write_json
 from vaelab.core.paths import resolve
 from vaelab.core.validate import at_least, one_of, unknown
@@ -135,7 +135,7 @@ def collect_held_out(
         ValueError: as :func:`require_same_model`.
     """
     if resolution:
-        refuse_size(pipeline, Sampling(height=resolution, width=resolution))
+        validate_size(pipeline, Sampling(height=resolution, width=resolution))
     require_same_model(activation_store, pipeline, model, "activations")
     source = activation_store.settings
     sampling = Sampling(**source["sampling"])
