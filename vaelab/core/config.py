@@ -5,11 +5,17 @@ from typing import Any
 
 
 def configured(kind: type, params: dict[str, Any], **parts: type) -> Any:
-    """A configuration made of a notebook's parameters: each field of the dataclass ``kind``, and of those that
-    are its ``parts``, takes the parameter of its name and keeps its default where there is none."""
+    """Make a configuration from a notebook's parameters.
 
-    def take(one: type) -> dict[str, Any]:
-        given = {each.name: params[each.name] for each in fields(one) if each.name in params}
+    Args:
+        kind: the dataclass to make.
+        params: the parameters by name. Each field takes the parameter of its name, a list as a tuple,
+            and has its default where there is none; parameters that are no field are not used.
+        parts: the fields of ``kind`` that are dataclasses themselves, made from ``params`` likewise.
+    """
+
+    def arguments(dataclass: type) -> dict[str, Any]:
+        given = {field.name: params[field.name] for field in fields(dataclass) if field.name in params}
         return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
 
-    return kind(**take(kind), **{name: part(**take(part)) for name, part in parts.items()})
+    return kind(**arguments(kind), **{name: part(**arguments(part)) for name, part in parts.items()})
