@@ -211,9 +211,9 @@ def world() -> Any:
     sizes = train_unet.ModelConfig(
         vae_channels=(16, 16, 16), unet_channels=(16, 32), head_width=8, text_width=16, text_layers=1
     )
-    with mock.patch.object(embedded_text_encoder, "PROMPTS_FOR_THE_TOKENIZER", 50):
+    with mock.patch.object(embedded_text_encoder, "TOKENIZER_PROMPTS", 50):
         tokenizer = embedded_text_encoder.new_tokenizer()
-    text_encoder = embedded_text_encoder.new_text_model(tokenizer, sizes.text_width, sizes.text_layers)
+    text_encoder = embedded_text_encoder.new_text_encoder(tokenizer, sizes.text_width, sizes.text_layers)
     return train_unet.new_pipeline(train_unet.new_vae(sizes), text_encoder, tokenizer, sizes)
 
 
