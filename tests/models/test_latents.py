@@ -1,5 +1,9 @@
 """Latents are scaled as diffusers' own pipelines scale them, and come back as the picture."""
 
+import json
+import shutil
+from pathlib import Path
+
 import diffusers
 import pytest
 import torch
@@ -49,6 +53,21 @@ def test_encoded_pictures_come_back_through_the_pipelines_own_decoding(pipeline_
     with torch.no_grad():
         expected = loading.reconstruct(pipeline.vae, pixels) / 2 + 0.5
         drawn = drawn_from(pipeline, name, encode(pipeline, pixels))
+    torch.testing.assert_close(drawn, expected.clamp(0, 1), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["sd", "dit"])
+def test_statistics_that_a_pipeline_ignores_are_not_used_and_said(pipeline_folder, tmp_path, capsys, name):
+    folder = Path(shutil.copytree(pipeline_folder(name), tmp_path / name))
+    config = json.loads((folder / "vae" / "config.json").read_text())
+    statistics = {"latents_mean": MEAN, "latents_std": STD, "scaling_factor": 0.5}
+    (folder / "vae" / "config.json").write_text(json.dumps({**config, **statistics}))
+    pipeline = load_pipeline(str(folder), device="cpu")
+    assert "latents_mean and latents_std are not used; " in capsys.readouterr().out
+    with torch.no_grad():
+        expected = loading.reconstruct(pipeline.vae, pictures()) / 2 + 0.5
+        torch.testing.assert_close(encode(pipeline, pictures()), encode_latents(pipeline.vae, pictures()) * 0.5)
+        drawn = drawn_from(pipeline, name, encode(pipeline, pictures()))
     torch.testing.assert_close(drawn, expected.clamp(0, 1), atol=1e-5, rtol=1e-4)
 
 

@@ -85,3 +85,34 @@ def test_identity_on_the_hub_is_the_commit_of_the_revision(pipeline_folder, tmp_
     assert models.identity("lab/small", revision="old")["commit"] == "b" * 40
     with pytest.raises(ValueError, match=r"^model: 'nobody/nothing' could not be read from the hub"):
         models.identity("nobody/nothing")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("embedded", "an embedded"), ("embedded-dit", "an embedded"), ("", "a local")]
+)
+def test_a_revision_of_a_model_that_is_not_on_the_hub_is_refused(pipeline_folder, name, kind):
+    name = name or str(pipeline_folder("dit"))
+    for load in (
+        models.load_pipeline,
+        models.load_vae,
+        models.identity,
+        lambda name, revision: models.identity(name, revision=revision, kind="vae"),
+        lambda name, revision: models.validate_precision(name, "float32", revision),
+    ):
+        with pytest.raises(ValueError, match=f"^revision: 'v2' was given for .*, {kind} model; only models on the hub"):
+            load(name, revision="v2")
+
+
+def test_a_variant_or_configuration_that_would_be_ignored_is_refused(tiny_vae, tmp_path):
+    tiny_vae.save_pretrained(tmp_path)
+    folder, file = str(tmp_path), str(tmp_path / "diffusion_pytorch_model.safetensors")
+    models.load_vae(file, device="cpu", config=folder)
+    with pytest.raises(ValueError, match=r"^variant: 'fp16' was given for .*, a single file; only folders"):
+        models.load_vae(file, device="cpu", variant="fp16")
+    with pytest.raises(ValueError, match=r"^variant: 'fp16' was given for .*, an untrained model \(changes\); only"):
+        models.load_vae(folder, device="cpu", variant="fp16", changes={})
+    with pytest.raises(ValueError, match=r"^variant: 'embedded' has no weights of variant 'fp16'; it has none"):
+        models.load_vae("embedded", device="cpu", variant="fp16")
+    for name in (folder, "embedded", "owner/name"):
+        with pytest.raises(ValueError, match=r"^config: .* was given for .*, which has its own; only single files"):
+            models.load_vae(name, device="cpu", config=folder)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vaelab.models import loading
 from vaelab.models.block_names import architecture, denoiser
+from vaelab.models.vocabulary import report_unknown_words
 
 UNET, DIT, FLUX = "UNet2DConditionModel", "DiTTransformer2DModel", "FluxTransformer2DModel"
 FLUX_PATCH = 2
@@ -50,8 +51,8 @@ def patch(model: nn.Module) -> int:
 def encode(pipeline: Any, pixels: Tensor) -> Tensor:
     """Latents (B, c, h, w) as the denoiser takes them, of pictures (B, 3, H, W) in [-1, 1].
 
-    They are the posterior's means, shifted and scaled; for a model of pixels the pictures, resized
-    to its own size.
+    They are the posterior's means, shifted and scaled as the pipeline's own decoding undoes it (see
+    :func:`vaelab.models.loading.uses_latent_statistics`); for a model of pixels the pictures, resized to its own size.
 
     Raises:
         ValueError: sides that autoencoder and denoiser cannot divide evenly.
@@ -68,7 +69,8 @@ def encode(pipeline: Any, pixels: Tensor) -> Tensor:
     if any(side % multiple for side in pixels.shape[-2:]):
         height, width = pixels.shape[-2:]
         raise ValueError(f"resolution: pictures of {height} x {width}; this model takes multiples of {multiple}")
-    return loading.scale_latents(vae, latents).to(model.dtype)
+    used = loading.uses_latent_statistics(pipeline)
+    return loading.scale_latents(vae, latents, statistics=used).to(model.dtype)
 
 
 @contextlib.contextmanager
@@ -130,6 +132,7 @@ def condition(pipeline: Any, prompts: Sequence[str | int] | None, count: int, si
         numbers = none if prompts is None else classes(pipeline, prompts)
         return {"class_labels": torch.tensor(numbers, device=model.device)}
     texts = [""] * count if prompts is None else [str(prompt) for prompt in prompts]
+    report_unknown_words(pipeline, texts)
     conditions = CONDITIONS[architecture(model)](pipeline, texts, size)
     if prompts is not None or architecture(model) != UNET:
         return conditions

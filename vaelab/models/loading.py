@@ -6,7 +6,9 @@ the autoencoder with suppressed channels. Weights that are missing, unused, of a
 error that names them: a model is never completed at random.
 """
 
+import functools
 import importlib
+import inspect
 import json
 import logging
 import re
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 from vaelab.core import devices
 from vaelab.core.validate import one_of, unknown
 from vaelab.models.block_names import DENOISERS, EXAMPLES, architecture
+from vaelab.models.checksums import save_with_checksums, verify_checksums
 from vaelab.models.registry import (
     embedded_dit_path,
     embedded_path,
@@ -68,15 +71,17 @@ def load_pipeline(
         variant: of the weight files, such as ``fp16``.
 
     Returns:
-        The diffusers pipeline, its progress bar off.
+        The diffusers pipeline, its progress bar off. Where it ignores ``latents_mean`` of its autoencoder, this is
+        printed (see :func:`uses_latent_statistics`).
 
     Raises:
-        ValueError: no such pipeline or variant; a denoiser that is not supported, or that needs more than a prompt
-            (an inpainting or editing model); weights that are damaged, missing, unused, NaN or infinite.
+        ValueError: no such pipeline or variant; a revision of a model that is not on the hub; a denoiser that is not
+            supported, or that needs more than a prompt (an inpainting or editing model); weights that are damaged,
+            missing, unused, NaN or infinite.
     """
     from diffusers import DiffusionPipeline
 
-    path, dtype, device = pipeline_folder(name), devices.dtype(precision), devices.pick(device)
+    path, dtype, device = pipeline_folder(name, revision), devices.dtype(precision), devices.pick(device)
     options = {"revision": revision, "variant": variant, "dtype": dtype}
     try:
         index = DiffusionPipeline.load_config(path, revision=revision)
@@ -97,6 +102,12 @@ def load_pipeline(
     except READ_ERRORS as error:
         raise ValueError(_could_not_be_read(name, error)) from error
     pipeline.set_progress_bar_config(disable=True)
+    vae_config = pipeline.vae.config if getattr(pipeline, "vae", None) is not None else {}
+    if vae_config.get("latents_mean") and not uses_latent_statistics(pipeline):
+        print(
+            f"{name}: the autoencoder's latents_mean and latents_std are not used; {kind.__name__} scales latents by "
+            "scaling_factor and shift_factor alone"
+        )
     return pipeline.to(device)
 
 
@@ -132,16 +143,20 @@ def load_vae(
         [-1, 1]: they also know autoencoders of videos.
 
     Raises:
-        ValueError: no such model or variant; a model that is no autoencoder of RGB pictures; no GroupNorm where one
-            is required; float16 for the SDXL-VAE, whose activations pass float16's 65,504; weights that are damaged,
-            missing, unused, NaN or infinite.
+        ValueError: no such model or variant; a revision, variant or config that this model cannot have; a model that is
+            no autoencoder of RGB pictures; no GroupNorm where one is required; float16 for the SDXL-VAE, whose
+            activations pass float16's 65,504; weights that are damaged, missing, unused, NaN or infinite.
     """
     path, subfolder, entries = locate_vae(name, revision, config)
     _refuse_overflow(entries, precision, name)
     kind, dtype = _autoencoder_class(entries, name), devices.dtype(precision)
+    single_file = Path(path).is_file()
+    if variant is not None and (single_file or changes is not None):
+        what = "a single file" if single_file else "an untrained model (changes)"
+        raise ValueError(f"variant: {variant!r} was given for {name!r}, {what}; only folders of weights have variants")
     if changes is not None:
         vae = nn.Module.to(_untrained(kind, {**entries, **changes}, seed), dtype)
-    elif Path(path).is_file():
+    elif single_file:
         vae = _load_single_file(kind, path, config or str(Path(path).parent), name, dtype)
     else:
         options = {"revision": revision, "variant": variant, "dtype": dtype}
@@ -201,17 +216,22 @@ def decode_latents(vae: nn.Module, latents: Tensor, shape: torch.Size) -> Tensor
     return decoded
 
 
-def scale_latents(vae: nn.Module, latents: Tensor) -> Tensor:
+def scale_latents(vae: nn.Module, latents: Tensor, *, statistics: bool = True) -> Tensor:
     """Latents (B, c, h, w) as the denoiser takes them: standardized as the autoencoder's own pipelines do it.
 
     (z - latents_mean) / latents_std x scaling_factor where the configuration gives these; (z - shift_factor) x
     scaling_factor otherwise. FLUX.2 standardizes with the running statistics of its batch norm, one for each channel of
     the 2 x 2 patches that its denoiser takes as tokens.
 
+    Args:
+        vae: the autoencoder.
+        latents: as encoded, z.
+        statistics: whether ``latents_mean`` and ``latents_std`` are used; see :func:`uses_latent_statistics`.
+
     Raises:
         ValueError: for FLUX.2, latents whose sides are not even.
     """
-    mean, std = _latent_statistics(vae, latents)
+    mean, std = _latent_statistics(vae, latents, statistics)
     return (latents - mean) / std
 
 
@@ -221,7 +241,23 @@ def unscale_latents(vae: nn.Module, latents: Tensor) -> Tensor:
     return latents * std + mean
 
 
-def _latent_statistics(vae: nn.Module, latents: Tensor) -> tuple[Tensor | float, Tensor | float]:
+def uses_latent_statistics(pipeline: Any) -> bool:
+    """Whether a pipeline decodes by ``latents_mean`` and ``latents_std`` if its autoencoder's configuration has them.
+
+    Of the supported pipelines only SDXL's do. All others take ``shift_factor`` and ``scaling_factor`` alone, whichever
+    autoencoder they are given. The pipeline's own code says so; no configuration does.
+    """
+    return _call_mentions(type(pipeline), "latents_mean")
+
+
+@functools.cache
+def _call_mentions(pipeline_class: type, name: str) -> bool:
+    return name in inspect.getsource(pipeline_class.__call__)
+
+
+def _latent_statistics(
+    vae: nn.Module, latents: Tensor, statistics: bool = True
+) -> tuple[Tensor | float, Tensor | float]:
     config = vae.config
     norm = getattr(vae, "bn", None)
     if norm is not None:
@@ -231,7 +267,7 @@ def _latent_statistics(vae: nn.Module, latents: Tensor) -> tuple[Tensor | float,
         )
     factor = config.get("scaling_factor") or 1.0
     mean, std = (_per_channel(vae, name, latents) for name in ("latents_mean", "latents_std"))
-    if mean is not None and std is not None:
+    if statistics and mean is not None and std is not None:
         return mean, std / factor
     return config.get("shift_factor") or 0.0, 1 / factor
 
@@ -296,7 +332,7 @@ def save_in_float16(model: Any, folder: Path) -> None:
     model.to(dtype=torch.float16)
     if hasattr(model, "text_encoder"):
         model.text_encoder.to(torch.float32)
-    model.save_pretrained(folder)
+    save_with_checksums(model, folder)
 
 
 def replace_embedded(made: dict[str, Any], names: Iterable[str]) -> None:
@@ -406,6 +442,7 @@ def _load_module(kind: type, path: str, name: str, part: str, options: dict[str,
         options: ``revision``, ``variant``, ``dtype``.
     """
     given = {key: value for key, value in options.items() if value is not None}
+    verify_checksums(Path(path) / part, name)
     try:
         module, report = kind.from_pretrained(path, subfolder=part, output_loading_info=True, **given)
     except READ_ERRORS as error:
@@ -434,6 +471,7 @@ def _load_single_file(kind: type, file: str, config: str, name: str, dtype: torc
         raise ValueError(f"model: {name!r}: diffusers reads {kind.__name__} from a folder only, not from a single file")
     folder, subfolder, entries = locate_vae(config)
     what = f"model: {name!r}"
+    verify_checksums(Path(file).parent, name, only=Path(file).name)
     try:
         with safe_open(file, "pt") as stored:
             keys = set(stored.keys())

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from vaelab.core.paths import local
 from vaelab.core.validate import nearest, one_of
+from vaelab.models.checksums import CHECKSUMS
 
 EMBEDDED = ("embedded", "embedded-dit")
 RENAMED = {
@@ -55,16 +56,18 @@ def embedded_vae_path() -> Path:
     return Path(__file__).parent.parent / "embedded" / "weights" / "vae"
 
 
-def pipeline_folder(name: str) -> str:
+def pipeline_folder(name: str, revision: str | None = None) -> str:
     """The local folder of a pipeline, or its id on the hub.
 
     Raises:
-        ValueError: a folder without a ``model_index.json``, or a name that is neither embedded, local nor an id.
+        ValueError: a folder without a ``model_index.json``; a name that is neither embedded, local nor an id; or a
+            revision of a model that is not on the hub.
     """
     folder = {"embedded": embedded_path(), "embedded-dit": embedded_dit_path()}.get(name) or local(name)
     if folder is None:
         _validate_hub_id(name)
         return name
+    _require_no_revision(name, revision)
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"model: no model_index.json in {name!r}; expected the folder of a diffusers pipeline")
     return str(folder)
@@ -79,12 +82,16 @@ def locate_vae(name: str, revision: str | None = None, config: str | None = None
         config: for a single file, the folder of its config.json; None for the file's own folder.
 
     Raises:
-        ValueError: no such model, a single file without a configuration, or a configuration that is no JSON.
+        ValueError: no such model; a single file without a configuration; a configuration that is no JSON; a revision of
+            a model that is not on the hub; or ``config`` for a model that is no single file.
     """
     path = {"embedded": embedded_vae_path(), "embedded-dit": embedded_dit_path()}.get(name) or local(name)
+    if config and (path is None or path.is_dir()):
+        raise ValueError(f"config: {config!r} was given for {name!r}, which has its own; only single files need one")
     if path is None:
         _validate_hub_id(name)
         return _locate_vae_on_hub(name, revision)
+    _require_no_revision(name, revision)
     if path.is_dir():
         return VAELocation(str(path), *_vae_config(path, name))
     if path.suffix != ".safetensors":
@@ -121,10 +128,10 @@ def identity(
         ``commit``.
 
     Raises:
-        ValueError: no such model, or a hub that cannot be reached.
+        ValueError: no such model, a revision of a model that is not on the hub, or a hub that cannot be reached.
     """
     one_of("kind", kind, KINDS)
-    path, subfolder = locate_vae(name, revision)[:2] if kind == "vae" else (pipeline_folder(name), None)
+    path, subfolder = locate_vae(name, revision)[:2] if kind == "vae" else (pipeline_folder(name, revision), None)
     place = Path(path)
     known = {"kind": kind, "variant": variant or "", "precision": precision}
     if place.exists():
@@ -134,12 +141,15 @@ def identity(
 
 
 def files_digest(path: Path) -> str:
-    """SHA-256 of a model's files: of each its path inside the folder and its bytes; hidden files are left out."""
+    """SHA-256 of a model's files: of each its path inside the folder and its bytes.
+
+    Hidden files and ``checksums.json``, which repeats what the weights say, are left out.
+    """
     inside = [path] if path.is_file() else [file for file in path.rglob("*") if file.suffix in MODEL_FILES]
     digest = hashlib.sha256()
     for file in sorted(inside):
         relative = file.relative_to(path) if file != path else Path("file")
-        if any(part.startswith(".") for part in relative.parts) or not file.is_file():
+        if any(part.startswith(".") or part == CHECKSUMS for part in relative.parts) or not file.is_file():
             continue
         with open(file, "rb") as stream:
             contents = hashlib.file_digest(stream, "sha256").hexdigest()
@@ -172,6 +182,14 @@ def read_config(file: Path, name: str) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ValueError(f"model: {file.name} of {name!r} is damaged: expected an object, got {config!r:.60}")
     return config
+
+
+def _require_no_revision(name: str, revision: str | None) -> None:
+    if revision is not None:
+        where = "an embedded" if name in EMBEDDED else "a local"
+        raise ValueError(
+            f"revision: {revision!r} was given for {name!r}, {where} model; only models on the hub have revisions"
+        )
 
 
 def _validate_hub_id(name: str) -> None:
