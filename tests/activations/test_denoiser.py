@@ -12,7 +12,7 @@ from vaelab.activations.denoiser import (
     from_prompts,
     generate,
     generate_all,
-    passes,
+    count_passes,
     validate_size,
 )
 from vaelab.hooks import capture, edit
@@ -116,7 +116,7 @@ def test_update_is_output_minus_input_at_every_step(small_pipeline, name):
     shapes = {short: block.shape for short, block in blocks(pipeline).items()} if name != "flux" else {}
     for half in ("maps", "unguided"):
         for short, taken in getattr(update, half).items():
-            assert len(taken) == passes(pipeline, sampling)
+            assert len(taken) == count_passes(pipeline, sampling)
             for step, one in enumerate(taken):
                 assert one.shape == (3, *shapes.get(short, (8, 8, 32)))
                 assert torch.equal(one, getattr(output, half)[short][step] - getattr(given, half)[short][step])
@@ -509,7 +509,7 @@ def test_passes_of_the_denoiser(pipeline_folder, kind, expected):
     pipeline = load_pipeline(str(pipeline_folder("sd")), device="cpu")
     pipeline.scheduler = kind.from_config(pipeline.scheduler.config)
     before = dict(vars(pipeline.scheduler))
-    assert passes(pipeline, Sampling(4)) == expected
+    assert count_passes(pipeline, Sampling(4)) == expected
     assert vars(pipeline.scheduler).keys() == before.keys()
     with capture(pipeline.unet, "mid_block") as seen:
         generate(pipeline, TEXTS[:1], [0], Sampling(4))

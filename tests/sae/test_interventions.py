@@ -216,7 +216,7 @@ def trial(monkeypatch, drawn, asked, perceptual=NO_LPIPS):
     """A trial whose model draws these pictures."""
     monkeypatch.setattr(denoiser, "generate_all", lambda *_, **__: drawn)
     monkeypatch.setattr(denoiser, "validate_size", lambda *_: None)  # there is no pipeline
-    monkeypatch.setattr(denoiser, "passes", lambda *_: 1)
+    monkeypatch.setattr(denoiser, "count_passes", lambda *_: 1)
     return interventions.ReplacementExperiment(None, asked, SAMPLING, perceptual)
 
 

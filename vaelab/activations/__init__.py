@@ -3,11 +3,11 @@
 from vaelab.activations.denoiser import (
     Features,
     Sampling,
+    count_passes,
     from_pictures,
     from_prompts,
     generate,
     generate_all,
-    passes,
     validate_size,
 )
 
@@ -18,6 +18,6 @@ __all__ = [
     "from_prompts",
     "generate",
     "generate_all",
-    "passes",
+    "count_passes",
     "validate_size",
 ]

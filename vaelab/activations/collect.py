@@ -70,7 +70,7 @@ class CollectConfig:
 
     def captured_steps(self, pipeline: Any) -> list[int]:
         """The captured steps, in order. A sampler may make more passes than the sampling has steps."""
-        return sorted(self.steps) or list(range(denoiser.passes(pipeline, self.sampling)))
+        return sorted(self.steps) or list(range(denoiser.count_passes(pipeline, self.sampling)))
 
 
 class CapturedBatch(NamedTuple):
@@ -243,8 +243,13 @@ def _signature(
         "scheduler_sha256": _digest([type(pipeline.scheduler).__name__, sorted(scheduler.items())]),
         **settings,
         "prompts": len(prompts),
-        "prompts_sha256": _digest([list(prompts), list(rows)]),
+        "prompts_sha256": prompts_digest(prompts, rows),
     }
+
+
+def prompts_digest(prompts: Sequence[str], rows: Sequence[int]) -> str:
+    """The setting ``prompts_sha256`` of a collection of these prompts, by which the same prompts are recognised."""
+    return _digest([list(prompts), list(rows)])
 
 
 def _digest(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Prompts or pictures in, a denoiser's features out: the one way in which any pipeline is read.
+"""A denoiser's features, of prompts or of pictures, for every supported kind of pipeline.
 
 From prompts, the pipeline runs as it always does and blocks are captured at chosen steps (Surkov et
 al., "Unpacking SDXL Turbo": the update D_out - D_in of equation 6). From pictures, each is encoded,
@@ -21,32 +21,33 @@ from vaelab.hooks import capture
 from vaelab.models import block_names
 from vaelab.models.block_names import denoiser, picture_entry
 from vaelab.models.conditioning import add_noise, by_class, classes, condition, encode, last_timestep, patch, predict
+from vaelab.models.vocabulary import report_unknown_words
 
 __all__ = [
-    "Features", "Sampling", "add_noise", "condition", "encode", "from_pictures", "from_prompts", "generate",
-    "generate_all", "last_timestep", "passes", "predict", "validate_size",
+    "Features", "Sampling", "add_noise", "condition", "count_passes", "encode", "from_pictures", "from_prompts",
+    "generate", "generate_all", "last_timestep", "predict", "validate_size",
 ]  # fmt: skip
 
 OWN_ARGUMENTS = (
     "prompt", "class_labels", "generator", "num_inference_steps", "guidance_scale", "height", "width", "output_type",
     "num_images_per_prompt", "return_dict",
 )  # fmt: skip
-"""Of a pipeline's call, what is never among the other options."""
+"""Arguments of a pipeline's call that cannot be among :attr:`Sampling.options`, since the lab sets them."""
 SIDES = 8
-"""Of what every side of a picture is a multiple, in pixels, for all of diffusers' pipelines."""
+"""Pixels of which both sides of a picture must be multiples in all of diffusers' pipelines."""
 OTHER_PASSES = ("timesteps", "sigmas", "denoising_end", "true_cfg_scale", "skip_guidance_layers")
-"""Options with which a step is no longer one pass of the denoiser, so that steps cannot be told apart."""
+"""Options that change the number of passes of the denoiser, so that passes cannot be assigned to steps."""
 
 
 class Features(NamedTuple):
-    """What blocks gave for a batch of B prompts or pictures."""
+    """Captured tensors of blocks for a batch of B prompts or pictures."""
 
     maps: dict[str, list[Tensor]]
-    """For each block a tensor (B, h, w, d) for each step (timestep) asked for, in its order."""
+    """For each block a list of tensors (B, h, w, d), one for each requested step (timestep), in that order."""
     unguided: dict[str, list[Tensor]]
     """The same for the half without the prompt, where there is classifier-free guidance; else empty."""
     pictures: Tensor | None
-    """(B, 3, H, W) in [-1, 1]; None where no picture was asked for."""
+    """(B, 3, H, W) in [-1, 1]; None if no pictures were requested."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def generate(pipeline: Any, prompts: Sequence[str | int], seeds: Sequence[int], 
         sampling: steps, guidance and size.
 
     Raises:
-        ValueError: not a seed for each prompt, an unknown class, or a size where the model has one alone.
+        ValueError: not one seed for each prompt, an unknown class, or a size for a model that has only one.
     """
     with _quiet(pipeline):
         pictures = pipeline(**_call(pipeline, prompts, seeds, sampling), output_type="np").images
@@ -126,20 +127,21 @@ def from_prompts(
         blocks: short names (see :func:`vaelab.models.block_names.blocks`) or module paths.
         sampling: steps, guidance and size.
         side: ``update``, ``output`` or ``input`` of the block.
-        steps: at which steps, counted from 0, kept in rising order; None for all (see :func:`passes`).
-        pictures: whether pictures are wanted too; if not, the pass ends after the last capture.
+        steps: the captured steps, counted from 0; they are returned in rising order. None for all (see
+            :func:`count_passes`).
+        pictures: whether to return the pictures too; if not, the pass ends after the last capture.
 
     Raises:
-        ValueError: an unknown block, a step that is not made, or what :func:`generate` refuses.
+        ValueError: an unknown block, a step that the sampling does not have, or what :func:`generate` refuses.
     """
     found = block_names.resolve(pipeline, blocks)
-    made = passes(pipeline, sampling)
-    wanted = sorted(set(range(made) if steps is None else steps))
-    if not wanted or not 0 <= wanted[0] <= wanted[-1] < made:
-        raise ValueError(f"capture_steps: expected numbers from 0 to {made - 1}, got {wanted}")
+    n_passes = count_passes(pipeline, sampling)
+    captured = sorted(set(range(n_passes) if steps is None else steps))
+    if not captured or not 0 <= captured[0] <= captured[-1] < n_passes:
+        raise ValueError(f"capture_steps: expected numbers from 0 to {n_passes - 1}, got {captured}")
     images = None
     model, paths = denoiser(pipeline), list(dict.fromkeys(found.values()))
-    with _capture_pictures(model, paths, side, calls=wanted, stop=not pictures) as seen:
+    with _capture_pictures(model, paths, side, calls=captured, stop=not pictures) as seen:
         images = generate(pipeline, prompts, seeds, sampling)
     aspect = sampling.height / sampling.width if sampling.height else block_names.own_aspect(model)
     whole = {name: [block_names.maps(one, aspect) for one in seen[path]] for name, path in found.items()}
@@ -193,12 +195,13 @@ def from_pictures(
     return Features(captured, {}, None)
 
 
-def passes(pipeline: Any, sampling: Sampling) -> int:
-    """How often the denoiser runs: once a step, but once more with PNDM, and with a scheduler of the
-    second order once less than twice.
+def count_passes(pipeline: Any, sampling: Sampling) -> int:
+    """The number of passes of the denoiser that make a picture.
+
+    It is the number of steps n for most schedulers, n + 1 for PNDM, and 2 n - 1 for schedulers of the second order.
 
     Raises:
-        ValueError: an option with which steps are no longer counted so.
+        ValueError: an option that changes the number of passes.
     """
     for name in sampling.options:
         if name in OTHER_PASSES:
@@ -210,15 +213,15 @@ def passes(pipeline: Any, sampling: Sampling) -> int:
 
 
 def validate_size(pipeline: Any, sampling: Sampling, only: int | None = None) -> None:
-    """Refuse a size before anything is drawn in it.
+    """Check the size of the pictures before anything is drawn.
 
     Args:
         pipeline: a diffusers pipeline.
-        sampling: with the size.
-        only: the one side that will do, in pixels, such as that of the pictures that an oracle reads; None for any.
+        sampling: gives the size.
+        only: the required side in pixels, such as that of the pictures that an oracle reads; None for any.
 
     Raises:
-        ValueError: a size that the model does not make, or another than the one that will do.
+        ValueError: a size that the model cannot make, or another than the required one.
     """
     model, vae = denoiser(pipeline), getattr(pipeline, "vae", None)
     scale = 2 ** (len(vae.config.block_out_channels) - 1) if vae else 1
@@ -267,27 +270,28 @@ def _same_number(parameter: str, given: Sequence, count: int) -> None:
 
 def _call(pipeline: Any, prompts: Sequence[str | int], seeds: Sequence[int], sampling: Sampling) -> dict[str, Any]:
     at_least("prompts", len(prompts), 1)
-    arguments = signature(pipeline.__call__).parameters
-    if "image" in arguments and "prompt" in arguments:
+    accepted = signature(pipeline.__call__).parameters
+    if "image" in accepted and "prompt" in accepted:
         raise ValueError(
             f"model: {type(pipeline).__name__} makes pictures from a picture and a prompt; "
             "supported are from_pictures, or a pipeline that makes them from a prompt alone"
         )
-    for name, given in (("prompts", prompts), ("seeds", seeds)):
-        _same_number(name, given, len(prompts))
+    _same_number("prompts", prompts, len(prompts))
+    _same_number("seeds", seeds, len(prompts))
     if by_class(pipeline):
         if sampling.height is not None:
             raise ValueError("height and width: a class-conditional model makes pictures of its own size alone")
-        asked = {"class_labels": classes(pipeline, prompts)}
+        arguments = {"class_labels": classes(pipeline, prompts)}
     else:
-        asked = {"prompt": [str(prompt) for prompt in prompts]}
+        arguments = {"prompt": [str(prompt) for prompt in prompts]}
+        report_unknown_words(pipeline, arguments["prompt"])
     validate_size(pipeline, sampling)
     if sampling.height is not None:
-        asked |= {"height": sampling.height, "width": sampling.width}
-    if "clean_caption" in signature(pipeline.__call__).parameters:  # else a prompt depends on what is installed
-        asked["clean_caption"] = False
+        arguments |= {"height": sampling.height, "width": sampling.width}
+    if "clean_caption" in accepted:  # cleaning depends on which packages are installed
+        arguments["clean_caption"] = False
     return {
-        **asked,
+        **arguments,
         "generator": _generators(seeds),
         "num_inference_steps": sampling.steps,
         "guidance_scale": sampling.guidance_scale,
