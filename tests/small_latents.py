@@ -21,8 +21,8 @@ def small_unet(channels=4):
 
 def small_config(steps=2, latent=None, training=None, **changes):
     training = {"learning_rate": 3e-3, "log_every": 1, "device": "cpu", **(training or {})}
-    measuring = EvaluationConfig(loss_timesteps=3, sampler_steps=2)
+    evaluation = EvaluationConfig(loss_timesteps=3, sampler_steps=2)
     defaults = {"batch_size": 4, "vae_channels": (8, 8), "unet_channels": (8, 16), "track_every": 2}
     return PruningConfig(
-        TrainConfig(steps=steps, **training), LatentConfig(**(latent or {})), measuring, **{**defaults, **changes}
+        TrainConfig(steps=steps, **training), LatentConfig(**(latent or {})), evaluation, **{**defaults, **changes}
     )

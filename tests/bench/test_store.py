@@ -35,7 +35,7 @@ def test_the_systems_are_timed_in_turns(tmp_path):
 def test_a_system_that_loses_vectors_is_found_out(tmp_path, monkeypatch):
     write, read = store.SYSTEMS["store"]
     monkeypatch.setitem(store.SYSTEMS, "store", (write, lambda *args: list(read(*args))[1:]))
-    with pytest.raises(RuntimeError, match="store gave back 512 of 768 vectors"):
+    with pytest.raises(RuntimeError, match="systems: store read back 512 of 768 vectors"):
         store.store_seconds(tmp_path, systems=["store"], vectors=768, width=8, batch_size=256)
 
 
@@ -52,7 +52,7 @@ def test_ratios_of_a_planted_table():
         [("store", 1.0, 2.0), ("store", 1.2, 2.0), ("arrow", 2.2, 8.0), ("arrow", 2.2, 8.0)],
         columns=["system", "write", "read"],
     ).assign(vectors=1000)
-    found = store.ratios(table)
+    found = store.speed_ratios(table)
     assert found == pytest.approx(
         {"store.shuffled_vectors_per_second": 500, "store.read_vs_arrow": 4, "store.write_vs_arrow": 2}
     )

@@ -53,11 +53,11 @@ def test_frechet_distance_is_torchmetrics_and_that_of_known_gaussians():
     assert pruning_fid.frechet_distance(one, other) == pytest.approx(9 + (2 - 1) ** 2 + (1 - 3) ** 2)
 
 
-def test_a_judge_prefers_pictures_of_the_same_kind():
+def test_the_reference_prefers_pictures_of_the_same_kind():
     generator = torch.Generator().manual_seed(0)
     real, same, other = (torch.rand(90, 3, 16, 16, generator=generator) for _ in range(3))
-    judge = pruning_fid.fid_reference("embedded", [{"pixels": part} for part in real.split(30)], 90, "cpu")
-    assert judge.distance(same) < 0.2 * judge.distance(0.3 * other)
+    reference = pruning_fid.fid_reference("embedded", [{"pixels": part} for part in real.split(30)], 90, "cpu")
+    assert reference.distance(same) < 0.2 * reference.distance(0.3 * other)
     assert pruning_fid.fid_reference("embedded", [], 0) is None
 
 

@@ -175,7 +175,7 @@ def test_lambda_waits_for_the_mask_and_then_rises():
 
 def test_a_mask_that_is_not_used_yet_is_1_and_trains_nothing(objective):
     one = objective(sparsity=1.0)
-    one.masks.used = False
+    one.masks.enabled = False
     losses = one(batch())
     assert losses["mean_mask"] == 1
     losses["loss"].backward()
@@ -235,7 +235,9 @@ def test_standardised_latents_have_variance_1_and_decode_as_before(objective):
     one.eval()
     with torch.no_grad():
         plain = one.vae.decode(latents / one.vae.config.scaling_factor).sample
-        torch.testing.assert_close(one.decode(one.seen(latents).latents, plain.shape), plain, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(
+            one.decode(one.denoiser_input(latents).latents, plain.shape), plain, rtol=1e-3, atol=1e-4
+        )
 
 
 def test_a_vaes_scaling_factor_is_applied_and_undone():
@@ -248,6 +250,36 @@ def test_a_vaes_scaling_factor_is_applied_and_undone():
         raw = vae.encode(pixels).latent_dist.sample(torch.Generator().manual_seed(1))
         torch.testing.assert_close(scaled, 0.25 * raw)
         torch.testing.assert_close(one.decode(scaled, pixels.shape), vae.decode(raw).sample)
+
+
+@pytest.mark.parametrize("decoder_reads", ["latent", "masked"])
+def test_latents_are_standardized_by_the_vaes_own_mean_and_deviation(decoder_reads):
+    torch.manual_seed(0)
+    mean, std, factor = [1.0, -2.0, 0.5, 3.0], [0.5, 2.0, 1.0, 4.0], 0.7
+    vae = AutoencoderKL(
+        block_out_channels=(8,), norm_num_groups=4, scaling_factor=factor, latents_mean=mean, latents_std=std
+    ).eval()
+    one = PruningObjective(vae, small_unet(), DDPMScheduler(), LatentConfig(decoder_reads=decoder_reads)).eval()
+    torch.nn.init.constant_(one.masks.predict.second.bias, -1.0)
+    pixels = batch(2)["pixels"]
+    with torch.no_grad():
+        raw = vae.encode(pixels).latent_dist.sample(torch.Generator().manual_seed(1))
+        mean, std = (np.array(values)[:, None, None] for values in (mean, std))
+        expected = (raw.double().numpy() - mean) / std * factor
+        scaled = one.latents(pixels, torch.Generator().manual_seed(1))
+        np.testing.assert_allclose(scaled.numpy(), expected, rtol=1e-5, atol=1e-6)
+        plain = vae.decode(raw).sample
+        torch.testing.assert_close(one.decode(scaled, pixels.shape), plain, rtol=1e-4, atol=1e-5)
+        torch.manual_seed(7)
+        found = one({"pixels": pixels})["reconstruction"]
+        torch.manual_seed(7)
+        raw = vae.encode(pixels).latent_dist.sample()
+        if decoder_reads == "masked":
+            scaled = (raw.double().numpy() - mean) / std * factor
+            importance = one.masks.predict(torch.from_numpy(scaled).float()).double().numpy()[..., None, None]
+            raw = torch.from_numpy(importance * scaled / factor * std + mean).float()
+        by_hand = (vae.decode(raw).sample - pixels).square().sum((1, 2, 3)).mean()
+    torch.testing.assert_close(found, by_hand, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

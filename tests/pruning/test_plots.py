@@ -29,14 +29,14 @@ def test_masks_have_a_line_a_channel_and_a_line_a_class():
     assert sorted(line.get_ydata()[0] for line in axes[0, 0].get_lines()) == [0.5, 1.5]  # means over the seeds
 
 
-def test_the_artefact_shows_every_run_the_control_and_the_paper():
+def test_the_loss_over_the_scale_shows_every_run_the_control_and_the_paper():
     measured = pd.DataFrame(
         {"setting": ["a", "a", "b"], "scale": [1.0, 0.5, 0.1], "diffusion_loss": [0.3, 0.2, 0.1],
          "masked_recon_mse": [1.0, 2.0, 3.0]}
     )  # fmt: skip
     control = pd.DataFrame({"latent_scale": [1.0, 0.0], "matched_loss": [0.3, 0.01]})
     curve = (np.array([0.1, 1.0]), np.array([0.2, 0.4]))
-    left, right = plots.artefact(measured, control, curve, {"x": (0.024, 20.0), "y": (0.023, 19.0)}).axes
+    left, right = plots.loss_over_scale(measured, control, curve, {"x": (0.024, 20.0), "y": (0.023, 19.0)}).axes
     assert lines(left)["a"].get_xydata().tolist() == [[1.0, 0.3], [0.5, 0.2]]
     assert lines(right)["b"].get_xydata().tolist() == [[0.1, 3.0]]
     assert lines(left)["one denoiser, its latents scaled"].get_xdata().tolist() == [1.0]  # 0 has no logarithm

@@ -24,15 +24,15 @@ def test_without_the_channels_the_models_do_what_they_did_with_zeros_there(vae, 
     narrow = slimming.remove_channels(vae, whole_unet, kept)
     kept = sorted(kept)
     pixels, latents = torch.rand(2, 3, 16, 16), torch.randn(2, 4, 8, 8)
-    silent = torch.zeros_like(latents)
-    silent[:, kept] = latents[:, kept]
+    zeroed = torch.zeros_like(latents)
+    zeroed[:, kept] = latents[:, kept]
     before, after = vae.encode(pixels).latent_dist, narrow.vae.encode(pixels).latent_dist
     close = {"rtol": 1e-4, "atol": 1e-5}
     torch.testing.assert_close(after.mean, before.mean[:, kept], **close)
     torch.testing.assert_close(after.std, before.std[:, kept], **close)
-    torch.testing.assert_close(narrow.vae.decode(latents[:, kept]).sample, vae.decode(silent).sample, **close)
+    torch.testing.assert_close(narrow.vae.decode(latents[:, kept]).sample, vae.decode(zeroed).sample, **close)
     torch.testing.assert_close(
-        narrow.unet(latents[:, kept], 500).sample, whole_unet(silent, 500).sample[:, kept], **close
+        narrow.unet(latents[:, kept], 500).sample, whole_unet(zeroed, 500).sample[:, kept], **close
     )
     assert narrow.vae.config.latent_channels == narrow.unet.config.in_channels == len(kept)
     assert vae.config.latent_channels == 4 and whole_unet.conv_in.in_channels == 4
@@ -46,9 +46,9 @@ def test_channels_that_are_not_there_are_refused(tiny_vae, kept):
 
 def test_savings_count_what_is_gone_and_time_each_part(tiny_vae):
     table = slimming.savings_table(tiny_vae, small_unet(), [2, 0, 1, 3], torch.randn(2, 4, 8, 8), rounds=2)
-    assert list(zip(table["part"], table["kept"], table["twin"], strict=True)) == [
-        (part, kept, twin) for part in ("denoise", "decode")
-        for kept, twin in ((4, False), (4, True), (3, False), (2, False), (1, False))
+    assert list(zip(table["part"], table["kept"], table["repeat"], strict=True)) == [
+        (part, kept, repeat) for part in ("denoise", "decode")
+        for kept, repeat in ((4, False), (4, True), (3, False), (2, False), (1, False))
     ]  # fmt: skip
     denoise = table[table["part"] == "denoise"].set_index("kept")["parameters"]
     gone_with_one = 9 * 8 + 9 * 8 + 1  # of conv_in, of conv_out, and a bias

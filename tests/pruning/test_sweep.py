@@ -14,7 +14,7 @@ SEEDS_CONCLUSIONS = [0, 1]
 
 
 def numbers(**settings):
-    base = {"recon_mse": 10.0, "channels_off": 0, "latent_scale": 1.0, "seed": 0}
+    base = {"recon_mse": 10.0, "inactive_channels": 0, "latent_scale": 1.0, "seed": 0}
     names = ("diffusion_loss", "masked_recon_mse", "mean_mask", "scale")
     rows = [
         {**base, "setting": name, "seed": seed, **dict(zip(names, values, strict=True))}
@@ -127,10 +127,10 @@ def test_every_setting_is_run_with_every_seed_and_summed_up_with_intervals(swept
     assert found["lambda_0.5.diffusion_loss"] == pytest.approx(pair.mean())
     assert found["lambda_0.5.diffusion_loss.low"] == pytest.approx(pair.mean() - half)
     assert found["lambda_0.5.diffusion_loss.high"] == pytest.approx(pair.mean() + half)
-    for name in ("closed_form_loss", "recon_mse", "masked_recon_mse", "mean_mask", "channels_off"):
+    for name in ("closed_form_loss", "recon_mse", "masked_recon_mse", "mean_mask", "inactive_channels"):
         assert f"lambda_0.{name}.low" in found
     assert not any("fid" in name for name in found)
-    assert found["keep_2.channels_off"] == 2 and found["keep_2.mean_mask"] == 0.5
+    assert found["keep_2.inactive_channels"] == 2 and found["keep_2.mean_mask"] == 0.5
     assert results.topk_runs(measured)["kept"].tolist() == [2, 2]
 
 
@@ -158,14 +158,16 @@ def test_a_loss_that_fell_by_scaling_alone_leaves_nothing(swept, held_out):
     runs = []
     for seed in SEEDS:
         own = sweep.load_sweep("embedded", settings, seed, 16, folder)["unmasked"]
-        measuring = settings["unmasked"].measuring
-        reference = evaluate_pruning(own, held_out, measuring, seed)[0]._asdict()
+        evaluation = settings["unmasked"].evaluation
+        reference = evaluate_pruning(own, held_out, evaluation, seed)[0]._asdict()
         seen, timesteps = (
             sample_latents(own, held_out, seed)[1],
-            noise_loss.spread_timesteps(own.scheduler, measuring.loss_timesteps),
+            noise_loss.spread_timesteps(own.scheduler, evaluation.loss_timesteps),
         )
-        told = noise_loss.predictor_of_scaled_latents(noise_loss.noise_predictor(own.unet), own.scheduler, 0.2)
-        loss = noise_loss.noise_errors(told, 0.2 * seen, own.scheduler, timesteps, seed=seed).mean()
+        scaled_predictor = noise_loss.predictor_of_scaled_latents(
+            noise_loss.noise_predictor(own.unet), own.scheduler, 0.2
+        )
+        loss = noise_loss.noise_errors(scaled_predictor, 0.2 * seen, own.scheduler, timesteps, seed=seed).mean()
         abar = noise_loss.alpha_bar(own.scheduler, timesteps)
         closed = noise_loss.closed_form_error(noise_loss.channel_variances(0.2 * seen), abar).mean()
         scaled = {**reference, "diffusion_loss": float(loss), "closed_form_loss": float(closed)}

@@ -159,6 +159,6 @@ def test_configuration_of_a_notebooks_parameters():
     params = {"steps": 5, "sparsity": 0.25, "unet_channels": [8, 8], "fid_images": 7, "dataset": "digits", "seed": 4}
     config = PruningConfig.of(params, batch_size=3)
     assert config.train == TrainConfig(steps=5, seed=4)
-    assert (config.latent.sparsity, config.unet_channels, config.measuring.fid_images) == (0.25, (8, 8), 7)
+    assert (config.latent.sparsity, config.unet_channels, config.evaluation.fid_images) == (0.25, (8, 8), 7)
     assert config.batch_size == 3
     assert config.with_seed(9) == replace(config, train=TrainConfig(steps=5, seed=9))

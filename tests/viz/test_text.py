@@ -60,13 +60,13 @@ FIGURES = {
     "near_zero_weights": lambda: vae_plots.near_zero_weights(ROWS.assign(fraction=0.5), title=TITLE),
     "layer_bars": lambda: vae_plots.layer_bars(CHANNELS, 0.2, TITLE),
     "scale_scatter": lambda: vae_plots.scale_scatter(CHANNELS, 0.2, TITLE),
-    "training": lambda: sae_plots.training_curves(TRAINING, TITLE),
-    "by_size": lambda: sae_plots.size_curves(TRAINING, TITLE),
-    "change_bars": lambda: sae_plots.manhattan_bars(EFFECTS, TITLE, TITLE),
+    "training_curves": lambda: sae_plots.training_curves(TRAINING, TITLE),
+    "size_curves": lambda: sae_plots.size_curves(TRAINING, TITLE),
+    "manhattan_bars": lambda: sae_plots.manhattan_bars(EFFECTS, TITLE, TITLE),
     "knowledge": lambda: probing_plots.knowledge({TITLE: ROWS[ROWS["step"] == 0].assign(timestep=1)}, TITLE),
     "accuracies": lambda: probing_plots.accuracies(ACCURACIES, TITLE),
     "masks_over_steps": lambda: pruning_plots.masks_over_steps(MASKS, NAMES, TITLE),
-    "artefact": lambda: pruning_plots.artefact(
+    "loss_over_scale": lambda: pruning_plots.loss_over_scale(
         RUNS, pd.DataFrame({"latent_scale": VALUES, "matched_loss": VALUES}), CURVE, {TITLE: (0.1, 0.2)}, TITLE
     ),
     "spectrum": lambda: pruning_plots.spectrum(ROWS.assign(snr=1.0, error=0.5), NAMES, TITLE),

@@ -1,1 +1,1 @@
-"""How fast things are."""
+"""Benchmarks of tracking, collecting, the store and the autoencoders."""

@@ -1,4 +1,4 @@
-"""A training step of a top-k autoencoder as other libraries take it, to be timed beside the lab's own.
+"""A training step of a top-k autoencoder by other libraries, to be timed beside the lab's own.
 
 Each library runs at its best settings for this: the fused Adam, and no more measuring than its step needs. ``dense`` is
 the step as the papers' code writes it, with dense products throughout. ``make peers`` installs the libraries in an
@@ -80,10 +80,10 @@ class Dense(nn.Module):
         """The loss on a batch (N, d); ``dead`` (n_features,) is 1 for dead features, else 0."""
         pre = F.linear(x - self.pre_bias, self.encoder, self.latent_bias)
         reconstruction = F.linear(_only_largest(pre, self.k), self.decoder) + self.pre_bias
-        loss = _relative(reconstruction, x)
+        loss = _relative_error(reconstruction, x)
         if dead.any():
             of_dead = _only_largest(pre * dead, min(K_AUX, pre.shape[1]))
-            loss = loss + AUX_WEIGHT * _relative(F.linear(of_dead, self.decoder), x - reconstruction.detach())
+            loss = loss + AUX_WEIGHT * _relative_error(F.linear(of_dead, self.decoder), x - reconstruction.detach())
         return loss
 
 
@@ -92,20 +92,20 @@ def _only_largest(pre: Tensor, k: int) -> Tensor:
     return torch.zeros_like(pre).scatter_(1, indices, values.relu())
 
 
-def _relative(found: Tensor, x: Tensor) -> Tensor:
-    return (found - x).square().mean() / (x - x.mean(0)).square().mean()
+def _relative_error(reconstruction: Tensor, x: Tensor) -> Tensor:
+    return (reconstruction - x).square().mean() / (x - x.mean(0)).square().mean()
 
 
 def dense(setting: StepConfig, *, dead: bool) -> Step:
     """A step of :class:`Dense`."""
     sae = Dense(setting).to(setting.device)
     optimizer = torch.optim.Adam(sae.parameters(), lr=1e-4, fused=True)
-    asleep = torch.zeros(setting.n_features, device=setting.device)
+    dead_mask = torch.zeros(setting.n_features, device=setting.device)
     if dead:
-        asleep[setting.dead_features] = 1
+        dead_mask[setting.dead_features] = 1
 
     def step(number: int) -> None:
-        sae(setting.batch(number), asleep).backward()
+        sae(setting.batch(number), dead_mask).backward()
         with torch.no_grad():
             sae.decoder.grad -= (sae.decoder.grad * sae.decoder).sum(0) * sae.decoder
         optimizer.step()

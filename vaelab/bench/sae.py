@@ -167,8 +167,8 @@ def step_memory(setting: StepConfig, *, systems: Sequence[str] = (*OURS, *PEERS)
         if system in measured["missing"]:
             continue
         medians = pd.DataFrame(measured["seconds"]).median()
-        told = {name: measured[name] for name in ("peak_mb", "added_mb")}
-        rows.append({"system": system, **told, "step_over_gemm": medians[system] / medians["gemm"]})
+        memory = {name: measured[name] for name in ("peak_mb", "added_mb")}
+        rows.append({"system": system, **memory, "step_over_gemm": medians[system] / medians["gemm"]})
     return pd.DataFrame(rows)
 
 
@@ -180,17 +180,17 @@ def step_ratios(seconds: pd.DataFrame) -> dict[str, float]:
     a peer's step over the lab's in float32, ``sae.speedup_vs.<peer>_by_bf16`` over the lab's in bfloat16. Each is also
     there with dead features (``_dead``).
     """
-    medians, found = seconds.median(), {}
+    medians, ratios = seconds.median(), {}
     for name in seconds.columns:
         plain = name.removesuffix("_dead")
         dead = name.removeprefix(plain)
         if plain in OURS:
-            found[f"sae.step_over_gemm.{name}"] = medians[name] / medians["gemm"]
-            found[f"sae.step_over_best_gemm.{name}"] = medians[name] / medians["gemm_best"]
+            ratios[f"sae.step_over_gemm.{name}"] = medians[name] / medians["gemm"]
+            ratios[f"sae.step_over_best_gemm.{name}"] = medians[name] / medians["gemm_best"]
         elif plain in PEERS:
-            found[f"sae.speedup_vs.{name}"] = medians[name] / medians[f"float32{dead}"]
-            found[f"sae.speedup_vs.{plain}_by_bf16{dead}"] = medians[name] / medians[f"bf16{dead}"]
-    return {name: float(value) for name, value in found.items()}
+            ratios[f"sae.speedup_vs.{name}"] = medians[name] / medians[f"float32{dead}"]
+            ratios[f"sae.speedup_vs.{plain}_by_bf16{dead}"] = medians[name] / medians[f"bf16{dead}"]
+    return {name: float(value) for name, value in ratios.items()}
 
 
 def recovery_table(
@@ -205,15 +205,15 @@ def recovery_table(
     """
     planted = SyntheticSparseData(seed=seed)
     settings = {"d": planted.d, "n_features": planted.n_features, "k": planted.active, "dead_after": 25 * batch_size}
-    wanted = {variant: SAESpec("planted", SAEConfig(variant=variant, **settings), seed) for variant in variants}
+    specs = {variant: SAESpec("planted", SAEConfig(variant=variant, **settings), seed) for variant in variants}
     config = TrainConfig(
         steps=steps, learning_rate=1e-2, schedule="cosine", warmup=min(50, steps // 4), clip_norm=0.0, device=device,
         seed=seed, log_every=max(1, steps // 20),
     )  # fmt: skip
-    trained = train_saes(wanted, planted.batches(batch_size), config, title="planted")
-    found = [dictionary_recovery(planted.features(), trained.saes[variant].features().cpu()) for variant in variants]
+    trained = train_saes(specs, planted.batches(batch_size), config, title="planted")
+    recovery = [dictionary_recovery(planted.features(), trained.saes[variant].features().cpu()) for variant in variants]
     last = trained.history.groupby("sae").last().loc[list(variants), ["explained_variance", "l0", "dead_fraction"]]
-    return last.rename_axis("variant").reset_index().assign(recovery=found)
+    return last.rename_axis("variant").reset_index().assign(recovery=recovery)
 
 
 def selection_equal_fraction(sae: SAE, x: Tensor, *, extra: int = SCREEN_EXTRA) -> float:
@@ -227,8 +227,8 @@ def selection_equal_fraction(sae: SAE, x: Tensor, *, extra: int = SCREEN_EXTRA) 
 def train_on_pipeline(
     pipeline: Any, config: CollectConfig, *, prompts: int, steps: int, n_features: int = 2560, k: int = 10
 ) -> tuple[SAE, Tensor]:
-    """An autoencoder trained on the first block's vectors for the world's prompts, and vectors (N, d) that
-    it has not seen, of a quarter as many other prompts.
+    """An autoencoder trained on the first block's vectors for the world's prompts, and held-out vectors (N, d) of a
+    quarter as many other prompts.
 
     Args:
         pipeline: a diffusers pipeline.
@@ -241,16 +241,16 @@ def train_on_pipeline(
     (block, *_), other = config.blocks, max(1, prompts // 4)
     texts = load_prompts("world", count=prompts + other).texts
     x = torch.cat([part.float() for part in stream_rows(pipeline, texts, config, block)])
-    seen, unseen = x.split([len(x) * prompts // len(texts), len(x) - len(x) * prompts // len(texts)])
+    training, held_out = x.split([len(x) * prompts // len(texts), len(x) - len(x) * prompts // len(texts)])
 
     def batches(start: int = 0, rank: int = 0, world: int = 1) -> Iterator[dict[str, Tensor]]:
         for number in count(start * world + rank, world):
             generator = torch.Generator().manual_seed(number)
-            yield {block: seen[torch.randint(len(seen), (1024,), generator=generator)]}
+            yield {block: training[torch.randint(len(training), (1024,), generator=generator)]}
 
     setting = TrainConfig(steps=steps, learning_rate=1e-3, clip_norm=0.0, device=str(pipeline.device), log_every=steps)
-    wanted = {block: SAESpec(block, SAEConfig(x.shape[1], n_features, k, dead_after=25 * 1024))}
-    return train_saes(wanted, batches, setting, title=block).saes[block], unseen
+    specs = {block: SAESpec(block, SAEConfig(x.shape[1], n_features, k, dead_after=25 * 1024))}
+    return train_saes(specs, batches, setting, title=block).saes[block], held_out
 
 
 class SAEBenchmark(NamedTuple):
@@ -273,10 +273,10 @@ def benchmark_saes(
         config: what is captured for that.
         steps: of the training on planted dictionaries; for the screen's a quarter of them.
         rounds: how often each step is timed at d 1280, n_features 5120, k 10; and at n_features
-            81,920, k 32, with a process for each system, whose peak memory is told
+            81,920, k 32, with a process for each system, whose peak memory is reported
             (``sae.large.peak_mb.<system>``); 0 leaves this out.
         batch_size: vectors of a timed step, a quarter of them at 81,920 features.
-        seed: fixes all.
+        seed: fixes vectors, initial weights and prompts.
     """
     recovered = recovery_table(steps, device=str(pipeline.device), seed=seed)
     sae, x = train_on_pipeline(pipeline, config, prompts=max(8, steps // 16), steps=max(10, steps // 4))

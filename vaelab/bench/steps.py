@@ -1,7 +1,7 @@
-"""How long things take, measured so that a shared machine's noise shows.
+"""Time of tracking, collecting and sweeping, with the noise of a shared machine.
 
-Everything that is compared is run in one process, in turns, each round in a random order; the
-reference is run twice a round, so that its difference to itself says what a difference means.
+All systems of a comparison run in one process, in turns, in a random order each round. The reference runs twice in
+each round: the difference between its two runs (``repeat``) is the noise of the measurement.
 """
 
 import copy
@@ -31,7 +31,7 @@ from vaelab.vae.objective import VAEObjective
 
 
 def tracking_seconds(vae: nn.Module, images: Images, config: StudyConfig, rounds: int) -> pd.DataFrame:
-    """Seconds of a training step: ``untracked``, its ``twin``, and ``tracked``.
+    """Seconds of a training step: ``untracked``, the same again as ``repeat``, and ``tracked``.
 
     The three train copies of ``vae`` on the same batches. A tracked step measures every GroupNorm
     output, classifies, and counts near-zero weights: all that the study does on such a step. On
@@ -40,8 +40,11 @@ def tracking_seconds(vae: nn.Module, images: Images, config: StudyConfig, rounds
     Args:
         vae: the model, on the device to measure on.
         images: pictures to train on.
-        config: batch size, learning rate and what is tracked; every step of ``tracked`` is.
+        config: batch size, learning rate and what is tracked, here at every step.
         rounds: how often each is timed.
+
+    Returns:
+        A row a round, a column a kind of step.
     """
     device = next(vae.parameters()).device
     batches = images.shuffled(config.batch_size, config.train.seed)()
@@ -51,12 +54,12 @@ def tracking_seconds(vae: nn.Module, images: Images, config: StudyConfig, rounds
     precision = functools.partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
 
     def step_of(tracked: bool) -> Callable[[int], None]:
-        twin = copy.deepcopy(vae).train().requires_grad_(True)
-        objective = VAEObjective(twin, config.kl_weight)
+        trained = copy.deepcopy(vae).train().requires_grad_(True)
+        objective = VAEObjective(trained, config.kl_weight)
         optimizer = torch.optim.AdamW(
-            twin.parameters(), lr=config.train.learning_rate, weight_decay=config.train.weight_decay, fused=True
+            trained.parameters(), lr=config.train.learning_rate, weight_decay=config.train.weight_decay, fused=True
         )
-        watcher = ChannelWatcher(twin, "baseline", every_step)
+        watcher = ChannelWatcher(trained, "baseline", every_step)
 
         def step(number: int) -> None:
             torch.manual_seed(number)
@@ -69,21 +72,24 @@ def tracking_seconds(vae: nn.Module, images: Images, config: StudyConfig, rounds
 
         return step
 
-    actions = {"untracked": step_of(False), "twin": step_of(False), "tracked": step_of(True)}
+    actions = {"untracked": step_of(False), "repeat": step_of(False), "tracked": step_of(True)}
     return interleaved(actions, rounds, device=device, seed=config.train.seed)
 
 
 def collect_seconds(pipeline: Any, prompts: int, config: CollectConfig, rounds: int) -> pd.DataFrame:
-    """Seconds of drawing the same prompts of the world: ``plain``, its ``twin``, and ``collecting``.
+    """Seconds of drawing the same prompts of the world: ``plain``, the same again as ``repeat``, and ``collecting``.
 
-    The plain pipeline ends with the pictures; a collection captures, stops after the last block that
-    it wants, and ends when the activations are on the disk.
+    The plain pipeline ends with the pictures. A collection captures activations, stops each pass after the last
+    requested block, and ends when the activations are on the disk.
 
     Args:
         pipeline: on the device to measure on.
         prompts: how many; each round draws them with other seeds.
         config: what is collected, and with which sampling and batch size.
         rounds: how often each is timed.
+
+    Returns:
+        A row a round, a column a system.
     """
     texts = load_prompts("world", count=prompts).texts
     layout, per_prompt, _ = run_trial_batch(pipeline, texts, config)
@@ -96,7 +102,7 @@ def collect_seconds(pipeline: Any, prompts: int, config: CollectConfig, rounds: 
             now = replace(config, seed=number)
             collect_prompts(pipeline, texts, now, folder, layout=layout, items_per_prompt=per_prompt, progress=False)
 
-    actions = {"plain": plain, "twin": plain, "collecting": collecting}
+    actions = {"plain": plain, "repeat": plain, "collecting": collecting}
     return interleaved(actions, rounds, device=pipeline.device, warmup=1, seed=config.seed)
 
 
@@ -104,7 +110,7 @@ def sweep_seconds(
     pipeline: Any, pictures: LabelledPictures, config: LayerConfig, count: int, rounds: int
 ) -> tuple[pd.DataFrame, dict[str, float]]:
     """Seconds a picture of features of all layers and timesteps: ``together``, as they are collected, and
-    ``one_at_a_time``; beside them ``encoding`` and ``whole_pass``, a single pass through all of the denoiser.
+    ``one_at_a_time``; beside them ``encoding`` and ``whole_pass``, a single pass through the whole denoiser.
 
     Args:
         pipeline: on the device to measure on.
@@ -123,8 +129,8 @@ def sweep_seconds(
     pixels = torch.stack([picture.pixels for picture in islice(readable, count)])
     seeds, blocks = list(range(len(pixels))), list(config.blocks)
 
-    def swept(timesteps: Sequence[int], wanted: list[str]) -> None:
-        activations.from_pictures(pipeline, pixels, seeds, timesteps, wanted, side=config.side)
+    def sweep(timesteps: Sequence[int], some_blocks: list[str]) -> None:
+        activations.from_pictures(pipeline, pixels, seeds, timesteps, some_blocks, side=config.side)
 
     @torch.no_grad()
     def encoding() -> Tensor:
@@ -132,16 +138,16 @@ def sweep_seconds(
 
     @torch.no_grad()
     def whole_pass(number: int) -> None:
-        predict(pipeline, latents, config.timesteps[number % len(config.timesteps)], told)
+        predict(pipeline, latents, config.timesteps[number % len(config.timesteps)], conditioning)
 
-    latents, told = encoding(), condition(pipeline, None, len(pixels), pixels.shape[-2:])
+    latents, conditioning = encoding(), condition(pipeline, None, len(pixels), pixels.shape[-2:])
 
     def one_at_a_time(number: int) -> None:
         for timestep, block in product(config.timesteps, blocks):
-            swept([timestep], [block])
+            sweep([timestep], [block])
 
     actions = {
-        "together": lambda number: swept(config.timesteps, blocks), "one_at_a_time": one_at_a_time,
+        "together": lambda number: sweep(config.timesteps, blocks), "one_at_a_time": one_at_a_time,
         "encoding": lambda number: encoding(), "whole_pass": whole_pass,
     }  # fmt: skip
     seconds = interleaved(actions, rounds, device=pipeline.device, warmup=1, seed=config.seed) / len(pixels)

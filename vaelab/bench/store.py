@@ -68,7 +68,7 @@ def store_seconds(
         ``vectors``.
 
     Raises:
-        ImportError: ``webdataset`` is asked for, and the package of that name is not installed.
+        ImportError: ``webdataset`` is among the systems and is not installed.
         ValueError: an unknown system, a number below 1.
         RuntimeError: a system has lost vectors, or repeated them.
     """
@@ -95,28 +95,28 @@ def store_seconds(
                 count = sum(map(len, read(Path(place), batch_size, number)))
                 finished = time.perf_counter()
             if count != items * SIDE**2:
-                raise RuntimeError(f"{system} gave back {count} of {items * SIDE**2} vectors")
+                raise RuntimeError(f"systems: {system} read back {count} of {items * SIDE**2} vectors")
             rows.append((number - warmup, system, written - began, finished - written, count))
     table = pd.DataFrame(rows, columns=["round", "system", "write", "read", "vectors"])
     return table[table["round"] >= 0].reset_index(drop=True)
 
 
 def write_store(folder: Path, parts: Sequence[Tensor]) -> None:
-    """Parts of the maps, (some, width, side, side) each, as a store."""
+    """Write parts of the maps, each (N, width, side, side), as a store."""
     layout = {BLOCK: BlockShape((SIDE, SIDE), parts[0].shape[1])}
     with store.create(folder, layout, items_per_shard=10 * TOGETHER) as writer:
         for part in parts:
-            told = range(writer.items_done, writer.items_done + len(part))
-            writer.add({BLOCK: part.permute(0, 2, 3, 1)}, [_item(number) for number in told])
+            numbers = range(writer.items_done, writer.items_done + len(part))
+            writer.add({BLOCK: part.permute(0, 2, 3, 1)}, [_item(number) for number in numbers])
 
 
 def read_store(folder: Path, batch_size: int, seed: int) -> Iterator[Tensor]:
-    """Shuffled batches (batch_size, width) float32 of :func:`write_store`'s."""
+    """Shuffled batches (batch_size, width) float32 of the vectors that :func:`write_store` wrote."""
     return store.open(folder).batches(BLOCK, batch_size, seed, buffer_rows=SAMPLES_IN_BUFFER * TOGETHER * SIDE**2)
 
 
 def write_webdataset(folder: Path, parts: Sequence[Tensor]) -> None:
-    """Each part as a pickled sample (maps, steps, width, side, side) in a tar."""
+    """Write each part as a pickled sample (maps, steps, width, side, side) in a tar."""
     import webdataset
 
     with open(folder / "block.tar", "wb") as file:
@@ -124,29 +124,28 @@ def write_webdataset(folder: Path, parts: Sequence[Tensor]) -> None:
             for number, part in enumerate(parts):
                 pickled = io.BytesIO()
                 torch.save(part[:, None], pickled)
-                told = json.dumps([_item(number * TOGETHER + place) for place in range(len(part))])
-                tar.write(
-                    {"__key__": f"sample_{number}", "gen_args.json": told.encode(), "output.pth": pickled.getvalue()}
-                )
+                metadata = json.dumps([_item(number * TOGETHER + place) for place in range(len(part))])
+                sample = {"gen_args.json": metadata.encode(), "output.pth": pickled.getvalue()}
+                tar.write({"__key__": f"sample_{number}", **sample})
         _sync(folder / "block.tar")
 
 
 def read_webdataset(folder: Path, batch_size: int, seed: int) -> Iterator[Tensor]:
-    """Shuffled batches of :func:`write_webdataset`'s."""
+    """Shuffled batches (batch_size, width) float32 of the vectors that :func:`write_webdataset` wrote."""
     import webdataset
 
     samples = iter(webdataset.WebDataset(str(folder / "block.tar"), shardshuffle=False).decode("torch"))
     generator = torch.Generator().manual_seed(seed)
-    buffer, wanted, low = torch.empty(0), SAMPLES_IN_BUFFER, 1
+    buffer, missing, low = torch.empty(0), SAMPLES_IN_BUFFER, 1
     while True:
         if len(buffer) < low:
-            fresh = [sample["output.pth"] for sample in itertools.islice(samples, wanted)]
+            fresh = [sample["output.pth"] for sample in itertools.islice(samples, missing)]
             rows = [maps.permute(0, 1, 3, 4, 2).reshape(-1, maps.shape[2]) for maps in fresh]
             if rows:
                 buffer = torch.cat([*([buffer.clone()] if len(buffer) else []), *rows])
                 buffer = buffer[torch.randperm(len(buffer), generator=generator)]
-            low = SAMPLES_IN_BUFFER * TOGETHER * SIDE**2 * 4 // 5 if len(fresh) == wanted else 0
-            wanted = SAMPLES_IN_BUFFER // 5
+            low = SAMPLES_IN_BUFFER * TOGETHER * SIDE**2 * 4 // 5 if len(fresh) == missing else 0
+            missing = SAMPLES_IN_BUFFER // 5
         if not len(buffer):
             return
         yield buffer[:batch_size].float()
@@ -154,7 +153,7 @@ def read_webdataset(folder: Path, batch_size: int, seed: int) -> Iterator[Tensor
 
 
 def write_arrow(folder: Path, parts: Sequence[Tensor]) -> None:
-    """The vectors as rows of an Arrow file."""
+    """Write the vectors as rows of an Arrow file."""
     import datasets
     import pyarrow as pa
     from datasets.arrow_writer import ArrowWriter
@@ -172,7 +171,7 @@ def write_arrow(folder: Path, parts: Sequence[Tensor]) -> None:
 
 
 def read_arrow(folder: Path, batch_size: int, seed: int) -> Iterator[Tensor]:
-    """Shuffled batches of :func:`write_arrow`'s."""
+    """Shuffled batches (batch_size, width) float32 of the vectors that :func:`write_arrow` wrote."""
     import datasets
 
     rows = datasets.Dataset.from_file(str(folder / "block.arrow")).with_format("torch")
@@ -198,12 +197,12 @@ def _sync(path: Path) -> None:
     sync_folder(path.parent)
 
 
-def ratios(table: pd.DataFrame) -> dict[str, float]:
+def speed_ratios(table: pd.DataFrame) -> dict[str, float]:
     """From the medians over rounds: the store's shuffled vectors a second, and how many times as fast
     as each other system it reads (``store.read_vs_<system>``) and writes (``store.write_vs_<system>``)."""
     medians = table.groupby("system")[["write", "read"]].median()
-    found = {"store.shuffled_vectors_per_second": table["vectors"].iloc[0] / medians.loc["store", "read"]}
+    metrics = {"store.shuffled_vectors_per_second": table["vectors"].iloc[0] / medians.loc["store", "read"]}
     for system in medians.index.drop("store"):
         for kind in ("read", "write"):
-            found[f"store.{kind}_vs_{system}"] = medians.loc[system, kind] / medians.loc["store", kind]
-    return {name: float(value) for name, value in found.items()}
+            metrics[f"store.{kind}_vs_{system}"] = medians.loc[system, kind] / medians.loc["store", kind]
+    return {name: float(value) for name, value in metrics.items()}

@@ -79,7 +79,14 @@ def accuracies(table: pd.DataFrame, title: str = "") -> Figure:
         ends = np.abs(part[["low", "high"]].to_numpy().T - part["accuracy"].to_numpy())
         axis.errorbar(part["accuracy"], heights, xerr=ends, fmt="o", color=colours[number], capsize=3, label=classifier)
     chance = table.groupby("line", sort=False)["chance"].first()
-    axis.plot(chance[lines], range(len(lines)), "|", color=viz.SILENT, markersize=22, label="the most frequent class")
+    axis.plot(
+        chance[lines],
+        range(len(lines)),
+        "|",
+        color=viz.SUPPRESSED_COLOUR,
+        markersize=22,
+        label="the most frequent class",
+    )
     axis.set(xlabel="test accuracy, with 95 % interval", xlim=(-0.02, 1.02), ylim=(len(lines) - 0.5, -0.5))
     axis.set_yticks(range(len(lines)), lines, fontsize=8)
     axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))

@@ -3,8 +3,7 @@
 From "PeLAP-A: Adaptive Latent Pruning for Lightweight Latent Diffusion Models": the latent z of the VAE is
 multiplied, channel by channel, by a mask m(z) before it enters the denoiser. In the paper's own form
 nothing holds the mask open: reconstruction never uses it, and the noise of a smaller latent is easier to
-predict. ``normalised``, ``topk`` and ``decoder_reads="masked"`` are what makes sparsity something that
-has to be earned.
+predict. With ``normalised``, ``topk`` or ``decoder_reads="masked"`` a closed mask costs something.
 """
 
 from dataclasses import dataclass
@@ -100,8 +99,8 @@ def straight_through_topk(importance: Tensor, keep: int) -> Tensor:
 
 
 def variance_gain(latents: Tensor, mask: Tensor) -> Tensor:
-    """What a masked latent is to be multiplied by to keep its variance: the square root of the channels'
-    summed variances before, over those after. Means do not count, so a constant cannot stand for them.
+    """The factor on a masked latent that restores its variance: the square root of the channels' summed
+    variances before the mask, over those after it. Means do not count, so a constant cannot replace variance.
 
     Args:
         latents: (B, c, h, w); the variance is over pictures and places.
@@ -132,13 +131,13 @@ class ChannelMask(nn.Module):
             raise ValueError(f"keep: must be from 1 to the latent's {channels} channels, got {config.keep}")
         self.predict = ImportancePredictor(channels, config.hidden)
         self.predict.requires_grad_(config.mask != "none")
-        self._config, self.used = config, True
+        self._config, self.enabled = config, True
         self.register_buffer("running_gain", torch.ones(()))
         self.register_buffer("gains", torch.zeros(()))
 
     def forward(self, latents: Tensor) -> MaskedLatents:
-        """Mask latents (B, c, h, w). In evaluation the gain is the usual one of training, so that a
-        picture does not depend on its neighbours."""
+        """Mask latents (B, c, h, w). In evaluation the gain is the running mean of training's, so that a
+        picture's mask does not depend on the rest of its batch."""
         mask = self.mask(latents)
         if self._config.mask == "normalised":
             now = variance_gain(latents, mask) if self.training else self.running_gain
@@ -148,7 +147,7 @@ class ChannelMask(nn.Module):
                     now.detach().to(self.running_gain), torch.clamp(1 / self.gains, min=1 - GAIN_DECAY)
                 )
             mask = now * mask
-        if not self.used:
+        if not self.enabled:
             mask = torch.ones_like(mask) + 0 * mask
         return MaskedLatents(mask[..., None, None] * latents, mask)
 
@@ -166,7 +165,7 @@ class PruningObjective(nn.Module):
     """L = w MSE + beta KL + E||eps - eps_theta(z_t, t)||^2 + lambda mean(m), for VAE, predictor and
     denoiser together.
 
-    ``sparsity`` and ``masks.used`` are set from outside where they change over the training.
+    ``sparsity`` and ``masks.enabled`` are set from outside where they change over the training.
     """
 
     def __init__(self, vae: nn.Module, unet: nn.Module, scheduler: Any, config: LatentConfig):
@@ -182,23 +181,23 @@ class PruningObjective(nn.Module):
 
     def latents(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """A sample of the posterior (B, c, h, w), scaled as the VAE's configuration says."""
-        return models.posterior(self.vae, pixels).sample(generator) * self.vae.config.scaling_factor
+        return models.scale_latents(self.vae, models.posterior(self.vae, pixels).sample(generator))
 
-    def seen(self, latents: Tensor) -> MaskedLatents:
-        """The latents (B, c, h, w) as the denoiser gets them: standardised where asked for, and masked."""
+    def denoiser_input(self, latents: Tensor) -> MaskedLatents:
+        """Scaled latents (B, c, h, w) standardised, if ``standardise`` is set, and masked."""
         return self.masks(self.standard(latents))
 
-    def decode(self, seen: Tensor, shape: torch.Size) -> Tensor:
-        """Pictures of ``shape`` from latents as the denoiser has them."""
-        return models.decode_latents(self.vae, self.unscaled(seen), shape)
+    def decode(self, latents: Tensor, shape: torch.Size) -> Tensor:
+        """Pictures of ``shape`` from the denoiser's latents (B, c, h, w)."""
+        return models.decode_latents(self.vae, self.to_vae_latents(latents), shape)
 
-    def unscaled(self, seen: Tensor) -> Tensor:
-        """Latents as the denoiser has them in the VAE's own units."""
+    def to_vae_latents(self, latents: Tensor) -> Tensor:
+        """The denoiser's latents (B, c, h, w) as the VAE's decoder takes them: neither standardised nor scaled."""
         if self.config.standardise:
             norm = self.standard
-            mean, variance = (one[:, None, None] for one in (norm.running_mean, norm.running_var))
-            seen = seen * (variance + norm.eps).sqrt() + mean
-        return seen / self.vae.config.scaling_factor
+            mean, variance = (moment[:, None, None] for moment in (norm.running_mean, norm.running_var))
+            latents = latents * (variance + norm.eps).sqrt() + mean
+        return models.unscale_latents(self.vae, latents)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Losses of a batch with ``pixels`` (B, 3, R, R) in [-1, 1]; ``reconstruction`` is summed over a
@@ -206,8 +205,8 @@ class PruningObjective(nn.Module):
         what the denoiser gets."""
         pixels = batch["pixels"]
         posterior = models.posterior(self.vae, pixels)
-        latents = posterior.sample() * self.vae.config.scaling_factor
-        standard = self.standard(latents)
+        latents = posterior.sample()
+        standard = self.standard(models.scale_latents(self.vae, latents))
         masked = self.masks(standard.detach() if self.config.stop_gradient else standard)
         noise = torch.randn_like(masked.latents)
         steps = self.scheduler.config.num_train_timesteps
@@ -218,7 +217,7 @@ class PruningObjective(nn.Module):
             reaching_the_vae = self.masks(standard) if self.config.stop_gradient else masked
             decoded = self.decode(reaching_the_vae.latents, pixels.shape)
         else:
-            decoded = models.decode_latents(self.vae, latents / self.vae.config.scaling_factor, pixels.shape)
+            decoded = models.decode_latents(self.vae, latents, pixels.shape)
         reconstruction = (decoded.float() - pixels).square().sum((1, 2, 3)).mean()
         kl, mean_mask = posterior.kl().mean(), masked.mask.mean()
         loss = (

@@ -10,15 +10,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from vaelab import models
 from vaelab.core.validate import at_least
 from vaelab.data.images import Images
-from vaelab.pruning import fid as pruning_fid
 from vaelab.pruning import noise_loss
+from vaelab.pruning.fid import FIDReference, ancestral_samples
 from vaelab.pruning.masks import PruningObjective
 from vaelab.training import evaluation_mode
 from vaelab.vae.objective import evaluate_reconstruction
 
-AT_ONCE = 64
+EVALUATION_BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,8 @@ class PruningMetrics(NamedTuple):
     masked_ssim: float
     mean_mask: float
     """Mean over pictures and channels of the mask, its gain included."""
-    channels_off: int
-    """Inactive channels, below the noise at every timestep; see
+    inactive_channels: int
+    """Channels whose signal is below the noise at every timestep; see
     :func:`vaelab.pruning.noise_loss.above_noise_floor`."""
     latent_scale: float
     """Standard deviation of the latents before the mask, over pictures and places, root mean square
@@ -72,16 +73,20 @@ class PruningMetrics(NamedTuple):
 
 @torch.no_grad()
 def sample_latents(objective: PruningObjective, images: Images, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Samples of the posteriors of all ``images`` (N, c, h, w), the same as the denoiser gets them, and their
-    masks (N, c); in evaluation mode, in which neither the standardisation nor the usual gain learns from them."""
+    """Latents of all ``images``, in evaluation mode, so that no running statistic changes.
+
+    Returns:
+        Samples of the posteriors (N, c, h, w), standardised if the objective does so; the same masked, as the
+        denoiser gets them; their masks (N, c).
+    """
     generator, device = torch.Generator().manual_seed(seed), next(objective.parameters()).device
     parts = []
     with evaluation_mode(objective):
-        for batch in images.batches(AT_ONCE):
+        for batch in images.batches(EVALUATION_BATCH):
             latents = objective.latents(batch["pixels"].to(device), generator)
-            parts.append((objective.standard(latents), *objective.seen(latents)))
-    before, seen, mask = (torch.cat(part).float() for part in zip(*parts, strict=True))
-    return before, seen, mask
+            parts.append((objective.standard(latents), *objective.denoiser_input(latents)))
+    before, masked, mask = (torch.cat(part).float() for part in zip(*parts, strict=True))
+    return before, masked, mask
 
 
 def evaluate_pruning(
@@ -89,7 +94,7 @@ def evaluate_pruning(
     images: Images,
     config: EvaluationConfig,
     seed: int,
-    judge: pruning_fid.FIDReference | None = None,
+    fid_reference: FIDReference | None = None,
 ) -> tuple[PruningMetrics, list[dict[str, float]]]:
     """Evaluate a trained objective on held-out pictures; ``seed`` fixes the randomness, every module keeps its mode.
 
@@ -98,7 +103,7 @@ def evaluate_pruning(
         ``timestep``, ``channel``, ``snr``, ``error``, ``closed_form``.
     """
     with evaluation_mode(objective):
-        return _evaluated(objective, images, config, seed, judge)
+        return _evaluated(objective, images, config, seed, fid_reference)
 
 
 def _evaluated(
@@ -106,22 +111,28 @@ def _evaluated(
     images: Images,
     config: EvaluationConfig,
     seed: int,
-    judge: pruning_fid.FIDReference | None,
+    fid_reference: FIDReference | None,
 ) -> tuple[PruningMetrics, list[dict[str, float]]]:
-    before, seen, mask = sample_latents(objective, images, seed)
+    before, masked_latents, mask = sample_latents(objective, images, seed)
     scheduler = objective.scheduler
     timesteps = noise_loss.spread_timesteps(scheduler, config.loss_timesteps)
     errors = noise_loss.noise_errors(
-        noise_loss.noise_predictor(objective.unet), seen, scheduler, timesteps, batch_size=AT_ONCE, seed=seed
+        noise_loss.noise_predictor(objective.unet),
+        masked_latents,
+        scheduler,
+        timesteps,
+        batch_size=EVALUATION_BATCH,
+        seed=seed,
     )
-    variance, abar = noise_loss.channel_variances(seen).cpu(), noise_loss.alpha_bar(scheduler, timesteps)
+    variance, abar = noise_loss.channel_variances(masked_latents).cpu(), noise_loss.alpha_bar(scheduler, timesteps)
     closed = noise_loss.closed_form_error(variance, abar)
-    plain = evaluate_reconstruction(objective.vae, images.batches(AT_ONCE))
-    masked = evaluate_reconstruction(_MaskedVAE(objective).eval(), images.batches(AT_ONCE))
+    plain = evaluate_reconstruction(objective.vae, images.batches(EVALUATION_BATCH))
+    masked = evaluate_reconstruction(_MaskedVAE(objective).eval(), images.batches(EVALUATION_BATCH))
     values, fid = 3 * images.resolution**2, None
-    if config.fid_images and judge:
-        fid = judge.distance(sample_pictures(objective, config, tuple(seen.shape[1:]), images.resolution, seed))
-    found = PruningMetrics(
+    if config.fid_images and fid_reference:
+        shape = tuple(masked_latents.shape[1:])
+        fid = fid_reference.distance(sample_pictures(objective, config, shape, images.resolution, seed))
+    metrics = PruningMetrics(
         float(errors.mean()), float(closed.mean()), values * plain.mse, values * masked.mse, plain.psnr, masked.psnr,
         plain.ssim, masked.ssim, float(mask.mean()), int((~noise_loss.above_noise_floor(variance, scheduler)).sum()),
         float(noise_loss.channel_variances(before).mean().sqrt()), float(variance.mean().sqrt()), plain.kl, fid,
@@ -132,7 +143,7 @@ def _evaluated(
         for row, (timestep, share) in enumerate(zip(timesteps, abar, strict=True))
         for channel in range(len(variance))
     ]  # fmt: skip
-    return found, spectrum
+    return metrics, spectrum
 
 
 @torch.no_grad()
@@ -141,12 +152,14 @@ def sample_pictures(
 ) -> Tensor:
     """``config.fid_images`` pictures (N, 3, R, R) decoded from samples of the denoiser, on the CPU."""
     with evaluation_mode(objective):
-        latents = pruning_fid.ancestral_samples(
+        latents = ancestral_samples(
             objective.unet, objective.scheduler, shape, config.fid_images, steps=config.sampler_steps,
-            batch_size=AT_ONCE, seed=seed,
+            batch_size=EVALUATION_BATCH, seed=seed,
         )  # fmt: skip
-        sizes = (torch.Size((len(part), 3, resolution, resolution)) for part in latents.split(AT_ONCE))
-        parts = [objective.decode(part, size) for part, size in zip(latents.split(AT_ONCE), sizes, strict=True)]
+        sizes = (torch.Size((len(part), 3, resolution, resolution)) for part in latents.split(EVALUATION_BATCH))
+        parts = [
+            objective.decode(part, size) for part, size in zip(latents.split(EVALUATION_BATCH), sizes, strict=True)
+        ]
     return torch.cat(parts).float().clamp(-1, 1).cpu()
 
 
@@ -159,5 +172,6 @@ class _MaskedVAE(nn.Module):
         self.encode = objective.vae.encode
 
     def decode(self, latents: Tensor) -> Any:
-        seen = self._objective.seen(latents * self._objective.vae.config.scaling_factor).latents
-        return self._objective.vae.decode(self._objective.unscaled(seen))
+        vae = self._objective.vae
+        masked = self._objective.denoiser_input(models.scale_latents(vae, latents)).latents
+        return vae.decode(self._objective.to_vae_latents(masked))

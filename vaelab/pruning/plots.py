@@ -1,5 +1,5 @@
-"""Figures of masks on latents: their course, the loss against the latent's scale and against the
-signal-to-noise ratio, and what quality the kept channels leave."""
+"""Figures of masks on latents: the masks over training, the loss against the latent's scale and against the
+signal-to-noise ratio, and the quality against the number of kept channels."""
 
 from collections.abc import Mapping, Sequence
 
@@ -9,7 +9,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from vaelab.viz.charts import PALETTE, SILENT
+from vaelab.viz.charts import PALETTE, SUPPRESSED_COLOUR
 from vaelab.viz.text import plain_text
 
 GREY = PALETTE["start"]
@@ -53,14 +53,14 @@ def masks_over_steps(masks: pd.DataFrame, settings: Sequence[str], title: str = 
 
 
 @plain_text
-def artefact(
+def loss_over_scale(
     measured: pd.DataFrame,
     control: pd.DataFrame,
     closed_form: tuple[np.ndarray, np.ndarray],
     paper: Mapping[str, tuple[float, float]],
     title: str = "",
 ) -> Figure:
-    """The diffusion loss, and what can be decoded, against the scale of what the denoiser gets.
+    """The diffusion loss, and the error of decoded pictures, against the scale of the denoiser's input.
 
     Args:
         measured: a row a run: ``setting``, ``scale``, ``diffusion_loss``, ``masked_recon_mse``.
@@ -74,20 +74,20 @@ def artefact(
     colours = dict(zip(names, sns.color_palette("viridis", len(names)), strict=True))
     left.plot(*closed_form, color="#444444", linewidth=1.2, label="closed form, no structure")
     shown = control[control["latent_scale"] > 0].sort_values("latent_scale")
-    left.plot(shown["latent_scale"], shown["matched_loss"], "s", color=SILENT, markersize=5,
+    left.plot(shown["latent_scale"], shown["matched_loss"], "s", color=SUPPRESSED_COLOUR, markersize=5,
               label="one denoiser, its latents scaled")  # fmt: skip
     losses = [loss for loss, _ in paper.values()]
     for loss in losses:
         left.axhline(loss, color=GREY, linewidth=1, linestyle=":")
-    said = "paper: " + " and ".join(f"{loss:g}" for loss in losses)
-    left.annotate(said, (1, max(losses)), xycoords=("axes fraction", "data"), fontsize=7, ha="right", va="bottom")
+    label = "paper: " + " and ".join(f"{loss:g}" for loss in losses)
+    left.annotate(label, (1, max(losses)), xycoords=("axes fraction", "data"), fontsize=7, ha="right", va="bottom")
     for axis, column in ((left, "diffusion_loss"), (right, "masked_recon_mse")):
         for name, part in measured.groupby("setting", sort=False):
             axis.plot(part["scale"], part[column], "o", color=colours[name], markersize=6, label=name)
-        axis.set(xscale="log", yscale="log", xlabel="scale of what the denoiser gets (standard deviation)")
+        axis.set(xscale="log", yscale="log", xlabel="scale of the denoiser's input (standard deviation)")
         axis.xaxis.set_minor_formatter("")
     left.set_ylabel("diffusion loss (mean)")
-    right.set_ylabel("error of pictures decoded from it (sum)")
+    right.set_ylabel("error of decoded pictures (sum)")
     left.legend(fontsize=7)
     figure.suptitle(title, fontsize=11)
     return figure
@@ -103,12 +103,12 @@ def spectrum(table: pd.DataFrame, settings: Sequence[str], title: str = "") -> F
         title: the figure's.
     """
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
-    heard = table[(table["snr"] > 0) & table["setting"].isin(settings)]
-    ratios = np.geomspace(heard["snr"].min(), heard["snr"].max(), 200)
+    shown = table[(table["snr"] > 0) & table["setting"].isin(settings)]
+    ratios = np.geomspace(shown["snr"].min(), shown["snr"].max(), 200)
     axis.plot(ratios, ratios / (1 + ratios), color="#444444", linewidth=1.4, label="closed form, SNR / (1 + SNR)")
     colours = sns.color_palette("viridis", len(settings))
     for setting, colour in zip(settings, colours, strict=True):
-        part = heard[heard["setting"] == setting]
+        part = shown[shown["setting"] == setting]
         decade = (2 * np.log10(part["snr"])).round() / 2
         middle = part.groupby(decade)["error"].median()
         axis.plot(part["snr"], part["error"], ".", color=colour, markersize=2, alpha=0.4)

@@ -27,7 +27,7 @@ def mean_interval(values: Sequence[float]) -> Interval:
 
 
 def summarize_over_seeds(measured: pd.DataFrame) -> dict[str, float]:
-    """``<setting>.<measure>`` over seeds, with ``.low`` and ``.high``; what was not measured is left out."""
+    """``<setting>.<measure>`` over seeds, with ``.low`` and ``.high``; measures that a run lacks are left out."""
     found: dict[str, float] = {}
     measures = [name for name in measured.columns if name not in ("setting", "seed")]
     for setting, part in measured.groupby("setting", sort=False):
@@ -55,14 +55,14 @@ def closed_form_curve(smallest: float = 1e-3, largest: float = 3.0) -> tuple[np.
 
 
 def topk_runs(measured: pd.DataFrame) -> pd.DataFrame:
-    """The runs of hard top-k, with their number of channels as ``kept``."""
+    """The runs of hard top-k, with the number of kept channels in a column ``kept``."""
     own = measured[measured["setting"].str.startswith(KEEP)]
     return own.assign(kept=own["setting"].str.removeprefix(KEEP).astype(int))
 
 
 def paper_comparison(measured: pd.DataFrame) -> pd.DataFrame:
-    """The paper's two runs beside ours, with the scale of a structureless latent of that loss: a row a
-    setting that the paper has."""
+    """The paper's two runs beside ours, with the scale of a structureless latent of the same loss: a row for each
+    setting of the paper."""
     scheduler, found = _schedule(), []
     for setting, (loss, mse) in PAPER.items():
         own = measured[measured["setting"] == setting]
@@ -78,8 +78,8 @@ def paper_comparison(measured: pd.DataFrame) -> pd.DataFrame:
 
 
 def paper_differences(measured: pd.DataFrame) -> pd.DataFrame:
-    """What the paper compares, lambda 0.01 with its baseline, as paired differences with 95 % intervals: a row a
-    measure; none where one of the two settings was not run."""
+    """The paper's comparison, lambda 0.01 with its baseline, as paired differences with 95 % intervals: a row for
+    each measure; no row where one of the two settings was not run."""
     first, second = (measured[measured["setting"] == name].sort_values("seed") for name in PAPER)
     rows = []
     for place, measure in enumerate(("diffusion_loss", "recon_mse")):
@@ -91,11 +91,16 @@ def paper_differences(measured: pd.DataFrame) -> pd.DataFrame:
 
 
 def describe_results(measured: pd.DataFrame, parts: pd.DataFrame) -> Any:
-    """What the numbers say, in plain words, as Markdown."""
+    """The findings in plain words, as Markdown.
+
+    Args:
+        measured: the table of :func:`vaelab.pruning.sweep.metrics_table`.
+        parts: the table of :func:`vaelab.pruning.sweep.decompose_improvement`.
+    """
     from IPython.display import Markdown
 
     means = measured.groupby("setting", sort=False)[[
-        "diffusion_loss", "recon_mse", "masked_recon_mse", "mean_mask", "channels_off", "scale", "latent_scale",
+        "diffusion_loss", "recon_mse", "masked_recon_mse", "mean_mask", "inactive_channels", "scale", "latent_scale",
     ]].mean()  # fmt: skip
     before = means.loc[UNMASKED]
     lines = []
@@ -107,26 +112,26 @@ def describe_results(measured: pd.DataFrame, parts: pd.DataFrame) -> Any:
         share = f", of which scaling alone brings {scaling.mean:.3g}" if sure and gain.mean > 0 else ""
         ratio = now["masked_recon_mse"] / before["recon_mse"]
         lines.append(
-            f"- **{setting}**: mean mask {now['mean_mask']:.3g}, {now['channels_off']:.2g} channels off; the diffusion "
-            f"loss is {less}{share}; pictures decoded from what the denoiser gets have {ratio:.3g} times the error."
+            f"- **{setting}**: mean mask {now['mean_mask']:.3g}, {now['inactive_channels']:.2g} inactive channels; the "
+            f"diffusion loss is {less}{share}; pictures from the masked latent have {ratio:.3g} times the error."
         )
     lambdas = [name for name in means.index if name.startswith("lambda_")]
     collapsed = [name for name in lambdas if means.loc[name, "scale"] < 0.1 * before["scale"]]
     worse = [name for name in collapsed if means.loc[name, "masked_recon_mse"] > 2 * before["recon_mse"]]
-    said = "No lambda brought the latent below a tenth of its scale."
+    summary = "No lambda brought the latent below a tenth of its scale."
     if collapsed:
-        said = f"The latent collapses below a tenth of its scale with {', '.join(collapsed)}"
-        said += ", without any penalty too" if lambda_name(0) in collapsed else ""
-        said += f". Its pictures are then lost with {', '.join(worse)}." if worse else "; its pictures are not lost."
+        summary = f"The latent collapses below a tenth of its scale with {', '.join(collapsed)}"
+        summary += ", without any penalty too" if lambda_name(0) in collapsed else ""
+        summary += f". Its pictures are then lost with {', '.join(worse)}." if worse else "; its pictures are not lost."
         fell = parts[parts["setting"].isin(collapsed)][["by_scaling", "improvement"]].mean()
-        said += (
+        summary += (
             f" The diffusion loss falls by {fell['improvement']:.3g}; scaling alone, of the denoiser without a mask, "
             f"brings {fell['by_scaling']:.3g}."
         )
     return Markdown(
         f"Against `unmasked` (diffusion loss {before['diffusion_loss']:.3g}, scale {before['scale']:.3g}, error "
         f"{before['recon_mse']:.3g} a picture), by 95 % intervals over {measured['seed'].nunique()} seeds.\n\n"
-        + said + "\n\n" + "\n".join(lines)
+        + summary + "\n\n" + "\n".join(lines)
     )  # fmt: skip
 
 

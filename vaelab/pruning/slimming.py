@@ -89,13 +89,13 @@ def savings_table(vae: nn.Module, unet: nn.Module, order: Sequence[int], latents
     Args:
         vae: an ``AutoencoderKL``.
         unet: its denoiser, a ``UNet2DModel``.
-        order: the channels, the one to keep longest first.
+        order: the channels; the last is removed first.
         latents: (B, c, h, w) that are denoised and decoded.
         rounds: how often each is timed, in turns.
 
     Returns:
         A row a ``part`` (``denoise``, ``decode``) and number of channels ``kept``, and one for the whole
-        model's ``twin``: ``parameters``, ``peak_bytes``, ``milliseconds`` (median), and ``saved`` with
+        model once more (``repeat``): ``parameters``, ``peak_bytes``, ``milliseconds`` (median), and ``saved`` with
         ``saved_low`` and ``saved_high``, the time against the whole model in percent of it, median and
         quartiles of the paired differences.
     """
@@ -105,7 +105,7 @@ def savings_table(vae: nn.Module, unet: nn.Module, order: Sequence[int], latents
 
 def _compared(whole: Narrowed, order: Sequence[int], latents: Tensor, rounds: int) -> pd.DataFrame:
     device, rows = latents.device, []
-    models = {"whole": whole, "twin": whole}
+    models = {"whole": whole, "repeat": whole}
     models |= {str(count): remove_channels(*whole, order[:count]) for count in range(len(order) - 1, 0, -1)}
     for part in PARTS:
         actions = {name: _action(part, model, latents) for name, model in models.items()}
@@ -114,7 +114,7 @@ def _compared(whole: Narrowed, order: Sequence[int], latents: Tensor, rounds: in
             longer, low, high = timing.paired_percent(seconds, name, "whole")
             own = model.unet if part == "denoise" else model.vae.decoder
             rows.append({
-                "part": part, "kept": len(order) if name in ("whole", "twin") else int(name), "twin": name == "twin",
+                "part": part, "kept": model.vae.config.latent_channels, "repeat": name == "repeat",
                 "parameters": sum(parameter.numel() for parameter in own.parameters()),
                 "peak_bytes": peak_memory_bytes(actions[name], device), "milliseconds": 1000 * seconds[name].median(),
                 "saved": -longer, "saved_low": -high, "saved_high": -low,

@@ -1,8 +1,8 @@
 """Sweeps of PeLAP-A's lambda and of the channels kept, and the controls on what they trained.
 
 The paper ("PeLAP-A: Adaptive Latent Pruning for Lightweight Latent Diffusion Models") compares runs by a
-diffusion loss that a smaller latent lowers by itself. Here a fall of the loss is split into what scaling
-alone brings and what is left.
+diffusion loss that a smaller latent lowers by itself. Here a fall of the loss is split into the part that
+scaling alone explains and the rest.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ from vaelab.data.images import Images
 from vaelab.pruning import noise_loss
 from vaelab.pruning.fid import FIDReference
 from vaelab.pruning.masks import PruningObjective
-from vaelab.pruning.metrics import AT_ONCE, sample_latents, sample_pictures
+from vaelab.pruning.metrics import EVALUATION_BATCH, sample_latents, sample_pictures
 from vaelab.pruning.train import PrunedRun, PruningConfig, build_objective, load_pruned, train_pruned
 from vaelab.training import evaluation_mode
 
@@ -35,19 +35,19 @@ def lambda_name(value: float) -> str:
 def sweep_settings(
     config: PruningConfig, lambdas: Sequence[float] = (), kept: Sequence[int] = ()
 ) -> dict[str, PruningConfig]:
-    """The settings of a sweep by name: ``unmasked``, the twin without a mask; ``lambda_<value>``, the
-    configuration with that lambda; ``keep_<k>``, hard top-k with one mask for all and a decoder that reads
-    what the denoiser gets.
+    """The settings of a sweep by name: ``unmasked``, the same without a mask; ``lambda_<value>``, the
+    configuration with that lambda; ``keep_<k>``, hard top-k with one mask for all pictures and a decoder
+    that reads the masked latent.
 
     Raises:
         ValueError: a lambda below 0, or less than one channel kept.
     """
     for value in lambdas:
         at_least("lambdas", value, 0)
-    found = {UNMASKED: config.with_latent(mask="none", sparsity=0.0)}
-    found |= {lambda_name(value): config.with_latent(sparsity=float(value)) for value in lambdas}
+    settings = {UNMASKED: config.with_latent(mask="none", sparsity=0.0)}
+    settings |= {lambda_name(value): config.with_latent(sparsity=float(value)) for value in lambdas}
     top_k = {"mask": "topk", "shared": True, "decoder_reads": "masked", "sparsity": 0.0}
-    return found | {f"{KEEP}{k}": config.with_latent(keep=k, **top_k) for k in kept}
+    return settings | {f"{KEEP}{k}": config.with_latent(keep=k, **top_k) for k in kept}
 
 
 def run_folder(folder: str | Path, setting: str, seed: int) -> Path:
@@ -62,11 +62,11 @@ def sweep(
     pictures: tuple[Images, Images],
     folder: str | Path,
     *,
-    judge: FIDReference | None = None,
+    fid_reference: FIDReference | None = None,
     revision: str | None = None,
 ) -> list[PrunedRun]:
-    """Train and measure every setting with every seed; runs of one seed share the first weights of what
-    they have in common, the data's order and the noise.
+    """Train and evaluate every setting with every seed; runs of one seed share the initial weights of the
+    networks they have in common, the data's order and the noise.
 
     Raises:
         ValueError: fewer than two seeds, or a setting that does not fit, before anything is trained.
@@ -82,7 +82,7 @@ def sweep(
             config.with_seed(seed),
             pictures,
             run_folder(folder, name, seed),
-            judge=judge,
+            fid_reference=fid_reference,
             revision=revision,
         )
         for seed in seeds
@@ -117,55 +117,50 @@ def scaling_control(
 
     Returns:
         A row a seed and scale: ``seed``, ``scale``, ``latent_scale``, the standard deviation that it gives,
-        ``diffusion_loss`` of the denoiser as it is, ``matched_loss`` when it is asked at the timestep of the same
+        ``diffusion_loss`` of the denoiser as it is, ``matched_loss`` of the denoiser at the timestep of the same
         signal-to-noise ratio (:func:`vaelab.pruning.noise_loss.predictor_of_scaled_latents`), and ``closed_form_loss``.
     """
-    found = []
+    rows = []
     for seed in seeds:
-        own = load_sweep(model, {setting: config}, seed, images.resolution, folder)[setting]
-        seen = sample_latents(own, images, seed)[1]
-        scheduler, predict = own.scheduler, noise_loss.noise_predictor(own.unet)
-        timesteps = noise_loss.spread_timesteps(scheduler, config.measuring.loss_timesteps)
-        abar, options = noise_loss.alpha_bar(scheduler, timesteps), {"batch_size": AT_ONCE, "seed": seed}
+        objective = load_sweep(model, {setting: config}, seed, images.resolution, folder)[setting]
+        latents = sample_latents(objective, images, seed)[1]
+        scheduler, predict = objective.scheduler, noise_loss.noise_predictor(objective.unet)
+        timesteps = noise_loss.spread_timesteps(scheduler, config.evaluation.loss_timesteps)
+        abar, options = noise_loss.alpha_bar(scheduler, timesteps), {"batch_size": EVALUATION_BATCH, "seed": seed}
         for scale in scales:
             at_least("scales", scale, 0)
-            variance = noise_loss.channel_variances(scale * seen).cpu()
+            variance = noise_loss.channel_variances(scale * latents).cpu()
             matched = noise_loss.predictor_of_scaled_latents(predict, scheduler, scale)
-            given = (scale * seen, scheduler, timesteps)
-            found.append({
+            inputs = (scale * latents, scheduler, timesteps)
+            rows.append({
                 "seed": seed, "scale": scale, "latent_scale": float(variance.mean().sqrt()),
-                "diffusion_loss": _loss(noise_loss.noise_errors(predict, *given, **options)),
-                "matched_loss": _loss(noise_loss.noise_errors(matched, *given, **options)),
+                "diffusion_loss": _loss(noise_loss.noise_errors(predict, *inputs, **options)),
+                "matched_loss": _loss(noise_loss.noise_errors(matched, *inputs, **options)),
                 "closed_form_loss": _loss(noise_loss.closed_form_error(variance, abar)),
             })  # fmt: skip
-    return pd.DataFrame(found)
+    return pd.DataFrame(rows)
 
 
 @torch.no_grad()
 def picture_rows(
     objectives: Mapping[str, PruningObjective], images: Images, config: PruningConfig, count: int = 8
 ) -> dict[str, Tensor]:
-    """Rows of pictures (count, 3, R, R) for a figure: held-out ones, and for every trained objective what is
-    decoded from the latents, from what the denoiser gets of them, and from samples of the denoiser."""
+    """Rows of pictures (count, 3, R, R) for a figure: held-out pictures, and for every trained objective their
+    reconstructions from the latents and from the masked latents, and samples of the denoiser."""
     shown = images.stack(count)
-    found = {"held out": shown}
+    rows = {"held out": shown}
     for name, objective in objectives.items():
         with evaluation_mode(objective):
-            latents = (
-                models.encode_latents(objective.vae, shown.to(objective.vae.device))
-                * objective.vae.config.scaling_factor
-            )
-            seen = objective.seen(latents).latents
-            few = replace(config.measuring, fid_images=count)
-            found[f"{name}, latent"] = models.decode_latents(
-                objective.vae, latents / objective.vae.config.scaling_factor, shown.shape
-            )
+            latents = models.encode_latents(objective.vae, shown.to(objective.vae.device))
+            masked = objective.denoiser_input(models.scale_latents(objective.vae, latents)).latents
+            few = replace(config.evaluation, fid_images=count)
+            rows[f"{name}, latent"] = models.decode_latents(objective.vae, latents, shown.shape)
             if objective.config.mask != "none":
-                found[f"{name}, masked"] = objective.decode(seen, shown.shape)
-            found[f"{name}, drawn"] = sample_pictures(
-                objective, few, tuple(seen.shape[1:]), images.resolution, config.train.seed
+                rows[f"{name}, masked"] = objective.decode(masked, shown.shape)
+            rows[f"{name}, drawn"] = sample_pictures(
+                objective, few, tuple(masked.shape[1:]), images.resolution, config.train.seed
             )
-    return found
+    return rows
 
 
 def decompose_improvement(
@@ -179,20 +174,20 @@ def decompose_improvement(
 ) -> pd.DataFrame:
     """How much lower each setting's diffusion loss is than the reference's, and how much of that scaling
     alone brings: the reference's own denoiser, untrained, on its own latents times the factor that gives
-    them the setting's closed form.
+    them the setting's closed-form loss.
 
     Returns:
         A row a run: ``setting``, ``seed``, ``factor``, ``improvement``, ``by_scaling`` and ``left``,
         their difference.
     """
-    measured, found = {(run.setting, run.seed): run.measures for run in runs}, []
+    measured, rows = {(run.setting, run.seed): run.measures for run in runs}, []
     for seed in dict.fromkeys(run.seed for run in runs):
         config = settings[reference].with_seed(seed)
         objective = load_pruned(model, config, images.resolution, run_folder(folder, reference, seed), revision)
-        seen = sample_latents(objective, images, seed)[1]
-        scheduler, own = objective.scheduler, measured[reference, seed]["diffusion_loss"]
-        timesteps = noise_loss.spread_timesteps(scheduler, config.measuring.loss_timesteps)
-        variance, abar = noise_loss.channel_variances(seen).cpu(), noise_loss.alpha_bar(scheduler, timesteps)
+        latents = sample_latents(objective, images, seed)[1]
+        scheduler, reference_loss = objective.scheduler, measured[reference, seed]["diffusion_loss"]
+        timesteps = noise_loss.spread_timesteps(scheduler, config.evaluation.loss_timesteps)
+        variance, abar = noise_loss.channel_variances(latents).cpu(), noise_loss.alpha_bar(scheduler, timesteps)
         for (setting, other), values in measured.items():
             if other != seed or setting == reference:
                 continue
@@ -201,12 +196,12 @@ def decompose_improvement(
                 noise_loss.noise_predictor(objective.unet), scheduler, factor
             )
             scaled = noise_loss.noise_errors(
-                matched, factor * seen, scheduler, timesteps, batch_size=AT_ONCE, seed=seed
+                matched, factor * latents, scheduler, timesteps, batch_size=EVALUATION_BATCH, seed=seed
             )
-            improvement, by_scaling = own - values["diffusion_loss"], own - _loss(scaled)
-            found.append({"setting": setting, "seed": seed, "factor": factor, "improvement": improvement,
+            improvement, by_scaling = reference_loss - values["diffusion_loss"], reference_loss - _loss(scaled)
+            rows.append({"setting": setting, "seed": seed, "factor": factor, "improvement": improvement,
                           "by_scaling": by_scaling, "left": improvement - by_scaling})  # fmt: skip
-    return pd.DataFrame(found)
+    return pd.DataFrame(rows)
 
 
 def load_sweep(

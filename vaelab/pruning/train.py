@@ -1,4 +1,4 @@
-"""Training VAE, importance predictor and latent denoiser together, and measuring what came of it.
+"""Training VAE, importance predictor and latent denoiser together, and evaluating the result.
 
 From "PeLAP-A: Adaptive Latent Pruning for Lightweight Latent Diffusion Models". One call of
 :func:`train_pruned` is one setting and one seed; its measures are those that a latent scaled to zero
@@ -20,6 +20,7 @@ from vaelab.core.config import configured
 from vaelab.core.io import atomic, read_json, write_json
 from vaelab.core.validate import at_least, one_of
 from vaelab.data.images import Images
+from vaelab.models.registry import locate_vae
 from vaelab.pruning.fid import FIDReference
 from vaelab.pruning.masks import LatentConfig, PruningObjective
 from vaelab.pruning.metrics import EvaluationConfig, evaluate_pruning
@@ -33,33 +34,33 @@ TRACKED_PICTURES = 128
 
 @dataclass(frozen=True)
 class PruningConfig:
-    """What is trained, and how it is measured."""
+    """What is trained, and how it is evaluated."""
 
     train: TrainConfig
     latent: LatentConfig = field(default_factory=LatentConfig)
-    measuring: EvaluationConfig = field(default_factory=EvaluationConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     batch_size: int = 16
-    """Pictures to a batch."""
+    """Pictures of a batch."""
     autoencoder: str = "scratch"
     """Whether the VAE is trained from ``scratch``, ``finetuned`` or ``frozen``."""
     vae_channels: tuple[int, ...] = ()
-    """Widths of a VAE from scratch; none keeps the model's."""
+    """Channels of the blocks of a VAE from scratch; empty keeps the model's."""
     latent_channels: int = 0
     """Channels of its latent; 0 keeps the model's."""
     unet_channels: tuple[int, ...] = (32, 64)
-    """Widths of the denoiser's stages."""
+    """Channels of the denoiser's stages."""
     unet_layers: int = 1
-    """Residual blocks to a stage."""
+    """Residual blocks of a stage."""
     timesteps: int = 1000
-    """Of the linear DDPM schedule."""
+    """Timesteps of the linear DDPM schedule."""
     track_every: int = 50
-    """Steps between the masks' tracked ones."""
+    """Steps between measurements of the masks."""
 
     @classmethod
     def of(cls, params: dict[str, Any], **changes: Any) -> "PruningConfig":
         """The configuration that a notebook's parameters describe: each field takes the parameter
         of its name, ``changes`` override, and what is in neither keeps its default."""
-        parts = {"train": TrainConfig, "latent": LatentConfig, "measuring": EvaluationConfig}
+        parts = {"train": TrainConfig, "latent": LatentConfig, "evaluation": EvaluationConfig}
         return configured(cls, {**params, **changes}, **parts)
 
     def __post_init__(self) -> None:
@@ -67,8 +68,8 @@ class PruningConfig:
         for name in ("batch_size", "unet_layers", "timesteps", "track_every"):
             at_least(name, getattr(self, name), 1)
         at_least("latent_channels", self.latent_channels, 0)
-        if self.measuring.loss_timesteps > self.timesteps:
-            raise ValueError(f"loss_timesteps: the schedule has {self.timesteps}, got {self.measuring.loss_timesteps}")
+        if self.evaluation.loss_timesteps > self.timesteps:
+            raise ValueError(f"loss_timesteps: the schedule has {self.timesteps}, got {self.evaluation.loss_timesteps}")
         if self.latent.mask_from >= self.train.steps:
             raise ValueError(f"mask_from: must be below the {self.train.steps} steps, got {self.latent.mask_from}")
         if self.autoencoder != "scratch" and self.vae_channels:
@@ -109,7 +110,7 @@ class SparsitySchedule(Watcher):
         """Set both before the step."""
         config = self._objective.config
         self._objective.sparsity = config.sparsity_at(step)
-        self._objective.masks.used = step > config.mask_from
+        self._objective.masks.enabled = step > config.mask_from
         return nullcontext()
 
 
@@ -123,21 +124,19 @@ class MaskWatcher(Watcher):
         self.rows: list[dict[str, Any]] = []
 
     def after(self, step: int, optimizer: torch.optim.Optimizer) -> None:
-        """Measure if it is time."""
+        """Measure the masks if the step is a tracked one."""
         if step % self._every == 0:
             self.measure(step)
 
     @torch.no_grad()
     def measure(self, step: int) -> None:
-        """Measure now."""
+        """Measure the masks."""
         objective = self._objective
         device = next(objective.parameters()).device
         batch = next(self._images.batches(min(TRACKED_PICTURES, len(self._images))))
         with evaluation_mode(objective):
-            latents = (
-                models.encode_latents(objective.vae, batch["pixels"].to(device)) * objective.vae.config.scaling_factor
-            )
-            mask = objective.seen(latents).mask.float().cpu()
+            latents = models.encode_latents(objective.vae, batch["pixels"].to(device))
+            mask = objective.denoiser_input(models.scale_latents(objective.vae, latents)).mask.float().cpu()
         groups = {"all": torch.ones(len(mask), dtype=torch.bool)}
         groups |= {name: batch["label"] == number for number, name in enumerate(self._classes)}
         self.rows += [
@@ -148,29 +147,35 @@ class MaskWatcher(Watcher):
         ]
 
     def state(self) -> dict[str, Any]:
-        """The rows so far."""
+        """The rows so far, for a checkpoint."""
         return {"rows": self.rows}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on with the rows."""
+        """Take the rows of an interrupted run."""
         self.rows = state["rows"]
 
 
 def build_objective(
     model: str, config: PruningConfig, resolution: int, revision: str | None = None
 ) -> PruningObjective:
-    """VAE, predictor, denoiser and schedule, untrained but for a VAE that is to be finetuned or frozen.
+    """VAE, predictor, denoiser and schedule, untrained except for a VAE that is finetuned or frozen.
 
     Raises:
-        ValueError: a VAE whose latent fits neither the denoiser nor the resolution.
+        ValueError: a VAE that does not say its latent's channels, or whose latent does not fit the resolution and
+            the denoiser.
     """
     from diffusers import DDPMScheduler, UNet2DModel
 
     changes, seed = None, config.train.seed
     if config.autoencoder == "scratch":
-        changes = {"scaling_factor": 1.0, **_widths(config.vae_channels)}
+        changes = {**_unit_scale(model, revision), **_widths(config.vae_channels)}
         changes |= {"latent_channels": config.latent_channels} if config.latent_channels else {}
     vae = models.load_vae(model, device=config.train.device, revision=revision, changes=changes, seed=seed)
+    if "latent_channels" not in vae.config:
+        raise ValueError(
+            f"model: {model!r} is a {type(vae).__name__} without latent_channels in its configuration; take an "
+            "AutoencoderKL"
+        )
     if config.latent_channels not in (0, vae.config.latent_channels):
         raise ValueError(
             f"latent_channels: {model!r} has {vae.config.latent_channels}, got {config.latent_channels}; only an "
@@ -206,18 +211,18 @@ def train_pruned(
     pictures: tuple[Images, Images],
     folder: str | Path,
     *,
-    judge: FIDReference | None = None,
+    fid_reference: FIDReference | None = None,
     revision: str | None = None,
 ) -> PrunedRun:
-    """Train and measure one setting, going on from what an interrupted call left.
+    """Train and evaluate one setting; an interrupted call is resumed from its checkpoint.
 
     Args:
         model: as in :func:`vaelab.models.loading.load_vae`.
-        setting: what to call it.
+        setting: its name.
         config: its ``train.seed`` is the run's seed.
-        pictures: to train on, and to measure on.
+        pictures: to train on, and to evaluate on.
         folder: where its checkpoint, ``run.json`` and ``weights.safetensors`` go.
-        judge: of samples, where ``config.fid_images`` asks for some.
+        fid_reference: pictures to which samples are compared; needed only where ``config.fid_images`` is not 0.
         revision: of a model on the hub.
     """
     from accelerate import PartialState
@@ -243,8 +248,8 @@ def train_pruned(
         settings=settings,
         title=f"{setting}, seed {config.train.seed}",
     )
-    found, spectrum = evaluate_pruning(objective, held_out, config.measuring, config.train.seed, judge)
-    run = PrunedRun(setting, config.train.seed, trained.history, watcher.rows, spectrum, found._asdict())
+    metrics, spectrum = evaluate_pruning(objective, held_out, config.evaluation, config.train.seed, fid_reference)
+    run = PrunedRun(setting, config.train.seed, trained.history, watcher.rows, spectrum, metrics._asdict())
     if PartialState().is_main_process:
         with atomic(weights) as draft:
             save_file({name: value.cpu().contiguous() for name, value in objective.state_dict().items()}, draft)
@@ -256,7 +261,7 @@ def train_pruned(
 def load_pruned(
     model: str, config: PruningConfig, resolution: int, folder: str | Path, revision: str | None = None
 ) -> PruningObjective:
-    """What :func:`train_pruned` trained, in evaluation mode."""
+    """The objective that :func:`train_pruned` trained, in evaluation mode."""
     objective = build_objective(model, config, resolution, revision)
     objective.load_state_dict(load_file(Path(folder, "weights.safetensors")))
     return objective.eval()
@@ -268,6 +273,15 @@ def _latent_side(vae: nn.Module, resolution: int) -> int:
         latent = models.encode_latents(vae, pixels)
         models.decode_latents(vae, latent, pixels.shape)
     return latent.shape[-1]
+
+
+def _unit_scale(model: str, revision: str | None) -> dict[str, Any]:
+    """The changes to a VAE's configuration that leave its latents unscaled: the scale of trained weights means
+    nothing for untrained ones."""
+    entries = locate_vae(model, revision).config
+    return {"scaling_factor": 1.0} | {
+        name: None for name in ("shift_factor", "latents_mean", "latents_std") if entries.get(name) is not None
+    }
 
 
 def _widths(channels: tuple[int, ...]) -> dict[str, Any]:
@@ -283,7 +297,7 @@ def _settings(
 ) -> dict[str, Any]:
     """All that decides the outcome, as it comes back from JSON."""
     decides = asdict(config)
-    decides |= decides.pop("train") | decides.pop("latent") | decides.pop("measuring")
+    decides |= decides.pop("train") | decides.pop("latent") | decides.pop("evaluation")
     for name in EXECUTION_ONLY:
         decides.pop(name)
     data = [f"{images.name} x {len(images)} at {images.resolution}" for images in pictures]

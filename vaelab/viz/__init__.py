@@ -1,10 +1,10 @@
 """Charts and picture grids: tables and tensors in, figures out."""
 
-from vaelab.viz.charts import SILENT, bars, curves, distributions, forest, losses
+from vaelab.viz.charts import SUPPRESSED_COLOUR, bars, curves, distributions, forest, losses
 from vaelab.viz.grids import captioned, displayable, masked, matrix, picture_grid, strength
 
 __all__ = [
-    "SILENT",
+    "SUPPRESSED_COLOUR",
     "bars",
     "captioned",
     "curves",

@@ -1,4 +1,4 @@
-"""Figures from tensors and tables; nothing here knows a model. Every function returns a Figure."""
+"""Charts of tables: curves, bars, intervals, distributions. Every function returns a matplotlib figure."""
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -8,8 +8,10 @@ from matplotlib.figure import Figure
 
 from vaelab.viz.text import plain_text
 
-SILENT = "#c8102e"
+SUPPRESSED_COLOUR = "#c8102e"
+"""The colour of suppressed channels, and of thresholds."""
 SMALL_PERCENT = 0.1
+"""Up to here the axis of :func:`forest` is linear, in percent."""
 PALETTE = {"baseline": "#555555", "nudge": "#3b76af", "control": "#e08e2b", "start": "#b8b8b8"}
 
 sns.set_theme(style="whitegrid", context="notebook", rc={"axes.spines.top": False, "axes.spines.right": False})
@@ -17,14 +19,14 @@ sns.set_theme(style="whitegrid", context="notebook", rc={"axes.spines.top": Fals
 
 @plain_text
 def curves(table: pd.DataFrame, y: str, ylabel: str, *, log: bool = False, title: str = "") -> Figure:
-    """A curve a condition over steps: the mean over seeds, thin lines for the single ones.
+    """A curve over steps for each condition: the mean over seeds, with a thin line for each seed.
 
     Args:
         table: columns ``step``, ``condition``, ``seed`` and ``y``.
         y: the column to draw.
-        ylabel: its name and unit.
+        ylabel: the label of its axis, with the unit.
         log: a logarithmic axis.
-        title: the figure's.
+        title: the figure's title.
     """
     figure, axis = plt.subplots(figsize=(7, 3.6), layout="constrained")
     _lines(axis, table, y)
@@ -40,8 +42,8 @@ def losses(history: pd.DataFrame, validation: pd.DataFrame, kl_weight: float, ti
     Args:
         history: columns ``step``, ``condition``, ``seed``, ``reconstruction``.
         validation: columns ``step``, ``condition``, ``seed``, ``mse``, ``kl``.
-        kl_weight: of the total, mse + kl_weight kl.
-        title: the figure's.
+        kl_weight: beta of the total loss, mse + beta kl.
+        title: the figure's title.
     """
     total = validation["mse"] + kl_weight * validation["kl"]
     panels = {
@@ -60,15 +62,15 @@ def losses(history: pd.DataFrame, validation: pd.DataFrame, kl_weight: float, ti
 
 @plain_text
 def forest(table: pd.DataFrame, title: str = "") -> Figure:
-    """Paired differences with their intervals, a panel a measure, on an axis that is linear up to
+    """Paired differences with their intervals, a panel for each measure, on an axis that is linear up to
     ``SMALL_PERCENT`` and logarithmic beyond.
 
     Args:
         table: columns ``dataset``, ``measure``, ``condition``, ``percent``, ``percent_low``,
             ``percent_high``: the difference to the baseline in percent of it.
-        title: the figure's.
+        title: the figure's title.
     """
-    table = table[table["measure"] != "kl_per_entry"]  # in percent it is the KL's
+    table = table[table["measure"] != "kl_per_entry"]  # in percent it is the same as the KL
     measures = list(dict.fromkeys(table["measure"]))
     datasets = list(dict.fromkeys(table["dataset"]))
     figure, axes = plt.subplots(
@@ -101,7 +103,7 @@ def forest(table: pd.DataFrame, title: str = "") -> Figure:
 
 @plain_text
 def bars(table: pd.DataFrame, x: str, y: str, hue: str | None, ylabel: str, title: str = "") -> Figure:
-    """Means with every single value as a point.
+    """A bar at the mean of each group, and every value as a point.
 
     Args:
         table: a row a value.
@@ -109,7 +111,7 @@ def bars(table: pd.DataFrame, x: str, y: str, hue: str | None, ylabel: str, titl
         y: column of the values.
         hue: column of the colours, or None.
         ylabel: the values' name and unit.
-        title: the figure's.
+        title: the figure's title.
     """
     figure, axis = plt.subplots(figsize=(max(5, 1.25 * table[x].nunique() + 1), 3.6), layout="constrained")
     colours = _palette(table[hue]) if hue else None
@@ -117,7 +119,7 @@ def bars(table: pd.DataFrame, x: str, y: str, hue: str | None, ylabel: str, titl
     sns.stripplot(
         table, x=x, y=y, hue=hue, palette=colours, dodge=bool(hue), ax=axis, size=5, legend=False, jitter=False
     )
-    if axis.get_legend():  # there is none where the colours say what stands under the bars already
+    if axis.get_legend():  # seaborn leaves it out where the colours repeat the labels under the bars
         sns.move_legend(axis, "center left", bbox_to_anchor=(1.0, 0.5), fontsize=9)  # inside it would hide a bar
     axis.set(xlabel="", ylabel=ylabel)
     axis.tick_params(axis="x", rotation=20)
@@ -127,13 +129,13 @@ def bars(table: pd.DataFrame, x: str, y: str, hue: str | None, ylabel: str, titl
 
 @plain_text
 def distributions(table: pd.DataFrame, x: str, y: str, title: str = "") -> Figure:
-    """Every single value of each group, with its median and quartiles.
+    """Every value of each group, with the group's median and quartiles.
 
     Args:
         table: a row a value.
         x: column of the groups.
         y: column of the values; its name is the axis's label.
-        title: the figure's.
+        title: the figure's title.
     """
     figure, axis = plt.subplots(figsize=(1.2 * table[x].nunique() + 2.5, 3.4), layout="constrained")
     sns.boxplot(table, x=x, y=y, ax=axis, color="#dddddd", showfliers=False, width=0.5)

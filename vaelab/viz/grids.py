@@ -1,4 +1,4 @@
-"""Figures of pictures with what belongs to them: captions, masks, maps; and of matrices."""
+"""Grids of pictures with captions, masks or maps, and heat maps of tables."""
 
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -15,13 +15,13 @@ from vaelab.viz.text import plain_text
 
 @plain_text
 def captioned(pictures: Tensor, captions: Sequence[str], columns: int = 6, title: str = "") -> Figure:
-    """Pictures with a text under each.
+    """Pictures, each with a caption under it.
 
     Args:
         pictures: (N, 3, H, W) in [-1, 1].
-        captions: one a picture.
+        captions: one for each picture.
         columns: pictures in a row.
-        title: the figure's.
+        title: the figure's title.
     """
     lines = -(-len(pictures) // columns)
     figure, axes = plt.subplots(
@@ -46,13 +46,13 @@ def captioned(pictures: Tensor, captions: Sequence[str], columns: int = 6, title
 
 @plain_text
 def masked(picture: Tensor, masks: np.ndarray, labels: Sequence[str], title: str = "") -> Figure:
-    """One picture, and beside it each of its masks with its label.
+    """A picture, and beside it each of its masks with a label.
 
     Args:
         picture: (3, H, W) in [-1, 1].
         masks: (N, H, W) bool.
-        labels: one a mask.
-        title: the figure's.
+        labels: one for each mask.
+        title: the figure's title.
     """
     shown = displayable(picture[None])[0]
     figure, axes = plt.subplots(1, len(masks) + 1, figsize=(2.3 * (len(masks) + 1), 2.8), layout="constrained")
@@ -68,12 +68,12 @@ def masked(picture: Tensor, masks: np.ndarray, labels: Sequence[str], title: str
 
 @plain_text
 def strength(pictures: Tensor, maps: Mapping[str, Tensor], title: str = "") -> Figure:
-    """The length of each position's vector beside the pictures, each map scaled to its own range.
+    """The norm of the vector at each position, under the pictures; each map is scaled to its own range.
 
     Args:
         pictures: (N, 3, H, W) in [-1, 1].
         maps: for each block (N, h, w, d).
-        title: the figure's.
+        title: the figure's title.
     """
     figure, axes = plt.subplots(
         len(maps) + 1, len(pictures), figsize=(1.3 * len(pictures) + 1.2, 1.3 * len(maps) + 1.8), squeeze=False,
@@ -93,12 +93,12 @@ def strength(pictures: Tensor, maps: Mapping[str, Tensor], title: str = "") -> F
 
 @plain_text
 def matrix(table: pd.DataFrame, label: str, title: str = "", *, diverging: bool = False) -> Figure:
-    """A heat map with its numbers written in.
+    """A heat map with the numbers in its cells.
 
     Args:
         table: the numbers, with the names of rows and columns.
-        label: what the numbers are.
-        title: the figure's.
+        label: the name of the numbers, beside the colour bar.
+        title: the figure's title.
         diverging: whether 0 is the middle of the colours.
     """
     size = (0.85 * len(table.columns) + 2.6, 0.42 * len(table) + 1.3)
@@ -116,8 +116,8 @@ def picture_grid(rows: Mapping[str, Tensor], title: str = "", captions: Sequence
 
     Args:
         rows: for each label pictures (N, 3, H, W) in [-1, 1].
-        title: the figure's.
-        captions: a text under each column.
+        title: the figure's title.
+        captions: one under each column.
     """
     columns = max(len(pictures) for pictures in rows.values())
     figure, axes = plt.subplots(

@@ -1,7 +1,7 @@
-"""Text from data in figures: file names, class names and prompts are drawn letter by letter.
+"""Text from data in figures: file names, class names and prompts are drawn literally.
 
 matplotlib reads whatever stands between two dollar signs as a formula and raises an error where it is none, when the
-figure is drawn: after everything was computed. A name that begins with an underscore it leaves out of the legend.
+figure is drawn: after everything was computed. It also leaves names that begin with an underscore out of legends.
 """
 
 import functools
@@ -45,7 +45,7 @@ def plain(value: Any) -> Any:
 
 
 def plain_text(function: Callable[..., Figure]) -> Callable[..., Figure]:
-    """Decorator of a function that draws: all text in its arguments is shown as it is, see :func:`plain`."""
+    """Decorator of a function that draws: all text in its arguments is drawn literally, see :func:`plain`."""
 
     @functools.wraps(function)
     def drawn(*arguments: Any, **options: Any) -> Figure:
