@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from vaelab.models.block_names import denoiser
-from vaelab.models.conditioning import add_noise, condition, encode, predict
+from vaelab.models.block_names import find_denoiser
+from vaelab.models.conditioning import add_noise, encode_prompts, encode, predict
 from vaelab.probing import diffusion_classifier
 from vaelab.probing.diffusion_classifier import (
     DiffusionClassifier,
@@ -108,7 +108,7 @@ def test_errors_are_those_of_a_plain_evaluation(small_pipeline, name):
     latents, total = encode(pipeline, pictures(1)), pipeline.scheduler.config.num_train_timesteps
     assert classifier.timesteps == [total // 4, total // 4 + total // 2]
     for number, prompt in enumerate(prompts):
-        told, errors = condition(pipeline, [prompt], 1, (32, 32)), []
+        told, errors = encode_prompts(pipeline, [prompt], 1, (32, 32)), []
         for trial, timestep in enumerate(classifier.timesteps):
             state = np.random.SeedSequence([4, trial]).generate_state(1, np.uint64)[0]
             noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(int(state >> 1)))
@@ -142,7 +142,7 @@ def test_a_planted_denoiser_names_the_class_whose_mean_the_picture_is(small_pipe
     pipeline = small_pipeline("sd")
     shown = pictures(3)
     means = encode(pipeline, shown)
-    states = condition(pipeline, PROMPTS, 3, (32, 32))["encoder_hidden_states"]
+    states = encode_prompts(pipeline, PROMPTS, 3, (32, 32))["encoder_hidden_states"]
 
     def knows(pipeline, noisy, timestep, told):
         which = [(states == one).flatten(1).all(1).nonzero().item() for one in told["encoder_hidden_states"]]
@@ -161,7 +161,7 @@ def test_a_picture_is_decided_by_itself_and_the_denoiser_runs_as_often_as_is_sai
     pipeline, shown = small_pipeline("sd"), pictures(2)
     classifier = DiffusionClassifier(pipeline, PROMPTS, SMALL)
     calls = []
-    handle = denoiser(pipeline).register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
+    handle = find_denoiser(pipeline).register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
     try:
         together = classifier.classify(shown)
     finally:
@@ -228,3 +228,26 @@ def test_other_wrong_input_is_refused(small_pipeline):
         even_timesteps(pipeline, 1001)
     with pytest.raises(ValueError, match="FLUX predicts tokens"):
         prediction_target(small_pipeline("flux"), torch.zeros(1), torch.zeros(1), 0)
+
+
+def test_flux_is_recognised_in_a_class_of_another_name_that_inherits_from_it(small_pipeline, monkeypatch):
+    pipeline = small_pipeline("flux")
+    kind = type(pipeline.transformer)
+    monkeypatch.setattr(pipeline.transformer, "__class__", type("FinetunedTransformer", (kind,), {}))
+    with pytest.raises(ValueError, match="FLUX predicts tokens"):
+        prediction_target(pipeline, torch.zeros(1), torch.zeros(1), 0)
+
+
+class OnMPS(torch.Tensor):
+    """A tensor on a device without float64."""
+
+    def double(self):
+        raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+
+    def cpu(self):
+        return self.as_subclass(torch.Tensor)
+
+
+def test_errors_on_a_device_without_float64_are_moved_before_they_are_widened():
+    result = classify_by_error(lambda left, trial: torch.arange(3.0)[left].as_subclass(OnMPS), 3, Stages((2,), (1,)))
+    assert result.predicted == 0 and result.errors.tolist() == [0, 1, 2]

@@ -9,7 +9,7 @@ from helpers import picture_folder
 from vaelab import models, store
 from vaelab.activations import denoiser as activations_denoiser
 from vaelab.data.labelled import load_labelled
-from vaelab.models.block_names import denoiser
+from vaelab.models.block_names import find_denoiser
 from vaelab.probing import clip, dataset, layer_features
 from vaelab.probing.layer_features import LayerConfig, collect_layer_features, feature_batches
 from vaelab.probing.linear import class_share
@@ -105,7 +105,7 @@ def test_gone_on_from_a_kill_every_picture_is_there_once(pipeline, pictures, tmp
 def test_four_layers_at_six_timesteps_are_six_partial_passes_a_picture(pipeline, pictures):
     """The last of the layers ends the pass: what comes after it never runs."""
     few = replace(pictures, numbers=[0, 1, 3])
-    unet, ran, finished = denoiser(pipeline), [], []
+    unet, ran, finished = find_denoiser(pipeline), [], []
     handles = [
         unet.conv_in.register_forward_pre_hook(lambda module, args: ran.append(len(args[0]))),
         unet.conv_out.register_forward_pre_hook(lambda module, args: finished.append(1)),

@@ -76,6 +76,26 @@ def test_the_area_is_the_share_of_pairs_in_the_right_order():
     assert foreground_auc(planted, things) == pytest.approx(right, abs=1e-9)
 
 
+def test_the_area_does_not_depend_on_the_covariances_divisor_of_a_library():
+    """Few positions of things, where covariances divided by n (scikit-learn 1.9) give another area than those divided
+    by n - 1, which are the reference; both are written out here in float64."""
+    where = torch.zeros(2, 6, 6)
+    where[0, 1:3, 1:3], where[1, 2, 2] = 1, 1
+    planted = torch.randn(2, 6, 6, 5, generator=torch.Generator().manual_seed(4)) + 0.5 * where[..., None]
+    seen, marked = PCA(3).fit_transform(planted.reshape(-1, 5).double().numpy()), where.flatten().bool().numpy()
+
+    def area(bias):
+        def density(part):
+            inverse, centred = np.linalg.inv(np.cov(part.T, bias=bias)), seen - part.mean(0)
+            return 0.5 * (np.linalg.slogdet(inverse)[1] - (centred @ inverse * centred).sum(1))
+
+        ratio = density(seen[marked]) - density(seen[~marked])
+        return (ratio[marked][:, None] > ratio[~marked]).mean()
+
+    assert abs(area(bias=False) - area(bias=True)) > 1e-3
+    assert foreground_auc(planted, where.bool()) == pytest.approx(area(bias=False), abs=1e-9)
+
+
 def test_by_itself_a_picture_does_not_depend_on_the_others():
     whole, share = colours_separately(maps())
     for number in range(3):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -342,6 +343,63 @@ def test_a_folder_of_hookpoints_lists_its_parts(tmp_path):
         formats.load_sae(tmp_path)
     found = formats.load_sae(tmp_path, subfolder="unet.up_blocks.1.attentions.2").sae
     assert found.config.input_norm == "layer_norm"
+
+
+def hub_repository(monkeypatch, folder):
+    """A repository on the hub with the files of a folder; returns the list of downloaded files."""
+    import huggingface_hub
+
+    downloaded = []
+
+    def download(name, revision, allow_patterns):
+        snapshot = folder.parent / "snapshot"
+        for path in allow_patterns:
+            if (folder / path).is_file():
+                (snapshot / path).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(folder / path, snapshot / path)
+                downloaded.append(path)
+        return str(snapshot)
+
+    paths = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda name, revision: paths)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    return downloaded
+
+
+def test_a_repository_of_hookpoints_lists_its_parts_and_only_the_chosen_part_is_downloaded(tmp_path, monkeypatch):
+    repository = tmp_path / "repository"
+    for name in ("layers.1/x32", "layers.2/x32"):
+        (repository / name).parent.mkdir(parents=True)
+        saeuron(repository / name)
+        (repository / name / "optimizer.pt").write_bytes(b"large")
+    (repository / "README.md").write_text("two hookpoints")
+    downloaded = hub_repository(monkeypatch, repository)
+    message = r"^some/saes: holds 2 autoencoders; choose one as subfolder: layers.1/x32, layers.2/x32$"
+    with pytest.raises(ValueError, match=message):
+        formats.load_sae("some/saes")
+    with pytest.raises(ValueError, match=r"^some/saes/layers.1: holds 1 autoencoders; choose one as subfolder: x32$"):
+        formats.load_sae("some/saes", subfolder="layers.1")
+    with pytest.raises(ValueError, match=r"^some/saes/layers.3: no autoencoder of a known format; it has nothing"):
+        formats.load_sae("some/saes", subfolder="layers.3")
+    assert not downloaded
+    theirs = formats.load_sae("some/saes", subfolder="layers.2/x32").sae
+    assert torch.equal(theirs.encoder, formats.load_sae(repository / "layers.2" / "x32").sae.encoder)
+    assert sorted(downloaded) == ["layers.2/x32/cfg.json", "layers.2/x32/sae.safetensors"]
+
+
+def test_a_hub_that_cannot_be_listed_leaves_what_the_cache_holds(tmp_path, monkeypatch):
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    sparsify(tmp_path / "repository")
+    hub_repository(monkeypatch, tmp_path / "repository")
+    for error in (OfflineModeIsEnabled, HfHubHTTPError.__bases__[0]):  # no network: an error of the transport alone
+
+        def unreachable(name, revision, error=error):
+            raise error("no route to the hub")
+
+        monkeypatch.setattr(huggingface_hub, "list_repo_files", unreachable)
+        assert formats.load_sae("some/sae").format == "sparsify"
 
 
 @pytest.mark.parametrize("name", ["encoder.weight", "W_dec", "b_dec"])

@@ -1,4 +1,4 @@
-"""A block's update replaced in generations, and what is measured of the pictures."""
+"""A block's update replaced or switched off during generation, and the effects on pictures, with LPIPS or without."""
 
 import sys
 import types
@@ -16,6 +16,11 @@ from vaelab.hooks import edit
 from vaelab.models import block_names
 from vaelab.sae import interventions
 from vaelab.sae.interventions import LPIPS
+
+PROMPTS = ["a red circle", "a large blue square", "a star"]
+SAMPLING = Sampling(steps=3, guidance_scale=2.0)
+ONE_STEP = Sampling(steps=1, guidance_scale=0.0)
+NO_LPIPS = LPIPS(None, "not measured: no network")
 
 
 class Fake(torch.nn.Module):
@@ -36,7 +41,7 @@ def package(kind):
     return module
 
 
-def test_it_is_the_packages_network_on_every_pair(monkeypatch):
+def test_lpips_is_the_packages_network_on_every_pair(monkeypatch):
     monkeypatch.setitem(sys.modules, "lpips", package(Fake))
     found = interventions.load_lpips("vgg", device="cpu")
     assert found.why is None and found.model.net == "vgg"
@@ -45,14 +50,14 @@ def test_it_is_the_packages_network_on_every_pair(monkeypatch):
     assert found.distance(before, after) == pytest.approx([i / 10 for i in range(20)])
 
 
-def test_without_the_package_it_says_how_to_have_it(monkeypatch):
+def test_without_the_package_lpips_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "lpips", None)
     found = interventions.load_lpips(device="cpu")
     assert found.model is None and "pip install vaelab[lpips]" in found.why
     assert torch.tensor(found.distance(torch.zeros(3, 3, 8, 8), torch.zeros(3, 3, 8, 8))).isnan().all()
 
 
-def test_without_its_weights_it_says_what_went_wrong(monkeypatch):
+def test_without_its_weights_lpips_says_what_went_wrong(monkeypatch):
     from urllib.error import URLError
 
     def offline(net, verbose):
@@ -67,22 +72,19 @@ def test_an_unknown_network_is_refused():
         interventions.load_lpips("alexnet")
 
 
-SAMPLING_ABLATE = Sampling(steps=1, guidance_scale=0.0)
-
-
-def test_it_is_the_picture_without_the_blocks_residual_branch(pipeline_folder):
+def test_a_block_switched_off_is_a_block_without_its_residual_branch(pipeline_folder):
     from vaelab.models.loading import load_pipeline
 
     pipeline = load_pipeline(str(pipeline_folder("sdxl")), device="cpu")
     prompts = ["a red thing", "a blue thing"]
-    whole = activations.generate_all(pipeline, prompts, SAMPLING_ABLATE, seed=3)
-    off = interventions.generate_without_block(pipeline, prompts, "mid.0", SAMPLING_ABLATE, batch_size=1, seed=3)
-    again = activations.generate_all(pipeline, prompts, SAMPLING_ABLATE, seed=3)
+    whole = activations.generate_all(pipeline, prompts, ONE_STEP, seed=3)
+    off = interventions.generate_without_block(pipeline, prompts, "mid.0", ONE_STEP, batch_size=1, seed=3)
+    again = activations.generate_all(pipeline, prompts, ONE_STEP, seed=3)
     assert torch.equal(whole, again) and not torch.equal(whole, off)
     projection = pipeline.unet.mid_block.attentions[0].proj_out
     for parameter in projection.parameters():
         parameter.data.zero_()
-    removed = activations.generate_all(pipeline, prompts, SAMPLING_ABLATE, seed=3)
+    removed = activations.generate_all(pipeline, prompts, ONE_STEP, seed=3)
     torch.testing.assert_close(off, removed, rtol=1e-4, atol=1e-5)
 
 
@@ -98,8 +100,27 @@ def test_blocks_are_chosen_by_name_or_glob_and_refused_before_anything_is_drawn(
     assert interventions.resolve_blocks(pipeline, ["down.1.*", "mid.0"]) == ["down.1.0", "down.1.1", "mid.0"]
     with pytest.raises(ValueError, match=r"^blocks: unknown name 'mid.9'.*mid.0"):
         interventions.resolve_blocks(pipeline, ["mid.0", "mid.9"])
-    with pytest.raises(ValueError, match=r"^blocks: .*up_blocks.0 takes .* so it is no update of its input"):
+    with pytest.raises(ValueError, match=r"^blocks: .*up_blocks.0 takes .* so it has no update"):
         interventions.resolve_blocks(pipeline, ["mid.0", "up_ft0"])
+
+
+def test_the_pictures_stream_is_replaced_also_in_a_layer_inside_a_block_with_a_text_stream(small_pipeline):
+    """SD3's joint attention returns (picture, text), its blocks (text, picture): each has its own place."""
+    pipeline, prompts = small_pipeline("sd3"), ["a star"]
+    block, layer = "block0", "transformer_blocks.0.attn"
+    whole = activations.generate_all(pipeline, prompts, ONE_STEP)
+    widths = {}
+    for name in (block, layer):
+        seen = []
+        same = interventions.generate_with_replacement(
+            pipeline, prompts, name, lambda x, seen=seen: seen.append(x.shape) or x, ONE_STEP
+        )
+        zero = interventions.generate_with_replacement(pipeline, prompts, name, torch.zeros_like, ONE_STEP)
+        assert torch.equal(same, whole) and not torch.equal(zero, whole)
+        widths[name] = seen[0]
+    assert widths[block] == widths[layer]
+    with pytest.raises(ValueError, match=r"^blocks: transformer_blocks.0.ff_context works on the text's tokens"):
+        interventions.resolve_blocks(pipeline, ["transformer_blocks.0.ff_context"])
 
 
 def test_manhattan_distance_of_a_planted_change():
@@ -118,11 +139,6 @@ def test_a_planted_loss_of_one_factor_is_found_and_no_other():
     assert table.loc["colour", "manhattan"] > 5
     assert (table.loc["nothing"] == 0).all()
     assert list(interventions.ablation_table({"colour": grey}, drawn, None).columns) == ["block", "manhattan"]
-
-
-PROMPTS = ["a red circle", "a large blue square", "a star"]
-SAMPLING = Sampling(steps=3, guidance_scale=2.0)
-NO_LPIPS = LPIPS(None, "not measured: no network")
 
 
 def halved(x):
@@ -159,15 +175,15 @@ def test_the_function_gets_the_vectors_of_both_halves_position_by_position(drawi
     interventions.generate_with_replacement(
         *drawing, lambda x: seen.append(x.clone()) or x, SAMPLING, steps=[1], batch_size=3, seed=4
     )
-    told = denoiser.from_prompts(pipeline, prompts, [4, 5, 6], [block], SAMPLING, steps=[1])
-    halves = [told.unguided[block][0], told.maps[block][0]]
+    expected = denoiser.from_prompts(pipeline, prompts, [4, 5, 6], [block], SAMPLING, steps=[1])
+    halves = [expected.unguided[block][0], expected.maps[block][0]]
     (vectors,) = seen
     torch.testing.assert_close(vectors, torch.cat(halves).flatten(0, 2), rtol=0, atol=0)
 
 
-def test_what_it_gives_back_takes_its_place_at_the_steps_asked_for_alone(drawing):
+def test_the_update_is_replaced_at_the_requested_steps_only(drawing):
     pipeline, prompts, block = drawing
-    path, calls = block_names.resolve(pipeline, block)[block], []
+    path, calls = block_names.find_blocks(pipeline, block)[block], []
 
     def naive(update):
         calls.append(len(calls) % SAMPLING.steps)
@@ -183,7 +199,7 @@ def test_what_it_gives_back_takes_its_place_at_the_steps_asked_for_alone(drawing
     assert calls == [0, 1, 2] * 2  # two batches
 
 
-def test_steps(drawing):
+def test_no_first_and_all_steps(drawing):
     whole = denoiser.generate_all(*drawing[:2], SAMPLING)
     none, first, every, all_named = (
         interventions.generate_with_replacement(*drawing, halved, SAMPLING, steps=steps)
@@ -212,25 +228,25 @@ def test_median_of_a_planted_change():
     )
 
 
-def trial(monkeypatch, drawn, asked, perceptual=NO_LPIPS):
-    """A trial whose model draws these pictures."""
-    monkeypatch.setattr(denoiser, "generate_all", lambda *_, **__: drawn)
-    monkeypatch.setattr(denoiser, "validate_size", lambda *_: None)  # there is no pipeline
-    monkeypatch.setattr(denoiser, "count_passes", lambda *_: 1)
-    return interventions.ReplacementExperiment(None, asked, SAMPLING, perceptual)
+def experiment(monkeypatch, pictures, prompts):
+    """An experiment whose model generates these pictures."""
+    monkeypatch.setattr(activations, "generate_all", lambda *_, **__: pictures)
+    monkeypatch.setattr(activations, "validate_size", lambda *_: None)  # there is no pipeline
+    monkeypatch.setattr(activations, "count_passes", lambda *_: 1)
+    return interventions.ReplacementExperiment(None, prompts, SAMPLING, NO_LPIPS)
 
 
 def test_a_planted_effect_on_pictures_of_the_world(monkeypatch):
-    asked = data_prompts.load_prompts("world", split="test", count=6)
-    drawn = world.render(asked.scenes)
-    before = trial(monkeypatch, drawn, asked)
+    prompts = data_prompts.load_prompts("world", split="test", count=6)
+    drawn = world.render(prompts.scenes)
+    before = experiment(monkeypatch, drawn, prompts)
     changed = drawn.clone()
     changed[:2] = world.render([world.sample(seed) for seed in (100, 101)])
     changed[2] = -1.0  # nothing is there
     table = before.effects(changed)
     assert table["lpips"].isna().all()
-    assert table["read_alike"].tolist() == [False, False, False, True, True, True]
-    assert not table["right"][:3].any() and table["right"][3:].all()
+    assert table["same_reading"].tolist() == [False, False, False, True, True, True]
+    assert not table["correct"][:3].any() and table["correct"][3:].all()
     assert (table["manhattan"] > 0).tolist() == [True] * 3 + [False] * 3
     means = interventions.mean_effects(table)
     assert means["oracle_agreement"] == means["oracle_right"] == 0.5 and "lpips" not in means
@@ -239,28 +255,30 @@ def test_a_planted_effect_on_pictures_of_the_world(monkeypatch):
     assert same == {"manhattan_mean": 0, "manhattan_median": 0, "oracle_agreement": 1, "oracle_right": 1}
 
 
-def test_what_no_prompt_names_counts_for_the_reading_and_not_for_being_right(monkeypatch):
+def test_a_factor_that_no_prompt_names_counts_for_the_reading_but_not_as_incorrect(monkeypatch):
     seed = next(seed for seed in range(100) if "ground" not in world.sample(seed).named)
     scene = world.sample(seed)
     other = world.render([type(scene)(scene.things, scene.texture, "pink" if scene.ground != "pink" else "teal")])
-    asked = data_prompts.Prompts([scene.prompt], [seed], "world", "train")
-    row = trial(monkeypatch, world.render([scene]), asked).effects(other).loc[0]
-    assert not row["read_alike"] and row["right"]
+    prompts = data_prompts.Prompts([scene.prompt], [seed], "world", "train")
+    row = experiment(monkeypatch, world.render([scene]), prompts).effects(other).loc[0]
+    assert not row["same_reading"] and row["correct"]
 
 
 def test_pictures_of_no_world_have_no_oracle(monkeypatch):
     pictures = torch.zeros(2, 3, 8, 8)
-    table = trial(monkeypatch, pictures, data_prompts.from_list(["one", "two"])).effects(pictures + 0.5)
+    table = experiment(monkeypatch, pictures, data_prompts.from_list(["one", "two"])).effects(pictures + 0.5)
     assert list(table) == ["manhattan", "median", "lpips"]
 
 
-def test_a_trial_draws_replaces_and_keeps_a_few(small_pipeline):
-    pipeline, asked = small_pipeline("sd2"), data_prompts.from_list(PROMPTS)
-    before = interventions.ReplacementExperiment(pipeline, asked, SAMPLING, NO_LPIPS, batch_size=2, seed=3, keep=1)
+def test_an_experiment_generates_replaces_and_holds_a_few_pictures(small_pipeline):
+    pipeline, prompts = small_pipeline("sd2"), data_prompts.from_list(PROMPTS)
+    before = interventions.ReplacementExperiment(pipeline, prompts, SAMPLING, NO_LPIPS, batch_size=2, seed=3, keep=1)
     assert before.steps == 3
     assert torch.equal(before.pictures, denoiser.generate_all(pipeline, PROMPTS, SAMPLING, batch_size=2, seed=3))
     same, first = before.replaced("up.1.1", lambda x: x), before.replaced("up.1.1", nowhere, [0])
-    assert (same.effects[["manhattan", "median"]] == 0).all(None) and torch.equal(same.pictures, before.pictures[:1])
+    assert (same.effects[["manhattan", "median"]] == 0).all(axis=None) and torch.equal(
+        same.pictures, before.pictures[:1]
+    )
     after = interventions.generate_with_replacement(
         pipeline, PROMPTS, "up.1.1", nowhere, SAMPLING, steps=[0], batch_size=2, seed=3
     )
@@ -269,7 +287,7 @@ def test_a_trial_draws_replaces_and_keeps_a_few(small_pipeline):
 
 
 def test_pictures_that_the_oracle_does_not_read_are_refused_before_any_is_drawn(small_pipeline, monkeypatch):
-    monkeypatch.setattr(denoiser, "generate_all", None)
+    monkeypatch.setattr(activations, "generate_all", None)
     with pytest.raises(ValueError, match=r"^resolution: pictures of 32 x 32; of this dataset they must be 64 x 64"):
         interventions.ReplacementExperiment(
             small_pipeline("sd2"), data_prompts.load_prompts("world", count=1), SAMPLING, NO_LPIPS
@@ -279,17 +297,17 @@ def test_pictures_that_the_oracle_does_not_read_are_refused_before_any_is_drawn(
 def test_the_table_says_why_there_is_no_lpips():
     one = pd.DataFrame({"manhattan": [1.0, 3.0], "median": [1.0, 2.0], "lpips": [float("nan")] * 2})
     table = interventions.effects_table(
-        {("mid.0", "sae"): interventions.ReplacementOutcome(None, one)}, ["block", "who"], NO_LPIPS
+        {("mid.0", "sae"): interventions.ReplacementOutcome(None, one)}, ["block", "method"], NO_LPIPS
     )
     assert table.to_dict("records") == [
-        {"block": "mid.0", "who": "sae", "manhattan_mean": 2.0, "manhattan_median": 1.5, "lpips": NO_LPIPS.why}
+        {"block": "mid.0", "method": "sae", "manhattan_mean": 2.0, "manhattan_median": 1.5, "lpips": NO_LPIPS.why}
     ]
     measured = interventions.ReplacementOutcome(None, one.assign(lpips=[0.1, 0.3]))
     there = interventions.effects_table({("mid.0",): measured}, ["block"], LPIPS(object(), None))
     assert there["lpips"].tolist() == [pytest.approx(0.2)]
 
 
-def test_beside_the_paper_stands_its_row_of_the_same_share():
+def test_the_papers_row_of_the_same_ratio_stands_beside_the_table():
     here = {"manhattan_mean": 30.0, "manhattan_median": 20.0, "explained_variance": 0.6}
     table = pd.DataFrame([
         {"block": "down.1.1", "k": 10, "n_features": 512, **here}, {"block": "mid.0", "k": 5, "n_features": 64, **here},

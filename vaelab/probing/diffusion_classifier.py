@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vaelab.models.block_names import denoiser
-from vaelab.models.conditioning import FLUX, add_noise, by_class, condition, encode, is_flow, last_timestep, predict
+from vaelab.models.block_names import architecture, find_denoiser
+from vaelab.models.conditioning import FLUX, add_noise, by_class, encode_prompts, encode_pictures, is_flow, last_timestep, predict
 
 SHARED_CONDITIONS = ("txt_ids",)
 """Conditions of the denoiser that have no batch dimension."""
@@ -117,7 +117,7 @@ def classify_by_error(errors: TrialErrors, classes: int, stages: Stages) -> Clas
         if len(left) == 1:
             break
         for trial in trials:
-            values = errors(left, trial).double().cpu().numpy()
+            values = errors(left, trial).cpu().double().numpy()  # MPS has no float64
             if not np.isfinite(values).all():
                 raise FloatingPointError(
                     f"precision: the error of trial {trial} is not finite; use float32 or bfloat16 for the model"
@@ -169,7 +169,7 @@ class DiffusionClassifier:
         """Classify B pictures (B, 3, H, W) in [-1, 1], each independently of the others."""
         conditions = self._conditions_for(tuple(pixels.shape[-2:]))
         results = []
-        for latents in encode(self.pipeline, pixels).split(1):
+        for latents in encode_pictures(self.pipeline, pixels).split(1):
             noised: dict[int, tuple[Tensor, Tensor]] = {}
 
             def errors(prompts: Sequence[int], trial: int, latents: Tensor = latents, noised: dict = noised) -> Tensor:
@@ -192,7 +192,7 @@ class DiffusionClassifier:
 
     def _conditions_for(self, size: tuple[int, int]) -> dict[str, Any]:
         if size not in self._conditions:
-            self._conditions[size] = condition(self.pipeline, self.prompts, len(self.prompts), size)
+            self._conditions[size] = encode_prompts(self.pipeline, self.prompts, len(self.prompts), size)
         return self._conditions[size]
 
     def _noised(self, latents: Tensor, trial: int) -> tuple[Tensor, Tensor]:
@@ -233,7 +233,7 @@ def prediction_target(pipeline: Any, latents: Tensor, noise: Tensor, timestep: i
     """
     latents, noise = latents.float(), noise.float()
     if is_flow(pipeline):
-        if type(denoiser(pipeline)).__name__ == FLUX:
+        if architecture(find_denoiser(pipeline)) == FLUX:
             raise ValueError("model: FLUX predicts tokens; the diffusion classifier compares latents")
         return noise - latents
     kind = pipeline.scheduler.config.prediction_type

@@ -15,7 +15,7 @@ from vaelab.core.validate import at_least
 
 COLOURS = 3
 REGULARISATION = 1e-9
-"""Share of the identity in the covariances of :func:`foreground_auc`, whose variances may be 0."""
+"""Added to the variances of :func:`foreground_auc`, which may be 0."""
 CLIPPED = 0.01
 """Share of the positions at either end of a component's range that is shown in the darkest or brightest colour."""
 
@@ -88,8 +88,10 @@ def foreground_auc(maps: Tensor, masks: Tensor | None) -> float:
     """How well the first three joint components separate the positions of things from the background.
 
     The paper judges by eye whether such pictures show what is where (section 4.5); this is a number for it. Quadratic
-    discriminant analysis (a normal distribution for each of the two kinds of positions) scores every position; the
-    result is the area under the ROC curve of that score: 0.5 is chance, 1 a perfect separation.
+    discriminant analysis scores every position by the log-ratio of two normal distributions, fitted to the positions
+    of things and to the others with unbiased covariances (scikit-learn's own analysis divides by n - 1 or by n,
+    depending on its version). The result is the area under the ROC curve of that score: 0.5 is chance, 1 a perfect
+    separation.
 
     Args:
         maps: (N, h, w, d).
@@ -99,7 +101,7 @@ def foreground_auc(maps: Tensor, masks: Tensor | None) -> float:
     Returns:
         The area; NaN if the masks are unknown, or if things or background cover too few positions for a covariance.
     """
-    from sklearn.discriminant_analysis import QuadraticDiscriminantAnalysis
+    from scipy.stats import multivariate_normal
     from sklearn.metrics import roc_auc_score
 
     if masks is None:
@@ -109,5 +111,8 @@ def foreground_auc(maps: Tensor, masks: Tensor | None) -> float:
     count = int(foreground.sum())
     if min(count, len(foreground) - count) <= COLOURS:
         return float("nan")
-    model = QuadraticDiscriminantAnalysis(priors=[0.5, 0.5], reg_param=REGULARISATION).fit(values, foreground)
-    return float(roc_auc_score(foreground, model.decision_function(values)))
+    things, background = (
+        multivariate_normal(part.mean(0), np.cov(part.T) + REGULARISATION * np.eye(COLOURS))
+        for part in (values[foreground], values[~foreground])
+    )
+    return float(roc_auc_score(foreground, things.logpdf(values) - background.logpdf(values)))

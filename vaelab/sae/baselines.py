@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vaelab.core.validate import at_least
-from vaelab.sae.model import Codes
+from vaelab.sae.model import Codes, widen
 
 
 class Dictionary(Protocol):
@@ -48,7 +48,7 @@ def moments(batches: Iterable[Tensor]) -> Moments:
     """
     total, first, second, shift = 0, None, None, None
     for batch in batches:
-        batch = batch.double()
+        batch = widen(batch)
         if shift is None:
             shift = batch.mean(0)  # sums about a distant point would lose the covariance to rounding
             first, second = torch.zeros_like(shift), torch.zeros(len(shift), len(shift)).to(shift)

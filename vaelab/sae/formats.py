@@ -23,7 +23,7 @@ import io
 import json
 import pickle
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +34,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from vaelab.core.hub import find_folder
+from vaelab.core.paths import local
 from vaelab.core.validate import at_least
 from vaelab.sae.model import FORMAT, SAE, SAEConfig, read_config_file
 
@@ -104,7 +105,7 @@ def load_sae(
         ValueError: no such folder, an unknown or damaged format, weights that are not finite, or a configuration
             that :class:`vaelab.sae.model.SAE` cannot follow. The error names the file and the key or tensor.
     """
-    files = [*dict.fromkeys(file for names in FILES.values() for file in names), "mean.pt", "std.pt"]
+    files = [] if local(name) else hub_files(str(name), revision, subfolder)
     folder = find_folder(name, revision=revision, subfolder=subfolder, files=files)
     kind = detect_format(folder)
     if input_scale is not None:
@@ -123,22 +124,47 @@ def detect_format(folder: Path) -> str:
     Raises:
         ValueError: no known format; the error lists the folder's files, or its parts that hold autoencoders.
     """
-    kind = _format_by_files(folder)
-    if kind:
-        return kind
-    parts = sorted(
-        str(path.relative_to(folder)) for path in (*folder.glob("*/"), *folder.glob("*/*/")) if _format_by_files(path)
-    )
-    if parts:
-        listed = ", ".join(parts[:20]) + (f" and {len(parts) - 20} more" if len(parts) > 20 else "")
-        raise ValueError(f"{folder.name}: holds {len(parts)} autoencoders; choose one as subfolder: {listed}")
-    there = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
-    known = "; ".join(f"{kind} ({', '.join(files)})" for kind, files in FILES.items())
-    raise ValueError(f"{folder.name}: no autoencoder of a known format; it has {there}. Known are {known}")
+    levels = (folder.glob(pattern) for pattern in ("*", "*/*", "*/*/*"))
+    return _detect([path.relative_to(folder).as_posix() for level in levels for path in level], folder.name)
 
 
-def _format_by_files(folder: Path) -> str | None:
-    return next((kind for kind, files in FILES.items() if all((folder / file).is_file() for file in files)), None)
+def hub_files(name: str, revision: str | None, subfolder: str) -> list[str]:
+    """The files of an autoencoder on the hub, by which its format is detected before anything is downloaded.
+
+    Without the hub the format is not known: then these are the files of all formats, which may be in the cache.
+
+    Raises:
+        ValueError: no known format; the error lists the files, or the parts that hold autoencoders.
+    """
+    from huggingface_hub import list_repo_files
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    names_of_all = [*FILES.values(), *OPTIONAL_FILES.values()]
+    try:
+        paths = list_repo_files(name, revision=revision)
+    except (HfHubHTTPError, *HfHubHTTPError.__bases__, HFValidationError, OSError):  # bases: errors of the connection
+        return list(dict.fromkeys(file for names in names_of_all for file in names))
+    prefix = f"{subfolder}/" if subfolder else ""
+    inside = [path.removeprefix(prefix) for path in paths if path.startswith(prefix)]
+    kind = _detect(inside, f"{name}/{subfolder}" if subfolder else name)
+    return [*FILES[kind], *(file for file in OPTIONAL_FILES.get(kind, ()) if file in inside)]
+
+
+def _detect(files: Collection[str], name: str) -> str:
+    """The format of the folder of some files, by their paths inside it."""
+    parts: dict[str, set[str]] = {}
+    for path in files:
+        folder, _, file = path.rpartition("/")
+        parts.setdefault(folder, set()).add(file)
+    formats = {folder: kind for folder, own in parts.items() for kind in reversed(FILES) if own.issuperset(FILES[kind])}
+    if "" in formats:
+        return formats[""]
+    if formats:
+        listed = ", ".join(sorted(formats)[:20]) + (f" and {len(formats) - 20} more" if len(formats) > 20 else "")
+        raise ValueError(f"{name}: holds {len(formats)} autoencoders; choose one as subfolder: {listed}")
+    there = ", ".join(sorted({path.partition("/")[0] for path in files})[:8]) or "nothing"
+    known = "; ".join(f"{kind} ({', '.join(names)})" for kind, names in FILES.items())
+    raise ValueError(f"{name}: no autoencoder of a known format; it has {there}. Known are {known}")
 
 
 def read_sdxl_unbox(folder: Path) -> LoadedSAE:
@@ -405,6 +431,8 @@ FILES = {
     "gemma-scope": ("params.npz",),
 }
 """The files by which a folder of each format is recognised."""
+OPTIONAL_FILES = {"sdxl-unbox": ("mean.pt", "std.pt"), "dictionary-learning": ("config.json",)}
+"""Files that a folder of a format may hold besides, and that are read with it."""
 READERS: Mapping[str, Callable[[Path], LoadedSAE]] = {
     "sdxl-unbox": read_sdxl_unbox,
     "sae-lens": read_sae_lens,

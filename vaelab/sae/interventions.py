@@ -20,11 +20,33 @@ from vaelab.core import devices
 from vaelab.core.validate import one_of
 from vaelab.data.prompts import Prompts
 from vaelab.hooks import edit
-from vaelab.models.block_names import PICTURE, denoiser, example, paths, resolve
+from vaelab.models.block_names import find_denoiser, example_outputs, paths_by_name, picture_entry, find_blocks
 from vaelab.world import oracle
 from vaelab.world.scenes import SIDE, Scene
 
 LPIPS_NETWORKS = ("alex", "vgg", "squeeze")
+"""Networks of the ``lpips`` package."""
+Replacement = Callable[[Tensor], Tensor]
+"""Vectors (N, d) in float32 to vectors (N, d)."""
+PAPER_TABLE_2 = {
+    ("down.2.1", 5, 640): (83.29, 50.04, 0.3383, 56.0), ("mid.0", 5, 640): (52.64, 26.82, 0.2032, 43.4),
+    ("up.0.0", 5, 640): (55.89, 30.69, 0.2276, 44.8), ("up.0.1", 5, 640): (52.67, 34.53, 0.2073, 50.3),
+    ("down.2.1", 5, 5120): (74.68, 41.49, 0.3036, 67.8), ("mid.0", 5, 5120): (48.82, 24.60, 0.1845, 50.8),
+    ("up.0.0", 5, 5120): (49.19, 25.86, 0.1969, 57.2), ("up.0.1", 5, 5120): (47.50, 31.11, 0.1775, 59.5),
+    ("down.2.1", 10, 640): (73.65, 41.79, 0.2893, 62.8), ("mid.0", 10, 640): (46.80, 23.10, 0.1772, 51.5),
+    ("up.0.0", 10, 640): (48.43, 25.80, 0.1908, 52.5), ("up.0.1", 10, 640): (43.06, 26.85, 0.1638, 58.7),
+    ("down.2.1", 10, 5120): (64.97, 34.77, 0.2582, 73.7), ("mid.0", 10, 5120): (44.02, 21.72, 0.1627, 58.8),
+    ("up.0.0", 10, 5120): (42.08, 21.54, 0.1624, 64.2), ("up.0.1", 10, 5120): (39.77, 24.84, 0.1453, 67.1),
+    ("down.2.1", 20, 640): (59.29, 31.47, 0.2291, 69.9), ("mid.0", 20, 640): (39.95, 19.44, 0.1459, 60.0),
+    ("up.0.0", 20, 640): (40.15, 21.06, 0.1499, 60.9), ("up.0.1", 20, 640): (31.97, 18.15, 0.1196, 66.7),
+    ("down.2.1", 20, 5120): (56.37, 29.04, 0.2190, 78.8), ("mid.0", 20, 5120): (37.28, 17.82, 0.1328, 66.5),
+    ("up.0.0", 20, 5120): (35.73, 18.03, 0.1302, 70.6), ("up.0.1", 20, 5120): (30.31, 17.22, 0.1104, 74.2),
+}  # fmt: skip
+"""Mean and median Manhattan distance, LPIPS and explained variance in percent, by block, k and n_f."""
+PAPER_WIDTH = 1280
+"""The width d of the paper's blocks."""
+PAPER_BLOCK = {"down.1.1": "down.2.1"}
+"""The paper's counterpart of a block of the embedded model, where the names differ."""
 
 
 class LPIPS(NamedTuple):
@@ -69,25 +91,30 @@ def generate_without_block(
 ) -> Tensor:
     """Generate pictures (N, 3, H, W) in [-1, 1] with a block's update switched off at every step: the block
     returns its input. Picture i uses ``seed + i``."""
-    path = resolve(pipeline, block)[block]
-    with edit(denoiser(pipeline), {path: torch.zeros_like}, side="update", entry=PICTURE):
+    path = find_blocks(pipeline, block)[block]
+    entry = picture_entry(pipeline, path)
+    with edit(find_denoiser(pipeline), {path: torch.zeros_like}, side="update", entry=entry):
         return activations.generate_all(pipeline, prompts, sampling, batch_size=batch_size, seed=seed)
 
 
 def blocks_with_updates(pipeline: Any) -> list[str]:
-    """The blocks whose update can be switched off: a U-Net's cross-attention transformers, or all
-    of a transformer's."""
-    return [name for name in paths(pipeline) if name != "bottleneck" and not name.startswith("up_ft")]
+    """The blocks whose update can be switched off: a U-Net's cross-attention transformers, or all blocks of a
+    transformer."""
+    return [name for name in paths_by_name(pipeline) if name != "bottleneck" and not name.startswith("up_ft")]
 
 
 def resolve_blocks(pipeline: Any, names: Sequence[str]) -> list[str]:
-    """The blocks of these names and globs, or all of :func:`transformer_blocks` where there is none.
+    """The short names of the blocks that these names and globs match; without names, all of
+    :func:`blocks_with_updates`.
 
     Raises:
-        ValueError: an unknown block, or one that gives out another shape than it takes in, so that it has no update.
+        ValueError: an unknown block; one whose output has another shape than its input, so that it has no update; or a
+            layer that works on the prompt.
     """
-    found = resolve(pipeline, names or blocks_with_updates(pipeline))
-    example(pipeline, list(found.values()), side="update")
+    found = find_blocks(pipeline, names or blocks_with_updates(pipeline))
+    for path in found.values():
+        picture_entry(pipeline, path)
+    example_outputs(pipeline, list(found.values()), side="update")
     return list(found)
 
 
@@ -95,6 +122,13 @@ def manhattan_distance(before: Tensor, after: Tensor) -> Tensor:
     """Manhattan distance of pictures (B, 3, H, W) in [-1, 1], mean over pixels of the sum over the
     three channels in units of 0 to 255 (Surkov et al., Table 2): (B,)."""
     return (before - after).abs().sum(1).mean((1, 2)) * 127.5
+
+
+def median_manhattan_distance(before: Tensor, after: Tensor) -> Tensor:
+    """Manhattan distance of pictures (B, 3, H, W) in [-1, 1], the median over pixels of the sum over
+    the three channels in units of 0 to 255 (Surkov et al., Table 2): (B,)."""
+    distances = (before - after).abs().sum(1).flatten(1).cpu().numpy()
+    return torch.from_numpy(np.median(distances, axis=1)) * 127.5
 
 
 def ablation_table(pictures: Mapping[str, Tensor], baseline: Tensor, scenes: Sequence[Scene] | None) -> pd.DataFrame:
@@ -121,28 +155,6 @@ def _accuracy(scenes: Sequence[Scene], pictures: Tensor) -> pd.Series:
     return oracle.accuracy_by_factor(oracle.check_prompts(scenes, pictures)).set_index("factor")["accuracy"]
 
 
-Replacement = Callable[[Tensor], Tensor]
-"""Vectors (N, d) in float32 to vectors (N, d)."""
-PAPER_TABLE_2 = {
-    ("down.2.1", 5, 640): (83.29, 50.04, 0.3383, 56.0), ("mid.0", 5, 640): (52.64, 26.82, 0.2032, 43.4),
-    ("up.0.0", 5, 640): (55.89, 30.69, 0.2276, 44.8), ("up.0.1", 5, 640): (52.67, 34.53, 0.2073, 50.3),
-    ("down.2.1", 5, 5120): (74.68, 41.49, 0.3036, 67.8), ("mid.0", 5, 5120): (48.82, 24.60, 0.1845, 50.8),
-    ("up.0.0", 5, 5120): (49.19, 25.86, 0.1969, 57.2), ("up.0.1", 5, 5120): (47.50, 31.11, 0.1775, 59.5),
-    ("down.2.1", 10, 640): (73.65, 41.79, 0.2893, 62.8), ("mid.0", 10, 640): (46.80, 23.10, 0.1772, 51.5),
-    ("up.0.0", 10, 640): (48.43, 25.80, 0.1908, 52.5), ("up.0.1", 10, 640): (43.06, 26.85, 0.1638, 58.7),
-    ("down.2.1", 10, 5120): (64.97, 34.77, 0.2582, 73.7), ("mid.0", 10, 5120): (44.02, 21.72, 0.1627, 58.8),
-    ("up.0.0", 10, 5120): (42.08, 21.54, 0.1624, 64.2), ("up.0.1", 10, 5120): (39.77, 24.84, 0.1453, 67.1),
-    ("down.2.1", 20, 640): (59.29, 31.47, 0.2291, 69.9), ("mid.0", 20, 640): (39.95, 19.44, 0.1459, 60.0),
-    ("up.0.0", 20, 640): (40.15, 21.06, 0.1499, 60.9), ("up.0.1", 20, 640): (31.97, 18.15, 0.1196, 66.7),
-    ("down.2.1", 20, 5120): (56.37, 29.04, 0.2190, 78.8), ("mid.0", 20, 5120): (37.28, 17.82, 0.1328, 66.5),
-    ("up.0.0", 20, 5120): (35.73, 18.03, 0.1302, 70.6), ("up.0.1", 20, 5120): (30.31, 17.22, 0.1104, 74.2),
-}  # fmt: skip
-"""Mean and median Manhattan distance, LPIPS and explained variance in percent, by block, k and n_f."""
-PAPER_WIDTH = 1280
-PAPER_BLOCK = {"down.1.1": "down.2.1"}
-"""The paper's counterpart of a block of the embedded model, where the names differ."""
-
-
 def generate_with_replacement(
     pipeline: Any,
     prompts: Sequence[str | int],
@@ -161,26 +173,28 @@ def generate_with_replacement(
         pipeline: a diffusers pipeline.
         prompts: N prompts; class numbers for a class-conditional model.
         block: a short name or a module path.
-        replace: from the update D_out - D_in of every position, (n, d) in float32, to what takes
-            its place; where it gives back what it got, the picture is the same bit for bit.
+        replace: a function of the updates D_out - D_in of all positions, (n, d) in float32, that returns what
+            replaces them. If it returns its input, the pictures are unchanged bit for bit.
         sampling: steps, guidance and size.
-        steps: at which steps, counted from 0; None for all (see :func:`vaelab.activations.denoiser.passes`).
-        batch_size: prompts at once.
-        seed: of the first picture.
+        steps: the steps at which the update is replaced, counted from 0; None for all (see
+            :func:`vaelab.activations.denoiser.count_passes`).
+        batch_size: prompts of a batch.
+        seed: seed of the first picture.
 
     Raises:
-        ValueError: an unknown block, a step that is not made, or a replacement of another shape.
+        ValueError: an unknown block, a step beyond the sampling's, or a replacement of another shape.
     """
-    path, made = resolve(pipeline, block)[block], activations.passes(pipeline, sampling)
-    wanted = set(range(made) if steps is None else steps)
-    if not wanted <= set(range(made)):
-        raise ValueError(f"replaced_steps: expected numbers from 0 to {made - 1}, got {sorted(wanted)}")
+    path, passes = find_blocks(pipeline, block)[block], activations.count_passes(pipeline, sampling)
+    replaced = set(range(passes) if steps is None else steps)
+    if not replaced <= set(range(passes)):
+        raise ValueError(f"replaced_steps: expected numbers from 0 to {passes - 1}, got {sorted(replaced)}")
     calls = count()
 
-    def at_its_steps(update: Tensor) -> Tensor:
-        return _by_vectors(replace, update) if next(calls) % made in wanted else update
+    def replace_at_steps(update: Tensor) -> Tensor:
+        return _by_vectors(replace, update) if next(calls) % passes in replaced else update
 
-    with edit(denoiser(pipeline), {path: at_its_steps}, side="update", entry=PICTURE):
+    entry = picture_entry(pipeline, path)
+    with edit(find_denoiser(pipeline), {path: replace_at_steps}, side="update", entry=entry):
         return activations.generate_all(pipeline, prompts, sampling, batch_size=batch_size, seed=seed)
 
 
@@ -192,15 +206,8 @@ def _by_vectors(replace: Replacement, update: Tensor) -> Tensor:
     if new.shape != vectors.shape:
         raise ValueError(f"replace: gave {tuple(new.shape)} for vectors {tuple(vectors.shape)}")
     new = new.to(update.dtype).reshape(spread.shape)
-    # laid out in memory as the update is, since what comes next rounds by that
+    # in the update's memory layout, because the rounding of the following layers depends on it
     return torch.empty_like(update).copy_(new.movedim(-1, 1) if update.ndim == 4 else new)
-
-
-def median_manhattan_distance(before: Tensor, after: Tensor) -> Tensor:
-    """Manhattan distance of pictures (B, 3, H, W) in [-1, 1], the median over pixels of the sum over
-    the three channels in units of 0 to 255 (Surkov et al., Table 2): (B,)."""
-    distances = (before - after).abs().sum(1).flatten(1).cpu().numpy()
-    return torch.from_numpy(np.median(distances, axis=1)) * 127.5
 
 
 class ReplacementOutcome(NamedTuple):
@@ -218,45 +225,45 @@ class ReplacementExperiment:
     pictures: Tensor
     """(N, 3, H, W) in [-1, 1]."""
     steps: int
-    """Passes of the denoiser, see :func:`vaelab.activations.denoiser.passes`."""
+    """Passes of the denoiser, see :func:`vaelab.activations.denoiser.count_passes`."""
 
     def __init__(
-        self, pipeline: Any, asked: Prompts, sampling: Sampling, perceptual: LPIPS, *, batch_size: int = 16,
+        self, pipeline: Any, prompts: Prompts, sampling: Sampling, perceptual: LPIPS, *, batch_size: int = 16,
         seed: int = 0, keep: int = 8,
     ):  # fmt: skip
         """Generate the reference pictures.
 
         Args:
             pipeline: a diffusers pipeline.
-            asked: N prompts; of the world the oracle reads every picture.
+            prompts: N prompts; if they are of the world, the oracle reads every picture.
             sampling: steps, guidance and size.
-            perceptual: LPIPS, or why there is none.
-            batch_size: prompts at once.
-            seed: of the first picture.
-            keep: pictures of a replacement that are kept.
+            perceptual: LPIPS, or the reason why it is missing.
+            batch_size: prompts of a batch.
+            seed: seed of the first picture.
+            keep: number of pictures that the outcome of a replacement holds.
         """
-        activations.validate_size(pipeline, sampling, SIDE if asked.of_the_world else None)
+        activations.validate_size(pipeline, sampling, SIDE if prompts.of_the_world else None)
         self._drawing = {"sampling": sampling, "batch_size": batch_size, "seed": seed}
-        self._pipeline, self._texts, self._keep, self.perceptual = pipeline, asked.texts, keep, perceptual
+        self._pipeline, self._texts, self._keep, self.perceptual = pipeline, prompts.texts, keep, perceptual
         self.pictures, self.steps = (
-            activations.generate_all(pipeline, asked.texts, **self._drawing),
-            activations.passes(pipeline, sampling),
+            activations.generate_all(pipeline, prompts.texts, **self._drawing),
+            activations.count_passes(pipeline, sampling),
         )
-        self._scenes = asked.scenes if asked.of_the_world else None
+        self._scenes = prompts.scenes if prompts.of_the_world else None
         self._readings = oracle.read_scenes(self.pictures) if self._scenes else None
 
     def replaced(self, block: str, replace: Replacement, steps: Collection[int] | None = None) -> ReplacementOutcome:
-        """Generate pictures with a block's update replaced, see :func:`generate_with_replacement`."""
+        """Pictures with a block's update replaced, see :func:`generate_with_replacement`, and their effects."""
         after = generate_with_replacement(self._pipeline, self._texts, block, replace, steps=steps, **self._drawing)
         return ReplacementOutcome(after[: self._keep].clone(), self.effects(after))
 
     def effects(self, after: Tensor) -> pd.DataFrame:
-        """How pictures (N, 3, H, W) in [-1, 1] of the same prompts differ.
+        """How pictures (N, 3, H, W) in [-1, 1] of the same prompts differ from the reference pictures.
 
         Returns:
-            A row a picture: ``manhattan`` and ``median`` (over its pixels, of at most 765), ``lpips`` (not
-            a number without it), and of the world ``read_alike`` (whether the oracle reads the very same
-            scene, offsets apart) and ``right`` (whether every factor that the prompt names is right).
+            One row per picture: ``manhattan`` and ``median`` (mean and median over its pixels, at most 765), ``lpips``
+            (NaN without the network), and for prompts of the world ``same_reading`` (whether the oracle reads the same
+            scene, except for offsets) and ``correct`` (whether every factor that the prompt names is correct).
         """
         columns: dict[str, Any] = {
             "manhattan": manhattan_distance(self.pictures, after).tolist(),
@@ -264,21 +271,25 @@ class ReplacementExperiment:
             "lpips": self.perceptual.distance(self.pictures, after),
         }
         if self._scenes:
-            columns |= {"read_alike": _all_right(self._readings, after), "right": _all_right(self._scenes, after)}
+            columns |= {
+                "same_reading": _all_correct(self._readings, after),
+                "correct": _all_correct(self._scenes, after),
+            }
         return pd.DataFrame(columns)
 
 
-def _all_right(asked: Sequence[Scene], pictures: Tensor) -> list[bool]:
-    return oracle.check_prompts(asked, pictures).groupby("picture")["correct"].all().tolist()
+def _all_correct(scenes: Sequence[Scene], pictures: Tensor) -> list[bool]:
+    """Of each picture, whether every factor of its scene is correct."""
+    return oracle.check_prompts(scenes, pictures).groupby("picture")["correct"].all().tolist()
 
 
 def mean_effects(effects: pd.DataFrame) -> dict[str, float]:
-    """Over pictures: ``manhattan_mean``, ``manhattan_median``, with LPIPS ``lpips``, and of the
-    world ``oracle_agreement`` (the share that is read alike) and ``oracle_right``."""
+    """Means over pictures: ``manhattan_mean``, ``manhattan_median``, with LPIPS ``lpips``, and for prompts of the world
+    ``oracle_agreement`` (the share whose reading is the same) and ``oracle_right`` (the share that is correct)."""
     names = {"manhattan": "manhattan_mean", "median": "manhattan_median", "lpips": "lpips",
-             "read_alike": "oracle_agreement", "right": "oracle_right"}  # fmt: skip
-    found = {name: float(effects[column].mean()) for column, name in names.items() if column in effects}
-    return {name: value for name, value in found.items() if not np.isnan(value)}
+             "same_reading": "oracle_agreement", "correct": "oracle_right"}  # fmt: skip
+    means = {name: float(effects[column].mean()) for column, name in names.items() if column in effects}
+    return {name: value for name, value in means.items() if not np.isnan(value)}
 
 
 def effects_table(
@@ -287,12 +298,12 @@ def effects_table(
     """The paper's Table 2.
 
     Args:
-        outcomes: under a value for each of ``names``.
-        names: of the first columns, such as ``block`` and ``who``.
-        perceptual: whose reason stands in the column ``lpips`` where there is none.
+        outcomes: the outcomes; a key holds a value for each of ``names``.
+        names: names of the first columns, such as ``block`` and ``method``.
+        perceptual: LPIPS; if it is missing, the column ``lpips`` holds the reason.
 
     Returns:
-        A row an entry: ``names`` and the columns of :func:`means`.
+        One row per outcome: ``names`` and the metrics of :func:`mean_effects`.
     """
     rows = [{**dict(zip(names, key, strict=True)), **mean_effects(one.effects)} for key, one in outcomes.items()]
     whole = pd.DataFrame(rows)
@@ -308,17 +319,17 @@ def compare_with_paper(table: pd.DataFrame, widths: Mapping[str, int]) -> pd.Dat
         widths: d of each block.
 
     Returns:
-        A row for each row that the paper has too, the explained variances in percent.
+        One row per row that the paper has too; explained variances are in percent.
     """
     rows = []
     for row in table.to_dict("records"):
-        kin = PAPER_BLOCK.get(row["block"], row["block"])
+        counterpart = PAPER_BLOCK.get(row["block"], row["block"])
         size = round(row["n_features"] * PAPER_WIDTH / widths[row["block"]])
-        if (kin, row["k"], size) not in PAPER_TABLE_2:
+        if (counterpart, row["k"], size) not in PAPER_TABLE_2:
             continue
-        mean, median, _, explained = PAPER_TABLE_2[kin, row["k"], size]
+        mean, median, _, explained = PAPER_TABLE_2[counterpart, row["k"], size]
         rows.append({
-            "block": row["block"], "k": row["k"], "n_features": row["n_features"], "paper's block": kin,
+            "block": row["block"], "k": row["k"], "n_features": row["n_features"], "paper's block": counterpart,
             "paper's n_f": size, "mean": row["manhattan_mean"], "paper's mean": mean, "median": row["manhattan_median"],
             "paper's median": median, "explained %": 100 * row["explained_variance"], "paper's explained %": explained,
         })  # fmt: skip

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vaelab.core.validate import at_least
 from vaelab.sae.baselines import Dictionary
+from vaelab.sae.model import widen
 
 DENSE = 0.1
 """A feature that is active in more than this share of the vectors is dense."""
@@ -47,7 +48,7 @@ class _Sums:
 
     def add(self, x: Tensor) -> None:
         codes = self.dictionary.encode(x)
-        residual = _wide(x - self.dictionary.decode(codes))
+        residual = widen(x - self.dictionary.decode(codes))
         self.first, self.second = self.first + residual.sum(0), self.second + residual.square().sum(0)
         fired = codes.indices[codes.values != 0].cpu()
         self.active += torch.bincount(fired, minlength=len(self.active))
@@ -68,20 +69,20 @@ def evaluate_dictionaries(
         ValueError: no vector, vectors that are all the same, or one that is not finite.
     """
     at_least("dense", dense, 0)
-    sums = {name: _Sums(one) for name, one in dictionaries.items()}
+    sums = {name: _Sums(dictionary) for name, dictionary in dictionaries.items()}
     total, shift, first, second = 0, None, 0.0, 0.0
     for batch in batches:
         _finite(batch, total)
-        wide = _wide(batch)
+        wide = widen(batch)
         shift = wide.mean(0) if shift is None else shift
         first, second = first + (wide - shift).sum(0), second + (wide - shift).square().sum(0)
         total += len(batch)
-        for one in sums.values():
-            one.add(batch)
+        for dictionary in sums.values():
+            dictionary.add(batch)
     variance = second / total - (first / total) ** 2 if total else torch.zeros(1)
     if not (variance > 0).any():
         raise ValueError(f"activations: {total} vectors without any variance, so none of it can be explained")
-    return {name: _fidelity(one, variance, total, dense) for name, one in sums.items()}
+    return {name: _fidelity(own, variance, total, dense) for name, own in sums.items()}
 
 
 def _fidelity(sums: _Sums, variance: Tensor, total: int, dense: float) -> Fidelity:
@@ -98,10 +99,6 @@ def _fidelity(sums: _Sums, variance: Tensor, total: int, dense: float) -> Fideli
         dead_fraction=(sums.active == 0).sum().item() / features,
         dense_fraction=(sums.active > dense * total).sum().item() / features,
     )
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.cpu().double() if x.device.type == "mps" else x.double()  # which has no float64
 
 
 def _finite(batch: Tensor, before: int) -> None:

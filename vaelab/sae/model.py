@@ -204,7 +204,7 @@ class SAE(nn.Module):
         Raises:
             ValueError: a negative threshold, or another variant.
         """
-        value = torch.as_tensor(value, dtype=torch.float64)
+        value = widen(value) if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.float64)
         if not (value >= 0).all():
             raise ValueError(f"threshold: must not be negative, got {value.min().item()}")
         if self.config.variant == "jumprelu":
@@ -518,6 +518,16 @@ def require_finite_weights(path: Path, tensors: Mapping[str, Tensor]) -> None:
     for name, value in tensors.items():
         if not value.isfinite().all():
             raise ValueError(f"{path}: {name} holds NaN or infinity")
+
+
+def wide_device(device: torch.device) -> torch.device:
+    """The device for sums in float64 over tensors of a device: the CPU for MPS, which has no float64."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def widen(x: Tensor) -> Tensor:
+    """A tensor in float64, on :func:`wide_device`."""
+    return x.to(wide_device(x.device)).double()
 
 
 def require_finite_vectors(x: Tensor) -> None:

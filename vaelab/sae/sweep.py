@@ -16,16 +16,16 @@ from torch import Tensor
 
 from vaelab import store
 from vaelab.activations import collect
-from vaelab.activations.collect import CollectConfig
+from vaelab.activations.collect import CollectConfig, prompts_digest
 from vaelab.activations.denoiser import Sampling, from_prompts, validate_size
 from vaelab.core.io import atomic, write_json
-from vaelab.core.paths import resolve
+from vaelab.core.paths import local, resolve
 from vaelab.core.validate import at_least, one_of, unknown
 from vaelab.data.prompts import Prompts, load_prompts
 from vaelab.runner.run import read_results
-from vaelab.sae import metrics as sae_metrics
 from vaelab.sae.baselines import Dictionary, Moments, build_baselines, moments
 from vaelab.sae.formats import read_safetensors_file
+from vaelab.sae.metrics import evaluate_dictionaries, fidelity_table
 from vaelab.sae.model import SAE, VARIANTS, SAEConfig, read_config_file
 from vaelab.sae.train import SAESpec
 
@@ -33,12 +33,14 @@ SAE_KEY = ("block", "k", "n_features", "seed")
 """Columns that identify an autoencoder of a sweep."""
 METHODS = ("sae", "zero", "mean", "random", "pca")
 """The autoencoder, and the baselines of :func:`vaelab.sae.baselines.build_baselines`."""
-METHOD_KEY = ["block", "who", "k", "n_features"]
-"""Columns that identify a replacement of a block's update; ``who`` is one of :data:`METHODS`."""
+METHOD_KEY = ["block", "method", "k", "n_features"]
+"""Columns that identify a replacement of a block's update; ``method`` is one of :data:`METHODS`."""
 MOMENT_VECTORS = 500_000
 """The most vectors of a block that its mean and covariance are computed from."""
-READ_AT_ONCE = 4096
+EVALUATION_BATCH = 4096
 """Vectors of a batch in evaluation."""
+WEIGHTS = ("kind", "name", "variant", "sha256", "commit")
+"""Entries of :func:`vaelab.models.identity` that decide a model's weights; a model may be used in another precision."""
 SAME_MODEL = 0.1
 """The largest relative difference between a stored item and the same item generated again: above what precisions and
 devices cause, below what further training of the weights causes."""
@@ -85,7 +87,10 @@ def build_grid(
 def held_out_prompts(
     source: Mapping[str, Any], dataset: str, split: str, count: int, column: str = "", revision: str = ""
 ) -> Prompts:
-    """``count`` prompts that a store was not collected from: in the same data set and split, those that follow.
+    """``count`` prompts that a store was not collected from.
+
+    If the data set begins with the store's prompts, these are the prompts that follow. The prompts themselves are
+    compared, so that the spelling of a path does not matter.
 
     Args:
         source: the store's settings.
@@ -96,22 +101,46 @@ def held_out_prompts(
         revision: revision on the hub; empty for the main one.
 
     Raises:
-        ValueError: as :func:`vaelab.data.prompts.load_prompts`; a count below 1; or no prompt left.
+        ValueError: as :func:`vaelab.data.prompts.load_prompts`; a count below 1; no prompt left; or the store's data
+            set and split with another column or revision, whose prompts may be of the same rows.
     """
     at_least("max_images", count, 1)
-    used = source["prompts"] if (dataset, split) == (source.get("dataset"), source.get("split")) else 0
-    found = load_prompts(dataset, split=split, count=used + count, column=column, revision=revision or None)
-    if len(found.texts) <= used:
+    used, same = source["prompts"], _same_split(source, dataset, split)
+    may_overlap = same or _local_data(dataset) is not None
+    found = load_prompts(
+        dataset, split=split, count=count + (used if may_overlap else 0), column=column, revision=revision or None
+    )
+    if may_overlap and prompts_digest(found.texts[:used], found.rows[:used]) == source["prompts_sha256"]:
+        if len(found.texts) <= used:
+            raise ValueError(
+                f"dataset: {dataset!r} has no prompt in {split!r} beyond those that the activations were collected from"
+            )
+        return found._replace(texts=found.texts[used:], rows=found.rows[used:])
+    if same:
         raise ValueError(
-            f"dataset: {dataset!r} has no prompt in {split!r} beyond those that the activations were collected from"
+            f"column: the activations were collected from {dataset!r}, but not from its first {used} prompts with this "
+            "column and dataset_revision; give those of the activations, or another split"
         )
-    return found._replace(texts=found.texts[used:], rows=found.rows[used:])
+    return found._replace(texts=found.texts[:count], rows=found.rows[:count])
+
+
+def _same_split(source: Mapping[str, Any], dataset: str, split: str) -> bool:
+    """Whether a store was collected from this split; a single file is one split, whatever its name."""
+    here, there = _local_data(dataset), _local_data(source.get("dataset") or "")
+    if here is None or there is None:
+        return (dataset, split) == (source.get("dataset"), source.get("split"))
+    return here.samefile(there) and (here.is_file() or split == source.get("split"))
+
+
+def _local_data(dataset: str) -> Path | None:
+    """The local file or folder of a data set; None for the world and for data on the hub."""
+    return None if dataset == "world" else local(dataset)
 
 
 def collect_held_out(
     activation_store: store.Store,
     pipeline: Any,
-    model: str,
+    identity: Mapping[str, str],
     prompts: Prompts,
     folder: Path,
     *,
@@ -124,7 +153,8 @@ def collect_held_out(
     Args:
         activation_store: the store of the training vectors.
         pipeline: the model that it was collected from.
-        model: the model's name, which must be the store's.
+        identity: the model's :func:`vaelab.models.identity`, which is signed: held-out vectors of other weights are
+            not resumed.
         prompts: prompts that the store does not hold.
         folder: folder of the new store.
         blocks: blocks of the store to collect.
@@ -132,11 +162,11 @@ def collect_held_out(
         resolution: side of the pictures, pixels; 0 for the store's.
 
     Raises:
-        ValueError: as :func:`require_same_model`.
+        ValueError: as :func:`require_same_model`; or the folder holds a store of other settings.
     """
     if resolution:
         validate_size(pipeline, Sampling(height=resolution, width=resolution))
-    require_same_model(activation_store, pipeline, model, "activations")
+    require_same_model(activation_store, pipeline, identity, "activations")
     source = activation_store.settings
     sampling = Sampling(**source["sampling"])
     if resolution:
@@ -146,33 +176,40 @@ def collect_held_out(
         batch_size=batch_size, seed=source["seed"] + source["prompts"], precision=activation_store.precision,
     )  # fmt: skip
     layout, per_prompt, _ = collect.run_trial_batch(pipeline, prompts.texts, config)
-    settings = {"model": model, "dataset": prompts.name, "split": prompts.split}
+    settings = {"identity": dict(identity), "dataset": prompts.name, "split": prompts.split}
     return collect.collect_prompts(
         pipeline, prompts.texts, config, folder, layout=layout, items_per_prompt=per_prompt, rows=prompts.rows,
         settings=settings,
     )  # fmt: skip
 
 
-def require_same_model(activation_store: store.Store, pipeline: Any, model: str, parameter: str) -> None:
-    """Raise ValueError unless a store was collected from this model with its present weights: the names are compared,
-    and the first item is generated again.
+def require_same_model(
+    activation_store: store.Store, pipeline: Any, identity: Mapping[str, str], parameter: str
+) -> None:
+    """Raise ValueError unless a store was collected from this model with its present weights.
+
+    The identities are compared except for the precision, and the first item is generated again.
 
     Args:
         activation_store: the store.
         pipeline: the model.
-        model: its name.
+        identity: its :func:`vaelab.models.identity`.
         parameter: the notebook parameter that error messages name.
     """
     source = activation_store.settings
-    if not {"model", "sampling", "side", "steps", "halves", "seed", "prompts"} <= source.keys() or not len(
+    if not {"identity", "sampling", "side", "steps", "halves", "seed", "prompts"} <= source.keys() or not len(
         activation_store.items
     ):
         raise ValueError(
-            f"{parameter}: {activation_store.url} does not say how it was collected, or is empty; make it with "
+            f"{parameter}: {activation_store.url} does not say how it was collected, or is empty; make it again with "
             "30_collect_activations"
         )
-    if source["model"] != model:
-        raise ValueError(f"{parameter}: of the model {source['model']!r}; expected {model!r}, the parameter model")
+    there, here = ({name: known.get(name) for name in WEIGHTS} for known in (source["identity"], identity))
+    if there != here:
+        raise ValueError(
+            f"{parameter}: {activation_store.url} was collected from {_describe(there)}; the parameters model, "
+            f"model_revision and variant say {_describe(here)}"
+        )
     item, block = activation_store.items[0], next(iter(activation_store.layout))
     now = from_prompts(
         pipeline, [item["prompt"]], [item["seed"]], block, Sampling(**source["sampling"]), side=source["side"],
@@ -181,15 +218,22 @@ def require_same_model(activation_store: store.Store, pipeline: Any, model: str,
     stored = activation_store.maps(block, [0]).float()
     if now.shape != stored.shape or (now - stored).norm() > SAME_MODEL * stored.norm():
         raise ValueError(
-            f"{parameter}: {activation_store.url} was made with other weights than {model!r} has now: its "
+            f"{parameter}: {activation_store.url} was collected with other weights than {_describe(here)} has now: its "
             "first item differs when it is generated again; collect it again"
         )
 
 
+def _describe(identity: Mapping[str, str | None]) -> str:
+    """A model's identity in words: its name, the beginning of its checksum or commit, and its variant."""
+    digest = (identity.get("sha256") or identity.get("commit") or "unknown")[:12]
+    variant = f", variant {identity['variant']}" if identity.get("variant") else ""
+    return f"{identity.get('name')} ({digest}{variant})"
+
+
 def iterate_vectors(activation_store: store.Store, block: str, most: int = 0) -> Iterator[Tensor]:
-    """Shuffled batches (n, d) of a block's vectors; the first ``most`` vectors, 0 for all."""
+    """Shuffled batches (n, d) of a block's vectors; at most ``most`` vectors, 0 for all."""
     left = most or activation_store.rows(block)
-    for batch in activation_store.batches(block, READ_AT_ONCE, seed=0):
+    for batch in activation_store.batches(block, EVALUATION_BATCH, seed=0):
         yield batch[:left]
         left -= len(batch)
         if left <= 0:
@@ -203,38 +247,35 @@ def evaluate_saes(saes: Mapping[str, SAE], specs: Mapping[str, SAESpec], held_ou
         One row per autoencoder: :data:`SAE_KEY`, ``name`` and the fields of :class:`vaelab.sae.metrics.Fidelity`.
     """
     parts = []
-    for block in dict.fromkeys(one.block for one in specs.values()):
-        own = {name: saes[name] for name, one in specs.items() if one.block == block}
+    for block in dict.fromkeys(spec.block for spec in specs.values()):
+        own = {name: saes[name] for name, spec in specs.items() if spec.block == block}
         device = next(iter(own.values())).device
         batches = (batch.to(device) for batch in iterate_vectors(held_out, block))
-        parts += sae_metrics.evaluate_dictionaries(own, batches).items()
-    rows = [
-        {"block": one.block, "k": one.config.k, "n_features": one.config.n_features, "seed": one.seed, "name": name,
-         **measured._asdict()}
-        for name, measured in parts for one in [specs[name]]
-    ]  # fmt: skip
-    return pd.DataFrame(rows)
+        parts += evaluate_dictionaries(own, batches).items()
+    return pd.DataFrame([{**_sae_key(specs[name]), "name": name, **fidelity._asdict()} for name, fidelity in parts])
+
+
+def _sae_key(spec: SAESpec) -> dict[str, Any]:
+    """The values of :data:`SAE_KEY` of an autoencoder."""
+    return {"block": spec.block, "k": spec.config.k, "n_features": spec.config.n_features, "seed": spec.seed}
 
 
 def label_history(history: pd.DataFrame, specs: Mapping[str, SAESpec]) -> pd.DataFrame:
-    """The history of a training, whose column ``sae`` has names, with the columns :data:`SAE_KEY`."""
-    of = [specs[name] for name in history["sae"]]
-    sizes = {"k": [one.config.k for one in of], "n_features": [one.config.n_features for one in of]}
-    return history.assign(block=[one.block for one in of], seed=[one.seed for one in of], **sizes)
+    """The history of a training, whose column ``sae`` holds names, with the columns :data:`SAE_KEY` added."""
+    keys = pd.DataFrame([_sae_key(specs[name]) for name in history["sae"]], columns=list(SAE_KEY), index=history.index)
+    return history.assign(**keys)
 
 
 def mean_over_seeds(table: pd.DataFrame, columns: Iterable[str]) -> pd.DataFrame:
-    """Means over seeds of ``columns``, with the number of ``seeds`` and the range of the first
-    column (``spread``)."""
+    """Means over seeds of ``columns``, with the number of ``seeds`` and the range of the first column (``spread``)."""
     columns = list(columns)
     by_size = table.groupby(["block", "k", "n_features"], sort=False)
     first = by_size[columns[0]]
-    whole = by_size[columns].mean().assign(seeds=by_size.size(), spread=first.max() - first.min())
-    return whole.reset_index()
+    return by_size[columns].mean().assign(seeds=by_size.size(), spread=first.max() - first.min()).reset_index()
 
 
 def sizes_metrics(means: pd.DataFrame) -> dict[str, float]:
-    """``<block>.k<k>.n<n_features>.<measure>`` from a table of :func:`mean_over_seeds`."""
+    """The metrics ``<block>.k<k>.n<n_features>.<measure>`` of a table of :func:`mean_over_seeds`."""
     return {
         f"{row['block']}.k{row['k']}.n{row['n_features']}.{name}": row[name]
         for row in means.to_dict("records")
@@ -301,26 +342,29 @@ class SAESweep(NamedTuple):
         if size not in self.sizes():
             there = ", ".join(f"{k} and {n}" for k, n in self.sizes())
             raise ValueError(f"k and n_features: the run has none of {size[0]} and {size[1]}; it has {there}")
-        sizes = [size, *([one for one in self.sizes() if one != size] if others else [])]
-        first = next(iter(self.names))[3]
-        found: dict[tuple[str, str, int, int], Dictionary] = {}
+        sizes = [size, *([other for other in self.sizes() if other != size] if others else [])]
+        first_seed = next(iter(self.names))[3]
+        dictionaries: dict[tuple[str, str, int, int], Dictionary] = {}
         for block in blocks:
             if block not in self.blocks:
                 raise unknown("blocks (of the autoencoders)", block, self.blocks)
-            folders = {one: self.folder / self.names[block, *one, first] for one in sizes}
-            found |= {(block, "sae", *one): SAE.from_pretrained(place, device=device) for one, place in folders.items()}
+            for each in sizes:
+                folder = self.folder / self.names[block, *each, first_seed]
+                dictionaries[block, "sae", *each] = SAE.from_pretrained(folder, device=device)
             tensors, d = read_safetensors_file(self.folder / f"{block}.moments.safetensors"), self.widths[block]
-            measured = Moments(0, tensors.take("mean", d), tensors.take("covariance", d, d))
-            found |= {(block, who, *size): one for who, one in build_baselines(measured, *size, seed).items()}
-        return found
+            block_moments = Moments(0, tensors.take("mean", d), tensors.take("covariance", d, d))
+            for method, baseline in build_baselines(block_moments, *size, seed).items():
+                dictionaries[block, method, *size] = baseline
+        return dictionaries
 
 
-def load_sweep(folder: str, model: str, pipeline: Any) -> SAESweep:
+def load_sweep(folder: str, identity: Mapping[str, str], pipeline: Any) -> SAESweep:
     """Open the autoencoders of a finished run of notebook 31.
 
     Args:
         folder: the run's output folder.
-        model: name of the model to use them on, which must be the one that they were trained on.
+        identity: the :func:`vaelab.models.identity` of the model to use them on, which must be the model that they were
+            trained on.
         pipeline: that model.
 
     Raises:
@@ -329,14 +373,13 @@ def load_sweep(folder: str, model: str, pipeline: Any) -> SAESweep:
     place, results = resolve(folder), read_results(folder, "31_train_sae", "saes")
     if not (place / "saes" / "source.json").is_file():
         raise ValueError(f"saes: {folder!r} has no saes/source.json; run 31_train_sae again")
-    stored = results["tables"]["saes"]
-    names = {tuple(row[part] for part in SAE_KEY): row["name"] for row in stored}
+    names = {tuple(row[column] for column in SAE_KEY): row["name"] for row in results["tables"]["saes"]}
     held_out = store.open(place / "held_out")
-    found = SAESweep(place / "saes", read_config_file(place / "saes" / "source.json"), names, held_out)
-    require_same_model(held_out, pipeline, model, "saes")
-    if found.source["side"] != "update":
-        raise ValueError(f"saes: trained on the {found.source['side']} of blocks; only an update can be replaced")
-    return found
+    sweep = SAESweep(place / "saes", read_config_file(place / "saes" / "source.json"), names, held_out)
+    require_same_model(held_out, pipeline, identity, "saes")
+    if sweep.source["side"] != "update":
+        raise ValueError(f"saes: trained on the {sweep.source['side']} of blocks; only an update can be replaced")
+    return sweep
 
 
 def evaluate_methods(
@@ -347,40 +390,38 @@ def evaluate_methods(
     Returns:
         One row per dictionary: :data:`METHOD_KEY` and the fields of :class:`vaelab.sae.metrics.Fidelity`.
     """
-    measured = {}
+    fidelities = {}
     for block in dict.fromkeys(key[0] for key in dictionaries):
-        own = {key: one for key, one in dictionaries.items() if key[0] == block}
-        measured |= sae_metrics.evaluate_dictionaries(
-            own, (batch.to(device) for batch in iterate_vectors(held_out, block))
-        )
-    return sae_metrics.fidelity_table(measured, METHOD_KEY)
+        own = {key: dictionary for key, dictionary in dictionaries.items() if key[0] == block}
+        fidelities |= evaluate_dictionaries(own, (batch.to(device) for batch in iterate_vectors(held_out, block)))
+    return fidelity_table(fidelities, METHOD_KEY)
 
 
 def select_methods(
-    dictionaries: Mapping[tuple, Dictionary], who: Iterable[str], size: tuple[int, int]
+    dictionaries: Mapping[tuple, Dictionary], methods: Iterable[str], size: tuple[int, int]
 ) -> dict[tuple, Dictionary]:
-    """The dictionaries of one size whose method is named.
+    """The dictionaries of some methods and one size.
 
     Raises:
         ValueError: a name that is not in :data:`METHODS`.
     """
-    who = list(who)
-    for name in who:
+    methods = list(methods)
+    for name in methods:
         one_of("by_step", name, METHODS)
-    return {key: one for key, one in dictionaries.items() if key[1] in who and key[2:] == size}
+    return {key: value for key, value in dictionaries.items() if key[1] in methods and key[2:] == size}
 
 
 def methods_metrics(table: pd.DataFrame, size: tuple[int, int]) -> dict[str, float]:
-    """``<block>.<measure>`` of the autoencoders of one size and ``<block>.<baseline>.<measure>``.
+    """The metrics ``<block>.<measure>`` of the autoencoders of one size, and ``<block>.<baseline>.<measure>``.
 
     Args:
-        table: columns :data:`METHOD_KEY`, and the measures.
+        table: columns :data:`METHOD_KEY` and the measures.
         size: k and n_features.
     """
     own = table[(table["k"] == size[0]) & (table["n_features"] == size[1])]
     named = {}
     for row in own.to_dict("records"):
-        place = row["block"] if row["who"] == "sae" else f"{row['block']}.{row['who']}"
+        place = row["block"] if row["method"] == "sae" else f"{row['block']}.{row['method']}"
         measures = {name: value for name, value in row.items() if name not in METHOD_KEY}
         named |= {f"{place}.{name}": value for name, value in measures.items() if not isinstance(value, str)}
     return named

@@ -14,61 +14,62 @@ import torch
 from torch import Tensor
 
 from vaelab.core.validate import at_least
-from vaelab.sae.model import SAE, Codes
+from vaelab.sae.model import SAE, Codes, wide_device
 from vaelab.store.reader import Store
 
 NO_ITEM = -1
 """Placeholder in a list of top activating items that is not full."""
 FINEST, OCTAVES, PARTS = -16, 32, 8
-"""The histogram's bins divide each of so many octaves, from 2^FINEST on, in equal parts; what is beyond either end
-is counted in the last bin there. Positive and negative activations have bins of their own."""
+"""The histogram covers OCTAVES octaves from 2^FINEST on, each in PARTS bins of equal width. Values beyond either end
+are counted in the bin at that end. Positive and negative activations have bins of their own."""
 BINS = 2 * OCTAVES * PARTS
 QUANTILES = {"lower_quartile": 0.25, "median": 0.5, "upper_quartile": 0.75, "q99": 0.99}
-"""Those of the table."""
+"""The quantiles in the table of features."""
 
 
 class FeatureSummary(NamedTuple):
     """Statistics of n features over M items of P positions each; all on the CPU."""
 
     values: Tensor
-    """(n, top) float32, falling: the largest activation in each of the most activating items; 0 where
-    there are fewer such items than ``top``."""
+    """(n, top) float32: the largest activation in each top activating item, in decreasing order; 0 beyond the last item
+    of a feature with fewer than ``top`` items."""
     items: Tensor
-    """(n, top) int64: which they are, each once a feature; of equals the earlier comes first; ``NONE``
-    where there are fewer."""
+    """(n, top) int64: the top activating items of each feature. Each occurs once; among equal activations the earlier
+    item comes first; :data:`NO_ITEM` beyond the last."""
     positions: Tensor
-    """(n, top) int64: where in each the activation is, flat, from 0 to P - 1."""
+    """(n, top) int64: the flat position of that activation in its item, from 0 to P - 1."""
     active_items: Tensor
-    """(n,) int64: items with the feature active somewhere."""
+    """(n,) int64: number of items in which the feature is active at some position."""
     active_rows: Tensor
-    """(n,) int64: positions with it active."""
+    """(n,) int64: number of positions at which it is active."""
     total: Tensor
     """(n,) float64: sum of its activations."""
     squares: Tensor
     """(n,) float64: sum of their squares."""
     histogram: Tensor
-    """(n, BINS) int32: how many of them are in each bin, rising."""
+    """(n, BINS) int32: number of activations in each bin; bins are ordered by value."""
     item_count: int
     """M."""
     row_count: int
     """M P."""
 
     def full(self) -> Tensor:
-        """(n,) bool: active in at least ``top`` items."""
+        """(n,) bool: whether each feature is active in at least ``top`` items."""
         return self.items[:, -1] != NO_ITEM
 
     def most_active(self, count: int) -> Tensor:
-        """Numbers (at most ``count``,) of the features with the largest activations of all, falling, of
-        those that are active in at least ``top`` items."""
+        """Numbers (at most ``count``,) of the features with the largest activations, in decreasing order, among those
+        that are active in at least ``top`` items."""
         at_least("count", count, 1)
         largest = self.values[:, 0].masked_fill(~self.full(), -torch.inf)
         order = torch.sort(largest, descending=True, stable=True).indices
         return order[: min(count, int(self.full().sum()))]
 
     def quantile(self, share: float) -> Tensor:
-        """(n,) float64: the least activation that at least ``share`` of a feature's activations do not exceed
-        (numpy's ``inverted_cdf``), as the middle of its bin: it is off by at most a sixteenth of the value,
-        where that is of a size from 2^-16 to 2^16. 0 where the feature is never active.
+        """A quantile (n,) of each feature's activations, in float64 (numpy's ``inverted_cdf``); 0 for dead features.
+
+        It is the middle of the quantile's bin. For values between 2^-16 and 2^16 it is off by at most a sixteenth of
+        the value.
 
         Raises:
             ValueError: a share outside [0, 1].
@@ -81,9 +82,9 @@ class FeatureSummary(NamedTuple):
         return bin_centres()[bins].masked_fill(self.active_rows == 0, 0)
 
     def table(self) -> pd.DataFrame:
-        """A row a feature: ``feature``, ``items`` and ``density`` (the shares of items and of positions
-        where it is active), and of its activations there ``mean``, ``deviation``, ``largest`` and
-        :data:`QUANTILES`, see :meth:`quantile`."""
+        """One row per feature: ``feature``, the shares of items and of positions where it is active (``items``,
+        ``density``), and of its activations there ``mean``, standard ``deviation``, ``largest`` and
+        :data:`QUANTILES`."""
         count = self.active_rows.clamp_min(1).double()
         mean = self.total / count
         spread = (self.squares / count - mean.square()).clamp_min(0).sqrt()
@@ -108,18 +109,17 @@ class FeatureAccumulator:
         self._active_items, self._active_rows = (
             torch.zeros(n_features, dtype=torch.int64, device=self.device) for _ in range(2)
         )
-        self._total, self._squares = (
-            torch.zeros(n_features, dtype=torch.float64, device=self.device) for _ in range(2)
-        )
+        wide = wide_device(self.device)
+        self._total, self._squares = (torch.zeros(n_features, dtype=torch.float64, device=wide) for _ in range(2))
         self._histogram = torch.zeros((n_features, BINS), dtype=torch.int32, device=self.device)
         self._item_count = self._row_count = 0
 
     def add(self, codes: Codes, items: Sequence[int]) -> None:
-        """Take the codes of B items: ``values`` and ``indices`` (B, P, K).
+        """Add the codes of B items.
 
         Args:
-            codes: an entry of value 0 is not active.
-            items: their B numbers, none of which was there before; rising, where equals are to be in order.
+            codes: ``values`` and ``indices`` (B, P, K); a feature with value 0 is not active.
+            items: the B item numbers. Each is added once; if they increase, equal activations are listed in order.
         """
         n = len(self._values)
         batch, places, _ = codes.values.shape
@@ -130,31 +130,31 @@ class FeatureAccumulator:
         if not len(value):
             return
         self._active_rows += torch.bincount(feature, minlength=n)
-        self._total.index_add_(0, feature, value.double())
-        self._squares.index_add_(0, feature, value.double().square())
+        place, wide = feature.to(self._total.device), value.to(self._total.device).double()
+        self._total.index_add_(0, place, wide)
+        self._squares.index_add_(0, place, wide.square())
         one = torch.ones((), dtype=torch.int32, device=self.device).expand(len(value))
         self._histogram.view(-1).index_add_(0, feature * BINS + histogram_bins(value), one)
-        # of every item and feature the largest, the first of equals
+        # keep each feature's largest activation in each item; among equal ones the first position
         order = torch.sort(value, descending=True, stable=True).indices
         order = order[torch.sort(item[order] * n + feature[order], stable=True).indices]
         first = _begins(item[order] * n + feature[order])
-        item, position, feature, value = (one[order][first] for one in (item, position, feature, value))
+        item, position, feature, value = (column[order][first] for column in (item, position, feature, value))
         self._active_items += torch.bincount(feature, minlength=n)
-        # of every feature its items, the largest first, the earlier of equals
+        # sort each feature's items by activation; equal ones stay in the items' order
         order = torch.sort(value, descending=True, stable=True).indices
         order = order[torch.sort(feature[order], stable=True).indices]
-        item, position, feature, value = (one[order] for one in (item, position, feature, value))
+        item, position, feature, value = (column[order] for column in (item, position, feature, value))
         begins = _begins(feature)
         group = begins.cumsum(0) - 1
         rank = torch.arange(len(feature), device=self.device) - begins.nonzero().flatten()[group]
-        kept = rank < self.top
-        self._merge(
-            feature[begins], (group[kept], rank[kept]), value[kept], _numbers(items, item[kept]), position[kept]
-        )
+        top = rank < self.top
+        self._merge(feature[begins], (group[top], rank[top]), value[top], _numbers(items, item[top]), position[top])
 
     def _merge(
         self, features: Tensor, where: tuple[Tensor, Tensor], value: Tensor, item: Tensor, place: Tensor
     ) -> None:
+        """Merge a batch's top items into the lists of some features."""
         shape = (len(features), self.top)
         values = self._values.new_full(shape, -torch.inf).index_put_(where, value)
         items = self._items.new_full(shape, NO_ITEM).index_put_(where, item)
@@ -172,37 +172,37 @@ class FeatureAccumulator:
             values, self._items, self._positions, self._active_items, self._active_rows, self._total, self._squares,
             self._histogram,
         )  # fmt: skip
-        return FeatureSummary(*(one.to("cpu", copy=True) for one in tensors), self._item_count, self._row_count)
+        return FeatureSummary(*(part.to("cpu", copy=True) for part in tensors), self._item_count, self._row_count)
 
 
 def summarise_features(
-    sae: SAE, kept: Store, block: str, *, top: int = 10, items: Sequence[int] | None = None, batch_items: int = 64
+    sae: SAE, store: Store, block: str, *, top: int = 10, items: Sequence[int] | None = None, batch_items: int = 64
 ) -> FeatureSummary:
     """Summarise the features over a block of a store, in one pass.
 
     Args:
         sae: the autoencoder; the work is done on its device.
-        kept: the store.
-        block: whose vectors or maps.
-        top: how many items to keep of each feature.
-        items: only these; None for all.
-        batch_items: items at a time.
+        store: the store.
+        block: the block whose vectors or maps are encoded.
+        top: number of top activating items per feature.
+        items: the items to read; None for all.
+        batch_items: items of a batch.
 
     Raises:
-        ValueError: no such block, or an autoencoder of vectors of another width.
+        ValueError: an unknown block, or an autoencoder of vectors of another width.
     """
     at_least("batch_items", batch_items, 1)
-    numbers = range(len(kept.items)) if items is None else list(items)
-    tally = FeatureAccumulator(sae.config.n_features, top, sae.device)
+    numbers = range(len(store.items)) if items is None else list(items)
+    accumulator = FeatureAccumulator(sae.config.n_features, top, sae.device)
     for begin in range(0, len(numbers), batch_items):
         part = numbers[begin : begin + batch_items]
-        maps = kept.maps(block, part).float().to(sae.device)
-        tally.add(sae.encode(maps.reshape(len(part), -1, maps.shape[-1])), part)
-    return tally.summary()
+        maps = store.maps(block, part).float().to(sae.device)
+        accumulator.add(sae.encode(maps.reshape(len(part), -1, maps.shape[-1])), part)
+    return accumulator.summary()
 
 
 def histogram_bins(values: Tensor) -> Tensor:
-    """The histogram's bin (N,) int64, from 0 to BINS - 1, of each value (N,), rising with it."""
+    """The histogram's bin (N,) int64 of each value (N,), from 0 to BINS - 1 in the order of the values."""
     mantissa, exponent = torch.frexp(values.abs().float())  # value = mantissa 2^exponent, mantissa in [0.5, 1)
     part = ((2 * mantissa - 1) * PARTS).long()
     place = ((exponent.long() - 1 - FINEST) * PARTS + part).clamp(0, BINS // 2 - 1)
@@ -218,7 +218,7 @@ def bin_centres() -> Tensor:
 
 
 def _begins(ordered: Tensor) -> Tensor:
-    """Where a run of equal numbers begins: (N,) bool."""
+    """Whether each entry (N,) of a sorted tensor is the first of its value: (N,) bool."""
     first = torch.ones(len(ordered), dtype=torch.bool, device=ordered.device)
     first[1:] = ordered[1:] != ordered[:-1]
     return first
