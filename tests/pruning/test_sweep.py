@@ -10,7 +10,7 @@ from vaelab.pruning import noise_loss, results, sweep
 from vaelab.pruning.metrics import evaluate_pruning, sample_latents
 from vaelab.pruning.train import PrunedRun, build_objective
 
-SEEDS_CONCLUSIONS = [0, 1]
+SEEDS = [0, 1]
 
 
 def numbers(**settings):
@@ -18,29 +18,29 @@ def numbers(**settings):
     names = ("diffusion_loss", "masked_recon_mse", "mean_mask", "scale")
     rows = [
         {**base, "setting": name, "seed": seed, **dict(zip(names, values, strict=True))}
-        for name, values in settings.items() for seed in SEEDS_CONCLUSIONS
+        for name, values in settings.items() for seed in SEEDS
     ]  # fmt: skip
     return pd.DataFrame(rows)
 
 
 def parts_of(setting, improvement, by_scaling):
     return [{"setting": setting, "seed": seed, "improvement": improvement + 1e-3 * seed,
-             "by_scaling": by_scaling, "left": improvement - by_scaling} for seed in SEEDS_CONCLUSIONS]  # fmt: skip
+             "by_scaling": by_scaling, "left": improvement - by_scaling} for seed in SEEDS]  # fmt: skip
 
 
-def test_the_verdict_says_what_the_numbers_say():
+def test_the_findings_describe_the_numbers():
     measured = numbers(
         unmasked=(0.2, 10.0, 1.0, 1.0), lambda_0=(0.05, 90.0, 0.05, 0.05), lambda_1=(0.2, 11.0, 0.9, 0.9)
     )
     parts = pd.DataFrame([*parts_of("lambda_0", 0.15, 0.14), *parts_of("lambda_1", 0.0, 0.0)])
-    said = results.describe_results(measured, parts).data
-    assert "collapses below a tenth of its scale with lambda_0, without any penalty too" in said
-    assert "pictures are then lost with lambda_0." in said
-    assert "falls by 0.15; scaling alone, of the denoiser without a mask, brings 0.14." in said
-    assert "0.15 lower, of which scaling alone brings 0.14" in said and "have 9 times the error" in said
-    assert "**lambda_1**: mean mask 0.9, 0 channels off; the diffusion loss is not clearly another" in said
-    held = results.describe_results(measured[measured["setting"] != "lambda_0"], parts).data
-    assert "No lambda brought the latent below a tenth" in held and "lost" not in held
+    text = results.describe_results(measured, parts).data
+    assert "collapses below a tenth of its scale with lambda_0, without any penalty too" in text
+    assert "pictures are then lost with lambda_0." in text
+    assert "falls by 0.15; scaling alone, of the denoiser without a mask, brings 0.14." in text
+    assert "0.15 lower, of which scaling alone brings 0.14" in text and "have 9 times the error" in text
+    assert "**lambda_1**: mean mask 0.9, 0 inactive channels; the diffusion loss is not clearly another" in text
+    without = results.describe_results(measured[measured["setting"] != "lambda_0"], parts).data
+    assert "No lambda brought the latent below a tenth" in without and "lost" not in without
 
 
 def test_the_papers_numbers_stand_beside_ours():
@@ -68,9 +68,6 @@ def test_the_closed_forms_curve_rises_with_the_scale():
     scales, losses = results.closed_form_curve(0.01, 1.0)
     assert scales[0] == pytest.approx(0.01) and scales[-1] == pytest.approx(1.0)
     assert (np.diff(losses) > 0).all() and losses[-1] == pytest.approx(0.2755, abs=1e-3)
-
-
-SEEDS = [0, 1]
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +150,7 @@ def test_the_control_is_the_denoisers_loss_on_scaled_latents(swept, held_out):
 
 
 def test_a_loss_that_fell_by_scaling_alone_leaves_nothing(swept, held_out):
-    """Planted: a run that is the reference's denoiser and its latents, scaled, and told so."""
+    """Planted: a run that is the reference's denoiser and its latents, scaled, and reported so."""
     settings, folder, _ = swept
     runs = []
     for seed in SEEDS:

@@ -11,6 +11,7 @@ from small_latents import small_config
 from vaelab import data
 from vaelab.pruning import train
 from vaelab.pruning.train import PruningConfig, build_objective, load_pruned, train_pruned
+from vaelab.training.checkpoint import write_tensors
 from vaelab.training.loop import TrainConfig
 
 
@@ -78,6 +79,25 @@ def test_an_interrupted_run_ends_in_the_same_bits(pictures, tmp_path, monkeypatc
     assert train_pruned("embedded", "a", config, pictures, tmp_path / "cut") == alone
     weights = [load_file(tmp_path / place / "weights.safetensors") for place in ("alone", "cut")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_weights_that_are_missing_damaged_or_of_another_setting_are_refused(pictures, tmp_path):
+    config, file = small_config(1), tmp_path / "weights.safetensors"
+    train_pruned("embedded", "soft", config, pictures, tmp_path)
+    whole = file.read_bytes()
+    with pytest.raises(ValueError, match=r"weights\.safetensors was trained in another setting"):
+        load_pruned("embedded", small_config(1, unet_channels=(16, 16)), 16, tmp_path)
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(ValueError, match=r"weights\.safetensors is damaged"):
+        load_pruned("embedded", config, 16, tmp_path)
+    objective = build_objective("embedded", config, 16)
+    torch.nn.init.constant_(objective.unet.conv_in.weight, torch.nan)
+    write_tensors(file, objective.state_dict(), {})
+    with pytest.raises(ValueError, match=r"weights\.safetensors is damaged: unet\.conv_in\.weight has NaN"):
+        load_pruned("embedded", config, 16, tmp_path)
+    file.unlink()
+    with pytest.raises(ValueError, match=r"weights\.safetensors is missing"):
+        load_pruned("embedded", config, 16, tmp_path)
 
 
 def test_masks_are_tracked_for_every_class_and_stay_open_until_they_are_used(pictures, tmp_path):

@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from vaelab import models
 from vaelab.core.config import configured
-from vaelab.core.io import atomic, read_json, write_json
+from vaelab.core.io import read_json, write_json
 from vaelab.core.validate import at_least, one_of
 from vaelab.data.images import Images
 from vaelab.models.registry import locate_vae
@@ -25,11 +24,12 @@ from vaelab.pruning.fid import FIDReference
 from vaelab.pruning.masks import LatentConfig, PruningObjective
 from vaelab.pruning.metrics import EvaluationConfig, evaluate_pruning
 from vaelab.training import evaluation_mode
-from vaelab.training.checkpoint import require_same_settings
+from vaelab.training.checkpoint import CHECKPOINT, LOG, not_finite, read_tensors, require_same_settings, write_tensors
 from vaelab.training.loop import EXECUTION_ONLY, TrainConfig, Watcher, train
 
 AUTOENCODERS = ("scratch", "finetuned", "frozen")
 TRACKED_PICTURES = 128
+RESULTS, WEIGHTS = "run.json", "weights.safetensors"
 
 
 @dataclass(frozen=True)
@@ -228,7 +228,7 @@ def train_pruned(
     from accelerate import PartialState
 
     folder = Path(folder)
-    finished, weights = folder / "run.json", folder / "weights.safetensors"
+    finished, weights = folder / RESULTS, folder / WEIGHTS
     settings = _settings(model, revision, setting, config, pictures)
     if finished.exists() and weights.exists():
         stored = read_json(finished)
@@ -237,7 +237,7 @@ def train_pruned(
     learning, held_out = pictures
     objective = build_objective(model, config, learning.resolution, revision)
     watcher = MaskWatcher(objective, held_out, config.track_every)
-    if not (folder / "checkpoint.safetensors").exists():
+    if not (folder / CHECKPOINT).exists():
         watcher.measure(0)
     trained = train(
         objective,
@@ -251,19 +251,29 @@ def train_pruned(
     metrics, spectrum = evaluate_pruning(objective, held_out, config.evaluation, config.train.seed, fid_reference)
     run = PrunedRun(setting, config.train.seed, trained.history, watcher.rows, spectrum, metrics._asdict())
     if PartialState().is_main_process:
-        with atomic(weights) as draft:
-            save_file({name: value.cpu().contiguous() for name, value in objective.state_dict().items()}, draft)
-        write_json(finished, {"settings": settings, **run._asdict()})
-        (folder / "checkpoint.safetensors").unlink()
+        write_tensors(weights, objective.state_dict(), {})
+        write_json(finished, {"settings": settings, **run._asdict()})  # holds the rows of the log too
+        for name in (CHECKPOINT, LOG):
+            (folder / name).unlink()
     return run
 
 
 def load_pruned(
     model: str, config: PruningConfig, resolution: int, folder: str | Path, revision: str | None = None
 ) -> PruningObjective:
-    """The objective that :func:`train_pruned` trained, in evaluation mode."""
-    objective = build_objective(model, config, resolution, revision)
-    objective.load_state_dict(load_file(Path(folder, "weights.safetensors")))
+    """The objective that :func:`train_pruned` trained, in evaluation mode.
+
+    Raises:
+        ValueError: naming the file of its weights: missing, damaged, of another setting, or not finite.
+    """
+    objective, file = build_objective(model, config, resolution, revision), Path(folder, WEIGHTS)
+    weights, _ = read_tensors(file)
+    if name := not_finite(weights):
+        raise ValueError(f"{file} is damaged: {name} has NaN or infinite values")
+    try:
+        objective.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"{file} was trained in another setting: {error}") from error
     return objective.eval()
 
 
