@@ -66,7 +66,7 @@ def stored(tmp_path):
         log = TrainingLog(folder / LOG, dict(zip(LOGS, run[2:], strict=True))).append()
         write_json(folder / "run.json", {"settings": {}, "condition": run.condition, "seed": run.seed, "log": log})
     params = {"seeds": [0, 1, 2], "conditions": ["baseline", "nudge"], "dataset": "frgfm/imagenette:320px"}
-    write_json(tmp_path / "results.json", {"params": params})
+    write_json(tmp_path / "results.json", {"notebook": "10_finetune_vae", "params": params})
     return tmp_path
 
 
@@ -89,8 +89,15 @@ def test_an_unfinished_study_is_refused(stored):
         compare.read_comparison(str(stored))
 
 
+def test_damaged_results_are_refused_by_name(stored):
+    (stored / "results.json").write_text("{")
+    with pytest.raises(ValueError, match=r"runs: .*results\.json' is damaged"):
+        compare.read_comparison(str(stored))
+
+
 def test_a_study_of_one_seed_is_refused(stored):
-    write_json(stored / "results.json", {"params": {"seeds": [0], "conditions": ["baseline"], "dataset": "d"}})
+    params = {"seeds": [0], "conditions": ["baseline"], "dataset": "d"}
+    write_json(stored / "results.json", {"notebook": "10_finetune_vae", "params": params})
     with pytest.raises(ValueError, match="one seed"):
         compare.read_comparison(str(stored))
 

@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from vaelab import data, models
+from vaelab.training.checkpoint import read_tensors, write_tensors
 from vaelab.training.loop import TrainConfig
 from vaelab.vae import logit_lens
 
@@ -70,6 +71,74 @@ def test_scores_are_their_formulas(planted):
     assert trained.score.psnr[0] == pytest.approx(float(10 * torch.log10(1 / mse)), abs=1e-3)
 
 
+SHORT = TrainConfig(steps=5, device="cpu")
+
+
+@pytest.mark.parametrize("channels", [None, [0, 2]])
+def test_a_saved_lens_is_loaded_instead_of_trained_and_decodes_the_same(planted, tmp_path, monkeypatch, channels):
+    settings = {"channels": channels, "width": 4, "folder": tmp_path}
+    trained = logit_lens.train_lens(*planted, SHORT, **settings)
+    monkeypatch.delattr(logit_lens, "train")
+    loaded = logit_lens.train_lens(*planted, SHORT, **settings)
+    maps = planted[1][0]
+    assert torch.equal(logit_lens.apply_lens(loaded, maps), logit_lens.apply_lens(trained, maps))
+    assert loaded.channels == channels and not loaded.decoder.training
+    for first, second in ((loaded.score, trained.score), (loaded.shuffled, trained.shuffled)):
+        assert np.array_equal(first.r2, second.r2) and np.array_equal(first.psnr, second.psnr)
+
+
+def test_a_lens_of_other_data_or_settings_is_refused(planted, tmp_path):
+    learning, held_out = planted
+    logit_lens.train_lens(*planted, SHORT, width=4, folder=tmp_path)
+    changed = learning[0].clone()
+    changed[-1, -1, -1, -1] += 1e-3
+    with pytest.raises(ValueError, match=r"lens\.safetensors was made with other settings \(learning\.activations"):
+        logit_lens.train_lens((changed, learning[1]), held_out, SHORT, width=4, folder=tmp_path)
+    with pytest.raises(ValueError, match=r"other settings .channels None there, .0. here"):
+        logit_lens.train_lens(*planted, SHORT, channels=[0], width=4, folder=tmp_path)
+    with pytest.raises(ValueError, match="width 4 there, 5 here"):
+        logit_lens.train_lens(*planted, SHORT, width=5, folder=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["decoder/layers.0.weight", "decoder/scale", "shuffled/r2"])
+def test_a_lens_with_nan_is_neither_saved_nor_loaded(planted, tmp_path, name):
+    lens = logit_lens.train_lens(*planted, SHORT, width=4, folder=tmp_path)
+    path = tmp_path / logit_lens.LENS
+    whole = path.read_bytes()
+    tensors, documents = read_tensors(path)
+    tensors[name].view(-1)[0] = float("nan")
+    write_tensors(path, tensors, documents)
+    with pytest.raises(ValueError, match=rf"lens\.safetensors cannot be used: {name} is NaN or infinite"):
+        logit_lens.load_lens(tmp_path)
+    path.write_bytes(whole)
+    target = lens.shuffled.r2 if name == "shuffled/r2" else lens.decoder.state_dict()[name.removeprefix("decoder/")]
+    target.reshape(-1)[0] = float("nan")
+    with pytest.raises(FloatingPointError, match=f"{name} of the lens is NaN or infinite"):
+        logit_lens.save_lens(lens, tmp_path)
+    assert path.read_bytes() == whole
+
+
+def test_a_damaged_or_foreign_lens_is_refused_by_its_path(planted, tmp_path):
+    logit_lens.train_lens(*planted, SHORT, width=4, folder=tmp_path)
+    path = tmp_path / logit_lens.LENS
+    whole = path.read_bytes()
+    for damaged in (whole[:-1], whole[:-1] + bytes([whole[-1] ^ 1]), b"", b"not a lens"):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"lens\.safetensors is damaged"):
+            logit_lens.load_lens(tmp_path)
+    write_tensors(path, {"x": torch.zeros(1)}, {"signature": {}})
+    with pytest.raises(ValueError, match=r"lens\.safetensors is no lens"):
+        logit_lens.load_lens(tmp_path)
+    write_tensors(
+        path, {"x": torch.zeros(1)}, {"lens": {"channels": 4, "upsampling": 2}, "channels": None, "settings": {}}
+    )
+    with pytest.raises(ValueError, match=r"lens\.safetensors does not hold the tensors of its lens"):
+        logit_lens.load_lens(tmp_path)
+    path.unlink()
+    with pytest.raises(ValueError, match=r"lens\.safetensors is missing"):
+        logit_lens.load_lens(tmp_path)
+
+
 def test_channels_beyond_the_layer_are_refused(planted):
     with pytest.raises(ValueError, match="channels: the layer has channels 0 to 3"):
         logit_lens.train_lens(*planted, CONFIG, channels=[4])
@@ -110,7 +179,7 @@ def test_through_the_model(tiny_vae):
         logit_lens.decode_single_channel(tiny_vae, LAYER, pixels, 99, keep=True)
 
 
-def test_holding_a_silent_channel_changes_nothing(tiny_vae):
+def test_ablating_a_channel_that_is_constant_changes_nothing(tiny_vae):
     norm = tiny_vae.get_submodule(LAYER)
     with torch.no_grad():
         norm.weight[2] = norm.bias[2] = 0

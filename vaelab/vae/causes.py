@@ -1,7 +1,7 @@
-"""What makes channels fall silent: a small study of causes, one change at a time.
+"""Why channels become suppressed: an ablation study that changes one setting at a time.
 
 Shi, Wang and Roshka leave open why suppression emerges (their sections 5.2 and 6). Here a VAE is
-trained from scratch again and again, each time with one thing changed.
+trained from scratch once for each :class:`Variant` of a reference setting, with several seeds.
 """
 
 from collections.abc import Callable
@@ -14,23 +14,24 @@ import pandas as pd
 from vaelab import models
 from vaelab.core.validate import at_least, one_of
 from vaelab.data.images import Images
+from vaelab.vae.channels import groupnorms
 from vaelab.vae.finetune import StudyConfig, VAERun, scale_parameters, train_vae
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One change to the reference setting."""
+    """A change to the reference setting."""
 
     decay: float = 1.0
-    """Times the reference's weight decay."""
+    """Factor on the reference's weight decay."""
     decay_scales: bool = True
-    """Whether weight decay reaches GroupNorm's scales and shifts."""
+    """Whether weight decay applies to GroupNorm's scales and shifts."""
     width: float = 1.0
-    """Times the reference's channels."""
+    """Factor on the reference's numbers of channels."""
     length: float = 1.0
-    """Times the reference's steps."""
+    """Factor on the reference's training steps."""
     dataset: str = ""
-    """Other pictures than the reference's."""
+    """The data set to train on; empty for the reference's."""
 
 
 VARIANTS = {
@@ -53,30 +54,36 @@ def train_variant(
     pictures: Callable[[str], tuple[Images, Images]],
     dataset: str,
     folder: str | Path,
+    *,
+    revision: str | None = None,
 ) -> VAERun:
     """Train one variant from scratch.
 
     Args:
-        model: whose configuration is the reference architecture.
+        model: the model whose configuration is the reference architecture; its weights are not used.
         name: a key of ``VARIANTS``.
         config: the reference setting.
-        pictures: gives the pictures to train and to measure on for a data set's name.
+        pictures: returns, for a data set's name, the pictures to train on and those to evaluate on.
         dataset: the reference's data set.
-        folder: the run's place.
+        folder: the training's folder, see :func:`vaelab.vae.finetune.train_vae`.
+        revision: of a model on the hub.
+
+    Raises:
+        ValueError: an unknown variant, besides what :func:`vaelab.vae.finetune.train_vae` raises.
     """
     one_of("variants", name, VARIANTS)
     variant = VARIANTS[name]
-    changes = _narrowed(model, variant.width)
+    changes = _width_changes(model, variant.width, revision)
     train = replace(
         config.train,
         steps=max(1, round(config.train.steps * variant.length)),
         weight_decay=config.train.weight_decay * variant.decay,
     )
     if not variant.decay_scales:
-        vae = models.load_vae(model, device="cpu", changes=changes)
+        vae = models.load_vae(model, device="cpu", revision=revision, changes=changes)
         train = replace(train, undecayed=scale_parameters(vae))
-    shown = pictures(variant.dataset or dataset)
-    return train_vae(model, "baseline", replace(config, train=train), shown, folder, changes=changes)
+    pair = pictures(variant.dataset or dataset)
+    return train_vae(model, "baseline", replace(config, train=train), pair, folder, revision=revision, changes=changes)
 
 
 def train_variants(
@@ -87,20 +94,28 @@ def train_variants(
     pictures: Callable[[str], tuple[Images, Images]],
     dataset: str,
     folder: str | Path,
+    *,
+    revision: str | None = None,
 ) -> pd.DataFrame:
-    """Train every variant with every seed; a row for every validation of each.
+    """Train every variant with every seed; the arguments are those of :func:`train_variant`.
 
     Returns:
-        Columns ``variant``, ``seed``, ``step``, ``mse``, ``suppressed``, ``share`` (suppressed over
-        all GroupNorm channels) and ``final``.
+        A row for every validation of every training, with the columns ``variant``, ``seed``, ``step``,
+        the fields of :class:`vaelab.vae.objective.Reconstruction`, ``suppressed`` (a count of channels),
+        ``share`` (that count over all GroupNorm channels) and ``final`` (whether it is the last).
+
+    Raises:
+        ValueError: an unknown variant, before anything is trained.
     """
+    for name in names:
+        one_of("variants", name, VARIANTS)
     rows: list[dict[str, Any]] = []
     for name in names:
-        total = _channels(model, VARIANTS[name].width) if name in VARIANTS else 0
+        total = _groupnorm_channels(model, VARIANTS[name].width, revision)
         for seed in seeds:
-            one = replace(config, train=replace(config.train, seed=seed))
-            place = Path(folder, f"{name.replace(' ', '-')}-seed{seed}")
-            run = train_variant(model, name, one, pictures, dataset, place)
+            seeded = replace(config, train=replace(config.train, seed=seed))
+            run_folder = Path(folder, f"{name.replace(' ', '-')}-seed{seed}")
+            run = train_variant(model, name, seeded, pictures, dataset, run_folder, revision=revision)
             rows += [
                 {
                     "variant": name,
@@ -114,20 +129,20 @@ def train_variants(
     return pd.DataFrame(rows)
 
 
-def _narrowed(model: str, width: float) -> dict[str, Any]:
+def _width_changes(model: str, width: float, revision: str | None) -> dict[str, Any]:
+    """The changes to the model's configuration that multiply its numbers of channels by ``width``."""
     at_least("width", width, 0, exclusive=True)
     if width == 1:
         return {}
-    config = models.load_vae(model, device="cpu", changes={}).config
-    # fewer groups too, so that a group keeps its number of channels
+    config = models.load_vae(model, device="cpu", revision=revision, changes={}).config
+    # the number of groups changes too, so that the number of channels in a group does not
     return {
         "block_out_channels": [round(channels * width) for channels in config["block_out_channels"]],
         "norm_num_groups": max(1, round(config["norm_num_groups"] * width)),
     }
 
 
-def _channels(model: str, width: float) -> int:
-    from vaelab.vae.channels import groupnorms
-
-    vae = models.load_vae(model, device="cpu", changes=_narrowed(model, width), groupnorm=True)
+def _groupnorm_channels(model: str, width: float, revision: str | None) -> int:
+    changes = _width_changes(model, width, revision)
+    vae = models.load_vae(model, device="cpu", revision=revision, changes=changes, groupnorm=True)
     return sum(layer.num_channels for layer in groupnorms(vae).values())

@@ -1,7 +1,7 @@
-"""What several runs say together: tables over seeds and conditions, and the paper's beside them.
+"""Comparison of fine-tuning runs: tables over seeds and conditions, beside the paper's numbers.
 
-From Shi, Wang and Roshka, section 5, whose table compares single runs; here the differences are
-paired by seed and carry an interval.
+Shi, Wang and Roshka compare single runs (section 5, Table 1). Here the differences to the baseline
+are paired by seed and have 95 % intervals.
 """
 
 from pathlib import Path
@@ -10,11 +10,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from vaelab.core.io import read_json
+from vaelab import runner
 from vaelab.core.paths import resolve
 from vaelab.core.stats import Interval, paired_interval
 from vaelab.data.images import short_name
 from vaelab.vae.finetune import VAERun, read_run
+
+NOTEBOOK = "10_finetune_vae"
 
 MEASURES = ("mse", "kl", "psnr", "ssim")
 PAPER_TABLE_1 = {
@@ -23,69 +25,81 @@ PAPER_TABLE_1 = {
     "Google Fonts": {"baseline": (2.451e-3, 6363.02, 32.138, 0.9917), "nudge": (2.470e-3, 6313.26, 32.105, 0.9916)},
 }
 """MSE, KL, PSNR and SSIM of Shi, Wang and Roshka, Table 1: one run each."""
-PAPER_KIN = {
+PAPER_DATASETS = {
     **dict.fromkeys(("imagenette", "photos"), "ImageNette-256"),
     **dict.fromkeys(("cifar10", "digits"), "CIFAR-10"),
     **dict.fromkeys(("genfonts_data", "glyphs"), "Google Fonts"),
 }
-"""Which row of it a data set answers to; the embedded sets stand for the paper's kinds of data."""
+"""The row of ``PAPER_TABLE_1`` that a data set is compared with, by short name. The embedded data sets
+are compared with the paper's data set of the same kind."""
 
 
 class Comparison(NamedTuple):
-    """A finished run of notebook 10."""
+    """A finished run of notebook 10: one data set, several conditions and seeds."""
 
     dataset: str
     """Short name of its data set."""
     params: dict[str, Any]
+    """The notebook's parameters."""
     folder: Path
+    """The notebook's output folder."""
     runs: list[VAERun]
+    """The trainings, by seed and then by condition."""
 
     def weights(self, condition: str) -> Path:
-        """The diffusers folder of the first seed's model under a condition."""
+        """The diffusers folder of the model that was trained under a condition with the first seed."""
         return self.folder / "runs" / f"{condition}-seed{self.params['seeds'][0]}" / "vae"
 
 
 def read_comparison(folder: str) -> Comparison:
-    """Read what a run of notebook 10 left in its output folder.
+    """Read a finished run of notebook 10 from its output folder.
 
     Raises:
-        ValueError: the run has not finished, or has a single seed.
+        ValueError: the run has not finished, is damaged, or has a single seed.
     """
-    place = resolve(folder)
-    if not (place / "results.json").exists():
-        raise ValueError(
-            f"runs: {folder!r} holds no finished run of 10_finetune_vae; run it first "
-            f"(make run P={folder.replace('outputs/', 'params/', 1)}.yaml)"
-        )
-    params = read_json(place / "results.json")["params"]
+    params = runner.read_results(folder, NOTEBOOK, "runs")["params"]
     names = [f"{condition}-seed{seed}" for seed in params["seeds"] for condition in params["conditions"]]
-    runs = [read_run(place / "runs" / name) for name in names]
+    runs = [read_run(resolve(folder) / "runs" / name) for name in names]
     if len(params["seeds"]) < 2:
         raise ValueError(f"runs: {folder!r} has one seed; an interval needs two or more")
-    return Comparison(short_name(params["dataset"]), params, place, runs)
+    return Comparison(short_name(params["dataset"]), params, resolve(folder), runs)
 
 
 def read_comparisons(folders: list[str]) -> list[Comparison]:
-    """Read several runs of notebook 10, one a data set.
+    """Read several finished runs of notebook 10, one for each data set.
 
     Raises:
-        ValueError: see :func:`read_comparison`; or two of one data set.
+        ValueError: see :func:`read_comparison`; or two runs are of the same data set.
     """
-    studies = [read_comparison(folder) for folder in folders]
-    names = [one.dataset for one in studies]
+    comparisons = [read_comparison(folder) for folder in folders]
+    names = [comparison.dataset for comparison in comparisons]
     if len(set(names)) < len(names) or not names:
         raise ValueError(f"runs: expected one run of each data set, got {names}")
-    return studies
+    return comparisons
 
 
 def run_log_table(runs: list[VAERun], part: str) -> pd.DataFrame:
-    """One of the logs of several runs (``history``, ``tracked``, ``validation``, ``interventions``)
-    as a table with the columns ``condition`` and ``seed``."""
-    return pd.DataFrame([{"condition": r.condition, "seed": r.seed, **row} for r in runs for row in getattr(r, part)])
+    """A log of several runs as one table.
+
+    Args:
+        runs: the trainings.
+        part: which log: ``history``, ``tracked``, ``validation`` or ``interventions``, see
+            :class:`vaelab.vae.finetune.VAERun`.
+
+    Returns:
+        The rows of the log, with the columns ``condition`` and ``seed`` before its own.
+    """
+    return pd.DataFrame(
+        [{"condition": run.condition, "seed": run.seed, **row} for run in runs for row in getattr(run, part)]
+    )
 
 
 def near_zero_table(runs: list[VAERun]) -> pd.DataFrame:
-    """The near-zero weights of several runs: a row for every run, tracked step and layer."""
+    """The share of near-zero weights in several runs: a row for every run, tracked step and layer.
+
+    Returns:
+        Columns ``condition``, ``seed``, ``step``, ``layer`` and ``fraction``, from 0 to 1.
+    """
     return pd.DataFrame(
         [
             {"condition": run.condition, "seed": run.seed, "step": row["step"], "layer": layer, "fraction": fraction}
@@ -97,20 +111,25 @@ def near_zero_table(runs: list[VAERun]) -> pd.DataFrame:
 
 
 def paired_differences(runs: list[VAERun], dataset: str) -> pd.DataFrame:
-    """The paper's Table 1 as paired differences to the baseline, with 95 % intervals over seeds
-    (which are not numbers where there is one seed).
+    """The paper's Table 1 as differences to the baseline that are paired by seed.
+
+    Args:
+        runs: the trainings of one data set, with the condition ``baseline`` among them.
+        dataset: the data set's name, for the table.
 
     Returns:
-        A row a condition and measure: ``baseline`` and ``value`` (means), ``difference``, ``low``,
-        ``high``, the same in percent of the baseline, and ``seeds``.
+        A row for every condition and measure: ``dataset``, ``condition``, ``measure``, ``seeds`` (their
+        number), ``baseline`` and ``value`` (means over seeds), ``difference`` with the 95 % interval from
+        ``low`` to ``high`` (Student's t over seeds; NaN where there is one seed), and ``percent``,
+        ``percent_low``, ``percent_high``, the same three in percent of the baseline.
     """
     values = {(run.condition, run.seed): run.validation[-1] for run in runs}
     seeds = sorted({run.seed for run in runs})
     rows = []
     for condition in dict.fromkeys(run.condition for run in runs if run.condition != "baseline"):
         for measure in (*MEASURES, "kl_per_entry"):
-            first, second = ([values[one, seed][measure] for seed in seeds] for one in ("baseline", condition))
-            interval = paired_interval(first, second) if len(seeds) > 1 else _unsure(first, second)
+            first, second = ([values[name, seed][measure] for seed in seeds] for name in ("baseline", condition))
+            interval = paired_interval(first, second) if len(seeds) > 1 else _without_interval(first, second)
             base = float(np.mean(first))
             percents = {
                 f"percent{suffix}": 100 * value / abs(base)
@@ -125,74 +144,98 @@ def paired_differences(runs: list[VAERun], dataset: str) -> pd.DataFrame:
 
 
 def condition_means(runs: list[VAERun]) -> dict[str, float]:
-    """Means over seeds: the suppressed channels before training, and for every condition the
-    measures and the suppressed channels at the end, and the number of touched entries."""
+    """Means over seeds, by name.
+
+    Returns:
+        ``suppressed.start``, the suppressed channels before training; and for every condition
+        ``<condition>.<measure>`` and ``<condition>.suppressed`` after training, and
+        ``<condition>.touched``, how many times a channel's scale was changed.
+    """
     values = {"suppressed.start": float(np.mean([run.validation[0]["suppressed"] for run in runs]))}
     for condition in dict.fromkeys(run.condition for run in runs):
-        own = [run for run in runs if run.condition == condition]
+        of_condition = [run for run in runs if run.condition == condition]
         for measure in ("suppressed", *MEASURES, "kl_per_entry"):
-            values[f"{condition}.{measure}"] = float(np.mean([run.validation[-1][measure] for run in own]))
-        values[f"{condition}.touched"] = float(
-            np.mean([sum(len(row["channels"]) for row in run.interventions) for run in own])
-        )
+            values[f"{condition}.{measure}"] = float(np.mean([run.validation[-1][measure] for run in of_condition]))
+        touched = [sum(len(row["channels"]) for row in run.interventions) for run in of_condition]
+        values[f"{condition}.touched"] = float(np.mean(touched))
     return values
 
 
-def _unsure(first: list[float], second: list[float]) -> Interval:
+def _without_interval(first: list[float], second: list[float]) -> Interval:
     return Interval(second[0] - first[0], float("nan"), float("nan"))
 
 
-def suppressed_counts(studies: list[Comparison]) -> pd.DataFrame:
-    """Suppressed channels before training and after it: a row a data set, seed, and ``when``
-    (``start``, or the condition that was trained under)."""
+def suppressed_counts(comparisons: list[Comparison]) -> pd.DataFrame:
+    """Counts of suppressed channels before and after training.
+
+    Returns:
+        A row for every data set, seed and moment: ``dataset``, ``seed``, ``when`` (``start``, or the
+        condition of the training that has ended) and ``suppressed``.
+    """
     return pd.DataFrame(
         [
-            {"dataset": one.dataset, "seed": run.seed, "when": when, "suppressed": run.validation[place]["suppressed"]}
-            for one in studies
-            for run in one.runs
-            for when, place in ((run.condition, -1), *((("start", 0),) if run.condition == "baseline" else ()))
+            {
+                "dataset": comparison.dataset,
+                "seed": run.seed,
+                "when": when,
+                "suppressed": run.validation[index]["suppressed"],
+            }
+            for comparison in comparisons
+            for run in comparison.runs
+            # all conditions of a seed start from the same model
+            for when, index in ((run.condition, -1), *((("start", 0),) if run.condition == "baseline" else ()))
         ]
     )
 
 
-def suppressed_means(studies: list[Comparison]) -> dict[str, float]:
-    """``<dataset>.suppressed.start`` and ``.end``, of the baseline, means over seeds."""
-    counts = suppressed_counts(studies).groupby(["dataset", "when"])["suppressed"].mean()
-    names = {"start": "start", "end": "baseline"}
-    return {f"{one.dataset}.suppressed.{end}": float(counts[one.dataset, when])
-            for one in studies for end, when in names.items()}  # fmt: skip
+def suppressed_means(comparisons: list[Comparison]) -> dict[str, float]:
+    """Suppressed channels of the baseline, means over seeds: ``<dataset>.suppressed.start`` before
+    training and ``<dataset>.suppressed.end`` after it."""
+    counts = suppressed_counts(comparisons).groupby(["dataset", "when"])["suppressed"].mean()
+    names = [comparison.dataset for comparison in comparisons]
+    moments = {"start": "start", "end": "baseline"}
+    return {
+        f"{name}.suppressed.{moment}": float(counts[name, when]) for name in names for moment, when in moments.items()
+    }
 
 
 def beside_paper(table: pd.DataFrame) -> pd.DataFrame:
-    """The nudge's difference here, in percent of the baseline, beside the paper's for its own data
-    (or, for an embedded set, for the data of the paper that it stands for)."""
+    """The nudge's differences to the baseline beside those of the paper's Table 1, in percent of the baseline.
+
+    Args:
+        table: from :func:`paired_differences`.
+
+    Returns:
+        A row for every data set and measure: ``dataset``, ``measure``, ``paper's data`` (see
+        ``PAPER_DATASETS``; None where the paper has no such data), ``paper %``, and ``here %`` with its
+        interval ``here % low`` and ``here % high``.
+    """
     rows = []
     for row in table[(table["condition"] == "nudge") & table["measure"].isin(MEASURES)].to_dict("records"):
-        kin = PAPER_KIN.get(row["dataset"])
-        paper = None
-        if kin:
-            base, nudged = (PAPER_TABLE_1[kin][one][MEASURES.index(row["measure"])] for one in ("baseline", "nudge"))
-            paper = 100 * (nudged - base) / base
+        name, column, percent = PAPER_DATASETS.get(row["dataset"]), MEASURES.index(row["measure"]), None
+        if name:
+            base, nudged = (PAPER_TABLE_1[name][condition][column] for condition in ("baseline", "nudge"))
+            percent = 100 * (nudged - base) / base
         rows.append(
-            {"dataset": row["dataset"], "measure": row["measure"], "paper's data": kin, "paper %": paper,
+            {"dataset": row["dataset"], "measure": row["measure"], "paper's data": name, "paper %": percent,
              "here %": row["percent"], "here % low": row["percent_low"], "here % high": row["percent_high"]}
         )  # fmt: skip
     return pd.DataFrame(rows)
 
 
 def describe_differences(table: pd.DataFrame) -> Any:
-    """What the intervals say, in plain words, as Markdown."""
+    """The measures that differ from the baseline, by :func:`paired_differences`, as a Markdown list for a notebook."""
     from IPython.display import Markdown
 
     table = table[table["measure"].isin(MEASURES)]
     lines = []
     for dataset, part in table.groupby("dataset", sort=False):
-        for condition, own in part.groupby("condition", sort=False):
-            clear = own[(own["low"] > 0) | (own["high"] < 0)]
-            effects = ", ".join(f"{row.measure} {row.percent:+.2g} %" for row in clear.itertuples())
+        for condition, measures in part.groupby("condition", sort=False):
+            without_zero = measures[(measures["low"] > 0) | (measures["high"] < 0)]
+            effects = ", ".join(f"{row.measure} {row.percent:+.2g} %" for row in without_zero.itertuples())
             lines.append(f"- **{dataset}**, {condition}: {effects or 'no measure differs from the baseline'}")
     chance = 0.05 * len(table)
     return Markdown(
-        f"What differs from the baseline, by 95 % intervals over {int(table['seeds'].min())} seeds. Of {len(table)} "
-        f"intervals about {chance:.1f} would miss zero by chance alone.\n\n" + "\n".join(lines)
+        f"Differences from the baseline whose 95 % interval over {int(table['seeds'].min())} seeds excludes zero. "
+        f"Of {len(table)} intervals about {chance:.1f} would exclude zero by chance alone.\n\n" + "\n".join(lines)
     )

@@ -1,41 +1,53 @@
-"""The logit lens: what a layer's activation looks like as a picture.
+"""The logit lens: a layer's activation decoded to a picture.
 
-From Shi, Wang and Roshka, section 4.5, after nostalgebraist's lens for language models. A lens
-through an untrained decoder shows the decoder, so here the mini-decoder is trained for the layer
-it reads and scored on held-out pictures, beside the same decoder trained and scored on
-activations that belong to other pictures. Where it can, :func:`through_model` needs no training.
+From Shi, Wang and Roshka, section 4.5, after nostalgebraist's lens for language models. An untrained
+decoder would show its own random weights, so here a small decoder is trained for the layer that it
+reads (:func:`train_lens`). It is scored on held-out pictures, beside a control: the same decoder trained
+and scored on activations that are paired with the wrong pictures. :func:`decode_single_channel` needs no
+training: it runs the model's own remaining layers.
 """
 
+import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from itertools import pairwise
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import xxhash
 from torch import Tensor, nn
 
 from vaelab import models
+from vaelab.core import devices
 from vaelab.core.validate import at_least
 from vaelab.data.images import Images
 from vaelab.hooks import capture, edit
 from vaelab.training.batches import NumberedBatches
+from vaelab.training.checkpoint import not_finite, read_tensors, require_same_settings, write_tensors
 from vaelab.training.evaluation import evaluation_mode
-from vaelab.training.loop import TrainConfig, train
+from vaelab.training.loop import EXECUTION_ONLY, TrainConfig, train
 
+LENS = "lens.safetensors"
+"""The file of a trained lens in its folder."""
 EPSILON = 1e-12
 
 
 class MiniDecoder(nn.Module):
-    """Transposed convolutions with ReLU between them and a Sigmoid at the end.
+    """Transposed convolutions with ReLU between them and a sigmoid at the end.
 
-    ``groups`` decoders of the same shape lie side by side and share nothing: with one, it reads
-    the full map; with as many as channels, each reads its own channel alone.
+    ``groups`` decoders of the same shape are computed together and share no weight. One group decodes
+    the full map; as many groups as channels decode each channel by itself.
 
     Args:
-        channels: input channels to each of the decoders.
-        upsampling: the factor from the map's side to the picture's, a power of two.
+        channels: input channels of each decoder.
+        upsampling: side of the picture over side of the map, a power of two.
         width: hidden channels of each decoder.
         groups: how many decoders.
+
+    Raises:
+        ValueError: a width below 1, or an ``upsampling`` that is no power of two.
     """
 
     def __init__(self, channels: int, upsampling: int, *, width: int = 32, groups: int = 1):
@@ -43,24 +55,25 @@ class MiniDecoder(nn.Module):
         at_least("width", width, 1)
         if upsampling < 1 or upsampling & (upsampling - 1):
             raise ValueError(f"upsampling: expected a power of two, got {upsampling}")
+        self.options = {"channels": channels, "upsampling": upsampling, "width": width, "groups": groups}
         self.groups = groups
         widths = [channels, *[width] * max(1, upsampling.bit_length() - 1), 3]
         layers: list[nn.Module] = []
-        for place, (taken, given) in enumerate(pairwise(widths)):
-            doubles = place < upsampling.bit_length() - 1
+        for number, (inputs, outputs) in enumerate(pairwise(widths)):
+            doubles = number < upsampling.bit_length() - 1
             size, stride, padding = (4, 2, 1) if doubles else (3, 1, 1)
             layers += [
-                nn.ConvTranspose2d(taken * groups, given * groups, size, stride, padding, groups=groups),
+                nn.ConvTranspose2d(inputs * groups, outputs * groups, size, stride, padding, groups=groups),
                 nn.ReLU(),
             ]
         self.layers = nn.Sequential(*layers[:-1], nn.Sigmoid())
         self.register_buffer("shift", torch.zeros(1, channels * groups, 1, 1))
         self.register_buffer("scale", torch.ones(1, channels * groups, 1, 1))
 
-    def standardise(self, activations: Tensor) -> None:
-        """Take each channel's mean and deviation from these activations (N, groups x channels, H, W).
+    def fit_standardization(self, activations: Tensor) -> None:
+        """Standardize each channel by its mean and standard deviation in activations (N, groups x channels, H, W).
 
-        Without it the decoder could not see a channel whose scale is small, however much it says.
+        Without it the decoder could not read a channel of small scale, whatever information it holds.
         """
         std, mean = torch.std_mean(activations, dim=(0, 2, 3), keepdim=True, correction=0)
         self.shift.copy_(mean)
@@ -72,10 +85,10 @@ class MiniDecoder(nn.Module):
 
 
 class LensScore(NamedTuple):
-    """How well held-out pictures are read off; each (groups,)."""
+    """How well held-out pictures are decoded; each (groups,)."""
 
     r2: np.ndarray
-    """1 - squared error over that of the mean training picture: 0 is what knowing nothing gets."""
+    """1 - squared error / squared error of the mean training picture: 0 is the score without any information."""
     psnr: np.ndarray
     """10 log10(1 / MSE) of pictures in [0, 1], in dB."""
 
@@ -86,9 +99,9 @@ class Lens(NamedTuple):
     decoder: MiniDecoder
     score: LensScore
     shuffled: LensScore
-    """Of the same decoder trained and scored on activations paired with the wrong pictures."""
+    """The control: the same decoder trained and scored on activations paired with the wrong pictures."""
     channels: list[int] | None
-    """What the decoders read, one each; None is the full map."""
+    """The channel that each decoder reads; None for one decoder of the full map."""
 
 
 class _LensObjective(nn.Module):
@@ -98,7 +111,7 @@ class _LensObjective(nn.Module):
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         target = batch["pictures"].unsqueeze(1)
-        # summed over the decoders, which share no weight: each has its own mean squared error
+        # the sum over decoders trains each by its own mean squared error, since they share no weight
         return {"loss": (self.decoder(batch["activation"]) - target).square().mean(dim=(0, 2, 3, 4)).sum()}
 
 
@@ -107,15 +120,18 @@ def layer_activations(vae: nn.Module, layer: str, images: Images, batch_size: in
     """A layer's activations for a data set, with its pictures.
 
     Args:
-        vae: an autoencoder; ``layer`` is a path in it whose output is (B, C, H, W).
-        layer: the layer.
-        images: what to run.
+        vae: an autoencoder.
+        layer: path of a layer in it whose output is (B, C, H, W).
+        images: the data set.
         batch_size: pictures at a time.
 
     Returns:
         float32 activations (N, C, H, W) and pictures (N, 3, R, R) in [0, 1], on the CPU.
+
+    Raises:
+        ValueError: a layer that runs more than once, or whose output has another shape.
     """
-    seen, shown = [], []
+    activations, pictures = [], []
     parameter = next(vae.parameters())
     with evaluation_mode(vae), capture(vae, layer, to="cpu") as captured:
         for batch in images.batches(batch_size):
@@ -123,10 +139,10 @@ def layer_activations(vae: nn.Module, layer: str, images: Images, batch_size: in
             (calls,) = captured.values()
             if len(calls) != 1 or calls[0].dim() != 4:
                 raise ValueError(f"layer: {layer!r} must be one layer that runs once and gives (B, C, H, W)")
-            seen.append(calls[0].float())
-            shown.append((batch["pixels"] + 1) / 2)
+            activations.append(calls[0].float())
+            pictures.append((batch["pixels"] + 1) / 2)
             captured.clear()
-    return torch.cat(seen), torch.cat(shown)
+    return torch.cat(activations), torch.cat(pictures)
 
 
 def train_lens(
@@ -137,20 +153,33 @@ def train_lens(
     channels: Sequence[int] | None = None,
     width: int = 32,
     batch_size: int = 32,
+    folder: str | Path | None = None,
 ) -> Lens:
     """Train a lens for one layer, and its shuffled control.
 
     Args:
-        learning: activations (N, C, H, W) and pictures (N, 3, R, R) in [0, 1], see
-            :func:`activations`; of several models, concatenated, for panels that share a lens.
-        held_out: the same, to score on.
+        learning: activations (N, C, H, W) and pictures (N, 3, R, R) in [0, 1] from
+            :func:`layer_activations`; those of several models, concatenated, train a shared lens.
+        held_out: the same of other pictures, to score on.
         config: how to train each of the two decoders.
-        channels: read each of these channels by a decoder of its own; None reads the full map.
+        channels: decode each of these channels by itself; None decodes the full map.
         width: hidden channels of a decoder.
-        batch_size: pictures to a batch.
+        batch_size: pictures in a batch.
+        folder: where the lens is saved. A lens that was saved there from the same activations, pictures
+            and settings is loaded instead of trained. None saves nothing.
+
+    Raises:
+        ValueError: a channel that the layer does not have; or the lens in ``folder`` is damaged, has a NaN or
+            infinite weight, or was trained on other data or with other settings.
+        FloatingPointError: the loss, or a weight that would be saved, is not finite.
     """
-    taken = list(channels) if channels is not None else None
-    (maps, pictures), (held_maps, held_pictures) = (_taking(pair, taken) for pair in (learning, held_out))
+    chosen = list(channels) if channels is not None else None
+    settings = _lens_settings(learning, held_out, config, chosen, width, batch_size) if folder else {}
+    if folder and Path(folder, LENS).exists():
+        lens = load_lens(folder, settings)
+        lens.decoder.to(devices.pick(config.device))
+        return lens
+    (maps, pictures), (held_maps, held_pictures) = (_select_channels(pair, chosen) for pair in (learning, held_out))
     upsampling = pictures.shape[-1] // maps.shape[-1]
     rng = np.random.default_rng(config.seed)
     order, held_order = rng.permutation(len(maps)), rng.permutation(len(held_maps))
@@ -158,71 +187,150 @@ def train_lens(
     pairings = {"lens": (pictures, held_pictures), "shuffled": (pictures[order], held_pictures[held_order])}
     for name, (paired, held_paired) in pairings.items():
         torch.manual_seed(config.seed)
-        groups = len(taken) if taken else 1
+        groups = len(chosen) if chosen else 1
         decoder = MiniDecoder(maps.shape[1] // groups, upsampling, width=width, groups=groups)
-        decoder.standardise(maps)
+        decoder.fit_standardization(maps)
         batches = _batches(maps, paired, batch_size, config.seed)
         train(_LensObjective(decoder), batches, config, title=f"lens ({name})")
         lenses.append((decoder, _score(decoder, held_maps, held_paired, pictures.mean(dim=0))))
     (decoder, score), (_, shuffled) = lenses
-    return Lens(decoder, score, shuffled, taken)
+    lens = Lens(decoder, score, shuffled, chosen)
+    if folder:
+        save_lens(lens, folder, settings)
+    return lens
+
+
+def save_lens(lens: Lens, folder: str | Path, settings: dict[str, Any] | None = None) -> None:
+    """Save a lens as ``lens.safetensors`` with a checksum, atomically.
+
+    Args:
+        lens: a trained lens.
+        folder: where to save it.
+        settings: plain JSON that decides the lens, for :func:`load_lens` to compare.
+
+    Raises:
+        FloatingPointError: a weight or score is NaN or infinite; nothing is written.
+    """
+    path = Path(folder, LENS)
+    tensors = {f"decoder/{name}": value for name, value in lens.decoder.state_dict().items()}
+    for name, score in (("score", lens.score), ("shuffled", lens.shuffled)):
+        tensors |= {f"{name}/{measure}": torch.from_numpy(values) for measure, values in score._asdict().items()}
+    if bad := not_finite(tensors):
+        raise FloatingPointError(f"{bad} of the lens is NaN or infinite; {path} was not written")
+    write_tensors(path, tensors, {"lens": lens.decoder.options, "channels": lens.channels, "settings": settings or {}})
+
+
+def load_lens(folder: str | Path, settings: dict[str, Any] | None = None) -> Lens:
+    """Load what :func:`save_lens` saved, with the decoder on the CPU in evaluation mode.
+
+    Args:
+        folder: where the lens was saved.
+        settings: the settings it must have been saved with; None accepts any.
+
+    Raises:
+        ValueError: a missing, damaged or foreign file, other settings, or a NaN or infinite weight.
+    """
+    path = Path(folder, LENS)
+    tensors, documents = read_tensors(path)
+    if not {"lens", "channels", "settings"} <= documents.keys():
+        raise ValueError(f"{path} is no lens")
+    if settings is not None:
+        require_same_settings(path, documents["settings"], settings)
+    if bad := not_finite(tensors):
+        raise ValueError(f"{path} cannot be used: {bad} is NaN or infinite")
+    try:
+        decoder = MiniDecoder(**documents["lens"])
+        decoder.load_state_dict({n.removeprefix("decoder/"): t for n, t in tensors.items() if n.startswith("decoder/")})
+        score, shuffled = (
+            LensScore(**{measure: tensors[f"{name}/{measure}"].numpy() for measure in LensScore._fields})
+            for name in ("score", "shuffled")
+        )
+    except (RuntimeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} does not hold the tensors of its lens ({error})") from error
+    return Lens(decoder.eval(), score, shuffled, documents["channels"])
 
 
 def extreme_channels(maps: Tensor, count: int) -> list[int]:
-    """The ``count`` most active and the ``count`` least active channels of (N, C, H, W) maps, by
-    their mean absolute activation; fewer where there are not as many."""
+    """The ``count`` most active and the ``count`` least active channels of activations (N, C, H, W), by
+    mean absolute activation, in descending order; fewer where the layer has fewer than 2 ``count``."""
     order = maps.abs().mean(dim=(0, 2, 3)).argsort(descending=True).tolist()
     return list(dict.fromkeys([*order[:count], *order[-count:]]))
 
 
 @torch.no_grad()
 def apply_lens(lens: Lens, activation: Tensor) -> Tensor:
-    """Look through a lens.
+    """Decode an activation with a lens.
 
     Args:
-        lens: from :func:`fit`.
+        lens: from :func:`train_lens` or :func:`load_lens`.
         activation: (N, C, H, W), all channels of the layer.
 
     Returns:
-        Pictures (N, groups, 3, R, R) in [-1, 1], on the CPU: a group a channel, or one group.
+        Pictures (N, groups, 3, R, R) in [-1, 1], on the CPU: one group, or a group for each of the lens's channels.
     """
     device = next(lens.decoder.parameters()).device
-    taken = activation[:, lens.channels] if lens.channels is not None else activation
-    return lens.decoder(taken.float().to(device)).cpu() * 2 - 1
+    maps = activation[:, lens.channels] if lens.channels is not None else activation
+    return lens.decoder(maps.float().to(device)).cpu() * 2 - 1
 
 
 @torch.no_grad()
 def decode_single_channel(vae: nn.Module, layer: str, pixels: Tensor, channel: int | None, *, keep: bool) -> Tensor:
-    """The lens that needs no training: a channel pushed through the model's own remaining layers.
+    """A lens without training: one channel of a layer decoded by the model's own remaining layers.
 
     Args:
         vae: an autoencoder.
-        layer: a layer of it whose output is (B, C, H, W).
+        layer: path of a layer in it whose output is (B, C, H, W).
         pixels: (B, 3, R, R) in [-1, 1].
-        channel: which channel; None pushes the full map through, which is the reconstruction.
-        keep: True keeps this channel's map and holds every other at its mean over batch and
-            positions; False holds this channel alone.
+        channel: which channel; None decodes all channels, which gives the reconstruction.
+        keep: True replaces every other channel by its mean over batch and positions (mean ablation);
+            False replaces this channel only.
 
     Returns:
         Pictures (B, 3, R, R).
+
+    Raises:
+        ValueError: a channel that the layer does not have.
     """
 
-    def held(activation: Tensor) -> Tensor:
+    def ablate(activation: Tensor) -> Tensor:
         if channel is None:
             return activation
         if not 0 <= channel < activation.shape[1]:
             raise ValueError(f"channel: {layer} has channels 0 to {activation.shape[1] - 1}, got {channel}")
-        flat = activation.mean(dim=(0, 2, 3), keepdim=True).expand_as(activation)
-        mixed = (flat if keep else activation).clone()
-        mixed[:, channel] = (activation if keep else flat)[:, channel]
-        return mixed
+        mean = activation.mean(dim=(0, 2, 3), keepdim=True).expand_as(activation)
+        ablated = (mean if keep else activation).clone()
+        ablated[:, channel] = (activation if keep else mean)[:, channel]
+        return ablated
 
     parameter = next(vae.parameters())
-    with evaluation_mode(vae), edit(vae, {layer: held}):
+    with evaluation_mode(vae), edit(vae, {layer: ablate}):
         return models.reconstruct(vae, pixels.to(parameter.device, parameter.dtype)).float()
 
 
-def _taking(pair: tuple[Tensor, Tensor], channels: list[int] | None) -> tuple[Tensor, Tensor]:
+def _lens_settings(
+    learning: tuple[Tensor, Tensor],
+    held_out: tuple[Tensor, Tensor],
+    config: TrainConfig,
+    channels: list[int] | None,
+    width: int,
+    batch_size: int,
+) -> dict[str, Any]:
+    """Everything that decides a lens, as plain JSON; of activations and pictures a checksum."""
+    settings = {name: value for name, value in asdict(config).items() if name not in EXECUTION_ONLY}
+    settings |= {"channels": channels, "width": width, "batch_size": batch_size}
+    for name, (maps, pictures) in (("learning", learning), ("held_out", held_out)):
+        settings |= {f"{name}.activations": _checksum(maps), f"{name}.pictures": _checksum(pictures)}
+    return json.loads(json.dumps(settings))
+
+
+def _checksum(values: Tensor) -> str:
+    digest = xxhash.xxh3_128(f"{values.dtype} {tuple(values.shape)}".encode())
+    for row in values:  # row by row: a whole copy of the activations may not fit
+        digest.update(row.contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _select_channels(pair: tuple[Tensor, Tensor], channels: list[int] | None) -> tuple[Tensor, Tensor]:
     maps, pictures = pair
     if channels is not None:
         beyond = [channel for channel in channels if not 0 <= channel < maps.shape[1]]
@@ -245,7 +353,7 @@ def _score(decoder: MiniDecoder, maps: Tensor, pictures: Tensor, mean_picture: T
     device = next(decoder.parameters()).device
     errors, total = [], (pictures - mean_picture).square().mean().item()
     for part, shown in zip(maps.split(64), pictures.split(64), strict=True):
-        read_off = decoder(part.to(device)).cpu()
-        errors.append((read_off - shown.unsqueeze(1)).square().mean(dim=(2, 3, 4)))
+        decoded = decoder(part.to(device)).cpu()
+        errors.append((decoded - shown.unsqueeze(1)).square().mean(dim=(2, 3, 4)))
     mse = torch.cat(errors).mean(dim=0).double().numpy()
     return LensScore(1 - mse / max(total, EPSILON), 10 * np.log10(1 / np.maximum(mse, EPSILON)))

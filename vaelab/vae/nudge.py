@@ -1,8 +1,8 @@
-"""What is done to suppressed channels: the paper's nudge, the reset, an adaptive one, a control.
+"""Interventions on suppressed channels: GroupNorm scales are nudged, reset, or raised adaptively.
 
-From Shi, Wang and Roshka, section 4.4. The adaptive strategy is their future work (section 6); the
-control, the same nudge on as many active channels, is ours: without it a difference between runs
-may come from touching the scales at all.
+From Shi, Wang and Roshka, section 4.4. The adaptive strategy is their future work (section 6). The
+control is ours: the same nudge on as many active channels. Without it a difference between runs may
+come from changing scales at all.
 """
 
 from dataclasses import dataclass
@@ -24,29 +24,29 @@ HEADROOM = 1.01
 
 @dataclass(frozen=True)
 class NudgeConfig:
-    """What is done to the scale gamma of a suppressed channel, and how often.
+    """How the scale gamma of a suppressed channel is changed, and how often.
 
-    Strategies act on |gamma| and keep its sign (0 counts as positive), which for the paper's
-    positive scales is its formula; a plain sum would push a negative scale towards silence.
+    Strategies act on |gamma| and preserve its sign (0 counts as positive). For positive scales this
+    is the paper's formula; a plain sum would push a negative scale towards 0.
     """
 
     strategy: str = "multiply"
-    """``multiply``: |gamma| f; ``add``: |gamma| + a; ``reset``: gamma = 1; ``adaptive``: as far as
-    the threshold asks for and no further (so the control, whose channels are above it, is left as
-    it is)."""
+    """``multiply``: |gamma| f; ``add``: |gamma| + a; ``reset``: gamma = 1; ``adaptive``: the smallest
+    |gamma| with which m_c is predicted to pass the threshold (so that the control, whose channels are
+    above the threshold, is not changed)."""
     nudge_factor: float = 1.1
     """f of ``multiply``."""
     nudge_amount: float = 0.01
     """a of ``add``."""
     gamma_max: float = 2.0
-    """gamma_max, which caps ``multiply``, ``add`` and ``adaptive``."""
+    """gamma_max, the upper bound of ``multiply``, ``add`` and ``adaptive``."""
     gamma_floor: float = 1e-4
     """``multiply`` starts from at least this magnitude: a scale of exactly 0 would stay 0."""
     interval: int = 200
     """Steps between interventions."""
     moments: str = "keep"
-    """What becomes of AdamW's two moments of a touched entry: ``keep`` leaves them, as the paper's
-    method does, so that the next step still goes where the old gradients pointed; ``reset`` zeroes."""
+    """What happens to AdamW's two moments of a changed scale: ``keep`` leaves them, as in the paper,
+    so that the next step still follows the earlier gradients; ``reset`` sets them to 0."""
 
     def __post_init__(self) -> None:
         one_of("strategy", self.strategy, STRATEGIES)
@@ -59,12 +59,14 @@ class NudgeConfig:
 
 
 class Intervention(NamedTuple):
-    """What was done to one channel's scale."""
+    """A change of one channel's scale."""
 
     layer: str
     channel: int
     before: float
+    """The scale gamma before the change."""
     after: float
+    """The scale gamma after it."""
 
 
 @torch.no_grad()
@@ -77,21 +79,21 @@ def nudge_scales(
     threshold: float | None = None,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> list[Intervention]:
-    """Apply ``config`` to the scales of ``targets`` and to nothing else.
+    """Change the scales of ``targets``, and nothing else, as ``config`` says.
 
     Args:
-        model: whose parameters are changed in place.
-        targets: from :func:`vaelab.vae.channels.classify` or :func:`random_active`.
-        config: what to do.
-        activity: the moments the targets were classified by; ``adaptive`` needs them.
-        threshold: theta_act that ``adaptive`` raises m_c to.
-        optimizer: whose moments of the touched entries ``moments`` speaks of.
+        model: the model whose parameters are changed in place.
+        targets: from :func:`vaelab.vae.channels.classify` or :func:`random_active_channels`.
+        config: the strategy and its settings.
+        activity: the statistics the targets were classified by; required by ``adaptive``.
+        threshold: theta_act, above which ``adaptive`` raises m_c; required by ``adaptive``.
+        optimizer: the optimizer whose moments are set to 0 with ``moments="reset"``; None for none.
 
     Returns:
-        One record a channel, with its scale before and after.
+        A record for each channel, with its scale before and after.
 
     Raises:
-        ValueError: a target that names no parameter, or ``adaptive`` without what it needs.
+        ValueError: a target that names no parameter, or ``adaptive`` without ``activity`` or ``threshold``.
     """
     if config.strategy == "adaptive" and (activity is None or threshold is None):
         raise ValueError("strategy: adaptive needs the activity and the threshold it was classified by")
@@ -119,10 +121,15 @@ def nudge_scales(
 def random_active_channels(
     activity: Activity, suppressed: dict[str, Suppressed], rng: np.random.Generator
 ) -> dict[str, Suppressed]:
-    """The control's targets: as many channels that are *not* suppressed, at random, in each layer.
+    """The control's targets: in each layer as many active channels, drawn at random, as are suppressed.
 
-    Where a layer has fewer active channels than suppressed ones, what is missing is drawn from the
-    active channels of all other layers (or of as many as there are).
+    Where a layer has fewer active channels than suppressed ones, the rest is drawn from the other
+    active channels of all layers, as far as there are any.
+
+    Args:
+        activity: the statistics of all channels.
+        suppressed: from :func:`vaelab.vae.channels.classify`.
+        rng: draws the channels.
     """
     active = {
         layer: np.setdiff1d(np.arange(len(moments.mean_abs)), suppressed[layer].indices if layer in suppressed else ())
@@ -130,9 +137,9 @@ def random_active_channels(
     }
     chosen = {layer: rng.permutation(active[layer])[: len(target.indices)] for layer, target in suppressed.items()}
     missing = sum(len(target.indices) for target in suppressed.values()) - sum(map(len, chosen.values()))
-    left = [(layer, c) for layer in active for c in np.setdiff1d(active[layer], chosen.get(layer, ()))]
-    for place in rng.permutation(len(left))[:missing]:
-        layer, channel = left[place]
+    remaining = [(layer, c) for layer in active for c in np.setdiff1d(active[layer], chosen.get(layer, ()))]
+    for index in rng.permutation(len(remaining))[:missing]:
+        layer, channel = remaining[index]
         chosen[layer] = np.append(chosen.get(layer, np.array([], dtype=int)), channel)
     return {
         layer: Suppressed(
@@ -167,30 +174,30 @@ def _adaptive(
 ) -> Tensor:
     """The smallest |gamma|, never below the present one, that brings m_c just above the threshold.
 
-    m_c is predicted as s E|gamma z + beta|, where z is the normalised channel: normal, with the
-    mean and deviation it was measured to have, and s makes the prediction at the present gamma what
-    was measured (z is standard and s = 1 where nothing could be measured: gamma is 0, or the
-    channel constant). Solved by bisection.
+    m_c is predicted as s E|gamma z + beta|. The normalized channel z is taken as normal, with its
+    measured mean and standard deviation; the factor s makes the prediction at the present gamma equal
+    to the measured m_c. Where gamma is 0 or the channel is constant, z cannot be measured: it is taken
+    as standard normal, and s as 1. Solved by bisection.
     """
     gamma = scale.numpy()
     chosen = list(indices)
     mean, std = moments.mean[chosen].double().numpy(), moments.std[chosen].double().numpy()
     measured, active = moments.mean_abs[chosen].double().numpy(), (moments.mean_abs[chosen] >= threshold).numpy()
     # a constant channel's deviation is float32's rounding of its mean, or 0
-    seen = (np.abs(gamma) > 1e-8) & (std > 1e-6 * np.abs(mean)) & (std > 0)
-    safe = np.where(seen, gamma, 1.0)
-    z_mean, z_std = np.where(seen, (mean - beta) / safe, 0.0), np.where(seen, std / np.abs(safe), 1.0)
+    measurable = (np.abs(gamma) > 1e-8) & (std > 1e-6 * np.abs(mean)) & (std > 0)
+    safe = np.where(measurable, gamma, 1.0)
+    z_mean, z_std = np.where(measurable, (mean - beta) / safe, 0.0), np.where(measurable, std / np.abs(safe), 1.0)
     sign = np.where(gamma < 0, -1.0, 1.0)
 
     def predicted(size: np.ndarray) -> np.ndarray:
         return folded_normal_mean(sign * size * z_mean + beta, size * z_std)
 
-    share = np.where(seen, measured / np.maximum(predicted(np.abs(gamma)), np.finfo(float).tiny), 1.0)
+    factor = np.where(measurable, measured / np.maximum(predicted(np.abs(gamma)), np.finfo(float).tiny), 1.0)
     low = np.abs(gamma)
     high = np.maximum(low, config.gamma_max)
     for _ in range(60):
         middle = (low + high) / 2
-        enough = share * predicted(middle) >= HEADROOM * threshold
+        enough = factor * predicted(middle) >= HEADROOM * threshold
         low, high = np.where(enough, low, middle), np.where(enough, middle, high)
     return _signed(scale, torch.from_numpy(np.where(active, np.abs(gamma), high)))
 

@@ -1,5 +1,7 @@
-"""Figures of a VAE's channels: how active they are, which are suppressed, over training too, and with
-what scales; near-zero weights. Figures 1, 2 and 5 of Shi, Wang and Roshka."""
+"""Figures of a VAE's channels: activation maps, suppressed channels, scales, and near-zero weights.
+
+After Figures 1, 2 and 5 of Shi, Wang and Roshka.
+"""
 
 from collections.abc import Mapping, Sequence
 
@@ -11,28 +13,33 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
-from vaelab.viz.charts import PALETTE, SILENT, curves
+from vaelab.viz.charts import PALETTE, SUPPRESSED_COLOUR, curves
 from vaelab.viz.grids import displayable
 from vaelab.viz.text import plain_text
 
 GAP = 3
+"""Pixels between the tiles of a mosaic."""
 
 
 @plain_text
 def activation_grids(
-    maps: Mapping[str, Tensor], silent: Mapping[str, Sequence[int]], picture: Tensor, columns: int = 8, title: str = ""
+    maps: Mapping[str, Tensor],
+    suppressed: Mapping[str, Sequence[int]],
+    picture: Tensor,
+    columns: int = 8,
+    title: str = "",
 ) -> Figure:
-    """One picture's activation maps under several models, suppressed tiles framed (paper, Figure 2).
+    """One picture's activation maps under several models, with suppressed channels framed (paper, Figure 2).
 
-    Each tile is scaled to its own range, as in the paper, so a suppressed channel can show a
-    pattern that is thousands of times too small to matter: its frame says so.
+    Each tile is scaled to its own range, as in the paper. A suppressed channel can therefore show a
+    pattern whose values are too small to have an effect; the frame marks it.
 
     Args:
         maps: for each model (C, H, W), the layer's activation for ``picture``.
-        silent: for each model the suppressed channels.
+        suppressed: for each model the indices of its suppressed channels.
         picture: (3, R, R) in [-1, 1].
         columns: tiles in a row.
-        title: the figure's.
+        title: the figure's title.
     """
     channels, height, width = next(iter(maps.values())).shape
     lines = -(-channels // columns)
@@ -43,11 +50,13 @@ def activation_grids(
     axes[0].imshow(displayable(picture[None])[0])
     axes[0].set_title("the picture", fontsize=9)
     for axis, (model, activation) in zip(axes[1:], maps.items(), strict=True):
-        axis.set_title(f"{model}: {len(silent[model])} of {channels} suppressed", fontsize=9)
+        axis.set_title(f"{model}: {len(suppressed[model])} of {channels} suppressed", fontsize=9)
         axis.imshow(_mosaic(activation.float().numpy(), columns), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-        for channel in silent[model]:
+        for channel in suppressed[model]:
             corner = (channel % columns * (width + GAP) - 0.5, channel // columns * (height + GAP) - 0.5)
-            axis.add_patch(Rectangle(corner, width, height, fill=False, edgecolor=SILENT, linewidth=2, clip_on=False))
+            axis.add_patch(
+                Rectangle(corner, width, height, fill=False, edgecolor=SUPPRESSED_COLOUR, linewidth=2, clip_on=False)
+            )
     for axis in axes:
         axis.axis("off")
     figure.suptitle(title, fontsize=11)
@@ -71,8 +80,8 @@ def suppressed_over_steps(tracked: pd.DataFrame, interventions: Sequence[int], t
 
     Args:
         tracked: columns ``step``, ``condition``, ``seed``, ``suppressed``.
-        interventions: the steps at which one was made.
-        title: the figure's.
+        interventions: the steps at which scales were changed.
+        title: the figure's title.
     """
     figure = curves(tracked, "suppressed", "suppressed channels", title=title)
     axis = figure.axes[0]
@@ -86,12 +95,12 @@ def suppressed_over_steps(tracked: pd.DataFrame, interventions: Sequence[int], t
 
 @plain_text
 def near_zero_weights(table: pd.DataFrame, top: int = 8, title: str = "") -> Figure:
-    """Share of near-zero weights of the layers where it is largest, over training (paper, Figure 1).
+    """The share of near-zero weights over training, of the layers where it is largest (paper, Figure 1).
 
     Args:
         table: columns ``step``, ``layer``, ``fraction``.
-        top: how many layers.
-        title: the figure's.
+        top: how many layers to show.
+        title: the figure's title.
     """
     largest = table.groupby("layer")["fraction"].max().nlargest(top).index
     figure, axis = plt.subplots(figsize=(7, 3.6), layout="constrained")
@@ -105,26 +114,28 @@ def near_zero_weights(table: pd.DataFrame, top: int = 8, title: str = "") -> Fig
 
 @plain_text
 def layer_bars(table: pd.DataFrame, threshold: float, title: str = "") -> Figure:
-    """For every layer the distribution of m_c and its suppressed share.
+    """The mean absolute activation m_c of every channel, by layer, with the suppressed channels marked.
 
     Args:
         table: from :func:`vaelab.vae.channels.channel_table`.
         threshold: theta_act, drawn as a line.
-        title: the figure's.
+        title: the figure's title.
     """
     layers = list(dict.fromkeys(table["layer"]))
     figure, axis = plt.subplots(figsize=(8, 0.24 * len(layers) + 1.2), layout="constrained")
-    places = {layer: place for place, layer in enumerate(layers)}
+    lines = {layer: line for line, layer in enumerate(layers)}
     values = table["mean_abs"].clip(lower=1e-6)
-    silent = table["mean_abs"] < threshold
+    suppressed = table["mean_abs"] < threshold
     jitter = np.random.default_rng(0).uniform(-0.3, 0.3, len(table))
-    heights = table["layer"].map(places) + jitter
-    axis.scatter(values[~silent], heights[~silent], s=5, color=PALETTE["nudge"], alpha=0.5, linewidths=0)
-    axis.scatter(values[silent], heights[silent], s=12, color=SILENT, linewidths=0, label="suppressed")
-    axis.axvline(threshold, color=SILENT, linewidth=1, linestyle="--", label=f"threshold {threshold:g}")
-    counts = silent.groupby(table["layer"]).sum()
+    heights = table["layer"].map(lines) + jitter
+    axis.scatter(values[~suppressed], heights[~suppressed], s=5, color=PALETTE["nudge"], alpha=0.5, linewidths=0)
+    axis.scatter(
+        values[suppressed], heights[suppressed], s=12, color=SUPPRESSED_COLOUR, linewidths=0, label="suppressed"
+    )
+    axis.axvline(threshold, color=SUPPRESSED_COLOUR, linewidth=1, linestyle="--", label=f"threshold {threshold:g}")
+    counts = suppressed.groupby(table["layer"]).sum()
     sizes = table["layer"].value_counts()
-    axis.set_yticks(list(places.values()), [f"{la} ({counts[la]}/{sizes[la]})" for la in layers], fontsize=7)
+    axis.set_yticks(list(lines.values()), [f"{layer} ({counts[layer]}/{sizes[layer]})" for layer in layers], fontsize=7)
     axis.set(xscale="log", xlabel="m_c, mean absolute activation", ylim=(len(layers) - 0.4, -0.6))
     axis.legend(fontsize=8, loc="lower right")
     axis.set_title(title, fontsize=11)
@@ -133,22 +144,22 @@ def layer_bars(table: pd.DataFrame, threshold: float, title: str = "") -> Figure
 
 @plain_text
 def scale_scatter(table: pd.DataFrame, threshold: float, title: str = "") -> Figure:
-    """Draw m_c against |gamma|, coloured by |beta|, to see whether the scale is the mechanism.
+    """m_c against |gamma|, coloured by |beta|: whether the scale is the mechanism of suppression.
 
     Args:
         table: from :func:`vaelab.vae.channels.channel_table`.
         threshold: theta_act, drawn for both axes.
-        title: the figure's.
+        title: the figure's title.
     """
     figure, axis = plt.subplots(figsize=(6, 4.4), layout="constrained")
-    gamma, seen = table["gamma"].abs().clip(lower=1e-6), table["mean_abs"].clip(lower=1e-6)
+    gamma, activity = table["gamma"].abs().clip(lower=1e-6), table["mean_abs"].clip(lower=1e-6)
     points = axis.scatter(
-        gamma, seen, c=np.log10(table["beta"].abs().clip(lower=1e-6)), s=8, cmap="viridis", linewidths=0
+        gamma, activity, c=np.log10(table["beta"].abs().clip(lower=1e-6)), s=8, cmap="viridis", linewidths=0
     )
     line = np.geomspace(gamma.min(), gamma.max(), 50)
     axis.plot(line, line * np.sqrt(2 / np.pi), color="#888888", linewidth=1, label="E|gamma z|, z normal")
-    axis.axhline(threshold, color=SILENT, linewidth=1, linestyle="--", label=f"threshold {threshold:g}")
-    axis.set(xscale="log", yscale="log", xlabel="|gamma|", ylabel="m_c")
+    axis.axhline(threshold, color=SUPPRESSED_COLOUR, linewidth=1, linestyle="--", label=f"threshold {threshold:g}")
+    axis.set(xscale="log", yscale="log", xlabel="|gamma|", ylabel="m_c, mean absolute activation")
     axis.legend(fontsize=8)
     axis.set_title(title, fontsize=11)
     figure.colorbar(points, ax=axis, label="log10 |beta|")
