@@ -346,7 +346,59 @@ def test_validation_restores_the_mode_of_every_submodule(model, pictures):
     vae = models.load_vae(model, device="cpu").train()
     vae.encoder.mid_block.eval()
     before = [module.training for module in vae.modules()]
-    finetune.Validator(vae, pictures[1], config()).measure(0)
+    finetune.Validator(vae, pictures[1], config()).validate(0)
     channels.measure_activity(vae, lambda x: models.reconstruct(vae, x), pictures[1].batches(4))
     objective.latent_scale(vae, pictures[1].batches(4))
     assert [module.training for module in vae.modules()] == before
+
+
+def test_a_model_is_not_evaluated_on_the_pictures_that_it_was_trained_on(model, pictures, tmp_path):
+    learning, held_out = pictures
+    train_vae(model, "baseline", config(steps=1), pictures, tmp_path / "first", save_weights=True)
+    trained = str(tmp_path / "first" / "vae")
+    assert finetune.require_unseen(trained, held_out, "split").endswith("was not trained on " + held_out.name)
+    with pytest.raises(ValueError, match=r"eval_split: .* was trained on pictures of digits.train."):
+        finetune.require_unseen(trained, load_images("digits", split="train[5:7]", resolution=8), "eval_split")
+    with pytest.raises(ValueError, match=r"split: .*expected a split that the model was not trained on"):
+        finetune.require_unseen(str(tmp_path / "first"), learning, "split")
+    # fine-tuned further on other pictures, it has still been trained on the first
+    others = load_images("glyphs", resolution=16, max_images=8)
+    train_vae(trained, "baseline", config(steps=1), (others, held_out), tmp_path / "second", save_weights=True)
+    assert finetune.training_source(str(tmp_path / "second" / "vae")) == {**learning.source, **others.source}
+    # from scratch only the configuration of the first is used
+    scratch = (others, held_out)
+    train_vae(trained, "baseline", config(steps=1), scratch, tmp_path / "third", changes={}, save_weights=True)
+    assert finetune.training_source(str(tmp_path / "third" / "vae")) == others.source
+
+
+def test_where_the_training_pictures_are_not_known_it_is_said(model, pictures):
+    for name in (model, "embedded", "owner/on-the-hub"):
+        assert finetune.training_source(name) is None
+        assert finetune.require_unseen(name, pictures[0], "split").startswith("it is not known which pictures")
+
+
+@pytest.mark.parametrize("record", ["{", "[]", '{"trained_on": [1]}', '{"trained_on": {"digits[train]": [[0]]}}'])
+def test_a_damaged_record_of_the_training_pictures_is_refused(record, tmp_path):
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "run.json").write_text(record)
+    with pytest.raises(ValueError, match=r"run\.json is damaged or of another version"):
+        finetune.training_source(str(tmp_path / "vae"))
+
+
+def test_a_training_is_not_reused_for_a_model_whose_weights_were_replaced(model, pictures, tiny_vae, tmp_path):
+    train_vae(model, "baseline", config(steps=1), pictures, tmp_path / "run")
+    with torch.no_grad():
+        next(tiny_vae.parameters()).add_(1e-3)
+    tiny_vae.save_pretrained(model)
+    with pytest.raises(ValueError, match=r"run\.json was made with other settings \(model .*sha256"):
+        train_vae(model, "baseline", config(steps=1), pictures, tmp_path / "run")
+
+
+def test_the_variant_of_the_weights_is_loaded(model, pictures, tiny_vae, tmp_path):
+    tiny_vae.save_pretrained(tmp_path / "only-fp16", variant="fp16")
+    with pytest.raises(ValueError, match="fp16"):
+        train_vae(str(tmp_path / "only-fp16"), "baseline", config(steps=1), pictures, tmp_path / "run")
+    run = train_vae(
+        str(tmp_path / "only-fp16"), "baseline", config(steps=1), pictures, tmp_path / "run", variant="fp16"
+    )
+    assert run.history[-1]["step"] == 1

@@ -196,6 +196,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], documents: Mapping[
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what :func:`write_tensors` wrote: tensors on the CPU, and documents.
 
+    The checksum of 340 MB, the SDXL-VAE in float32, takes 0.07 to 0.1 s of one core, of 0.1 s in all where the file is
+    cached and of 0.5 s where it is not (measured on two busy cores). That is more than 5 % of the read, and little
+    beside the training, which reads its checkpoint once: there is no read without it.
+
     Raises:
         ValueError: a missing, damaged or foreign file.
     """

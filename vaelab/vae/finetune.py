@@ -1,7 +1,8 @@
-"""Training or fine-tuning a VAE with its channels tracked and nudged.
+"""Training or fine-tuning of a VAE, with suppressed channels tracked and nudged.
 
-From Shi, Wang and Roshka, sections 4 and 5. One call of :func:`train_vae` is one condition and one
-seed; the notebooks pair runs that share everything but the condition.
+From Shi, Wang and Roshka, sections 4 and 5. :func:`train_vae` trains under one condition with one seed;
+:func:`train_conditions` pairs trainings that share everything but the condition. A training records
+which pictures it used, so that a model is not evaluated on them (:func:`require_unseen`).
 """
 
 import json
@@ -18,8 +19,9 @@ from torch import nn
 from vaelab import models
 from vaelab.core.config import configured
 from vaelab.core.io import read_json, write_json
+from vaelab.core.paths import local
 from vaelab.core.validate import at_least, one_of
-from vaelab.data.images import Images
+from vaelab.data.images import Images, shared_pictures
 from vaelab.training.checkpoint import CHECKPOINT, LOG, Rows, TrainingLog, read_tensors, require_same_settings
 from vaelab.training.loop import EXECUTION_ONLY, TrainConfig, Watcher, train
 from vaelab.vae import channels
@@ -27,6 +29,8 @@ from vaelab.vae.nudge import Intervention, NudgeConfig, nudge_scales, random_act
 from vaelab.vae.objective import VAEObjective, evaluate_reconstruction
 
 CONDITIONS = ("baseline", "nudge", "control")
+Source = dict[str, list[list[int]]]
+"""Where pictures were drawn from, see :attr:`vaelab.data.images.Images.source`."""
 LOGS = ("history", "ChannelWatcher 0: tracked", "ChannelWatcher 0: interventions", "Validator 1: validation")
 """The lists of rows in a training's log, in the order of the fields of :class:`VAERun`."""
 
@@ -72,7 +76,7 @@ class StudyConfig:
 
 
 class ChannelWatcher(Watcher):
-    """Tracks the channels of a VAE in training, and nudges them under the conditions that do.
+    """Tracks the channels of a VAE in training, and intervenes under the conditions ``nudge`` and ``control``.
 
     ``rows`` gets a row per tracked step, ``interventions`` a row per intervention and layer; see
     :class:`VAERun`.
@@ -109,7 +113,7 @@ class ChannelWatcher(Watcher):
         self.rows.append({"step": step, "suppressed": count, "nudged": len(log), "near_zero": near_zero})
 
     def logs(self) -> dict[str, Rows]:
-        """Both lists."""
+        """The rows ``tracked`` and ``interventions``."""
         return {"tracked": self.rows, "interventions": self.interventions}
 
     def _tracked(self, step: int) -> bool:
@@ -132,13 +136,13 @@ class Validator(Watcher):
         self.rows: list[dict[str, float]] = []
 
     def after(self, step: int, optimizer: torch.optim.Optimizer) -> None:
-        """Measure if it is time."""
+        """Validate if it is time."""
         every = self._config.evaluate_every
         if step == self._config.train.steps or (every and step % every == 0):
-            self.measure(step)
+            self.validate(step)
 
-    def measure(self, step: int) -> None:
-        """Measure now."""
+    def validate(self, step: int) -> None:
+        """Validate now, and add a row for ``step``."""
         config = self._config
         tracker = channels.ActivityTracker(self._vae, config.layers)
         with tracker.track():
@@ -147,7 +151,7 @@ class Validator(Watcher):
         self.rows.append({"step": step, **result._asdict(), "suppressed": channels.count_suppressed(suppressed)})
 
     def logs(self) -> dict[str, Rows]:
-        """The rows."""
+        """The rows ``validation``."""
         return {"validation": self.rows}
 
 
@@ -173,8 +177,8 @@ def read_run(folder: str | Path, settings: dict[str, Any] | None = None) -> VAER
     """Read a finished training from its folder.
 
     Args:
-        folder: of :func:`train_vae`.
-        settings: what it must have been made with; None accepts any.
+        folder: the folder that :func:`train_vae` was given.
+        settings: the settings it must have been made with; None accepts any.
 
     Raises:
         ValueError: a missing or damaged file, or other settings.
@@ -202,39 +206,47 @@ def train_vae(
     folder: str | Path,
     *,
     revision: str | None = None,
+    variant: str | None = None,
     changes: dict[str, Any] | None = None,
     save_weights: bool = False,
 ) -> VAERun:
-    """Train ``model`` under one condition, resuming where an interrupted call stopped.
+    """Train ``model`` under one condition, or resume an interrupted training; a finished one is read.
 
     Args:
         model: as in :func:`vaelab.models.loading.load_vae`.
-        condition: ``baseline``; ``nudge``; ``control``, the same nudge on active channels.
+        condition: ``baseline``; ``nudge``; or ``control``, the same nudge on active channels.
         config: the settings; its ``train.seed`` is the run's seed.
-        pictures: to train on, and held-out ones to measure on.
-        folder: for its checkpoint while it trains, then ``run.json``, ``log.jsonl`` and, with
+        pictures: pictures to train on, and held-out ones to validate on.
+        folder: holds the checkpoint during training, then ``run.json``, ``log.jsonl`` and, with
             ``save_weights``, the diffusers folder ``vae``.
         revision: of a model on the hub.
+        variant: of the weight files, such as ``fp16``.
         changes: train from scratch, from the seed, with these changes (none: ``{}``) to the
             model's configuration; None fine-tunes its weights.
         save_weights: save the trained VAE as a diffusers folder.
+
+    Raises:
+        ValueError: a model that cannot be loaded or has no GroupNorm; or a folder that holds a training with
+            other settings, or a damaged one.
+        FloatingPointError: a loss or weight that is not finite.
     """
     from accelerate import PartialState
 
     folder = Path(folder)
     finished, checkpoint = folder / "run.json", folder / CHECKPOINT
-    settings = _settings(model, revision, condition, config, pictures, changes)
+    settings = _settings(model, revision, variant, condition, config, pictures, changes)
     if finished.exists() and (not save_weights or (folder / "vae").exists()):
         return read_run(folder, settings)
     finished.unlink(missing_ok=True)
     models.validate_precision(model, config.train.precision, revision)
     vae = models.load_vae(
-        model, device=config.train.device, revision=revision, groupnorm=True, changes=changes, seed=config.train.seed
-    )
+        model, device=config.train.device, revision=revision, variant=variant, groupnorm=True, changes=changes,
+        seed=config.train.seed,
+    )  # fmt: skip
     learning, held_out = pictures
     watcher, validator = ChannelWatcher(vae, condition, config), Validator(vae, held_out, config)
     if not checkpoint.exists():
-        validator.measure(0)
+        validator.validate(0)
     trained = train(
         VAEObjective(vae.requires_grad_(True), config.kl_weight),
         learning.shuffled(config.batch_size, config.train.seed),
@@ -247,11 +259,12 @@ def train_vae(
     result = VAERun(condition, config.train.seed, trained.history, watcher.rows, watcher.interventions, validator.rows)
     if PartialState().is_main_process:
         if save_weights:
-            shutil.rmtree(folder / "vae", ignore_errors=True)  # what a kill left half written
-            vae.eval().save_pretrained(folder / "vae")
+            shutil.rmtree(folder / "vae", ignore_errors=True)  # a kill may have left a part of it
+            models.save_with_checksums(vae.eval(), folder / "vae")
         _, documents = read_tensors(checkpoint)
         named = {"condition": condition, "seed": config.train.seed, "log": documents["log"]}
-        write_json(finished, {"settings": settings, **named})
+        source = _trained_on(None if changes is not None else model, learning)
+        write_json(finished, {"settings": settings, **named, "trained_on": source})
         checkpoint.unlink()
     return result
 
@@ -265,10 +278,18 @@ def train_conditions(
     folder: str | Path,
     *,
     revision: str | None = None,
+    variant: str | None = None,
 ) -> list[VAERun]:
     """Fine-tune under every condition with every seed; the weights of the first seed are saved.
 
-    Runs with the same seed share their data, its order and the posterior's noise.
+    Trainings with the same seed share their data, its order and the posterior's noise. The arguments
+    are those of :func:`train_vae`.
+
+    Returns:
+        The trainings, by seed and then by condition.
+
+    Raises:
+        ValueError: conditions without ``baseline``, or a condition or seed that occurs twice.
     """
     for condition in conditions:
         one_of("conditions", condition, CONDITIONS)
@@ -280,10 +301,68 @@ def train_conditions(
     for seed in seeds:
         for condition in conditions:
             seeded = replace(config, train=replace(config.train, seed=seed))
-            place = Path(folder, f"{condition}-seed{seed}")
-            save = seed == seeds[0]
-            runs.append(train_vae(model, condition, seeded, pictures, place, revision=revision, save_weights=save))
+            run_folder = Path(folder, f"{condition}-seed{seed}")
+            run = train_vae(
+                model, condition, seeded, pictures, run_folder, revision=revision, variant=variant,
+                save_weights=seed == seeds[0],
+            )  # fmt: skip
+            runs.append(run)
     return runs
+
+
+def training_source(model: str) -> Source | None:
+    """Where the pictures were drawn from that a model was trained on.
+
+    Args:
+        model: as in :func:`vaelab.models.loading.load_vae`.
+
+    Returns:
+        The recorded source of a model that :func:`train_vae` saved (its folder ``vae`` or the folder around it);
+        None for any other model, of which it is not known.
+
+    Raises:
+        ValueError: a damaged record.
+    """
+    folder = local(model)
+    if folder is None:
+        return None
+    path = next((place / "run.json" for place in (folder, folder.parent) if (place / "run.json").is_file()), None)
+    if path is None or not (path.parent / "vae").is_dir():
+        return None
+    try:
+        source = read_json(path).get("trained_on")
+        if source is not None:
+            shared_pictures(source, source)
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ValueError(f"{path} is damaged or of another version ({error!r})") from error
+    return source
+
+
+def describe_overlap(model: str, images: Images) -> str:
+    """A sentence on whether a model was trained on these pictures, for a notebook's output."""
+    source = training_source(model)
+    if source is None:
+        return f"it is not known which pictures {model!r} was trained on"
+    if not (count := shared_pictures(source, images.source)):
+        return f"{model!r} was not trained on {images.name}"
+    return f"{model!r} was trained on pictures of {images.name}: the two splits share {count}"
+
+
+def require_unseen(model: str, images: Images, parameter: str) -> str:
+    """Return :func:`describe_overlap` of a model that was not trained on pictures which it is evaluated on.
+
+    Args:
+        model: as in :func:`vaelab.models.loading.load_vae`.
+        images: pictures to evaluate on.
+        parameter: the notebook parameter that chose their split, which begins the error.
+
+    Raises:
+        ValueError: the model was trained on the split, or on a part of it.
+    """
+    sentence = describe_overlap(model, images)
+    if shared_pictures(training_source(model) or {}, images.source):
+        raise ValueError(f"{parameter}: {sentence}; expected a split that the model was not trained on")
+    return sentence
 
 
 def scale_parameters(model: nn.Module) -> tuple[str, ...]:
@@ -295,6 +374,7 @@ def scale_parameters(model: nn.Module) -> tuple[str, ...]:
 def _settings(
     model: str,
     revision: str | None,
+    variant: str | None,
     condition: str,
     config: StudyConfig,
     pictures: tuple[Images, Images],
@@ -306,8 +386,22 @@ def _settings(
     for name in EXECUTION_ONLY:
         decides.pop(name)
     data = [f"{images.name} x {len(images)} at {images.resolution}" for images in pictures]
-    named = {"model": model, "revision": revision, "condition": condition, "data": data, "changes": changes}
+    # weights by their content, since a folder may be replaced; from scratch only the configuration is used
+    start = {"model": model, "revision": revision}
+    if changes is None:
+        start = {"model": models.identity(model, revision=revision, variant=variant, kind="vae")}
+    named = {**start, "condition": condition, "data": data, "changes": changes}
     return json.loads(json.dumps({**decides, **named}))
+
+
+def _trained_on(model: str | None, learning: Images) -> Source:
+    """The source of these pictures, and of those that the model was trained on before, where that is known."""
+    source = dict(learning.source)
+    earlier = (training_source(model) if model else None) or {}
+    for identity, ranges in earlier.items():
+        here = source.get(identity, [])
+        source[identity] = [*here, *(part for part in ranges if part not in here)]
+    return source
 
 
 def _by_layer(interventions: list[Intervention]) -> list[dict[str, Any]]:
