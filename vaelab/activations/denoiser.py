@@ -1,8 +1,9 @@
 """A denoiser's features, of prompts or of pictures, for every supported kind of pipeline.
 
-From prompts, the pipeline runs as it always does and blocks are captured at chosen steps (Surkov et
-al., "Unpacking SDXL Turbo": the update D_out - D_in of equation 6). From pictures, each is encoded,
-noised to a timestep and passed once through the denoiser (Kim et al., "Revelio", section 3).
+From prompts, the pipeline runs as usual and blocks are captured at chosen steps. By default the block's
+update, its output minus its input, is captured (D_out - D_in in equation 6 of Surkov et al., "Unpacking SDXL
+Turbo"). From pictures, each picture is encoded, noised to a timestep and passed once through the denoiser
+(Kim et al., "Revelio", section 3).
 """
 
 import contextlib
@@ -19,22 +20,31 @@ from torch import Tensor, nn
 from vaelab.core.validate import at_least
 from vaelab.hooks import capture
 from vaelab.models import block_names
-from vaelab.models.block_names import denoiser, picture_entry
-from vaelab.models.conditioning import add_noise, by_class, classes, condition, encode, last_timestep, patch, predict
+from vaelab.models.block_names import find_denoiser, picture_entry
+from vaelab.models.conditioning import (
+    add_noise,
+    class_numbers,
+    encode_pictures,
+    encode_prompts,
+    is_class_conditional,
+    last_timestep,
+    patch_size,
+    predict,
+)
 from vaelab.models.vocabulary import report_unknown_words
 
 __all__ = [
-    "Features", "Sampling", "add_noise", "condition", "count_passes", "encode", "from_pictures", "from_prompts",
-    "generate", "generate_all", "last_timestep", "predict", "validate_size",
+    "Features", "Sampling", "add_noise", "count_passes", "encode_pictures", "encode_prompts", "from_pictures",
+    "from_prompts", "generate", "generate_all", "last_timestep", "predict", "validate_size",
 ]  # fmt: skip
 
 OWN_ARGUMENTS = (
     "prompt", "class_labels", "generator", "num_inference_steps", "guidance_scale", "height", "width", "output_type",
     "num_images_per_prompt", "return_dict",
 )  # fmt: skip
-"""Arguments of a pipeline's call that cannot be among :attr:`Sampling.options`, since the lab sets them."""
+"""Arguments of a pipeline's call that the lab sets, so that :attr:`Sampling.options` must not contain them."""
 SIDES = 8
-"""Pixels of which both sides of a picture must be multiples in all of diffusers' pipelines."""
+"""All of diffusers' pipelines require both sides of a picture to be multiples of this number of pixels."""
 OTHER_PASSES = ("timesteps", "sigmas", "denoising_end", "true_cfg_scale", "skip_guidance_layers")
 """Options that change the number of passes of the denoiser, so that passes cannot be assigned to steps."""
 
@@ -43,26 +53,28 @@ class Features(NamedTuple):
     """Captured tensors of blocks for a batch of B prompts or pictures."""
 
     maps: dict[str, list[Tensor]]
-    """For each block a list of tensors (B, h, w, d), one for each requested step (timestep), in that order."""
+    """For each block a list of tensors (B, h, w, d): one per captured step in rising order (from prompts), or one per
+    timestep in the order given (from pictures)."""
     unguided: dict[str, list[Tensor]]
-    """The same for the half without the prompt, where there is classifier-free guidance; else empty."""
+    """The same for the half of the batch without the prompt, if there is classifier-free guidance; empty otherwise."""
     pictures: Tensor | None
-    """(B, 3, H, W) in [-1, 1]; None if no pictures were requested."""
+    """The generated pictures (B, 3, H, W) in [-1, 1]; None if no pictures were requested."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How pictures are made from prompts."""
+    """How pictures are generated from prompts."""
 
     steps: int = 4
-    """Denoising steps."""
+    """Number of denoising steps that the scheduler is set to; :func:`count_passes` gives the denoiser's passes."""
     guidance_scale: float = 3.0
-    """Of classifier-free guidance; up to 1 there is none (SDXL Turbo: 0)."""
+    """Scale of classifier-free guidance; values up to 1 switch guidance off (SDXL Turbo uses 0)."""
     height: int | None = None
-    """Of the pictures, in pixels, together with the width; None takes the model's own."""
+    """Height of the pictures in pixels. Height and width are given together; None means the model's default size."""
     width: int | None = None
+    """Width of the pictures in pixels."""
     options: dict[str, Any] = field(default_factory=dict)
-    """More arguments of the pipeline's own call."""
+    """Further arguments of the pipeline's own call."""
 
     def __post_init__(self) -> None:
         at_least("steps", self.steps, 1)
@@ -79,16 +91,17 @@ class Sampling:
 
 @torch.no_grad()
 def generate(pipeline: Any, prompts: Sequence[str | int], seeds: Sequence[int], sampling: Sampling) -> Tensor:
-    """Pictures (B, 3, H, W) in [-1, 1], each from its prompt and its own seed.
+    """Generate pictures (B, 3, H, W) in [-1, 1], each from its prompt and its own seed.
 
     Args:
         pipeline: a diffusers pipeline.
-        prompts: B prompts; class numbers or names for a class-conditional model.
-        seeds: one a prompt: a picture does not depend on the batch that it is made in.
+        prompts: B prompts; for a class-conditional model class indices or class names.
+        seeds: one seed per prompt, so that a picture does not depend on the batch in which it is generated.
         sampling: steps, guidance and size.
 
     Raises:
-        ValueError: not one seed for each prompt, an unknown class, or a size for a model that has only one.
+        ValueError: the numbers of seeds and prompts differ; a class is unknown; the model cannot make pictures of
+            this size; or the pipeline also needs a picture.
     """
     with _quiet(pipeline):
         pictures = pipeline(**_call(pipeline, prompts, seeds, sampling), output_type="np").images
@@ -98,7 +111,7 @@ def generate(pipeline: Any, prompts: Sequence[str | int], seeds: Sequence[int], 
 def generate_all(
     pipeline: Any, prompts: Sequence[str | int], sampling: Sampling, *, batch_size: int = 16, seed: int = 0
 ) -> Tensor:
-    """Pictures (N, 3, H, W) of any number of prompts, on the CPU; number i is drawn with ``seed + i``."""
+    """Generate pictures (N, 3, H, W) from any number of prompts, on the CPU; picture i uses the seed ``seed + i``."""
     at_least("batch_size", batch_size, 1)
     at_least("prompts", len(prompts), 1)
     parts = [range(len(prompts))[first : first + batch_size] for first in range(0, len(prompts), batch_size)]
@@ -118,33 +131,34 @@ def from_prompts(
     steps: Collection[int] | None = None,
     pictures: bool = False,
 ) -> Features:
-    """Capture blocks while pictures are made.
+    """Capture blocks while pictures are generated from prompts.
 
     Args:
         pipeline: a diffusers pipeline.
-        prompts: B prompts; class numbers or names for a class-conditional model.
-        seeds: one a prompt: its features do not depend on the batch that it is in.
+        prompts: B prompts; for a class-conditional model class indices or class names.
+        seeds: one seed per prompt, so that its features do not depend on the batch in which they are captured.
         blocks: short names (see :func:`vaelab.models.block_names.blocks`) or module paths.
         sampling: steps, guidance and size.
-        side: ``update``, ``output`` or ``input`` of the block.
-        steps: the captured steps, counted from 0; they are returned in rising order. None for all (see
-            :func:`count_passes`).
-        pictures: whether to return the pictures too; if not, the pass ends after the last capture.
+        side: what to capture of each block: ``update`` (output minus input), ``output`` or ``input``.
+        steps: the passes of the denoiser to capture, counted from 0; the features are in rising order. None means
+            all passes (see :func:`count_passes`).
+        pictures: whether to return the pictures too; if not, generation stops after the last capture.
 
     Raises:
-        ValueError: an unknown block, a step that the sampling does not have, or what :func:`generate` refuses.
+        ValueError: a block is unknown, the sampling does not have one of the steps, or an option changes the number of
+            passes; also the errors of :func:`generate`.
     """
-    found = block_names.resolve(pipeline, blocks)
+    found = block_names.find_blocks(pipeline, blocks)
     n_passes = count_passes(pipeline, sampling)
     captured = sorted(set(range(n_passes) if steps is None else steps))
     if not captured or not 0 <= captured[0] <= captured[-1] < n_passes:
         raise ValueError(f"capture_steps: expected numbers from 0 to {n_passes - 1}, got {captured}")
     images = None
-    model, paths = denoiser(pipeline), list(dict.fromkeys(found.values()))
+    model, paths = find_denoiser(pipeline), list(dict.fromkeys(found.values()))
     with _capture_pictures(model, paths, side, calls=captured, stop=not pictures) as seen:
         images = generate(pipeline, prompts, seeds, sampling)
     aspect = sampling.height / sampling.width if sampling.height else block_names.own_aspect(model)
-    whole = {name: [block_names.maps(one, aspect) for one in seen[path]] for name, path in found.items()}
+    whole = {name: [block_names.to_maps(one, aspect) for one in seen[path]] for name, path in found.items()}
     guided, unguided = _halves(pipeline, whole, len(prompts))
     return Features(guided, unguided, images)
 
@@ -165,43 +179,45 @@ def from_pictures(
     Args:
         pipeline: a diffusers pipeline.
         pixels: (B, 3, H, W) in [-1, 1].
-        seeds: one a picture; they fix its noise, which is the same at every timestep.
-        timesteps: from 0 (the picture) to the scheduler's last (noise).
+        seeds: one seed per picture, which determines its noise; the noise is the same at every timestep.
+        timesteps: timesteps from 0 (the picture) to the scheduler's last (noise).
         blocks: short names (see :func:`vaelab.models.block_names.blocks`) or module paths.
-        prompts: one a picture; class numbers or names for a class-conditional model; None for none, see
-            :func:`vaelab.models.conditioning.condition`.
-        side: ``output``, ``input`` or ``update`` of the block.
+        prompts: one prompt per picture; for a class-conditional model class indices or class names. None means no
+            prompt, see :func:`vaelab.models.conditioning.encode_prompts`.
+        side: what to capture of each block: ``output``, ``input`` or ``update`` (output minus input).
 
     Raises:
-        ValueError: an unknown block or class, a timestep that the scheduler does not have, a size
-            that the model cannot take, or not a seed (a prompt) for each picture.
+        ValueError: a block or class is unknown, the scheduler does not have one of the timesteps, the model cannot
+            take pictures of this size, or there is not exactly one seed (and prompt) per picture.
     """
-    found, timesteps, last = block_names.resolve(pipeline, blocks), list(timesteps), last_timestep(pipeline)
+    found, timesteps, last = block_names.find_blocks(pipeline, blocks), list(timesteps), last_timestep(pipeline)
     if not timesteps or min(timesteps) < 0 or max(timesteps) > last:
         raise ValueError(f"timesteps: expected numbers from 0 to {last}, got {timesteps}")
     _same_number("seeds", seeds, len(pixels))
     _same_number("prompts", pixels if prompts is None else prompts, len(pixels))
-    model, paths = denoiser(pipeline), list(dict.fromkeys(found.values()))
-    latents = encode(pipeline, pixels)
+    model, paths = find_denoiser(pipeline), list(dict.fromkeys(found.values()))
+    latents = encode_pictures(pipeline, pixels)
     noise = torch.stack([torch.randn(latents.shape[1:], generator=one) for one in _generators(seeds)]).to(latents)
-    conditions = condition(pipeline, prompts, len(pixels), pixels.shape[-2:])
+    conditions = encode_prompts(pipeline, prompts, len(pixels), pixels.shape[-2:])
     captured: dict[str, list[Tensor]] = {name: [] for name in found}
     for timestep in timesteps:
         noisy = add_noise(pipeline, latents, noise, timestep)
         with _capture_pictures(model, paths, side, stop=True) as seen:
             predict(pipeline, noisy, timestep, conditions)
         for name, path in found.items():
-            captured[name].append(block_names.maps(seen[path][0], latents.shape[-2] / latents.shape[-1]))
+            captured[name].append(block_names.to_maps(seen[path][0], latents.shape[-2] / latents.shape[-1]))
     return Features(captured, {}, None)
 
 
 def count_passes(pipeline: Any, sampling: Sampling) -> int:
-    """The number of passes of the denoiser that make a picture.
+    """Count the passes of the denoiser that generate one picture.
 
-    It is the number of steps n for most schedulers, n + 1 for PNDM, and 2 n - 1 for schedulers of the second order.
+    Most schedulers make as many passes as there are steps, n; PNDM makes n + 1, and schedulers of the second order
+    make 2 n - 1.
 
     Raises:
-        ValueError: an option that changes the number of passes.
+        ValueError: ``sampling.options`` has an entry that changes the number of passes: ``timesteps``, ``sigmas``,
+            ``denoising_end``, ``true_cfg_scale`` or ``skip_guidance_layers``.
     """
     for name in sampling.options:
         if name in OTHER_PASSES:
@@ -212,18 +228,19 @@ def count_passes(pipeline: Any, sampling: Sampling) -> int:
     return len(scheduler.timesteps)
 
 
-def validate_size(pipeline: Any, sampling: Sampling, only: int | None = None) -> None:
-    """Check the size of the pictures before anything is drawn.
+def validate_size(pipeline: Any, sampling: Sampling, required: int | None = None) -> None:
+    """Check the size of the pictures before any is generated.
 
     Args:
         pipeline: a diffusers pipeline.
-        sampling: gives the size.
-        only: the required side in pixels, such as that of the pictures that an oracle reads; None for any.
+        sampling: its height and width are checked.
+        required: the required height and width in pixels, for instance the size of the pictures that the scene reader
+            (:mod:`vaelab.world.oracle`) can read; None accepts any size.
 
     Raises:
-        ValueError: a size that the model cannot make, or another than the required one.
+        ValueError: the model cannot make pictures of this size, or the size is not the required one.
     """
-    model, vae = denoiser(pipeline), getattr(pipeline, "vae", None)
+    model, vae = find_denoiser(pipeline), getattr(pipeline, "vae", None)
     scale = 2 ** (len(vae.config.block_out_channels) - 1) if vae else 1
     if sampling.height is None:
         own = model.config.get("sample_size") or 0
@@ -231,22 +248,24 @@ def validate_size(pipeline: Any, sampling: Sampling, only: int | None = None) ->
     else:
         height, width = sampling.height, sampling.width
         rounds_by_itself = "use_resolution_binning" in signature(pipeline.__call__).parameters
-        multiple = math.lcm(SIDES, 1 if rounds_by_itself else scale * patch(model))
+        multiple = math.lcm(SIDES, 1 if rounds_by_itself else scale * patch_size(model))
         if height % multiple or width % multiple:
             raise ValueError(f"resolution: pictures of {height} x {width}; this model takes multiples of {multiple}")
-    if only and height and (height, width) != (only, only):
-        raise ValueError(f"resolution: pictures of {height} x {width}; of this dataset they must be {only} x {only}")
+    if required and height and (height, width) != (required, required):
+        raise ValueError(
+            f"resolution: pictures of {height} x {width}; of this dataset they must be {required} x {required}"
+        )
 
 
 @contextlib.contextmanager
 def _capture_pictures(
     model: nn.Module, paths: Sequence[str], side: str, *, calls: Collection[int] | None = None, stop: bool
 ) -> Iterator[Mapping[str, list[Tensor]]]:
-    """Capture of each module the picture's tensor."""
+    """Capture the picture's tensor of each module; modules with a text stream give several tensors."""
     groups: dict[int, list[str]] = {}
     for path in paths:
         groups.setdefault(picture_entry(model, path), []).append(path)
-    stop = stop and len(groups) == 1  # a pass that ends for one group would end before the other's last layer
+    stop = stop and len(groups) == 1  # stopping after the last layer of one group could miss layers of the other
     with contextlib.ExitStack() as stack:
         captures = [
             stack.enter_context(capture(model, group, side=side, entry=entry, calls=calls, stop=stop))
@@ -256,11 +275,12 @@ def _capture_pictures(
 
 
 def _halves(pipeline: Any, maps: dict[str, list[Tensor]], count: int) -> tuple[dict, dict]:
-    """The maps with the prompts, and those without where the batch was doubled for guidance."""
+    """Split the maps into those with the prompts and those without; the latter exist if guidance doubled the batch."""
     if all(len(one) == count for ones in maps.values() for one in ones):
         return maps, {}
     first, second = ({name: [one.chunk(2)[half] for one in ones] for name, ones in maps.items()} for half in (0, 1))
-    return (first, second) if by_class(pipeline) else (second, first)  # the order of DiT's pipeline is its own
+    # DiT's pipeline puts the half with the prompts first, all others put it second
+    return (first, second) if is_class_conditional(pipeline) else (second, first)
 
 
 def _same_number(parameter: str, given: Sequence, count: int) -> None:
@@ -278,10 +298,10 @@ def _call(pipeline: Any, prompts: Sequence[str | int], seeds: Sequence[int], sam
         )
     _same_number("prompts", prompts, len(prompts))
     _same_number("seeds", seeds, len(prompts))
-    if by_class(pipeline):
+    if is_class_conditional(pipeline):
         if sampling.height is not None:
             raise ValueError("height and width: a class-conditional model makes pictures of its own size alone")
-        arguments = {"class_labels": classes(pipeline, prompts)}
+        arguments = {"class_labels": class_numbers(pipeline, prompts)}
     else:
         arguments = {"prompt": [str(prompt) for prompt in prompts]}
         report_unknown_words(pipeline, arguments["prompt"])

@@ -1,7 +1,12 @@
-"""Writing activations to disk, such that a kill at any moment neither repeats nor drops a row.
+"""Writing activations to disk so that an interrupted collection can be resumed without repeating or losing a row.
+
+A *capture* (or item) is the maps of all blocks for one picture or prompt at one timestep, with its metadata. A *shard*
+is a fixed number of consecutive captures: one data file per block and one file of metadata. A shard's *manifest* lists
+the sizes and checksums of these files; it is written after all of them are on the disk, and only then does the shard
+exist. See :mod:`vaelab.store.format`.
 
 :class:`Writer` takes captures and hands their bytes to a :class:`BackgroundThread`, which writes them to
-:class:`ChecksummedFile` objects. A shard's manifest is written after all of its files are on the disk.
+:class:`ChecksummedFile` objects.
 """
 
 import hashlib
@@ -39,15 +44,15 @@ from vaelab.store.format import (
 
 LOCK = ".lock"
 MAX_QUEUED_BYTES = 2**26
-"""Bytes that may wait to be written; a larger batch waits alone. A limit four times as large was slower, since it
-uses more fresh memory than it saves waiting."""
+"""Largest number of bytes in the queue of writes; a batch that is larger is queued alone. A limit four times as large
+was slower, because it uses more fresh memory and saves little waiting."""
 PIECE = 2**19
 """Bytes of one write call. Linux caches larger writes in larger pages, which on a virtual machine can be new to the
 host and then cost five times as much; smaller ones take the disk longer."""
 REQUIRED = (("prompt", "image"), ("seed",), ("timestep",))
-"""Keys that every item must have, one of each group."""
+"""Every item must have one key of each group."""
 RESERVED = ("block", "position")
-"""Keys that an item must not have, since reading adds them."""
+"""Keys that an item must not have, because reading adds them."""
 
 
 def create(
@@ -58,23 +63,24 @@ def create(
     items_per_shard: int = 256,
     settings: dict[str, Any] | None = None,
 ) -> "Writer":
-    """Start a store in a local folder, or resume the one that is there.
+    """Start a store in a local folder, or resume the store that is there.
 
-    A store is resumed where its layout, precision and settings are the same. What a killed collection had not
-    finished is removed, and ``writer.items_done`` is the number of the next item to add. A complete store is opened
-    as it is, and none of its files is written.
+    A store is resumed if its layout, precision and settings are the same. The unfinished shard of an interrupted
+    collection is removed, and ``writer.items_done`` is the index of the next item to add. A complete store is opened
+    without changing any of its files.
 
     Args:
-        folder: the folder of the store; it is created where it does not exist.
+        folder: the store's folder; it is created if it does not exist.
         layout: the blocks and the shapes of their maps.
-        precision: of the stored numbers: ``float16``, ``bfloat16`` or ``float32``.
-        items_per_shard: captures that are read as one piece, and that a kill can lose in addition to those that wait
-            to be written; 256 captures of 16x16x1280 in float16 are 168 MB. A store that is resumed keeps its own.
-        settings: everything that decides the stored numbers, plain JSON: model, prompts, steps, seed, ...
+        precision: the precision of the stored values: ``float16``, ``bfloat16`` or ``float32``.
+        items_per_shard: captures per shard. If the process is killed, up to this many captures are lost, besides
+            those still queued. 256 captures of 16x16x1280 in float16 are 168 MB. A resumed store keeps its own
+            shard size.
+        settings: everything that determines the stored values, as plain JSON: model, prompts, steps, seed, ...
 
     Raises:
-        ValueError: the folder holds something other than a store, a store of other settings (the error lists them)
-            or a damaged one, or another process is writing to it.
+        ValueError: the folder holds something other than a store, a store with other settings (the error lists the
+            differences) or a damaged store; or another process is writing to it.
     """
     if "://" in str(folder) or "::" in str(folder):
         raise ValueError(f"folder: {folder!r} is not local; write the store to a local folder, then copy the folder")
@@ -85,15 +91,15 @@ class Writer:
     """A store that is being written; a context manager, made by :func:`create`.
 
     On exit without an exception the last shard is written and the store is marked as complete. On exit with an
-    exception the store stays as a kill would leave it: whole shards, from which :func:`create` resumes.
+    exception the store keeps only its finished shards, and :func:`create` resumes after them.
     """
 
     folder: Path
-    """The folder of the store."""
+    """The store's folder."""
     spec: Spec
     """The store's layout, precision, settings and shard size."""
     items_done: int
-    """Number of items in the store, including those that wait to be written; the next item has this number."""
+    """Number of items in the store, including queued ones; also the index of the next item."""
     complete: bool
     """Whether the store is complete, so that nothing can be added."""
 
@@ -116,7 +122,7 @@ class Writer:
         self._open = True
 
     def _open_complete(self) -> bool:
-        """Open a complete store without writing anything; False where there is none."""
+        """Open a complete store without writing anything; False if the folder holds no complete store."""
         items = self._read_index()
         if items is None:
             return False
@@ -125,10 +131,10 @@ class Writer:
         return True
 
     def _read_index(self) -> int | None:
-        """The number of items of a complete store; None where the store is not complete or not started.
+        """Read the number of items of a complete store; None if the store is not complete or not started.
 
         Raises:
-            ValueError: the folder holds something else, or a store of other settings.
+            ValueError: the folder holds something other than a store, or a store with other settings.
         """
         if os.path.lexists(self.folder) and not self.folder.is_dir():
             raise ValueError(f"folder: {str(self.folder)!r} is a file; expected a folder")
@@ -146,7 +152,7 @@ class Writer:
                 f"{self.folder} was made with other settings ({', '.join(differing)}); delete it, or give another "
                 "folder"
             )
-        self.spec = spec  # with the shard size of the store that is there
+        self.spec = spec  # keeps the shard size of the existing store
         return items
 
     def _take_lock(self) -> Any:
@@ -173,7 +179,7 @@ class Writer:
         self.items_done = len(shards) * self.spec.items_per_shard
 
     def _remove_unfinished(self, shards: Sequence[Shard]) -> None:
-        """Remove the files of this store's layout that belong to no finished shard, and no others."""
+        """Remove only those files of this store's layout that belong to no finished shard."""
         blocks = {data_file(0, block).split(".", 1)[1] for block in self.spec.layout}
         for path in sorted(self.folder.glob("shard-*")):
             match = re.fullmatch(r"shard-(\d{5,})\.(.+)", path.name)
@@ -181,18 +187,20 @@ class Writer:
                 path.unlink()
 
     def add(self, maps: Mapping[str, Tensor], items: Sequence[dict[str, Any]]) -> None:
-        """Add the next n captures. They are written in the background; the arguments may be overwritten at once.
+        """Add the next n captures. They are written in the background; the tensors may be reused as soon as the call
+        returns.
 
         Args:
-            maps: for every block a floating-point tensor (n, positions..., width), on any device.
-            items: for each capture its ``prompt`` or ``image``, ``seed`` and ``timestep``, and further metadata, as
-                plain JSON.
+            maps: a floating-point tensor (n, positions..., width) for every block, on any device.
+            items: the metadata of each capture, as plain JSON: ``prompt`` or ``image``, ``seed``, ``timestep``, and
+                any further entries.
 
         Raises:
-            ValueError: a block too many or too few, a wrong shape, an item that lacks a key, or a number that is not
-                finite or that the precision cannot hold. Nothing is stored then.
-            OSError: naming the file that this or an earlier call could not write; the store is then as a kill would
-                leave it, and takes nothing more.
+            ValueError: a block is missing or unknown, a shape is wrong, an item lacks a required key or has a
+                reserved one, or a value is not finite or does not fit the precision. In these cases none of the n
+                captures is stored.
+            OSError: this or an earlier call could not write a file, which the error names. The store then keeps its
+                finished shards and accepts no more captures.
         """
         if self.complete or not self._open:
             raise ValueError(f"{self.folder} is {'complete' if self.complete else 'closed'}: nothing can be added")
@@ -210,10 +218,10 @@ class Writer:
         self.items_done += len(texts)
 
     def close(self) -> None:
-        """Write the last shard and mark the store as complete; everything is on the disk when this returns.
+        """Write the last shard and mark the store as complete. When this returns, everything is on the disk.
 
         Raises:
-            OSError: naming the file that could not be written.
+            OSError: a file could not be written; the error names it.
         """
         if not self._open:
             return
@@ -249,7 +257,7 @@ class Writer:
         return to_json(f"items: item {number}", item)
 
     def _rows(self, block: str, value: Tensor, items: int) -> Tensor:
-        """The rows as they are stored, (items * positions, width) on the CPU."""
+        """Convert a block's maps to the rows that are stored, (items * positions, width) on the CPU."""
         shape = self.spec.layout[block]
         expected = (items, *shape.positions, shape.width)
         if tuple(value.shape) != expected or not value.is_floating_point():
@@ -258,7 +266,8 @@ class Writer:
         if items and not all_finite(stored):
             raise self._not_finite(block, value.detach(), stored.reshape(items, -1))
         stored = stored.cpu()
-        return stored.clone() if stored.data_ptr() == value.data_ptr() else stored  # never the caller's memory
+        # a copy, so that the caller may reuse its tensor
+        return stored.clone() if stored.data_ptr() == value.data_ptr() else stored
 
     def _not_finite(self, block: str, value: Tensor, stored: Tensor) -> ValueError:
         bad = int((~stored.isfinite()).any(1).nonzero()[0])
@@ -271,7 +280,7 @@ class Writer:
         )
 
     def _write(self, rows: dict[str, Tensor], texts: list[str], begin: int) -> int:
-        """Write items from number ``begin`` to the end of the shard at most; returns how many."""
+        """Write items from index ``begin`` on, at most up to the end of the shard; return how many were written."""
         full = self.spec.items_per_shard
         taken = texts[begin : begin + full - len(self._items)]
         for block, value in rows.items():
@@ -293,7 +302,7 @@ class Writer:
         return file
 
     def _end_shard(self) -> None:
-        """Finish the shard's files and write its manifest, after everything that was added before."""
+        """Queue the end of the shard: its files are finished and its manifest is written after all queued writes."""
         self._background.submit(_finish_shard, self.folder, self.spec, self._shard, self._files, self._items)
         self._shard, self._items, self._files = self._shard + 1, [], {}
 
@@ -315,12 +324,12 @@ class Writer:
 
 
 def _precedes_index(name: str) -> bool:
-    """Whether a writer that was killed before it wrote its index may have left an entry of this name."""
+    """Whether a writer that was interrupted before it wrote its index may have left a file or folder of this name."""
     return name == LOCK or name.startswith(DRAFT)
 
 
 def _finish_shard(folder: Path, spec: Spec, shard: int, data: dict[str, "ChecksummedFile"], items: list[str]) -> None:
-    """Sync a shard's files to the disk, then write the manifest with which the shard exists."""
+    """Sync a shard's files to the disk, then write its manifest, which makes the shard part of the store."""
     with closing(ChecksummedFile(folder / items_file(shard))) as items_list:
         items_list.write(b"[\n" + ",\n".join(items).encode() + b"\n]\n")
         if len(items) < spec.items_per_shard:
@@ -334,20 +343,23 @@ def _finish_shard(folder: Path, spec: Spec, shard: int, data: dict[str, "Checksu
 
 
 class BackgroundThread:
-    """A thread that runs one job after the other, so that the caller need not wait for them.
+    """A thread that runs queued jobs one after the other, so that the caller need not wait for them.
 
-    After a job that failed no other runs, and the next call raises its error.
+    If a job fails, no further job runs: :meth:`submit` and :meth:`wait` raise its error, :meth:`close` returns it.
     """
 
     def __init__(self, max_bytes: int):
-        """Args: ``max_bytes``, the bytes that waiting jobs may hold; a job that holds more waits alone."""
+        """Args: ``max_bytes``, the bytes that queued jobs may keep in memory; a larger job is queued alone."""
         self._thread, self._max_bytes = ThreadPoolExecutor(1, "vaelab-store"), max_bytes
         self._waiting: deque[tuple[Future, int]] = deque()
         self._bytes = 0
         self._error: BaseException | None = None
 
     def submit(self, job: Callable[..., Any], *args: Any, size: int = 0) -> None:
-        """Run ``job(*args)``, which holds ``size`` bytes, after those before it; blocks while these hold too much."""
+        """Queue ``job(*args)``, which keeps ``size`` bytes in memory.
+
+        Blocks while the queued jobs and this one together keep more than ``max_bytes`` in memory.
+        """
         while self._waiting and (self._waiting[0][0].done() or self._bytes + size > self._max_bytes):
             self._wait_for_first()
         self._raise()
@@ -355,13 +367,13 @@ class BackgroundThread:
         self._bytes += size
 
     def wait(self) -> None:
-        """Return once every job has run."""
+        """Wait until every job has run."""
         while self._waiting:
             self._wait_for_first()
         self._raise()
 
     def close(self) -> BaseException | None:
-        """Run the jobs that wait, end the thread, and return the error of the job that failed."""
+        """Run the queued jobs, end the thread, and return the error of the job that failed; None if none failed."""
         self._thread.shutdown()
         return self._error
 
@@ -386,7 +398,7 @@ class ChecksummedFile:
     """A new file whose checksum (XXH3, 128 bits) is computed while it is written. Errors name the file."""
 
     def __init__(self, path: Path):
-        """Create the file ``path``; raises FileExistsError where something of that name exists."""
+        """Create the file ``path``; raises FileExistsError if something of that name exists."""
         self.path, self._digest, self._bytes = path, xxhash.xxh3_128(), 0
         self._file = open(path, "x+b", buffering=0)  # noqa: SIM115
 
@@ -414,14 +426,14 @@ class ChecksummedFile:
             self._digest = hashlib.file_digest(self._file, xxhash.xxh3_128)
 
     def finish(self) -> dict[str, Any]:
-        """Sync the file to the disk and close it; returns its manifest entry."""
+        """Sync the file to the disk, close it, and return its manifest entry."""
         with naming(self.path):
             os.fsync(self._file.fileno())
             self._file.close()
         return {"xxh128": self._digest.hexdigest(), "bytes": self._bytes}
 
     def close(self) -> None:
-        """Close the file as it is."""
+        """Close the file without syncing it."""
         self._file.close()
 
 
@@ -436,10 +448,10 @@ def sync_folder(folder: Path) -> None:
 
 
 def flatten_positions(maps: Tensor) -> Tensor:
-    """Maps (n, positions..., width) as contiguous rows (n * positions, width)."""
+    """Flatten maps (n, positions..., width) to contiguous rows (n * positions, width)."""
     if maps.device.type != "cpu" or maps.is_contiguous():
         return maps.reshape(-1, maps.shape[-1]).contiguous()
-    # one item at a time: torch transposes a matrix in blocks, but a larger tensor number by number
+    # one item at a time: torch transposes a matrix in blocks, but a larger tensor value by value
     out = torch.empty(len(maps), maps.shape[1:-1].numel(), maps.shape[-1], dtype=maps.dtype)
     for target, item in zip(out, maps, strict=True):
         target.copy_(item.reshape(target.shape))
@@ -447,10 +459,10 @@ def flatten_positions(maps: Tensor) -> Tensor:
 
 
 def all_finite(rows: Tensor) -> bool:
-    """Whether all numbers of a non-empty tensor are finite; much faster than ``rows.isfinite().all()``."""
+    """Whether all values of a non-empty tensor are finite; much faster than ``rows.isfinite().all()``."""
     if rows.device.type != "cpu":
-        return bool(torch.stack(rows.aminmax()).isfinite().all())  # NaN comes out as both extremes
-    # compare the bits in numpy: torch's threads, once woken, occupy the core that the writing needs
+        return bool(torch.stack(rows.aminmax()).isfinite().all())  # a NaN makes both extremes NaN
+    # compare the bits in numpy: torch's threads, once started, occupy the core that the background thread needs
     integer = {2: torch.int16, 4: torch.int32}[rows.itemsize]
     bits, infinity = rows.view(integer).numpy(), int(torch.tensor(math.inf, dtype=rows.dtype).view(integer))
     negative_infinity = 2 ** (8 * rows.itemsize - 1) + infinity
