@@ -91,7 +91,7 @@ def finished(params_file: Path) -> bool:
     """Whether the run of a params file is finished with the parameters the file has now.
 
     Raises:
-        ValueError: it is finished with other parameters that decide its results, or its results are damaged.
+        ValueError: the run was made with other values of parameters that decide its results, or its results are damaged.
     """
     folder = output_of(params_file)
     recover(folder)
@@ -111,10 +111,10 @@ def run(params_file: Path, *, overwrite: bool = False) -> bool:
 
     Args:
         params_file: a file under ``params/``.
-        overwrite: whether to replace the run's results where it is finished.
+        overwrite: whether to replace the results of a finished run.
 
     Returns:
-        Whether it ran; False where it is finished already.
+        Whether it ran; False if it was finished already.
 
     Raises:
         ValueError: see :func:`load_params` and :func:`finished`.
@@ -140,7 +140,7 @@ def run(params_file: Path, *, overwrite: bool = False) -> bool:
 
 
 def _execute(params_file: Path, params: dict[str, Any]) -> None:
-    """Execute the notebook; a finished run's notebook and page are replaced only when the new ones are whole."""
+    """Execute the notebook; a finished run's notebook and page are replaced only when the new ones are complete."""
     import papermill
 
     output = output_of(params_file).with_name(f"{params_file.stem}.ipynb")

@@ -5,14 +5,15 @@ What the runner itself needs lies in the folder's own ``.run``::
     .run/lock        held by the process that executes the run
     .run/identity.json  what decides the results of the run that began in the folder
     .run/made.json   the names in the folder that runs of this notebook made
-    .run/new/        what an overwriting run has made so far
-    .run/swap.json   written when ``new`` is whole: the names to move, and those to remove
-    .run/old/        what was replaced, until it is removed
+    .run/new/        the files that an overwriting run has made so far
+    .run/staged.json what decides the results of that run
+    .run/swap.json   written when ``new`` is complete: the names to move, and the names to remove
+    .run/old/        the replaced files, until they are removed
 
-A run that overwrites a finished one writes into ``.run/new``. When it ends, its files take the place of the
-finished ones. A process killed before that leaves the finished run as it was; one killed during the move leaves
-``swap.json``, and whoever opens the folder next completes the move. Only names that a run made itself are ever
-replaced or removed. Nothing outside the folder is touched, and no link is followed.
+A run that overwrites a finished one writes into ``.run/new``. At its end these files take the place of the finished
+ones. If the process is killed before that, the finished run stays as it was. If it is killed during the move,
+``swap.json`` is left, and the next process that opens the folder completes the move. Only entries that a run made
+itself are ever replaced or removed. Nothing outside the folder is touched, and no link is followed.
 """
 
 import json
@@ -37,7 +38,7 @@ class Lock:
 
         Args:
             path: the lock file.
-            subject: what is locked, which begins the error.
+            subject: name of what is locked; the error message begins with it.
 
         Raises:
             ValueError: another process holds it; the error names that process.
@@ -64,7 +65,7 @@ class OutputFolder:
     """A locked output folder; the paths that a run writes to.
 
     Args:
-        folder: where the run's results go; it is created where it does not exist.
+        folder: folder for the run's results; it is created if it does not exist.
         lock: whether to hold the folder's lock until :meth:`release`.
 
     Raises:
@@ -106,8 +107,8 @@ class OutputFolder:
         """Write everything beside the finished run from now on, until :meth:`commit`.
 
         Args:
-            identity: what decides the results. What a killed run of the same identity left is used again; of
-                another, it is removed.
+            identity: the parameters that decide the results. Files left by a killed run of the same identity are
+                used again; files of another identity are removed.
         """
         marker = self._private / "staged.json"
         if not marker.is_file() or read_json(marker) != identity:
@@ -129,10 +130,10 @@ class OutputFolder:
 
         Args:
             name: a file or folder directly in the output folder.
-            staged: whether it replaces what is there only at :meth:`commit`.
+            staged: whether it replaces an existing entry only at :meth:`commit`.
 
         Raises:
-            ValueError: an entry of that name is there which no run made.
+            ValueError: the folder holds an entry of that name that no run made.
         """
         if not _plain(name):
             raise ValueError(f"{name!r} does not name an entry of the output folder")
@@ -153,10 +154,10 @@ class OutputFolder:
         return path
 
     def commit(self, *, replace_all: bool) -> None:
-        """Move what was staged into the folder.
+        """Move the staged entries into the folder.
 
         Args:
-            replace_all: whether what earlier runs made and this one did not is removed.
+            replace_all: whether to remove entries that earlier runs made and this run did not.
         """
         new = sorted(self._staged)
         old = [name for name in self.made if name not in new] if replace_all else []
@@ -190,7 +191,7 @@ def recover(folder: Path) -> None:
 
 
 def complete_swap(folder: Path) -> None:
-    """Complete the move of staged entries that a killed process began, if there is one."""
+    """Complete the move of staged entries if a killed process left one unfinished."""
     private = folder / PRIVATE
     record = private / "swap.json"
     if private.is_symlink() or not record.is_file() or record.is_symlink():

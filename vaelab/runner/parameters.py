@@ -54,11 +54,11 @@ def declared(notebook: Path) -> dict[str, Any]:
 
 
 def validate(name: str, value: Any, kind: Any) -> None:
-    """Raise ValueError unless ``value`` is of the type ``kind``; an int is accepted as a float.
+    """Raise ValueError unless ``value`` has the type ``kind``; an int is accepted as a float.
 
     Args:
-        name: the parameter's name, which begins the error.
-        value: what was given.
+        name: the parameter's name; the error message begins with it.
+        value: the given value.
         kind: a type, as :func:`declared` returns it.
     """
     adapter = pydantic.TypeAdapter(kind, config=STRICT)
@@ -143,7 +143,7 @@ def _reason(error: Mapping[str, Any], kind: Any) -> str:
 
 
 def _resolved(value: Any) -> Any:
-    """The value with existing local paths as what they point to, relative to the project where they lie in it."""
+    """The value with existing local paths resolved, relative to the project if they lie in it."""
     if isinstance(value, list):
         return [_resolved(entry) for entry in value]
     if isinstance(value, float) and value.is_integer():

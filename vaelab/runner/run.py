@@ -92,13 +92,13 @@ class Run:
         return figure
 
     def workspace(self, name: str) -> Path:
-        """A folder for what must survive a kill, such as checkpoints and stores.
+        """A folder for files that must survive a kill, such as checkpoints and stores.
 
-        An unfinished run that is started again finds in it what it left there. A run that overwrites a finished
-        one gets an empty folder, which takes the finished one's place in :meth:`save`.
+        If an unfinished run is started again, its files are still there. A run that overwrites a finished
+        run gets an empty folder, which replaces the finished run's folder in :meth:`save`.
 
         Raises:
-            ValueError: a dry run asks for one, or the output folder holds something of that name that no run made.
+            ValueError: the run is a dry run, or the output folder holds an entry of that name that no run made.
         """
         if self.dry:
             raise ValueError(f"dry_run: a dry run writes nothing, but asks for a place for {name!r}")
@@ -124,7 +124,7 @@ class Run:
         return portable(str(self.folder / RESULTS))
 
     def _note(self) -> None:
-        """Keep what is recorded so far: where a later figure fails, its numbers are not lost."""
+        """Write what is recorded so far, so that a figure that fails later does not lose the numbers."""
         if not self.dry:
             write_json(self.folder / RECORDED, self._results())
 
@@ -145,8 +145,8 @@ class Run:
 def start(notebook: str, namespace: Mapping[str, Any], *, execution_only: Iterable[str] = ()) -> Run:
     """Begin a run: validate the parameters and open the output folder.
 
-    A finished run is replaced only where ``overwrite`` is true, and then in :meth:`Run.save`, when the new one is
-    whole. In an output folder called ``interactive`` results and figures are replaced by every run; a workspace is
+    A finished run is replaced only if ``overwrite`` is true, and then in :meth:`Run.save`, when the new run is
+    complete. In an output folder called ``interactive`` results and figures are replaced by every run; a workspace is
     used again. Tables are shown with four digits from here on, and stored with all.
 
     Args:
@@ -221,10 +221,10 @@ def read_results(folder: str | Path, notebook: str = "", parameter: str = "") ->
     Args:
         folder: the output folder, as a parameter names it.
         notebook: the notebook that must have made it; empty for any.
-        parameter: the notebook parameter that named the folder, which begins the errors.
+        parameter: the notebook parameter that named the folder; error messages begin with it.
 
     Raises:
-        ValueError: no finished run of that notebook, or a damaged file; the error names it.
+        ValueError: the folder holds no finished run of that notebook, or its results file is damaged.
     """
     shown, before = portable(str(folder)), f"{parameter}: " if parameter else ""
     file = resolve(folder) / RESULTS
