@@ -91,7 +91,8 @@ def finished(params_file: Path) -> bool:
     """Whether the run of a params file is finished with the parameters the file has now.
 
     Raises:
-        ValueError: the run was made with other values of parameters that decide its results, or its results are damaged.
+        ValueError: the run was made with other values of parameters that decide its results, or its results file is
+            damaged.
     """
     folder = output_of(params_file)
     recover(folder)
