@@ -201,7 +201,7 @@ def test_a_config_that_cannot_be_meant_is_refused(change, message):
 
 
 def test_a_collection_killed_ten_times_has_every_row_once(pipeline_folder, tmp_path):
-    script = Path(__file__).parent / "collect_killed.py"
+    script = Path(__file__).parent.parent / "collect_killed.py"
     command = [sys.executable, str(script), str(pipeline_folder("sdxl")), str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0, result.stderr[-3000:]

@@ -8,17 +8,17 @@ from small_pipelines import PIPELINES, pixart
 
 from vaelab.activations.denoiser import (
     Sampling,
+    count_passes,
     from_pictures,
     from_prompts,
     generate,
     generate_all,
-    count_passes,
     validate_size,
 )
 from vaelab.hooks import capture, edit
 from vaelab.models import conditioning
-from vaelab.models.block_names import blocks, denoiser, maps, paths
-from vaelab.models.conditioning import add_noise, condition, encode, last_timestep, predict
+from vaelab.models.block_names import blocks, find_denoiser, paths_by_name, to_maps
+from vaelab.models.conditioning import add_noise, encode_pictures, encode_prompts, last_timestep, predict
 from vaelab.models.loading import load_pipeline
 
 TEXTS = ["a red circle", "", "two yellow stars on a dark field"]
@@ -41,7 +41,7 @@ def sampling_for(name, steps=3, guidance_scale=3.0, **options):
 
 
 def keeping_their_shape(pipeline):
-    return [name for name in paths(pipeline) if not name.startswith("up_ft")]
+    return [name for name in paths_by_name(pipeline) if not name.startswith("up_ft")]
 
 
 def last_block(pipeline):
@@ -88,7 +88,9 @@ def test_pictures_are_those_of_the_plain_pipeline(small_pipeline, name):
     pipeline, sampling = small_pipeline(name), sampling_for(name)
     expected = plain_call(pipeline, name, sampling)
     assert torch.equal(generate(pipeline, prompts_for(name), SEEDS, sampling), expected)
-    seen = from_prompts(pipeline, prompts_for(name), SEEDS, paths(pipeline), sampling, side="output", pictures=True)
+    seen = from_prompts(
+        pipeline, prompts_for(name), SEEDS, paths_by_name(pipeline), sampling, side="output", pictures=True
+    )
     assert torch.equal(seen.pictures, expected)
     assert -1 <= expected.min() < expected.max() <= 1
     assert not torch.equal(expected[0], expected[1])
@@ -190,12 +192,12 @@ def test_the_unguided_half_of_sdxl_is_zeros_unless_it_is_the_empty_prompt(pipeli
 
 
 def stem(pipeline):
-    return STEM.get(type(denoiser(pipeline)).__name__, "pos_embed.proj")
+    return STEM.get(type(find_denoiser(pipeline)).__name__, "pos_embed.proj")
 
 
 def first_noise(pipeline, name, sampling):
     """The noisy latents that the denoiser takes in at the pipeline's first step, and that step's timestep."""
-    with capture(denoiser(pipeline), stem(pipeline), side="input", calls=[0], stop=True) as seen:
+    with capture(find_denoiser(pipeline), stem(pipeline), side="input", calls=[0], stop=True) as seen:
         generate(pipeline, prompts_for(name), SEEDS, sampling)
     noisy = seen[stem(pipeline)][0]
     if name == "flux":
@@ -209,13 +211,13 @@ def first_noise(pipeline, name, sampling):
 def test_a_pass_of_its_own_gives_what_the_pipeline_gives(small_pipeline, name, guided):
     pipeline, prompts = small_pipeline(name), prompts_for(name)
     sampling = sampling_for(name, guidance_scale=1.0 if guided else 3.0)
-    seen = from_prompts(pipeline, prompts, SEEDS, paths(pipeline), sampling, side="output", steps=[0])
+    seen = from_prompts(pipeline, prompts, SEEDS, paths_by_name(pipeline), sampling, side="output", steps=[0])
     noisy, timestep = first_noise(pipeline, name, sampling_for(name, guidance_scale=1.0))
     size = (32, 32)  # of which only SDXL is told
-    with torch.no_grad(), capture(denoiser(pipeline), list(paths(pipeline).values()), entry=-1) as own:
-        predicted = predict(pipeline, noisy, timestep, condition(pipeline, prompts if guided else None, 3, size))
+    with torch.no_grad(), capture(find_denoiser(pipeline), list(paths_by_name(pipeline).values()), entry=-1) as own:
+        predicted = predict(pipeline, noisy, timestep, encode_prompts(pipeline, prompts if guided else None, 3, size))
     expected = seen.maps if guided else seen.unguided
-    assert_close({short: [maps(own[path][0])] for short, path in paths(pipeline).items()}, expected)
+    assert_close({short: [to_maps(own[path][0])] for short, path in paths_by_name(pipeline).items()}, expected)
     assert len(predicted) == 3
 
 
@@ -225,9 +227,9 @@ def test_sdxl_is_told_its_size(small_pipeline):
     seen = from_prompts(pipeline, TEXTS, SEEDS, path, sampling, side="output", steps=[0]).maps[path][0]
     noisy, timestep = first_noise(pipeline, "sdxl", sampling)
     for size, right in (((32, 64), True), ((64, 32), False)):
-        with torch.no_grad(), capture(denoiser(pipeline), path) as own:
-            predict(pipeline, noisy, timestep, condition(pipeline, TEXTS, 3, size))
-        assert torch.allclose(maps(own[path][0]), seen, atol=1e-4) == right
+        with torch.no_grad(), capture(find_denoiser(pipeline), path) as own:
+            predict(pipeline, noisy, timestep, encode_prompts(pipeline, TEXTS, 3, size))
+        assert torch.allclose(to_maps(own[path][0]), seen, atol=1e-4) == right
 
 
 def test_the_pixart_that_is_told_its_size(tmp_path):
@@ -239,9 +241,9 @@ def test_the_pixart_that_is_told_its_size(tmp_path):
     noisy = torch.stack([torch.randn(4, 8, 4, generator=torch.Generator().manual_seed(seed)) for seed in SEEDS])
     timestep = pipeline.scheduler.timesteps[0].item()
     for size, right in (((64, 32), True), ((32, 64), False)):
-        with torch.no_grad(), capture(denoiser(pipeline), "transformer_blocks.1") as own:
-            predict(pipeline, noisy, timestep, condition(pipeline, TEXTS, 3, size))
-        assert torch.allclose(maps(own["transformer_blocks.1"][0], 2.0), seen, atol=1e-4) == right
+        with torch.no_grad(), capture(find_denoiser(pipeline), "transformer_blocks.1") as own:
+            predict(pipeline, noisy, timestep, encode_prompts(pipeline, TEXTS, 3, size))
+        assert torch.allclose(to_maps(own["transformer_blocks.1"][0], 2.0), seen, atol=1e-4) == right
 
 
 @pytest.mark.parametrize("name", ["sd", "sdxl", "deepfloyd", "sd3", "flux"])
@@ -280,7 +282,7 @@ def test_a_size_that_pixart_moves_to_one_that_it_knows(small_pipeline):
 @pytest.mark.parametrize("name", PIPELINES)
 def test_features_of_pictures(small_pipeline, name):
     pipeline, pixels = small_pipeline(name), pictures_for(name)
-    names, timesteps = list(paths(pipeline)), [0, 500, last_timestep(small_pipeline(name))]
+    names, timesteps = list(paths_by_name(pipeline)), [0, 500, last_timestep(small_pipeline(name))]
     batch = from_pictures(pipeline, pixels, SEEDS, timesteps, names)
     assert batch.unguided == {}
     assert batch.pictures is None
@@ -330,15 +332,15 @@ def test_a_prompt_for_every_picture(small_pipeline, name):
 @pytest.mark.parametrize("name", PIPELINES)
 def test_the_pass_over_pictures_is_encode_then_noise_then_predict(small_pipeline, name):
     pipeline, pixels = small_pipeline(name), pictures_for(name)
-    short, path = last_block(pipeline), paths(small_pipeline(name))[last_block(small_pipeline(name))]
+    short, path = last_block(pipeline), paths_by_name(small_pipeline(name))[last_block(small_pipeline(name))]
     seen = from_pictures(pipeline, pixels, SEEDS, [400], short, side="update").maps[short][0]
     with torch.no_grad():
-        latents = encode(pipeline, pixels)
+        latents = encode_pictures(pipeline, pixels)
         noise = [torch.randn(latents.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in SEEDS]
         noisy = add_noise(pipeline, latents, torch.stack(noise), 400)
-        with capture(denoiser(pipeline), path, side="update", entry=-1) as own:
-            predict(pipeline, noisy, 400, condition(pipeline, None, 3, (32, 32)))
-    assert torch.equal(maps(own[path][0]), seen)
+        with capture(find_denoiser(pipeline), path, side="update", entry=-1) as own:
+            predict(pipeline, noisy, 400, encode_prompts(pipeline, None, 3, (32, 32)))
+    assert torch.equal(to_maps(own[path][0]), seen)
 
 
 def schedule(config):
@@ -423,25 +425,25 @@ def test_latents_are_the_posteriors_means_shifted_and_scaled(small_pipeline, nam
     pipeline, pixels = small_pipeline(name), pictures_for(name)
     with torch.no_grad():
         mean = pipeline.vae.encode(pixels).latent_dist.mean
-        latents = encode(pipeline, pixels)
+        latents = encode_pictures(pipeline, pixels)
     shift = {"sd3": 0.06, "flux": 0.1}.get(name, 0.0)
     torch.testing.assert_close(latents, (mean - shift) * pipeline.vae.config.scaling_factor)
 
 
 def test_pictures_are_resized_for_a_model_of_pixels(small_pipeline):
     stripes = torch.tensor([1.0, -0.5]).repeat(2, 3, 32, 16)
-    latents = encode(small_pipeline("deepfloyd"), stripes)
+    latents = encode_pictures(small_pipeline("deepfloyd"), stripes)
     assert latents.shape == (2, 3, 16, 16)
     torch.testing.assert_close(latents[..., 1:-1], torch.full((2, 3, 16, 14), 0.25))
     own = pictures_for("deepfloyd", side=16)
-    assert torch.equal(encode(small_pipeline("deepfloyd"), own), own)
+    assert torch.equal(encode_pictures(small_pipeline("deepfloyd"), own), own)
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("float16", torch.float16), ("bfloat16", torch.bfloat16)])
 def test_the_sdxl_vae_encodes_in_float32_when_float16_would_overflow(pipeline_folder, precision, dtype):
     pipeline = load_pipeline(str(pipeline_folder("sdxl")), device="cpu", precision=precision)
     with torch.no_grad(), capture(pipeline.vae, "encoder.conv_in") as seen:
-        latents = encode(pipeline, pictures_for("sdxl"))
+        latents = encode_pictures(pipeline, pictures_for("sdxl"))
     assert latents.dtype == dtype
     assert seen["encoder.conv_in"][0].dtype == (torch.float32 if precision == "float16" else dtype)
     assert {parameter.dtype for parameter in pipeline.vae.parameters()} == {dtype}
@@ -461,9 +463,9 @@ def test_half_precision_runs(pipeline_folder, name):
 @pytest.mark.parametrize("side", ["output", "update"])
 def test_an_edit_that_changes_nothing_leaves_the_picture_bit_for_bit(small_pipeline, name, side):
     pipeline, sampling = small_pipeline(name), sampling_for(name)
-    path = paths(pipeline)[last_block(pipeline)]
+    path = paths_by_name(pipeline)[last_block(pipeline)]
     expected = generate(pipeline, prompts_for(name), SEEDS, sampling)
-    with edit(denoiser(pipeline), {path: lambda h: h.clone()}, side=side, entry=-1):
+    with edit(find_denoiser(pipeline), {path: lambda h: h.clone()}, side=side, entry=-1):
         assert torch.equal(generate(pipeline, prompts_for(name), SEEDS, sampling), expected)
 
 
@@ -483,8 +485,8 @@ RESIDUAL_BRANCHES = {
 @pytest.mark.parametrize("name", RESIDUAL_BRANCHES)
 def test_an_update_switched_off_is_the_block_without_its_residual_branches(pipeline_folder, name):
     pipeline, sampling = load_pipeline(str(pipeline_folder(name)), device="cpu"), sampling_for(name)
-    model = denoiser(pipeline)
-    path = next(path for path in paths(pipeline).values() if RESIDUAL_BRANCHES[name][0].startswith(path + "."))
+    model = find_denoiser(pipeline)
+    path = next(path for path in paths_by_name(pipeline).values() if RESIDUAL_BRANCHES[name][0].startswith(path + "."))
     untouched = generate(pipeline, prompts_for(name), SEEDS, sampling)
     with edit(model, {path: lambda u: 0 * u}, side="update", entry=-1):
         switched_off = generate(pipeline, prompts_for(name), SEEDS, sampling)
@@ -515,7 +517,7 @@ def test_passes_of_the_denoiser(pipeline_folder, kind, expected):
         generate(pipeline, TEXTS[:1], [0], Sampling(4))
     assert len(seen["mid_block"]) == expected
     taken = from_prompts(pipeline, TEXTS[:1], [0], "bottleneck", Sampling(4), side="output").maps["bottleneck"]
-    assert_equal({"all": [one[1:] for one in map(maps, seen["mid_block"])]}, {"all": taken})
+    assert_equal({"all": [one[1:] for one in map(to_maps, seen["mid_block"])]}, {"all": taken})
 
 
 def test_nothing_is_warned_of_and_the_progress_bar_is_left_as_it_was(small_pipeline, complaints, capsys):

@@ -144,6 +144,13 @@ def test_empty_data_set_is_refused(tmp_path, name):
         load_images(str(tmp_path / name))
 
 
+def test_a_revision_of_pictures_that_are_not_on_the_hub_is_refused(tmp_path):
+    picture_folder(tmp_path, ["a.png"])
+    for name in ("digits", str(tmp_path), f"digits+{tmp_path}"):
+        with pytest.raises(ValueError, match=r"^revision: 'v2' was given for .*, which is not on the hub"):
+            load_images(name, resolution=16, revision="v2")
+
+
 def test_empty_slice_is_refused():
     with pytest.raises(ValueError, match="'digits' has no picture in its split 'train\\[:0\\]'"):
         load_images("digits", split="train[:0]")

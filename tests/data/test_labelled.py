@@ -103,6 +103,8 @@ def test_one_of_several_label_columns_is_chosen_by_name(tmp_path):
         load_labelled(dataset, resolution=16, label_column="familly")
     with pytest.raises(ValueError, match=r"^label_column: the world has no columns"):
         load_labelled("world", max_images=2, label_column="shape")
+    with pytest.raises(ValueError, match=r"^revision: 'v2' was given for the world"):
+        load_labelled("world", max_images=2, revision="v2")
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,10 @@ def test_a_parquet_file_by_its_likeliest_column_or_the_one_asked_for(tmp_path, c
         ("{folder}/cut.parquet", {}, "^dataset: .*cut.parquet' holds no row that can be read"),
         ("{folder}/two.parquet", {}, "^column: .*two.parquet' has several columns of text; give one of a, b"),
         ("{folder}/numbers.parquet", {"column": "number"}, "^column: 'number' of .* holds no text"),
+        ("world", {"count": 2, "revision": "v2"}, "^revision: 'v2' was given for 'world', which is not on the hub"),
+        ("{folder}/two.parquet", {"revision": "v2"}, "^revision: 'v2' was given for .*two.parquet', which is not on"),
+        ("world", {"count": 2, "column": "prompt"}, "^column: 'prompt' was given for 'world', which has no columns"),
+        ("{folder}/empty.txt", {"column": "prompt"}, "^column: 'prompt' was given for .*empty.txt', which has no"),
         ("{folder}/splits", {"split": "validation"}, "^split .*the nearest of 2: .*train"),
     ],
 )

@@ -7,7 +7,7 @@ from small_pipelines import PIPELINES, unet
 
 from vaelab.hooks import capture
 from vaelab.models import block_names as module
-from vaelab.models.block_names import blocks, denoiser, maps, resolve
+from vaelab.models.block_names import blocks, find_blocks, find_denoiser, to_maps
 
 SDXL_BLOCKS = [
     "down.1.0", "down.1.1", "down.2.0", "down.2.1", "mid.0", "up.0.0", "up.0.1", "up.0.2", "up.1.0", "up.1.1", "up.1.2",
@@ -31,10 +31,10 @@ NAMES = {
 def test_names_in_the_order_in_which_the_blocks_run(small_pipeline, name):
     pipeline = small_pipeline(name)
     ran = []
-    model = denoiser(pipeline)
+    model = find_denoiser(pipeline)
     handles = [
         model.get_submodule(path).register_forward_hook(lambda *_, short=short: ran.append(short))
-        for short, path in module.paths(pipeline).items()
+        for short, path in module.paths_by_name(pipeline).items()
     ]
     example = module.EXAMPLES[type(model).__name__](model.config)
     with torch.no_grad():
@@ -58,7 +58,7 @@ def test_shapes_are_those_of_what_is_captured(small_pipeline, name):
 
 
 def test_listing_the_blocks_computes_nothing_and_leaves_the_model_alone(small_pipeline):
-    model = denoiser(small_pipeline("sd"))
+    model = find_denoiser(small_pipeline("sd"))
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     state = torch.get_rng_state()
     with pytest.raises(RuntimeError, match="conv_in never ran"), capture(model, "conv_in"):
@@ -175,12 +175,12 @@ def test_pictures_that_are_not_square():
 def test_names_and_paths_resolve_in_the_order_asked(small_pipeline):
     pipeline = small_pipeline("sdxl")
     inner = "down_blocks.1.attentions.0.transformer_blocks.0.attn2"
-    assert list(resolve(pipeline, ["up.0.1", inner, "down.2.1"]).items()) == [
+    assert list(find_blocks(pipeline, ["up.0.1", inner, "down.2.1"]).items()) == [
         ("up.0.1", "up_blocks.0.attentions.1"), (inner, inner), ("down.2.1", "down_blocks.2.attentions.1"),
     ]  # fmt: skip
-    assert resolve(pipeline, "bottleneck") == {"bottleneck": "mid_block"}
-    assert list(resolve(pipeline, ["mid.0", "down.?.0", "mid.*"])) == ["mid.0", "down.1.0", "down.2.0"]
-    assert resolve(pipeline.unet, ["mid.0"]) == {"mid.0": "mid_block.attentions.0"}
+    assert find_blocks(pipeline, "bottleneck") == {"bottleneck": "mid_block"}
+    assert list(find_blocks(pipeline, ["mid.0", "down.?.0", "mid.*"])) == ["mid.0", "down.1.0", "down.2.0"]
+    assert find_blocks(pipeline.unet, ["mid.0"]) == {"mid.0": "mid_block.attentions.0"}
 
 
 @pytest.mark.parametrize(
@@ -198,12 +198,12 @@ def test_names_and_paths_resolve_in_the_order_asked(small_pipeline):
 def test_unknown_block_lists_the_nearest(small_pipeline, name, unknown, nearest):
     with pytest.raises(ValueError, match=f"^blocks: unknown name '{unknown}'; the nearest of .*{nearest}"):
         asked = unknown.replace("\\", "")
-        resolve(small_pipeline(name), ["block0" if name in ("dit", "flux") else "bottleneck", asked])
+        find_blocks(small_pipeline(name), ["block0" if name in ("dit", "flux") else "bottleneck", asked])
 
 
 def test_no_block_is_refused(small_pipeline):
     with pytest.raises(ValueError, match=r"^blocks: expected at least one, got none"):
-        resolve(small_pipeline("sd"), [])
+        find_blocks(small_pipeline("sd"), [])
 
 
 @pytest.mark.parametrize(
@@ -223,10 +223,10 @@ def test_unknown_denoiser_is_refused(thing, message):
 def test_tokens_and_maps_of_the_same_thing_are_the_same(height, width):
     features = torch.randn(2, 3, height, width)
     expected = features.permute(0, 2, 3, 1)
-    assert torch.equal(maps(features), expected)
-    assert torch.equal(maps(features.flatten(2).transpose(1, 2), height / width), expected)
-    assert torch.equal(maps(features.flatten(2).transpose(1, 2), 1.1 * height / width), expected)
-    assert maps(features).is_contiguous()
+    assert torch.equal(to_maps(features), expected)
+    assert torch.equal(to_maps(features.flatten(2).transpose(1, 2), height / width), expected)
+    assert torch.equal(to_maps(features.flatten(2).transpose(1, 2), 1.1 * height / width), expected)
+    assert to_maps(features).is_contiguous()
 
 
 @pytest.mark.parametrize(("tokens", "aspect"), [(77, 1), (63, 1), (64, 0.5), (13, 0.75), (120, 1)])
@@ -234,9 +234,9 @@ def test_tokens_that_are_no_grid_are_refused(tokens, aspect):
     with pytest.raises(
         ValueError, match=f"^blocks: {tokens} tokens do not fill a grid of the picture's aspect, {aspect}"
     ):
-        maps(torch.zeros(1, tokens, 4), aspect)
+        to_maps(torch.zeros(1, tokens, 4), aspect)
 
 
 def test_what_is_neither_map_nor_tokens_is_refused():
     with pytest.raises(ValueError, match=r"^blocks: a block's output has shape \(2, 16\); expected a map"):
-        maps(torch.zeros(2, 16))
+        to_maps(torch.zeros(2, 16))

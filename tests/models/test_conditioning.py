@@ -12,8 +12,8 @@ from transformers import CLIPTextModelWithProjection
 from vaelab.activations.denoiser import Sampling, from_pictures, from_prompts
 from vaelab.hooks import capture
 from vaelab.models import conditioning, load_pipeline
-from vaelab.models.block_names import architecture, blocks, denoiser
-from vaelab.models.conditioning import add_noise, condition, encode, is_flow, last_timestep, predict
+from vaelab.models.block_names import architecture, blocks, find_denoiser
+from vaelab.models.conditioning import add_noise, encode_pictures, encode_prompts, is_flow, last_timestep, predict
 
 PIXELS = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(3)) * 2 - 1
 
@@ -73,8 +73,8 @@ def test_a_denoiser_of_a_class_of_ones_own_is_what_it_inherits_from(small_pipeli
     assert architecture(model) == "DiTTransformer2DModel"
     assert list(blocks(model)) == ["block0", "block1"]
     pipeline = type("Pipeline", (), {"transformer": model, "config": None})()
-    assert conditioning.by_class(pipeline)
-    assert condition(pipeline, [3, 4], 2, (32, 32))["class_labels"].tolist() == [3, 4]
+    assert conditioning.is_class_conditional(pipeline)
+    assert encode_prompts(pipeline, [3, 4], 2, (32, 32))["class_labels"].tolist() == [3, 4]
 
 
 def test_a_model_with_a_guidance_embedding_gets_the_embedding_of_its_pipeline(pipeline_folder, tmp_path):
@@ -85,7 +85,7 @@ def test_a_model_with_a_guidance_embedding_gets_the_embedding_of_its_pipeline(pi
     seen = from_prompts(*asked, Sampling(2, 1.0), side="output", steps=[0]).maps["mid.0"][0]
     with capture(pipeline.unet, "conv_in", side="input", calls=[0]) as noisy:
         from_prompts(*asked, Sampling(2, 1.0), side="output", steps=[0], pictures=True)
-    conditions = condition(pipeline, asked[1], 2, (32, 32))
+    conditions = encode_prompts(pipeline, asked[1], 2, (32, 32))
     assert conditions["timestep_cond"].shape == (2, 8)
     timestep = pipeline.scheduler.timesteps[0].item()
     for given, right in ((conditions, True), ({**conditions, "timestep_cond": None}, False)):
@@ -102,7 +102,7 @@ def test_a_pixart_takes_its_size_where_its_configuration_says_so(pipeline_folder
     model = diffusers.PixArtTransformer2DModel.from_config({**config, "use_additional_conditions": takes})
     model.save_pretrained(folder / "transformer")
     pipeline = load_pipeline(str(folder), device="cpu")
-    conditions = condition(pipeline, ["a red circle"], 1, (64, 32))
+    conditions = encode_prompts(pipeline, ["a red circle"], 1, (64, 32))
     assert (conditions["added_cond_kwargs"]["resolution"] is not None) == takes
     with torch.no_grad():
         predict(pipeline, torch.zeros(1, 4, size, size), 5, conditions)
@@ -131,13 +131,13 @@ def refiner(tmp_path_factory):
 
 
 def test_the_refiner_takes_a_score_as_its_pipeline_does(refiner):
-    encode(refiner, PIXELS)
-    ids = condition(refiner, ["a red circle"] * 2, 2, (32, 64))["added_cond_kwargs"]["time_ids"]
+    encode_pictures(refiner, PIXELS)
+    ids = encode_prompts(refiner, ["a red circle"] * 2, 2, (32, 64))["added_cond_kwargs"]["time_ids"]
     expected, negative = refiner._get_add_time_ids(
         (32, 64), (0, 0), (32, 64), 6.0, 2.5, (32, 64), (0, 0), (32, 64), torch.float32, 16
     )
     assert torch.equal(ids, expected.expand(2, -1))
-    assert torch.equal(condition(refiner, None, 1, (32, 64))["added_cond_kwargs"]["time_ids"], negative)
+    assert torch.equal(encode_prompts(refiner, None, 1, (32, 64))["added_cond_kwargs"]["time_ids"], negative)
     assert from_pictures(refiner, PIXELS, [0, 1], [5], "mid.0").maps["mid.0"][0].shape == (2, 8, 8, 32)
     assert blocks(refiner)["mid.0"].shape == (8, 8, 32)
 
@@ -158,7 +158,7 @@ def test_sd3_without_its_third_text_encoder(pipeline_folder, tmp_path):
     seen = from_prompts(pipeline, ["a red circle"], [0], "block0", Sampling(2), side="output")
     assert seen.maps["block0"][0].isfinite().all()
     assert from_pictures(pipeline, PIXELS, [0, 1], [5], "block0").maps["block0"][0].shape == (2, 8, 8, 16)
-    assert denoiser(pipeline) is pipeline.transformer
+    assert find_denoiser(pipeline) is pipeline.transformer
 
 
 @pytest.mark.parametrize("name", ["flux", "sd3"])
@@ -167,7 +167,7 @@ def test_the_pictures_stream_is_taken_also_where_text_has_as_many_tokens(small_p
     options = {"max_sequence_length": 64} if name == "flux" else {}
     sampling, taken = Sampling(1, 1.0, 32, 32, options), {}
     inner = "transformer_blocks.0.attn"
-    model = denoiser(pipeline)
+    model = find_denoiser(pipeline)
 
     def note(module, args, kwargs):
         taken["block0"] = kwargs["hidden_states"]  # which the next block gets by name

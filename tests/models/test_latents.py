@@ -20,7 +20,7 @@ from vaelab.models import (
     scale_latents,
     unscale_latents,
 )
-from vaelab.models.conditioning import encode
+from vaelab.models.conditioning import encode_pictures
 
 MEAN, STD = [0.1, -0.2, 0.3, 0.4], [1.5, 0.5, 2.0, 0.7]
 
@@ -52,7 +52,7 @@ def test_encoded_pictures_come_back_through_the_pipelines_own_decoding(pipeline_
     pixels = pictures(64 if name in ("pixart", "world") else 32)
     with torch.no_grad():
         expected = loading.reconstruct(pipeline.vae, pixels) / 2 + 0.5
-        drawn = drawn_from(pipeline, name, encode(pipeline, pixels))
+        drawn = drawn_from(pipeline, name, encode_pictures(pipeline, pixels))
     torch.testing.assert_close(drawn, expected.clamp(0, 1), atol=1e-5, rtol=1e-4)
 
 
@@ -66,8 +66,10 @@ def test_statistics_that_a_pipeline_ignores_are_not_used_and_said(pipeline_folde
     assert "latents_mean and latents_std are not used; " in capsys.readouterr().out
     with torch.no_grad():
         expected = loading.reconstruct(pipeline.vae, pictures()) / 2 + 0.5
-        torch.testing.assert_close(encode(pipeline, pictures()), encode_latents(pipeline.vae, pictures()) * 0.5)
-        drawn = drawn_from(pipeline, name, encode(pipeline, pictures()))
+        torch.testing.assert_close(
+            encode_pictures(pipeline, pictures()), encode_latents(pipeline.vae, pictures()) * 0.5
+        )
+        drawn = drawn_from(pipeline, name, encode_pictures(pipeline, pictures()))
     torch.testing.assert_close(drawn, expected.clamp(0, 1), atol=1e-5, rtol=1e-4)
 
 

@@ -93,9 +93,9 @@ def test_pipeline_from_a_folder(pipeline_folder, name):
     for part in parts_of(pipeline).values():
         assert not part.training
         assert {parameter.dtype for parameter in part.parameters()} == {torch.float32}
-    kind = type(block_names.denoiser(pipeline))
+    kind = type(block_names.find_denoiser(pipeline))
     part = "unet" if hasattr(pipeline, "unet") else "transformer"
-    assert_same_weights(block_names.denoiser(pipeline), kind.from_pretrained(folder, subfolder=part))
+    assert_same_weights(block_names.find_denoiser(pipeline), kind.from_pretrained(folder, subfolder=part))
     assert pipeline.progress_bar([]).disable
 
 

@@ -8,7 +8,7 @@ from transformers import CLIPTokenizer
 from vaelab import models, world
 from vaelab.activations import Sampling, generate
 from vaelab.models import vocabulary
-from vaelab.models.conditioning import condition
+from vaelab.models.conditioning import encode_prompts
 
 
 @pytest.fixture(scope="module")
@@ -46,10 +46,10 @@ def test_unknown_words_are_named_once_before_a_picture_is_drawn(small_pipeline, 
     pipeline = small_pipeline("world")
     for _ in range(2):
         generate(pipeline, ["a red dog", "a \u661f"], [0, 1], Sampling(1, 0.0))
-        condition(pipeline, ["a dog", ""], 2, (64, 64))
+        encode_prompts(pipeline, ["a dog", ""], 2, (64, 64))
     said = capsys.readouterr().out
     assert said.count("prompts: the text model does not know") == 1 and "'dog', '\u661f'" in said
-    condition(pipeline, ["a cat on a red star"], 1, (64, 64))
+    encode_prompts(pipeline, ["a cat on a red star"], 1, (64, 64))
     assert "does not know 'cat'" in (said := capsys.readouterr().out) and "dog" not in said
 
 

@@ -239,7 +239,7 @@ def _signature(
     scheduler = {name: str(value) for name, value in pipeline.scheduler.config.items() if not name.startswith("_")}
     return {
         **{name: value for name, value in asdict(config).items() if name not in SIZES},
-        "model_precision": str(block_names.denoiser(pipeline).dtype).removeprefix("torch."),
+        "model_precision": str(block_names.find_denoiser(pipeline).dtype).removeprefix("torch."),
         "scheduler_sha256": _digest([type(pipeline.scheduler).__name__, sorted(scheduler.items())]),
         **settings,
         "prompts": len(prompts),

@@ -24,7 +24,7 @@ from vaelab.core.timing import interleaved
 from vaelab.data.images import Images
 from vaelab.data.labelled import LabelledPictures
 from vaelab.data.prompts import load_prompts
-from vaelab.models.conditioning import condition, encode, predict
+from vaelab.models.conditioning import encode_pictures, encode_prompts, predict
 from vaelab.probing.layer_features import LayerConfig
 from vaelab.vae.finetune import ChannelWatcher, StudyConfig
 from vaelab.vae.objective import VAEObjective
@@ -134,13 +134,13 @@ def sweep_seconds(
 
     @torch.no_grad()
     def encoding() -> Tensor:
-        return encode(pipeline, pixels)
+        return encode_pictures(pipeline, pixels)
 
     @torch.no_grad()
     def whole_pass(number: int) -> None:
         predict(pipeline, latents, config.timesteps[number % len(config.timesteps)], conditioning)
 
-    latents, conditioning = encoding(), condition(pipeline, None, len(pixels), pixels.shape[-2:])
+    latents, conditioning = encoding(), encode_prompts(pipeline, None, len(pixels), pixels.shape[-2:])
 
     def one_at_a_time(number: int) -> None:
         for timestep, block in product(config.timesteps, blocks):

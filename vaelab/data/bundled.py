@@ -115,9 +115,9 @@ def _font_files() -> list[str]:
     import matplotlib
 
     variants = ("", "-Bold", "-Oblique", "-BoldOblique", "-Italic", "-BoldItalic", "Bol", "Italic", "BolIta")
-    wanted = {family + variant for family in FONTS for variant in variants}
+    names = {family + variant for family in FONTS for variant in variants}
     fonts = Path(matplotlib.get_data_path(), "fonts", "ttf").glob("*.ttf")
-    return [str(path) for path in sorted(fonts, key=lambda path: path.name) if path.stem in wanted]
+    return [str(path) for path in sorted(fonts, key=lambda path: path.name) if path.stem in names]
 
 
 def _glyph(font: str, character: str, size: int) -> PIL.Image.Image:

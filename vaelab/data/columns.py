@@ -17,7 +17,7 @@ SAMPLED_ROWS = 64
 """How many rows are tried to see whether a column of bytes holds pictures."""
 
 
-def find_images(rows: "datasets.Dataset", dataset: str, asked: str) -> str:
+def find_images(rows: "datasets.Dataset", dataset: str, requested: str) -> str:
     """The column of pictures.
 
     Raises:
@@ -25,14 +25,14 @@ def find_images(rows: "datasets.Dataset", dataset: str, asked: str) -> str:
     """
     import datasets
 
-    if asked:
-        one_of(f"image_column (of {dataset!r})", asked, rows.column_names)
+    if requested:
+        one_of(f"image_column (of {dataset!r})", requested, rows.column_names)
     storing = [name for name, feature in rows.features.items() if _may_store_pictures(feature)]
-    if asked in storing:
-        return asked
+    if requested in storing:
+        return requested
     kinds = ", ".join(f"{name} ({type(feature).__name__})" for name, feature in rows.features.items())
-    if not storing or asked:
-        missing = f"image_column: {asked!r} holds no pictures" if asked else "dataset: no image column"
+    if not storing or requested:
+        missing = f"image_column: {requested!r} holds no pictures" if requested else "dataset: no image column"
         raise ValueError(f"{missing} in {dataset!r}; its columns: {kinds or 'none'}")
     if len(storing) == 1:
         return storing[0]
@@ -82,9 +82,9 @@ class Labels(NamedTuple):
 
 
 def find_labels(
-    rows: "datasets.Dataset", every_value: Callable[[str], Iterable[Any]], dataset: str, image: str, asked: str
+    rows: "datasets.Dataset", every_value: Callable[[str], Iterable[Any]], dataset: str, image: str, requested: str
 ) -> Labels:
-    """The labels of the column ``asked``; else of ``label``, or of the only column of class labels.
+    """The labels of the column ``requested``; else of ``label``, or of the only column of class labels.
 
     Args:
         rows: all rows of a split.
@@ -92,7 +92,7 @@ def find_labels(
             numbers in all.
         dataset: the data set's name, for errors.
         image: the column of pictures.
-        asked: a column, or ``""``.
+        requested: a column, or ``""``.
 
     Raises:
         ValueError: there is no such column, or its values are no classes.
@@ -102,9 +102,9 @@ def find_labels(
     features = {name: feature for name, feature in rows.features.items() if name != image}
     usable = [name for name, feature in features.items() if _may_be_labels(feature)]
     named = [name for name in usable if isinstance(features[name], datasets.ClassLabel)]
-    if asked:
-        one_of(f"label_column (of {dataset!r})", asked, usable)
-    column = asked or ("label" if "label" in usable else named[0] if len(named) == 1 else "")
+    if requested:
+        one_of(f"label_column (of {dataset!r})", requested, usable)
+    column = requested or ("label" if "label" in usable else named[0] if len(named) == 1 else "")
     if not column:
         return Labels(None, [], "", named or usable)
     values = rows.select_columns([column]).with_format("arrow")[:][column]

@@ -172,8 +172,8 @@ def picture_folder(folder: Path, listing: Listing) -> PictureFolder:
             notes.append(
                 f"left out: {missing} of {len(rows)} rows of {path}, of no picture or one with nearer metadata"
             )
-    if silent := len(governed - metadata.keys()):
-        notes.append(f"left out: {silent} pictures that the metadata does not name")
+    if unnamed := len(governed - metadata.keys()):
+        notes.append(f"left out: {unnamed} pictures that the metadata does not name")
     if repeated := sum(len(rows) for rows in metadata.values()) - len(metadata):
         notes.append(f"the metadata has {repeated} more rows than pictures; each row counts as a picture")
     pictures = [path for path in listing.pictures if path in metadata or path not in governed]

@@ -54,7 +54,7 @@ class Part(NamedTuple):
     identity: str
     """What tells this split from every other: where two parts agree in it, equal rows are the same picture."""
     numbers: range
-    """The rows of the split that were asked for."""
+    """The requested rows of the split."""
     notes: list[str]
 
 
@@ -211,15 +211,15 @@ class Images:
 
     def report(self) -> str:
         """One line on the pictures read so far: how many were skipped, composited, or first of several frames."""
-        said = []
+        sentences = []
         if self.skipped:
             index, reason = next(iter(self.skipped.items()))
-            said.append(f"{len(self.skipped)} skipped as unreadable, first row {index} ({reason})")
+            sentences.append(f"{len(self.skipped)} skipped as unreadable, first row {index} ({reason})")
         if self.composited:
-            said.append(f"{len(self.composited)} with transparent pixels composited on {self._background}")
+            sentences.append(f"{len(self.composited)} with transparent pixels composited on {self._background}")
         if self.first_frames:
-            said.append(f"{len(self.first_frames)} with several frames, of which the first is read")
-        return f"{self.name}: {'; '.join(said) or 'every picture that was asked for could be read'}"
+            sentences.append(f"{len(self.first_frames)} with several frames, of which the first is read")
+        return f"{self.name}: {'; '.join(sentences) or 'every requested picture could be read'}"
 
     @property
     def source(self) -> dict[str, list[list[int]]]:
@@ -260,7 +260,7 @@ def load_images(
             ``owner/name:subset``), a local folder (of pictures, or of parquet files), or a local
             parquet file. ``a+b`` joins several.
         split: a split's name; slices such as ``train[:90%]`` and sums such as ``train+test`` work
-            too. A single parquet file is one split, whatever name is asked for.
+            too. A single parquet file is one split: the name is ignored.
         resolution: side R of the square pictures, in pixels.
         max_images: how many to take, drawn without replacement by ``seed``; None or 0 takes all.
         seed: fixes which pictures are drawn.
@@ -273,15 +273,22 @@ def load_images(
         white_level: see :func:`vaelab.data.transforms.to_rgb`.
 
     Raises:
-        ValueError: no such data set, split or column, no picture column or several, or no picture.
+        ValueError: no such data set, split or column, no picture column or several, no picture, or a revision of data
+            that are not on the hub.
     """
     at_least("resolution", resolution, 8)
     at_least("max_images", max_images or 0, 0)
     if white_level is not None:
         at_least("white_level", white_level, 0, exclusive=True)
     _require_colour(background)
-    asked = (image_column or "", label_column or "")
-    parts = [_load_part(part, piece, revision, *asked) for part in _parts(dataset) for piece in split.split("+")]
+    if revision and all(part in bundled.NAMES or local(part) is not None for part in _parts(dataset)):
+        raise ValueError(
+            f"revision: {revision!r} was given for {dataset!r}, which is not on the hub and has no revisions"
+        )
+    chosen_columns = (image_column or "", label_column or "")
+    parts = [
+        _load_part(part, piece, revision, *chosen_columns) for part in _parts(dataset) for piece in split.split("+")
+    ]
     if not sum(len(part.numbers) for part in parts):
         raise ValueError(f"dataset: {dataset!r} has no picture in its split {split!r}")
     name = f"{dataset}[{split}]" + (f"@{revision}" if revision else "")

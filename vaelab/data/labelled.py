@@ -108,6 +108,8 @@ def load_labelled(
     if dataset == "world":
         if image_column or label_column:
             raise ValueError("label_column: the world has no columns; its factors are all labels")
+        if revision:
+            raise ValueError(f"revision: {revision!r} was given for the world, which has no revisions")
         return _scenes(split, resolution, max_images)
     images = load_images(
         dataset, split=split, resolution=resolution, max_images=max_images, seed=seed, revision=revision,

@@ -63,22 +63,28 @@ def load_prompts(
     Args:
         dataset: ``world``, a hub id (``owner/name``, streamed), a local text file with a prompt a
             line, a local parquet file, or a folder of parquet files.
-        split: a split's name. A single file is one split, whatever name is asked for.
+        split: a split's name. A single file is one split: the name is ignored.
         count: how many; 0 takes all there are.
         column: the column of prompts. Empty for the likeliest by name (prompt, caption, text), or the
             only one of text.
         revision: a branch, tag or commit on the hub.
 
     Raises:
-        ValueError: no such data set, split or column, several columns of text of which none is likely, no
-            prompt, or all of the world, which has no end.
+        ValueError: no such data set, split or column; several columns of text of which none is likely; no prompt; all
+            of the world, which has no end; a revision of data that are not on the hub; or a column for lines of text.
     """
     at_least("max_images", count, 0)
+    path = local(dataset)
+    if revision and (dataset == "world" or path is not None):
+        raise ValueError(
+            f"revision: {revision!r} was given for {dataset!r}, which is not on the hub and has no revisions"
+        )
+    if column and (dataset == "world" or (path is not None and path.suffix == ".txt")):
+        raise ValueError(f"column: {column!r} was given for {dataset!r}, which has no columns")
     if dataset == "world":
         one_of("split", split, world.SPLITS)
         at_least("max_images (of the world, which has no end)", count, 1)
         return Prompts([world.sample(seed, split).prompt for seed in range(count)], list(range(count)), "world", split)
-    path = local(dataset)
     if path and path.suffix == ".txt":
         lines, source = _lines(path, dataset), "lines"
     else:

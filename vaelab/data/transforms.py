@@ -1,7 +1,7 @@
 """From a stored picture to a tensor, as in Shi, Wang and Roshka (channel suppression), section 3.
 
-A picture is decoded (:func:`decode`), made 8-bit RGB in the way it is meant to be seen (:func:`to_rgb`:
-orientation, depth, transparency), and brought to a square of the wanted size (:func:`square`).
+A picture is decoded (:func:`decode`), converted to RGB as it is meant to be displayed (:func:`to_rgb`:
+orientation, depth, transparency), and resized and cropped to a square (:func:`square`).
 """
 
 import io
@@ -59,7 +59,7 @@ class Opaque(NamedTuple):
 
 
 def to_rgb(image: PIL.Image.Image, *, background: str = "white", white_level: float | None = None) -> Opaque:
-    """A picture the way it is meant to be seen: upright, 8 bits a channel, without transparency.
+    """A picture as it is meant to be displayed: upright, 8 bits a channel, without transparency.
 
     The orientation tag of a camera is followed. Transparent pixels are composited on ``background``.
     A greyscale picture of more than 8 bits is scaled by ``white_level`` where that is given, else by
@@ -67,7 +67,7 @@ def to_rgb(image: PIL.Image.Image, *, background: str = "white", white_level: fl
 
     Args:
         image: a picture of any mode. Open it with :func:`decode`: a 16-bit colour picture that is
-            already loaded can no longer be told from one of 8 bits.
+            already loaded looks like one of 8 bits.
         background: the colour behind transparent pixels, by any name that Pillow knows.
         white_level: the value that is white in greyscale pictures of more than 8 bits.
 
@@ -127,7 +127,7 @@ class _Depth(NamedTuple):
 
     black: float = 0.0
     white: float | None = None
-    """The value that is white; None where nothing is said."""
+    """The value that is white; None where the file does not say."""
     assumed: bool = False
     """Whether ``white`` comes from the number of bits alone."""
     inverted: bool = False

@@ -13,7 +13,7 @@ from vaelab import activations, models
 from vaelab.activations.denoiser import Sampling
 from vaelab.core.validate import at_least
 from vaelab.data.prompts import Prompts, load_prompts
-from vaelab.models.conditioning import by_class
+from vaelab.models.conditioning import is_class_conditional
 from vaelab.world import oracle
 from vaelab.world.scenes import Scene, Thing
 
@@ -81,7 +81,7 @@ class CaptionedPictures(NamedTuple):
 
 def draw_examples(pipeline: Any, sampling: Sampling, count: int, seed: int = 0) -> CaptionedPictures:
     """Draw prompts of the ``test`` split; with a class-conditional model, classes."""
-    if by_class(pipeline):
+    if is_class_conditional(pipeline):
         numbers, scenes = sample_classes(pipeline, count, seed)
         pictures = activations.generate_all(pipeline, numbers, sampling, seed=seed)
         return CaptionedPictures(pictures, [scene.prompt for scene in scenes])

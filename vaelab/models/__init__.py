@@ -1,6 +1,7 @@
 """Autoencoders and pipelines by one name, and the short names of their blocks."""
 
 from vaelab.models.block_names import blocks
+from vaelab.models.checksums import save_with_checksums
 from vaelab.models.loading import (
     decode_latents,
     encode_latents,
@@ -21,7 +22,6 @@ from vaelab.models.registry import embedded_dit_path, embedded_path, embedded_va
 
 __all__ = [
     "blocks",
-    "validate_precision",
     "decode_latents",
     "embedded_dit_path",
     "embedded_path",
@@ -31,12 +31,14 @@ __all__ = [
     "load_pipeline",
     "load_vae",
     "posterior",
-    "replace_embedded",
     "reconstruct",
-    "validate_embedded_names",
+    "replace_embedded",
     "require_finite",
     "require_groupnorm",
-    "scale_latents",
     "save_in_float16",
+    "save_with_checksums",
+    "scale_latents",
     "unscale_latents",
+    "validate_embedded_names",
+    "validate_precision",
 ]

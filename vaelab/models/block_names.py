@@ -47,7 +47,7 @@ def architecture(model: nn.Module | type) -> str | None:
     return next((base.__name__ for base in kind.__mro__ if base.__name__ in EXAMPLES), None)
 
 
-def denoiser(pipeline: Any) -> nn.Module:
+def find_denoiser(pipeline: Any) -> nn.Module:
     """A pipeline's U-Net or transformer; a denoiser is returned as it is.
 
     Raises:
@@ -61,9 +61,9 @@ def denoiser(pipeline: Any) -> nn.Module:
     return found
 
 
-def paths(pipeline: Any) -> dict[str, str]:
+def paths_by_name(pipeline: Any) -> dict[str, str]:
     """Short names and module paths, in the order in which the blocks run."""
-    model = denoiser(pipeline)
+    model = find_denoiser(pipeline)
     if hasattr(model, "mid_block"):
         return _unet_paths(model)
     return {
@@ -104,12 +104,12 @@ def blocks(pipeline: Any) -> dict[str, Block]:
     Raises:
         ValueError: a denoiser that is not supported.
     """
-    model, found = denoiser(pipeline), paths(pipeline)
-    seen, aspect = example(model, list(found.values())), own_aspect(model)
-    return {name: Block(path, tuple(maps(seen[path], aspect).shape[1:])) for name, path in found.items()}
+    model, found = find_denoiser(pipeline), paths_by_name(pipeline)
+    seen, aspect = example_outputs(model, list(found.values())), own_aspect(model)
+    return {name: Block(path, tuple(to_maps(seen[path], aspect).shape[1:])) for name, path in found.items()}
 
 
-def example(pipeline: Any, layers: Sequence[str], side: str = "output") -> dict[str, Tensor]:
+def example_outputs(pipeline: Any, layers: Sequence[str], side: str = "output") -> dict[str, Tensor]:
     """Outputs of layers for one picture of the model's default size, by module path: tensors on the meta device, which
     have shapes but no values.
 
@@ -121,13 +121,13 @@ def example(pipeline: Any, layers: Sequence[str], side: str = "output") -> dict[
     Raises:
         ValueError: side ``update`` for a layer whose output and input differ in shape.
     """
-    model = denoiser(pipeline)
+    model = find_denoiser(pipeline)
     with torch.device("meta"), torch.no_grad():
-        twin = type(model).from_config(dict(model.config)).to("meta").eval()
-        inputs = EXAMPLES[architecture(model)](twin.config)
+        shape_only = type(model).from_config(dict(model.config)).to("meta").eval()
+        inputs = EXAMPLES[architecture(model)](shape_only.config)
         try:
-            with capture(twin, layers, side=side, entry=PICTURE) as seen:
-                twin(**inputs)
+            with capture(shape_only, layers, side=side, entry=PICTURE) as seen:
+                shape_only(**inputs)
         except RuntimeError as error:
             raise ValueError(f"blocks: {error}") from error
     return {layer: calls[0] for layer, calls in seen.items()}
@@ -142,8 +142,8 @@ def picture_entry(pipeline: Any, path: str) -> int:
     Raises:
         ValueError: a module that works on text, or on text and picture in one sequence.
     """
-    model = denoiser(pipeline)
-    if path in paths(model).values():
+    model = find_denoiser(pipeline)
+    if path in paths_by_name(model).values():
         return PICTURE
     if any(part.endswith("_context") or part in TEXT_LAYERS for part in path.split(".")):
         raise ValueError(f"blocks: {path} works on the text's tokens; expected a layer of the picture's")
@@ -160,9 +160,13 @@ def own_aspect(model: nn.Module) -> float:
     return height / width
 
 
-def resolve(pipeline: Any, names: str | Iterable[str], parameter: str = "blocks") -> dict[str, str]:
-    """Module paths of blocks, by short name, glob of these (``up.*``) or module path, in the order asked; errors
-    begin with the ``parameter`` that named them.
+def find_blocks(pipeline: Any, names: str | Iterable[str], parameter: str = "blocks") -> dict[str, str]:
+    """Module paths of blocks, in the order of ``names``.
+
+    Args:
+        pipeline: a diffusers pipeline, or its U-Net or transformer.
+        names: short names, globs of these (``up.*``), or module paths.
+        parameter: the notebook parameter that error messages name.
 
     Raises:
         ValueError: an unknown name, with the nearest; a glob that matches nothing; or none at all.
@@ -170,7 +174,7 @@ def resolve(pipeline: Any, names: str | Iterable[str], parameter: str = "blocks"
     names = [names] if isinstance(names, str) else list(names)
     if not names:
         raise ValueError(f"{parameter}: expected at least one, got none")
-    model, known = denoiser(pipeline), paths(pipeline)
+    model, known = find_denoiser(pipeline), paths_by_name(pipeline)
     modules = {path for path, _ in model.named_modules() if path}
     found: dict[str, str] = {}
     for name in names:
@@ -181,7 +185,7 @@ def resolve(pipeline: Any, names: str | Iterable[str], parameter: str = "blocks"
     return found
 
 
-def maps(tensor: Tensor, aspect: float = 1.0) -> Tensor:
+def to_maps(tensor: Tensor, aspect: float = 1.0) -> Tensor:
     """A block's output, (B, d, h, w) or tokens (B, h w, d), as maps (B, h, w, d).
 
     Args:

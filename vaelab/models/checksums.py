@@ -33,8 +33,9 @@ def save_with_checksums(model: Any, folder: str | Path) -> None:
 def verify_checksums(folder: Path, name: str, only: str | None = None) -> None:
     """Compare the weight files of a local folder with its ``checksums.json``, where there is one.
 
-    The check reads each file once: about 0.1 s for 1 GB that the system's cache holds, otherwise the disk's time, after
-    which loading finds the file in the cache.
+    Measured on two cores shared with other work: 0.25 s for a file of 320 MB (an SDXL-VAE has 335 MB) in the system's
+    cache, a tenth of the 2.5 s that reading it and looking for NaN took; 1 ms for the embedded VAE. A file that is not
+    in the cache is read from the disk here, and loading then finds it there.
 
     Args:
         folder: the folder of one module.

@@ -12,19 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from vaelab.models import loading
-from vaelab.models.block_names import architecture, denoiser
+from vaelab.models.block_names import architecture, find_denoiser
 from vaelab.models.vocabulary import report_unknown_words
 
 UNET, DIT, FLUX = "UNet2DConditionModel", "DiTTransformer2DModel", "FluxTransformer2DModel"
 FLUX_PATCH = 2
-"""Sides of the square of latent pixels that FLUX's pipeline, not its transformer, makes a token of."""
+"""Side of the square of latent pixels that is one token of FLUX; its pipeline forms the tokens."""
 AESTHETIC_SCORE = 6.0, 2.5
-"""What SDXL's refiner takes for a picture's score with and without a prompt, as its pipeline does by default."""
+"""Aesthetic scores that condition SDXL's refiner with and without a prompt; the defaults of its pipeline."""
 
 
-def by_class(pipeline: Any) -> bool:
+def is_class_conditional(pipeline: Any) -> bool:
     """Whether the pipeline's prompts are class numbers."""
-    return architecture(denoiser(pipeline)) == DIT
+    return architecture(find_denoiser(pipeline)) == DIT
 
 
 def is_flow(pipeline: Any) -> bool:
@@ -39,16 +39,16 @@ def is_flow(pipeline: Any) -> bool:
 
 
 def last_timestep(pipeline: Any) -> int:
-    """The timestep of the most noise."""
+    """The timestep with the most noise."""
     return pipeline.scheduler.config.num_train_timesteps - (0 if is_flow(pipeline) else 1)
 
 
-def patch(model: nn.Module) -> int:
-    """Side of the square of latent pixels that a denoiser makes a token of; 1 for a U-Net."""
+def patch_size(model: nn.Module) -> int:
+    """Side of the square of latent pixels that is one token of a denoiser; 1 for a U-Net."""
     return FLUX_PATCH if architecture(model) == FLUX else model.config.get("patch_size", 1)
 
 
-def encode(pipeline: Any, pixels: Tensor) -> Tensor:
+def encode_pictures(pipeline: Any, pixels: Tensor) -> Tensor:
     """Latents (B, c, h, w) as the denoiser takes them, of pictures (B, 3, H, W) in [-1, 1].
 
     They are the posterior's means, shifted and scaled as the pipeline's own decoding undoes it (see
@@ -57,7 +57,7 @@ def encode(pipeline: Any, pixels: Tensor) -> Tensor:
     Raises:
         ValueError: sides that autoencoder and denoiser cannot divide evenly.
     """
-    model, vae = denoiser(pipeline), getattr(pipeline, "vae", None)
+    model, vae = find_denoiser(pipeline), getattr(pipeline, "vae", None)
     pixels = pixels.to(model.device)
     if vae is None:  # resized in float32: on a CPU there is no such kernel for half precision
         sized = nn.functional.interpolate(pixels, size=model.config.sample_size, mode="bilinear", antialias=True)
@@ -65,7 +65,7 @@ def encode(pipeline: Any, pixels: Tensor) -> Tensor:
     pixels = pixels.to(model.dtype)
     with _wide_enough(vae):
         latents = loading.encode_latents(vae, pixels.to(vae.dtype))
-    multiple = pixels.shape[-1] // latents.shape[-1] * patch(model)
+    multiple = pixels.shape[-1] // latents.shape[-1] * patch_size(model)
     if any(side % multiple for side in pixels.shape[-2:]):
         height, width = pixels.shape[-2:]
         raise ValueError(f"resolution: pictures of {height} x {width}; this model takes multiples of {multiple}")
@@ -112,24 +112,26 @@ def add_noise(pipeline: Any, latents: Tensor, noise: Tensor, timestep: int) -> T
     return signal**0.5 * latents + (1 - signal) ** 0.5 * noise
 
 
-def condition(pipeline: Any, prompts: Sequence[str | int] | None, count: int, size: Sequence[int]) -> dict[str, Any]:
-    """What the denoiser is called with beside latents and timestep.
+def encode_prompts(
+    pipeline: Any, prompts: Sequence[str | int] | None, count: int, size: Sequence[int]
+) -> dict[str, Any]:
+    """The denoiser's arguments beside latents and timestep: text states, class numbers, sizes, guidance embeddings.
 
     Args:
         pipeline: a diffusers pipeline.
-        prompts: one a picture; class numbers or names for a class-conditional model. None for what guidance
-            without a classifier takes as no prompt: the empty one, for SDXL zeros, for a
-            class-conditional model the class after the last.
-        count: how many pictures.
-        size: (height, width) of the pictures in pixels, of which some models are told.
+        prompts: one a picture; class numbers or names for a class-conditional model. None for what classifier-free
+            guidance takes as no prompt: the empty prompt, zeros for SDXL, the class after the last for a
+            class-conditional model. Words that no text model of the pipeline can know are printed.
+        count: number of pictures.
+        size: (height, width) of the pictures in pixels, on which some models are conditioned.
 
     Raises:
         ValueError: a class that the model does not have.
     """
-    model = denoiser(pipeline)
-    if by_class(pipeline):
+    model = find_denoiser(pipeline)
+    if is_class_conditional(pipeline):
         none = [model.config.num_embeds_ada_norm] * count
-        numbers = none if prompts is None else classes(pipeline, prompts)
+        numbers = none if prompts is None else class_numbers(pipeline, prompts)
         return {"class_labels": torch.tensor(numbers, device=model.device)}
     texts = [""] * count if prompts is None else [str(prompt) for prompt in prompts]
     report_unknown_words(pipeline, texts)
@@ -147,14 +149,14 @@ def condition(pipeline: Any, prompts: Sequence[str | int] | None, count: int, si
     return {**conditions, "added_cond_kwargs": added} if added else conditions
 
 
-def classes(pipeline: Any, prompts: Sequence[str | int]) -> list[int]:
+def class_numbers(pipeline: Any, prompts: Sequence[str | int]) -> list[int]:
     """Prompts of a class-conditional model, numbers or names of its classes, as numbers.
 
     Raises:
         ValueError: a class that the model does not have.
     """
     labels = getattr(pipeline, "labels", {})
-    known = 1 + max(labels.values()) if labels else denoiser(pipeline).config.num_embeds_ada_norm
+    known = 1 + max(labels.values()) if labels else find_denoiser(pipeline).config.num_embeds_ada_norm
     found = []
     for prompt in prompts:
         synonyms = [str(prompt), *map(str.strip, str(prompt).split(","))]
@@ -167,18 +169,17 @@ def classes(pipeline: Any, prompts: Sequence[str | int]) -> list[int]:
 
 
 def predict(pipeline: Any, noisy: Tensor, timestep: int, conditions: dict[str, Any]) -> Tensor:
-    """One pass of the denoiser over noisy latents (B, c, h, w): its prediction as it gives it.
+    """The denoiser's prediction for noisy latents (B, c, h, w), as the model returns it.
 
-    It is of the same shape, but for the variance that some models add in further channels; FLUX's
-    is tokens (B, h/2 w/2, 4 c).
+    It has the latents' shape; some models add further channels for the variance. FLUX returns tokens (B, h/2 w/2, 4 c).
 
     Args:
         pipeline: a diffusers pipeline.
         noisy: from :func:`add_noise`.
-        timestep: the one that they were noised to.
+        timestep: the timestep of their noise.
         conditions: from :func:`condition`.
     """
-    model = denoiser(pipeline)
+    model = find_denoiser(pipeline)
     times = torch.full((len(noisy),), timestep, device=noisy.device)
     if architecture(model) != FLUX:
         return model(noisy, timestep=times, **conditions, return_dict=False)[0]

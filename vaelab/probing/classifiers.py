@@ -19,7 +19,7 @@ from tqdm import tqdm
 from vaelab.activations import denoiser as denoiser_features
 from vaelab.core import devices
 from vaelab.data.labelled import LabelledPicture, LabelledPictures
-from vaelab.models.block_names import denoiser
+from vaelab.models.block_names import find_denoiser
 from vaelab.probing.clip import load_clip
 from vaelab.probing.diffc import DiffC, DiffCConfig, classify_stored, train_diffc
 from vaelab.probing.diffusion_classifier import DiffusionClassifier, class_texts
@@ -154,7 +154,7 @@ def compare_classifiers(
     if not few:
         raise ValueError(f"dataset: none of the first {count} pictures of {pictures.name!r} can be read")
     truth = [picture.labels[factor] for picture in few]
-    labels, device = task.training.labels, denoiser(classifier.pipeline).device
+    labels, device = task.training.labels, find_denoiser(classifier.pipeline).device
     results, seconds = time_each(lambda picture: classifier.classify(picture.pixels[None])[0], few, device)
     accuracy = measure_accuracy([result.predicted for result in results], truth, labels)
     passes = sum(result.passes for result in results) / len(results)
@@ -220,7 +220,7 @@ def classify_from_pixels(
             f"test_activations: the model does not reproduce {layer} of picture {few[0].image}: its weights have "
             "changed, or its precision is another; run 40_layer_features again"
         )
-    return time_each(classify, few, denoiser(pipeline).device)
+    return time_each(classify, few, find_denoiser(pipeline).device)
 
 
 def time_each(

@@ -15,7 +15,16 @@ import torch
 from torch import Tensor
 
 from vaelab.models.block_names import architecture, find_denoiser
-from vaelab.models.conditioning import FLUX, add_noise, by_class, encode_prompts, encode_pictures, is_flow, last_timestep, predict
+from vaelab.models.conditioning import (
+    FLUX,
+    add_noise,
+    encode_pictures,
+    encode_prompts,
+    is_class_conditional,
+    is_flow,
+    last_timestep,
+    predict,
+)
 
 SHARED_CONDITIONS = ("txt_ids",)
 """Conditions of the denoiser that have no batch dimension."""
@@ -263,14 +272,14 @@ def class_prompts(pipeline: Any, names: Sequence[str], template: str) -> ClassPr
         ValueError: a template without ``{}``, or a class that no class of the model is named after.
     """
     labels = getattr(pipeline, "labels", None)
-    if by_class(pipeline) and labels:
+    if is_class_conditional(pipeline) and labels:
         pairs = [(number, i) for label, number in labels.items() for i, name in enumerate(names) if _names(name, label)]
         missing = sorted(set(range(len(names))) - {i for _, i in pairs})
         if missing:
             raise ValueError(f"model: none of its classes is named after {names[missing[0]]!r}")
         numbers, classes = zip(*sorted(set(pairs)), strict=True)
         return ClassPrompts(list(numbers), list(classes))
-    prompts = list(range(len(names))) if by_class(pipeline) else class_texts(names, template)
+    prompts = list(range(len(names))) if is_class_conditional(pipeline) else class_texts(names, template)
     return ClassPrompts(prompts, list(range(len(names))))
 
 

@@ -27,8 +27,8 @@ from vaelab.core.validate import at_least, one_of, unknown
 from vaelab.data.labelled import LabelledPicture, LabelledPictures, crop_and_flip
 from vaelab.hooks import SIDES
 from vaelab.models import block_names
-from vaelab.models.block_names import denoiser
-from vaelab.models.conditioning import by_class
+from vaelab.models.block_names import find_denoiser
+from vaelab.models.conditioning import is_class_conditional
 from vaelab.models.registry import files_digest
 from vaelab.probing.clip import ZeroShotClip, load_clip, prompt_texts
 from vaelab.probing.dataset import Examples
@@ -122,7 +122,7 @@ def load_prompt_clip(pipeline: Any, pictures: LabelledPictures, config: LayerCon
     if not config.clip:
         return None
     texts = prompt_texts(config.prompt, pictures.classes)
-    device = str(denoiser(pipeline).device)
+    device = str(find_denoiser(pipeline).device)
     return load_clip(config.clip, texts, device=device, revision=config.clip_revision or None)
 
 
@@ -216,7 +216,7 @@ def estimate(
     seconds = (time.perf_counter() - began) / len(batch.items)
     plan = store.plan(
         layout, len(pictures) * config.views, config.precision, seconds_per_item=seconds,
-        memory=peak_memory(denoiser(pipeline).device), folder=folder,
+        memory=peak_memory(find_denoiser(pipeline).device), folder=folder,
     )  # fmt: skip
     return plan, layout
 
@@ -261,7 +261,7 @@ def collect_layer_features(
     layout = layout or _layout(_first_batch(pipeline, pictures, config, clip).maps)
     deciding = {key: value for key, value in asdict(config).items() if key not in ("items_per_shard", "batch_size")}
     signature = {
-        **deciding, **(settings or {}), "blocks": list(block_names.resolve(pipeline, config.blocks)),
+        **deciding, **(settings or {}), "blocks": list(block_names.find_blocks(pipeline, config.blocks)),
         "timesteps": list(config.timesteps), "classes": pictures.classes, "pictures": len(pictures),
         "dataset": pictures.name, "resolution": pictures.resolution,
     }  # fmt: skip
@@ -307,7 +307,7 @@ def prompts_for(
     """
     if not prompt:
         return None
-    numbered = by_class(pipeline) and not getattr(pipeline, "labels", None)
+    numbered = is_class_conditional(pipeline) and not getattr(pipeline, "labels", None)
     words = (
         labels
         if numbered
