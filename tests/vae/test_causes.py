@@ -43,16 +43,16 @@ def test_every_variant_changes_one_thing(model, tmp_path):
     assert all("norm" in name for name in settings["scales not decayed"]["undecayed"])
 
 
-def test_a_decay_that_silences_every_channel_spares_scales_that_are_not_decayed(model, tmp_path):
+def test_a_strong_decay_suppresses_every_channel_unless_scales_are_not_decayed(model, tmp_path):
     train = replace(CONFIG.train, learning_rate=1e-2, weight_decay=100.0)
     config = replace(CONFIG, train=train, threshold=0.05)
-    silent = {
+    suppressed = {
         name: causes.train_variant(model, name, config, pictures, "digits", tmp_path / name).validation[-1][
             "suppressed"
         ]
         for name in ("reference", "scales not decayed")
     }
-    assert silent["reference"] > 20 * silent["scales not decayed"]
+    assert suppressed["reference"] > 20 * suppressed["scales not decayed"]
 
 
 def test_an_unknown_variant_lists_the_nearest(model, tmp_path):

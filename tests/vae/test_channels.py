@@ -131,7 +131,7 @@ class TestGroupnorms:
         assert list(groupnorms(tiny_vae)) == expected
         assert "encoder.mid_block.attentions.0.group_norm" in expected
 
-    def test_only_those_asked_for(self, tiny_vae):
+    def test_only_the_requested_layers_are_tracked(self, tiny_vae):
         assert list(groupnorms(tiny_vae, "decoder.*_norm_out")) == ["decoder.conv_norm_out"]
 
     def test_a_norm_without_a_scale_is_left_out(self):
@@ -216,7 +216,7 @@ class TestTracker:
         with pytest.raises(RuntimeError, match="nothing was tracked"):
             tracker.read()
 
-    def test_reading_begins_anew_unless_told_not_to(self, tiny_vae):
+    def test_reading_discards_the_moments_by_default(self, tiny_vae):
         tracker = ActivityTracker(tiny_vae, "encoder.conv_norm_out")
         with tracker.track():
             tiny_vae(pictures(2))

@@ -53,7 +53,7 @@ def channel_table():
     return pd.DataFrame({"layer": ["a"] * 4 + ["b"] * 4, "channel": [0, 1, 2, 3] * 2, **columns})
 
 
-def test_layer_bars_count_what_is_silent():
+def test_layer_bars_count_the_suppressed_channels():
     table = channel_table()
     table.loc[2, "mean_abs"] = 0.0
     labels = [text.get_text() for text in plots.layer_bars(table, 1e-3).axes[0].get_yticklabels()]

@@ -1,7 +1,7 @@
-"""Suppressed channels: statistics of GroupNorm outputs, and how they relate to GroupNorm's scales.
+"""Suppressed channels: statistics of GroupNorm's outputs, and their relation to its scales.
 
 From "Investigating the Functional Role of Learned Channel Suppression in Diffusion VAEs" (Shi, Wang
-and Roshka), sections 4.2 and 4.3. A channel is suppressed where its mean absolute activation m_c is
+and Roshka), sections 4.2 and 4.3. A channel is suppressed if its mean absolute activation m_c is
 below a threshold theta_act. The paper names GroupNorm's scale gamma as the mechanism:
 :func:`scale_relation` tests that.
 """
@@ -24,7 +24,7 @@ MEASURES = ("activity", "gamma")
 
 
 class Moments(NamedTuple):
-    """Statistics of the channels of one layer over ``count`` values a channel; each (C,)."""
+    """Statistics of the channels of one layer over ``count`` values per channel; each has the shape (C,)."""
 
     count: int | Tensor
     mean_abs: Tensor
@@ -46,20 +46,20 @@ class Suppressed(NamedTuple):
 
     layer: str
     parameter: str
-    """Name of the scale, gamma, in the model: where an intervention has to reach."""
+    """Name of the model's parameter that holds the scales gamma, which an intervention changes."""
     indices: tuple[int, ...]
     values: tuple[float, ...]
-    """The value below the threshold of each index: m_c, or |gamma|."""
+    """The classified value of each of these channels: m_c, or |gamma|."""
 
 
 def channel_moments(activation: Tensor) -> Moments:
-    """Moments of every channel of one activation.
+    """Compute the moments of every channel of one activation.
 
     Args:
-        activation: (B, C, H, W), (B, C, L) or (B, C), as GroupNorm sees it.
+        activation: a GroupNorm layer's output A: (B, C, H, W), (B, C, L) or (B, C).
 
     Returns:
-        float32 moments on the activation's device: m_c = mean over batch and positions of |A|.
+        float32 moments over batch and positions, on the activation's device; m_c is the mean of |A|.
     """
     if activation.dim() < 2:
         raise ValueError(f"activation: expected (B, C, ...), got {tuple(activation.shape)}")
@@ -72,7 +72,7 @@ def channel_moments(activation: Tensor) -> Moments:
 
 
 def merge_moments(first: Moments, second: Moments) -> Moments:
-    """Moments of two sets of values together (Chan, Golub and LeVeque, 1979)."""
+    """Combine the moments of two sets of values into the moments of their union (Chan, Golub and LeVeque, 1979)."""
     total = first.count + second.count
     share = second.count / total
     shift = second.mean - first.mean
@@ -85,19 +85,19 @@ def merge_moments(first: Moments, second: Moments) -> Moments:
 
 
 def groupnorms(model: nn.Module, layers: str | Iterable[str] = "*") -> dict[str, nn.GroupNorm]:
-    """The GroupNorm layers with a scale among ``layers`` (paths or globs), by path.
+    """The GroupNorm layers with a learned scale among ``layers`` (paths or globs), by path.
 
     Raises:
-        ValueError: none of the layers is one.
+        ValueError: there is none among them.
     """
-    found = {
+    norms = {
         name: module
         for name, module in find_layers(model, layers).items()
         if isinstance(module, nn.GroupNorm) and module.affine
     }
-    if not found:
+    if not norms:
         raise ValueError(f"layers: no GroupNorm with a scale among {layers!r} of {type(unwrap(model)).__name__}")
-    return found
+    return norms
 
 
 class ActivityTracker:
@@ -110,7 +110,7 @@ class ActivityTracker:
             vae(pictures)
         activity = tracker.read()      # one transfer to the CPU
 
-    Everything is accumulated on the device. In a distributed run ``read`` merges the processes'.
+    Statistics are accumulated on the device. In a distributed run ``read`` merges those of all processes.
     """
 
     def __init__(self, model: nn.Module, layers: str | Iterable[str] = "*"):
@@ -121,15 +121,15 @@ class ActivityTracker:
     @contextmanager
     def track(self) -> Iterator[None]:
         """Add the activations of forward passes inside the ``with`` block to the moments."""
-        with capture(self._model, self.layers, reduce=channel_moments) as seen:
+        with capture(self._model, self.layers, reduce=channel_moments) as captured:
             yield
-        for layer, calls in seen.items():
+        for layer, calls in captured.items():
             for moments in calls:
                 earlier = self._moments.get(layer)
                 self._moments[layer] = merge_moments(earlier, moments) if earlier else moments
 
     def read(self, *, reset: bool = True) -> Activity:
-        """The moments so far, on the CPU; ``reset`` starts again from none.
+        """The moments so far, on the CPU; ``reset`` then discards them.
 
         Raises:
             RuntimeError: nothing has been tracked.
@@ -164,11 +164,11 @@ def _merged_over_processes(activity: Activity) -> Activity:
 def measure_activity(
     model: nn.Module, forward: Callable[[Tensor], object], batches: Iterable[dict], layers: str | Iterable[str] = "*"
 ) -> Activity:
-    """Moments of the GroupNorm outputs over a data set, in evaluation mode.
+    """Measure the moments of the GroupNorm outputs over a data set, in evaluation mode.
 
     Args:
-        model: the model whose layers are read.
-        forward: called on each batch's ``pixels``, on the model's device and in its precision.
+        model: the model whose layers are measured.
+        forward: runs the model; called with each batch's ``pixels``, on the model's device and in its precision.
         batches: dicts with ``pixels`` (B, 3, H, W).
         layers: paths or globs of GroupNorm layers.
     """
@@ -196,8 +196,8 @@ def classify(
         activity: see :class:`ActivityTracker`.
         threshold: theta_act. A value equal to it is not below it.
         relative: multiply the threshold by the layer's median value, since layers differ in scale.
-            Where more than half of a layer is suppressed, its median is near 0 and next to none of
-            its channels are found.
+            Where more than half of a layer is suppressed, its median is near 0, and almost none of
+            its channels is classified as suppressed.
         by: the value that is compared: ``activity`` (m_c), or ``gamma`` (|gamma|).
 
     Returns:
@@ -205,12 +205,12 @@ def classify(
     """
     at_least("threshold", threshold, 0)
     one_of("by", by, MEASURES)
-    found = groupnorms(model, list(activity))
+    norms = groupnorms(model, list(activity))
     suppressed = {}
     for layer, moments in activity.items():
         if not moments.mean_abs.isfinite().all():
             raise ValueError(f"activity: the output of {layer} has NaN or infinity; try precision float32 or bfloat16")
-        values = moments.mean_abs if by == "activity" else found[layer].weight.detach().float().abs().cpu()
+        values = moments.mean_abs if by == "activity" else norms[layer].weight.detach().float().abs().cpu()
         bound = threshold * values.quantile(0.5) if relative else threshold
         indices = torch.nonzero(values < bound).flatten().tolist()
         if indices:
@@ -220,22 +220,22 @@ def classify(
 
 
 def count_suppressed(suppressed: dict[str, Suppressed]) -> int:
-    """The number of suppressed channels over all layers."""
+    """Count the suppressed channels of all layers."""
     return sum(len(layer.indices) for layer in suppressed.values())
 
 
 def channel_table(model: nn.Module, activity: Activity) -> pd.DataFrame:
-    """A row a channel: ``layer``, ``channel``, ``mean_abs``, ``mean``, ``std``, ``gamma``, ``beta``
+    """A row for each channel: ``layer``, ``channel``, ``mean_abs``, ``mean``, ``std``, ``gamma``, ``beta``
     and ``relative`` (m_c over the layer's median)."""
-    found = groupnorms(model, list(activity))
+    norms = groupnorms(model, list(activity))
     tables = []
     for layer, moments in activity.items():
         columns = {
             "mean_abs": moments.mean_abs,
             "mean": moments.mean,
             "std": moments.std,
-            "gamma": found[layer].weight.detach().float().cpu(),
-            "beta": found[layer].bias.detach().float().cpu(),
+            "gamma": norms[layer].weight.detach().float().cpu(),
+            "beta": norms[layer].bias.detach().float().cpu(),
         }
         table = pd.DataFrame({name: values.double().numpy() for name, values in columns.items()})
         table.insert(0, "layer", layer)
@@ -246,23 +246,27 @@ def channel_table(model: nn.Module, activity: Activity) -> pd.DataFrame:
 
 
 def suppressed_channel_rows(table: pd.DataFrame, suppressed: dict[str, Suppressed]) -> pd.DataFrame:
-    """The rows of :func:`channel_table` of the channels that :func:`classify` returned."""
+    """Select the rows of :func:`channel_table` whose channels :func:`classify` found to be suppressed."""
     chosen = {(layer, channel) for layer, target in suppressed.items() for channel in target.indices}
     return table[[key in chosen for key in zip(table["layer"], table["channel"], strict=True)]].reset_index(drop=True)
 
 
 def most_suppressed_layer(table: pd.DataFrame, suppressed: dict[str, Suppressed]) -> str:
-    """The layer with the most suppressed channels; where there are none, that of the smallest m_c."""
+    """The layer with the most suppressed channels; without any, the layer of the channel with the smallest m_c."""
     if suppressed:
         return max(suppressed, key=lambda layer: len(suppressed[layer].indices))
     return table.loc[table["mean_abs"].idxmin(), "layer"]
 
 
 def activation_map(activation: Tensor) -> Tensor:
-    """One picture's activation as maps (C, H, W); an attention block's (C, L) becomes (C, sqrt L, sqrt L).
+    """Arrange one picture's activation as maps (C, H, W).
+
+    Args:
+        activation: (C, H, W), returned unchanged; or (C, L) from an attention block, which becomes
+            (C, sqrt L, sqrt L).
 
     Raises:
-        ValueError: a sequence whose length is no square.
+        ValueError: the length L is not a square number.
     """
     if activation.dim() == 3:
         return activation
@@ -274,12 +278,12 @@ def activation_map(activation: Tensor) -> Tensor:
 
 @torch.no_grad()
 def near_zero_weights(model: nn.Module, threshold: float = 1e-8, *, relative: bool = False) -> dict[str, float]:
-    """The fraction of near-zero weights of each convolution and linear layer (section 4.2, Figure 1).
+    """Compute the fraction of near-zero weights of each convolution and linear layer (section 4.2, Figure 1).
 
     Args:
         model: any module.
-        threshold: a weight below it in magnitude is near zero.
-        relative: times the layer's mean weight magnitude.
+        threshold: a weight is near zero if its magnitude is below this value.
+        relative: multiply ``threshold`` by the layer's mean weight magnitude.
     """
     at_least("near_zero_threshold", threshold, 0)
     kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear)
@@ -291,7 +295,8 @@ def near_zero_weights(model: nn.Module, threshold: float = 1e-8, *, relative: bo
 
 
 def folded_normal_mean(mean: np.ndarray, std: np.ndarray) -> np.ndarray:
-    """E|y| of a normal y with this mean and standard deviation: the m_c that such a channel would have."""
+    """Compute E|y| of a normal variable y with this mean and standard deviation: the m_c of a channel with normally
+    distributed values."""
     from scipy.stats import foldnorm
 
     # from 40 standard deviations on E|y| is |mean|; scipy takes no standard deviation of 0
@@ -302,8 +307,8 @@ def folded_normal_mean(mean: np.ndarray, std: np.ndarray) -> np.ndarray:
 def scale_relation(table: pd.DataFrame, threshold: float) -> dict[str, float]:
     """How m_c, gamma and beta relate: a test of the paper's claim that the scale is the mechanism.
 
-    A normalised channel z times gamma plus beta is normal as far as z is. Its m_c is then the mean
-    of a folded normal distribution.
+    A channel's output is gamma z + beta with the normalized channel z. If z is standard normal, m_c is the
+    mean of a folded normal distribution.
 
     Args:
         table: from :func:`vaelab.vae.channels.channel_table`.
