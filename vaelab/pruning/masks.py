@@ -1,9 +1,11 @@
 """The importance predictor over latent channels, its masks, and the joint objective with VAE and denoiser.
 
 From "PeLAP-A: Adaptive Latent Pruning for Lightweight Latent Diffusion Models": the latent z of the VAE is
-multiplied, channel by channel, by a mask m(z) before it enters the denoiser. In the paper's own form
-nothing holds the mask open: reconstruction never uses it, and the noise of a smaller latent is easier to
-predict. With ``normalised``, ``topk`` or ``decoder_reads="masked"`` a closed mask costs something.
+multiplied, channel by channel, by a mask m(z) before it enters the denoiser. In the paper's formulation nothing
+stops the mask from collapsing to 0: the reconstruction loss does not involve the mask, and noise is easier to
+predict when the latent has a small magnitude. Three options prevent this. With ``mask="normalised"`` the masked
+latent keeps the latent's variance, so that a smaller mask does not make the latent smaller. With ``mask="topk"``
+k channels are always kept. With ``decoder_reads="masked"`` a smaller mask makes the reconstruction worse.
 """
 
 from dataclasses import dataclass
@@ -26,30 +28,31 @@ class LatentConfig:
     """The mask between encoder and denoiser, and the terms of the training loss."""
 
     mask: str = "soft"
-    """``none``; ``soft``, the paper's; ``normalised``, the same made to keep the latent's variance;
-    ``topk``, ones and zeros with a straight-through gradient."""
+    """``none``; ``soft``, the paper's mask of importances; ``normalised``, the soft mask times a gain that restores
+    the latent's variance; ``topk``, ones and zeros with a straight-through gradient."""
     sparsity: float = 0.0
-    """lambda, the weight of the mean mask."""
+    """lambda, the weight of the mean mask in the loss."""
     sparsity_warmup: int = 0
     """Steps over which lambda rises linearly from 0, after ``mask_from``."""
     mask_from: int = 0
-    """Steps before the mask is used and lambda counts: a curriculum."""
+    """Number of steps at the start of training without mask and with lambda 0."""
     keep: int = 1
-    """k, the channels that ``topk`` keeps."""
+    """k, the number of channels that ``topk`` keeps."""
     shared: bool = False
-    """One mask for a whole batch, instead of one a picture: only then can a channel be removed for good."""
+    """Whether all pictures of a batch share one mask, instead of one mask per picture. Only a channel that is closed
+    for every picture can be removed permanently."""
     hidden: int = 32
     """Width of the predictor's hidden layer."""
     decoder_reads: str = "latent"
-    """What the decoder is trained on: the ``latent``, as in the paper, or the ``masked`` one."""
+    """What the decoder is trained on: the unmasked ``latent``, as in the paper, or the ``masked`` latent."""
     standardise: bool = False
     """Whether each channel is brought to mean 0 and variance 1 before the mask."""
     stop_gradient: bool = False
-    """Whether the denoiser's gradient ends before the VAE."""
+    """Whether the gradient of the denoiser's loss stops before it reaches the VAE."""
     reconstruction_weight: float = 1.0
-    """Of the squared error summed over a picture's values."""
+    """w, the weight of the squared error, which is summed over a picture's values."""
     kl_weight: float = 1e-3
-    """Of the KL divergence summed over the latent's entries."""
+    """beta, the weight of the KL divergence, which is summed over the latent's entries."""
 
     def __post_init__(self) -> None:
         one_of("mask", self.mask, MASKS)
@@ -60,17 +63,17 @@ class LatentConfig:
         at_least("hidden", self.hidden, 1)
 
     def sparsity_at(self, step: int) -> float:
-        """lambda in step ``step``, which counts from 1."""
+        """Compute lambda in step ``step``, which counts from 1."""
         if step <= self.mask_from:
             return 0.0
         return self.sparsity * min(1.0, (step - self.mask_from) / max(1, self.sparsity_warmup))
 
 
 class ImportancePredictor(nn.Module):
-    """m = sigmoid(W2 relu(W1 mean(z) + b1) + b2): one importance a channel from the pooled latent.
+    """Computes one importance per channel from the latent's spatial mean: m = sigmoid(W2 relu(W1 mean(z) + b1) + b2).
 
-    4 channels and a hidden width of 32 are the paper's 292 parameters. The last layer begins at a
-    bias of ``INITIAL_BIAS`` and small weights: every importance is near 0.95.
+    With 4 channels and a hidden width of 32 it has the 292 parameters of the paper. The last layer is initialised
+    with the bias ``INITIAL_BIAS`` and small weights, so that every importance starts near 0.95.
     """
 
     def __init__(self, channels: int, hidden: int = 32):
@@ -80,16 +83,22 @@ class ImportancePredictor(nn.Module):
         nn.init.constant_(self.second.bias, INITIAL_BIAS)
 
     def forward(self, latents: Tensor) -> Tensor:
-        """Importances (B, c) in (0, 1) of latents (B, c, h, w)."""
+        """Compute importances (B, c) in (0, 1) from latents (B, c, h, w)."""
         return torch.sigmoid(self.second(torch.relu(self.first(latents.mean((2, 3))))))
 
 
 def straight_through_topk(importance: Tensor, keep: int) -> Tensor:
-    """1 for the ``keep`` most important channels of importance (B, c), 0 for the others; the gradient is
-    that of the importances (straight-through, Bengio et al. 2013).
+    """Make a mask (B, c) that is 1 for the ``keep`` most important channels and 0 for the others.
+
+    In the backward pass the mask is treated as the importances themselves (straight-through estimator, Bengio et al.
+    2013).
+
+    Args:
+        importance: (B, c).
+        keep: the number of channels to keep, from 1 to c.
 
     Raises:
-        ValueError: more channels kept than there are.
+        ValueError: ``keep`` is below 1 or above the number of channels.
     """
     channels = importance.shape[-1]
     if not 1 <= keep <= channels:
@@ -99,11 +108,13 @@ def straight_through_topk(importance: Tensor, keep: int) -> Tensor:
 
 
 def variance_gain(latents: Tensor, mask: Tensor) -> Tensor:
-    """The factor on a masked latent that restores its variance: the square root of the channels' summed
-    variances before the mask, over those after it. Means do not count, so a constant cannot replace variance.
+    """Compute the factor that restores a masked latent's variance: sqrt(sum of channel variances before masking / sum
+    after masking).
+
+    Variances are taken about each channel's mean, so a constant offset does not count as variance.
 
     Args:
-        latents: (B, c, h, w); the variance is over pictures and places.
+        latents: the latents before the mask, (B, c, h, w); variances are over pictures and positions.
         mask: (B, c).
     """
     # in float32 under autocast too: a variance in half precision is off by percents
@@ -119,7 +130,7 @@ class MaskedLatents(NamedTuple):
     latents: Tensor
     """(B, c, h, w)."""
     mask: Tensor
-    """(B, c), the factors of the channels, the gain included."""
+    """(B, c), the factor of each channel, including the gain."""
 
 
 class ChannelMask(nn.Module):
@@ -136,8 +147,11 @@ class ChannelMask(nn.Module):
         self.register_buffer("gains", torch.zeros(()))
 
     def forward(self, latents: Tensor) -> MaskedLatents:
-        """Mask latents (B, c, h, w). In evaluation the gain is the running mean of training's, so that a
-        picture's mask does not depend on the rest of its batch."""
+        """Mask latents (B, c, h, w).
+
+        In evaluation mode the running mean of the training gains is used, so that a picture's masked latent does not
+        depend on the rest of its batch.
+        """
         mask = self.mask(latents)
         if self._config.mask == "normalised":
             now = variance_gain(latents, mask) if self.training else self.running_gain
@@ -152,7 +166,7 @@ class ChannelMask(nn.Module):
         return MaskedLatents(mask[..., None, None] * latents, mask)
 
     def mask(self, latents: Tensor) -> Tensor:
-        """The mask (B, c) before any gain."""
+        """Compute the mask (B, c), without the gain of ``normalised``."""
         if self._config.mask == "none":
             return latents.new_ones(latents.shape[:2])
         importance = self.predict(latents)
@@ -162,10 +176,13 @@ class ChannelMask(nn.Module):
 
 
 class PruningObjective(nn.Module):
-    """L = w MSE + beta KL + E||eps - eps_theta(z_t, t)||^2 + lambda mean(m), for VAE, predictor and
-    denoiser together.
+    """The joint loss of VAE, importance predictor and denoiser:
+    L = w MSE + beta KL + E||eps - eps_theta(z_t, t)||^2 + lambda mean(m).
 
-    ``sparsity`` and ``masks.enabled`` are set from outside where they change over the training.
+    w is ``reconstruction_weight``, beta is ``kl_weight`` and lambda is ``sparsity`` of :class:`LatentConfig`; eps is
+    the noise, eps_theta the denoiser, z_t the noised masked latent and m the mask. The training loop sets the
+    attributes ``sparsity`` and ``masks.enabled`` if they change during training
+    (:class:`vaelab.pruning.train.SparsitySchedule`).
     """
 
     def __init__(self, vae: nn.Module, unet: nn.Module, scheduler: Any, config: LatentConfig):
@@ -180,19 +197,19 @@ class PruningObjective(nn.Module):
         self.scheduler, self.config, self.sparsity = scheduler, config, config.sparsity
 
     def latents(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """A sample of the posterior (B, c, h, w), scaled as the VAE's configuration says."""
+        """Sample latents (B, c, h, w) from the posterior of pictures, scaled as the VAE's configuration says."""
         return models.scale_latents(self.vae, models.posterior(self.vae, pixels).sample(generator))
 
     def denoiser_input(self, latents: Tensor) -> MaskedLatents:
-        """Scaled latents (B, c, h, w) standardised, if ``standardise`` is set, and masked."""
+        """Standardise scaled latents (B, c, h, w), if ``standardise`` is set, and mask them."""
         return self.masks(self.standard(latents))
 
     def decode(self, latents: Tensor, shape: torch.Size) -> Tensor:
-        """Pictures of ``shape`` from the denoiser's latents (B, c, h, w)."""
+        """Decode the denoiser's latents (B, c, h, w) to pictures of ``shape``."""
         return models.decode_latents(self.vae, self.to_vae_latents(latents), shape)
 
     def to_vae_latents(self, latents: Tensor) -> Tensor:
-        """The denoiser's latents (B, c, h, w) as the VAE's decoder takes them: neither standardised nor scaled."""
+        """Convert the denoiser's latents (B, c, h, w) to the VAE's own: undo the standardisation and the scaling."""
         if self.config.standardise:
             norm = self.standard
             mean, variance = (moment[:, None, None] for moment in (norm.running_mean, norm.running_var))
@@ -200,9 +217,12 @@ class PruningObjective(nn.Module):
         return models.unscale_latents(self.vae, latents)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Losses of a batch with ``pixels`` (B, 3, R, R) in [-1, 1]; ``reconstruction`` is summed over a
-        picture's values, ``diffusion`` a mean over the latent's, ``scale`` the standard deviation of
-        what the denoiser gets."""
+        """Compute the losses of a batch with ``pixels`` (B, 3, R, R) in [-1, 1].
+
+        ``reconstruction`` is the squared error summed over a picture's values, ``diffusion`` the mean squared error of
+        the predicted noise over the latent's entries, and ``scale`` the standard deviation of the denoiser's input
+        (root mean square over channels).
+        """
         pixels = batch["pixels"]
         posterior = models.posterior(self.vae, pixels)
         latents = posterior.sample()

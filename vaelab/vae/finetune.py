@@ -1,8 +1,13 @@
-"""Training or fine-tuning of a VAE, with suppressed channels tracked and nudged.
+"""Train or fine-tune a VAE while its suppressed channels are tracked and nudged.
 
-From Shi, Wang and Roshka, sections 4 and 5. :func:`train_vae` trains under one condition with one seed;
-:func:`train_conditions` pairs trainings that share everything but the condition. A training records
-which pictures it used, so that a model is not evaluated on them (:func:`require_unseen`).
+From "Investigating the Functional Role of Learned Channel Suppression in Diffusion VAEs" (Shi, Wang and
+Roshka), sections 4 and 5. A nudge raises the GroupNorm scale gamma of a suppressed channel
+(:mod:`vaelab.vae.nudge`). There are three conditions: ``baseline`` changes no scale, ``nudge`` nudges the
+suppressed channels, and ``control`` nudges as many active channels instead.
+
+:func:`train_vae` trains under one condition with one seed. :func:`train_conditions` trains every condition with
+every seed; runs with the same seed differ only in the condition. Each run records which pictures it was trained
+on, so that a model is not evaluated on them (:func:`require_unseen`).
 """
 
 import json
@@ -32,12 +37,12 @@ CONDITIONS = ("baseline", "nudge", "control")
 Source = dict[str, list[list[int]]]
 """Where pictures were drawn from, see :attr:`vaelab.data.images.Images.source`."""
 LOGS = ("history", "ChannelWatcher 0: tracked", "ChannelWatcher 0: interventions", "Validator 1: validation")
-"""The lists of rows in a training's log, in the order of the fields of :class:`VAERun`."""
+"""The lists of rows in the log of a training run, in the order of the fields of :class:`VAERun`."""
 
 
 @dataclass(frozen=True)
 class StudyConfig:
-    """The settings of one training of a VAE."""
+    """The settings of one training run of a VAE."""
 
     train: TrainConfig
     nudge: NudgeConfig = field(default_factory=NudgeConfig)
@@ -46,22 +51,22 @@ class StudyConfig:
     kl_weight: float = 1e-6
     """beta_KL, the weight of the KL term."""
     threshold: float = 1e-3
-    """theta_act: a channel with m_c below it is suppressed."""
+    """theta_act: a channel is suppressed if its mean absolute activation m_c is below this value."""
     relative: bool = False
-    """Whether the threshold is in units of the layer's median m_c."""
+    """Whether the threshold is multiplied by the layer's median m_c."""
     layers: str = "*"
     """GroupNorm layers to track, as a glob."""
     track_every: int = 20
-    """Steps between tracked steps; the steps of interventions are tracked too."""
+    """Steps between tracked steps; the first step and the steps of interventions are tracked too."""
     near_zero_threshold: float = 1e-8
-    """A convolution's weight below it is near zero."""
+    """A weight of a convolution or linear layer is near zero if its magnitude is below this value."""
     evaluate_every: int = 0
     """Steps between validations; 0 validates at the start and the end only."""
 
     @classmethod
     def of(cls, params: dict[str, Any], **changes: Any) -> "StudyConfig":
-        """The configuration that a notebook's parameters describe: each field takes the parameter
-        of its name, ``changes`` override, and the other fields have their defaults."""
+        """Make the configuration from a notebook's parameters: each field takes the parameter of its name, ``changes``
+        override the parameters, and fields without a parameter keep their defaults."""
         return configured(cls, {**params, **changes}, train=TrainConfig, nudge=NudgeConfig)
 
     def __post_init__(self) -> None:
@@ -78,8 +83,8 @@ class StudyConfig:
 class ChannelWatcher(Watcher):
     """Tracks the channels of a VAE in training, and intervenes under the conditions ``nudge`` and ``control``.
 
-    ``rows`` gets a row per tracked step, ``interventions`` a row per intervention and layer; see
-    :class:`VAERun`.
+    ``rows``, which is logged as ``tracked``, gets one row per tracked step; ``interventions`` gets one row per
+    intervention and layer. :class:`VAERun` describes the columns.
     """
 
     def __init__(self, vae: nn.Module, condition: str, config: StudyConfig):
@@ -94,7 +99,8 @@ class ChannelWatcher(Watcher):
         return self._tracker.track() if self._tracked(step) else nullcontext()
 
     def after(self, step: int, optimizer: torch.optim.Optimizer) -> None:
-        """Read the tracked step, classify, and intervene if it is time."""
+        """At a tracked step, classify the channels and record the counts; at an intervention step, also change
+        scales."""
         if not self._tracked(step):
             return
         config = self._config
@@ -113,14 +119,14 @@ class ChannelWatcher(Watcher):
         self.rows.append({"step": step, "suppressed": count, "nudged": len(log), "near_zero": near_zero})
 
     def logs(self) -> dict[str, Rows]:
-        """The rows ``tracked`` and ``interventions``."""
+        """Return the two lists of rows, by the names ``tracked`` and ``interventions``."""
         return {"tracked": self.rows, "interventions": self.interventions}
 
     def _tracked(self, step: int) -> bool:
         return step % self._config.track_every == 0 or step == 1 or self._is_intervention_step(step)
 
     def _is_intervention_step(self, step: int) -> bool:
-        # none after the last step, which would be measured before the model could adapt to it
+        # no intervention after the last step: the model would be evaluated before it could adapt to the change
         return step % self._config.nudge.interval == 0 and step < self._config.train.steps
 
     def _intervenes(self, step: int) -> bool:
@@ -128,15 +134,15 @@ class ChannelWatcher(Watcher):
 
 
 class Validator(Watcher):
-    """Reconstruction quality and suppressed channels on held-out pictures: a row at the start, at the
-    end, and every ``evaluate_every`` steps."""
+    """Measures reconstruction quality and suppressed channels on held-out pictures: one row at the start, one at the
+    end, and one every ``evaluate_every`` steps."""
 
     def __init__(self, vae: nn.Module, images: Images, config: StudyConfig):
         self._vae, self._images, self._config = vae, images, config
         self.rows: list[dict[str, float]] = []
 
     def after(self, step: int, optimizer: torch.optim.Optimizer) -> None:
-        """Validate if it is time."""
+        """Validate after the last step, and every ``evaluate_every`` steps."""
         every = self._config.evaluate_every
         if step == self._config.train.steps or (every and step % every == 0):
             self.validate(step)
@@ -151,37 +157,37 @@ class Validator(Watcher):
         self.rows.append({"step": step, **result._asdict(), "suppressed": channels.count_suppressed(suppressed)})
 
     def logs(self) -> dict[str, Rows]:
-        """The rows ``validation``."""
+        """Return the list of rows, by the name ``validation``."""
         return {"validation": self.rows}
 
 
 class VAERun(NamedTuple):
-    """One training: its ``run.json``, and the rows of its ``log.jsonl``."""
+    """One finished training run: its ``run.json``, and the rows of its ``log.jsonl``."""
 
     condition: str
     seed: int
     history: list[dict[str, float]]
     """Training losses, see :class:`vaelab.training.loop.Trained`."""
     tracked: list[dict[str, Any]]
-    """A row per tracked step: ``step``, ``suppressed``, ``nudged`` (numbers of channels) and
-    ``near_zero`` (a fraction per layer)."""
+    """One row per tracked step: ``step``, ``suppressed`` and ``nudged`` (numbers of channels), and ``near_zero``
+    (the fraction of near-zero weights, by layer)."""
     interventions: list[dict[str, Any]]
-    """A row per intervention and layer: ``step``, ``layer``, and lists of the ``channels`` whose scale
-    was changed and of its values ``before`` and ``after``."""
+    """One row per intervention and layer: ``step``, ``layer``, and three lists: the ``channels`` whose scale was
+    changed, and their scales ``before`` and ``after``."""
     validation: list[dict[str, float]]
-    """A row per validation, the first before training: ``step``, the fields of
-    :class:`vaelab.vae.objective.Reconstruction`, ``suppressed``."""
+    """One row per validation, the first one before training: ``step``, the fields of
+    :class:`vaelab.vae.objective.Reconstruction`, and ``suppressed`` (the number of suppressed channels)."""
 
 
 def read_run(folder: str | Path, settings: dict[str, Any] | None = None) -> VAERun:
-    """Read a finished training from its folder.
+    """Read a finished training run from its folder.
 
     Args:
-        folder: the folder that :func:`train_vae` was given.
-        settings: the settings it must have been made with; None accepts any.
+        folder: the folder that was given to :func:`train_vae`.
+        settings: the settings that the run must have been made with; None accepts any settings.
 
     Raises:
-        ValueError: a missing or damaged file, or other settings.
+        ValueError: a file is missing or damaged, or the run was made with other settings.
     """
     path = Path(folder, "run.json")
     try:
@@ -210,25 +216,25 @@ def train_vae(
     changes: dict[str, Any] | None = None,
     save_weights: bool = False,
 ) -> VAERun:
-    """Train ``model`` under one condition, or resume an interrupted training; a finished one is read.
+    """Train ``model`` under one condition, or resume an interrupted run; a finished run is only read.
 
     Args:
-        model: as in :func:`vaelab.models.loading.load_vae`.
-        condition: ``baseline``; ``nudge``; or ``control``, the same nudge on active channels.
+        model: the model's name, as in :func:`vaelab.models.loading.load_vae`.
+        condition: ``baseline``, ``nudge`` or ``control``; see the module's docstring.
         config: the settings; its ``train.seed`` is the run's seed.
-        pictures: pictures to train on, and held-out ones to validate on.
-        folder: holds the checkpoint during training, then ``run.json``, ``log.jsonl`` and, with
-            ``save_weights``, the diffusers folder ``vae``.
-        revision: of a model on the hub.
-        variant: of the weight files, such as ``fp16``.
-        changes: train from scratch, from the seed, with these changes (none: ``{}``) to the
-            model's configuration; None fine-tunes its weights.
-        save_weights: save the trained VAE as a diffusers folder.
+        pictures: the pictures to train on, and the held-out pictures to validate on.
+        folder: the run's folder. It holds the checkpoint during training, and afterwards ``run.json``, ``log.jsonl``
+            and, with ``save_weights``, the diffusers folder ``vae``.
+        revision: a branch, tag or commit of a model on the hub.
+        variant: the variant of the weight files, such as ``fp16``.
+        changes: if a dict, train from random initialisation with these changes to the model's configuration (``{}``
+            for no change); if None, fine-tune the pretrained weights.
+        save_weights: whether to save the trained VAE as a diffusers folder.
 
     Raises:
-        ValueError: a model that cannot be loaded or has no GroupNorm; or a folder that holds a training with
-            other settings, or a damaged one.
-        FloatingPointError: a loss or weight that is not finite.
+        ValueError: the model cannot be loaded or has no GroupNorm; or the folder holds a run with other settings, or
+            a damaged run.
+        FloatingPointError: a loss or weight is not finite.
     """
     from accelerate import PartialState
 
@@ -259,7 +265,7 @@ def train_vae(
     result = VAERun(condition, config.train.seed, trained.history, watcher.rows, watcher.interventions, validator.rows)
     if PartialState().is_main_process:
         if save_weights:
-            shutil.rmtree(folder / "vae", ignore_errors=True)  # a kill may have left a part of it
+            shutil.rmtree(folder / "vae", ignore_errors=True)  # an interrupted run may have left a part of it
             models.save_with_checksums(vae.eval(), folder / "vae")
         _, documents = read_tensors(checkpoint)
         named = {"condition": condition, "seed": config.train.seed, "log": documents["log"]}
@@ -282,14 +288,15 @@ def train_conditions(
 ) -> list[VAERun]:
     """Fine-tune under every condition with every seed; the weights of the first seed are saved.
 
-    Trainings with the same seed share their data, its order and the posterior's noise. The arguments
-    are those of :func:`train_vae`.
+    Runs with the same seed share their data, its order and the posterior's noise; they differ only in the condition.
+    The arguments are those of :func:`train_vae`.
 
     Returns:
-        The trainings, by seed and then by condition.
+        The training runs, ordered by seed and then by condition.
 
     Raises:
-        ValueError: conditions without ``baseline``, or a condition or seed that occurs twice.
+        ValueError: ``baseline`` is not among the conditions, a condition or seed occurs twice, or there is no seed;
+            also the errors of :func:`train_vae`.
     """
     for condition in conditions:
         one_of("conditions", condition, CONDITIONS)
@@ -311,17 +318,17 @@ def train_conditions(
 
 
 def training_source(model: str) -> Source | None:
-    """Where the pictures were drawn from that a model was trained on.
+    """Read which pictures a model was trained on.
 
     Args:
-        model: as in :func:`vaelab.models.loading.load_vae`.
+        model: the model's name, as in :func:`vaelab.models.loading.load_vae`.
 
     Returns:
-        The recorded source of a model that :func:`train_vae` saved (its folder ``vae`` or the folder around it);
-        None for any other model, of which it is not known.
+        The recorded source of the training pictures, if :func:`train_vae` saved the model (``model`` is then its folder
+        ``vae`` or the folder around it). None for any other model, whose training pictures are not known.
 
     Raises:
-        ValueError: a damaged record.
+        ValueError: the record is damaged.
     """
     folder = local(model)
     if folder is None:
@@ -339,7 +346,7 @@ def training_source(model: str) -> Source | None:
 
 
 def describe_overlap(model: str, images: Images) -> str:
-    """A sentence on whether a model was trained on these pictures, for a notebook's output."""
+    """Say in a sentence whether a model was trained on these pictures, for a notebook's output."""
     source = training_source(model)
     if source is None:
         return f"it is not known which pictures {model!r} was trained on"
@@ -349,15 +356,16 @@ def describe_overlap(model: str, images: Images) -> str:
 
 
 def require_unseen(model: str, images: Images, parameter: str) -> str:
-    """Return :func:`describe_overlap` of a model that was not trained on pictures which it is evaluated on.
+    """Raise an error if the model was trained on the evaluation pictures; otherwise return the sentence of
+    :func:`describe_overlap`.
 
     Args:
-        model: as in :func:`vaelab.models.loading.load_vae`.
-        images: pictures to evaluate on.
-        parameter: the notebook parameter that chose their split, which begins the error.
+        model: the model's name, as in :func:`vaelab.models.loading.load_vae`.
+        images: the pictures to evaluate on.
+        parameter: the notebook parameter that chose their split; error messages begin with it.
 
     Raises:
-        ValueError: the model was trained on the split, or on a part of it.
+        ValueError: the model was trained on the split of the pictures, or on a part of it.
     """
     sentence = describe_overlap(model, images)
     if shared_pictures(training_source(model) or {}, images.source):
@@ -366,8 +374,8 @@ def require_unseen(model: str, images: Images, parameter: str) -> str:
 
 
 def scale_parameters(model: nn.Module) -> tuple[str, ...]:
-    """The names of GroupNorm's scales and shifts in :class:`vaelab.vae.objective.VAEObjective`, for
-    ``undecayed`` of :class:`vaelab.training.loop.TrainConfig`."""
+    """Return the parameter names of all GroupNorm scales (gamma) and shifts (beta) of a VAE, as they are called in
+    :class:`vaelab.vae.objective.VAEObjective`; for ``undecayed`` of :class:`vaelab.training.loop.TrainConfig`."""
     return tuple(f"vae.{layer}.{part}" for layer in channels.groupnorms(model) for part in ("weight", "bias"))
 
 
@@ -380,7 +388,7 @@ def _settings(
     pictures: tuple[Images, Images],
     changes: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """Everything that decides the result, as it is after a round trip through JSON."""
+    """Everything that determines the result, as it is after a round trip through JSON."""
     decides = asdict(config)
     decides |= decides.pop("train") | decides.pop("nudge")
     for name in EXECUTION_ONLY:
@@ -395,7 +403,7 @@ def _settings(
 
 
 def _trained_on(model: str | None, learning: Images) -> Source:
-    """The source of these pictures, and of those that the model was trained on before, where that is known."""
+    """The source of these pictures and, if known, of the pictures that the model was trained on before."""
     source = dict(learning.source)
     earlier = (training_source(model) if model else None) or {}
     for identity, ranges in earlier.items():
