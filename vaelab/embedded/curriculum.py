@@ -1,7 +1,10 @@
-"""Training data and objective of the embedded text-to-image model.
+"""Training data and objective of the embedded model, the small text-to-image model shipped with the package.
 
-The data are scenes of the world with their prompts. A curriculum gives easy examples first: one thing,
-every factor named. The objective is the velocity loss of the U-Net and the text encoder together.
+The data are scenes of the synthetic scene world (:mod:`vaelab.world`) with their prompts. A scene shows one to three
+objects ("things" in the code) on a ground; its factors are attributes such as an object's colour. Training follows a
+curriculum of several stages (``LESSONS``). Early in a stage most examples are easy: the prompt names every factor, and
+in some stages the scene shows a single object. The U-Net and the text encoder are trained together on the loss of the
+velocity (v-prediction).
 """
 
 import itertools
@@ -26,30 +29,32 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CurriculumConfig:
-    """The examples, timesteps and loss weights of one lesson."""
+    """The examples, timesteps and loss weights of one stage of the curriculum."""
 
     prompt_dropout: float = 0.1
-    """Share of the prompts replaced by the empty prompt, for classifier-free guidance."""
+    """Fraction of the prompts that are replaced by the empty prompt, for classifier-free guidance."""
     sampler_steps: int = 4
-    """Number of steps of the sampler whose timesteps are drawn more often."""
+    """Number of steps of a sampler whose timesteps are trained more often than others."""
     sampler_timestep_share: float = 0.7
-    """Share of the timesteps drawn from that sampler's. Noisier ones are drawn more often, since the
-    less is visible of a picture, the more its prompt matters. The other timesteps are uniform."""
+    """Fraction of the examples whose timestep is one of that sampler's. Among these, noisier timesteps are more likely,
+    because the prompt matters more the less is visible of the picture. The other timesteps are uniform."""
     easy_steps: int = 1000
-    """Steps over which the share of easy examples falls from 1 to 0. An easy example's prompt names every factor."""
+    """Number of steps over which the share of easy examples falls from 1 to 0. An easy example's prompt names every
+    factor."""
     single_thing: bool = True
-    """Whether an easy example shows one thing only."""
+    """Whether an easy example shows a single object."""
     pure_noise: bool = True
-    """Whether easy examples are always predicted from pure noise, where only the prompt says what to draw."""
+    """Whether easy examples are always predicted from pure noise, in which only the prompt tells what to draw."""
     exact_positions: bool = False
-    """Whether all things have offset 0. A prompt does not name the offset, so a model that is trained with random
-    offsets learns outlines averaged over them."""
+    """Whether every object stands exactly at the centre of its position (offset 0). A prompt does not name the offset,
+    so a model that is trained with random offsets learns outlines averaged over them."""
     coupled_noise: bool = False
-    """Whether the noise determines the positions that a prompt leaves open, see :func:`couple_noise_to_positions`."""
+    """Whether the noise determines the positions that a prompt does not name, see :func:`couple_noise_to_positions`."""
     position_loss_weight: float = 0.1
-    """Weight of the loss that makes blocks encode each pixel's row and column."""
+    """Weight of the auxiliary loss that makes blocks encode the row and column of each position of their maps."""
     thing_pixel_weight: tuple[float, float] = (10.0, 3.0)
-    """Weight of a thing's pixels, (the ground's have 1) while all examples are easy, and when none is."""
+    """Weight in the loss of a pixel that shows an object, first while all examples are easy, then when none is. Pixels
+    that show the ground have weight 1."""
 
     def __post_init__(self) -> None:
         at_least("sampler_steps", self.sampler_steps, 1)
@@ -73,21 +78,22 @@ LESSONS = {
     ),
     "practice": CurriculumConfig(easy_steps=0, exact_positions=True, coupled_noise=True, thing_pixel_weight=(5.0, 5.0)),
 }
-"""The three lessons of the embedded model, in order: positions first, then outlines, then ordinary prompts that
-leave factors out."""
+"""The three stages of the curriculum, in order: positions first, then outlines, then ordinary prompts, which leave
+factors out."""
 
 
 class DenoisingObjective(nn.Module):
-    """L = E ||v - v_theta(z_t, t, prompt)||^2, for the U-Net and the text encoder together.
+    """The loss L = E ||v - v_theta(z_t, t, prompt)||^2 of the U-Net and the text encoder together, where v is the
+    velocity of v-prediction.
 
-    An auxiliary loss predicts each pixel's row and column from the input of every transformer block by
-    one linear map. A convolution knows positions only from the padding at the picture's edge (Islam et
-    al. 2020). Pure noise contains no other cue, and a prompt's positions cannot be used before some
-    layer knows where it is.
+    In an auxiliary task, linear maps (one per block) predict the row and column of each position from the input of the
+    cross-attention blocks; the first down stage has no such task. A convolution knows positions only from the padding
+    at the picture's edge (Islam et al. 2020). Pure noise contains no other cue, and the positions that a prompt names
+    cannot be used before some layer knows which part of the picture it processes.
 
     Args:
         pipeline: a ``StableDiffusionPipeline``; its U-Net and text encoder are trained.
-        config: the lesson.
+        config: the stage of the curriculum.
     """
 
     def __init__(self, pipeline: Any, config: CurriculumConfig):
@@ -113,9 +119,9 @@ class DenoisingObjective(nn.Module):
         """Compute the losses of a batch.
 
         Args:
-            batch: ``pixels`` (B, 3, R, R) in [-1, 1], ``tokens`` (B, L), the ``weight`` (B, 1, R, R) of each
-                pixel, ``pure_noise`` (B,) bool, whether an example is predicted from pure noise, and ``unnamed``
-                (B, 9), see :func:`unnamed_positions`.
+            batch: ``pixels`` (B, 3, R, R) in [-1, 1]; ``tokens`` (B, L), the tokens of the prompts; ``weight``
+                (B, 1, R, R), the weight of each pixel; ``pure_noise`` (B,) bool, whether an example is predicted from
+                pure noise; and ``unnamed`` (B, 9), see :func:`unnamed_positions`.
 
         Returns:
             Scalars: the ``loss``, the unweighted ``velocity_mse`` and the ``position_loss``.
@@ -143,7 +149,8 @@ class DenoisingObjective(nn.Module):
         }
 
     def _position_loss(self, maps: list[Tensor]) -> Tensor:
-        """Cross-entropy of every pixel's row and column, mean over blocks; ``maps`` are (B, C, H, W)."""
+        """Compute the cross-entropy of the row and column of every position, averaged over blocks; ``maps`` are
+        (B, C, H, W)."""
         losses = []
         for head, features in zip(self.position_heads, maps, strict=True):
             height, width = features.shape[-2:]
@@ -163,22 +170,24 @@ class DenoisingObjective(nn.Module):
 
 @torch.no_grad()
 def scaled_latents(vae: nn.Module, pixels: Tensor) -> Tensor:
-    """The latents (B, c, h, w) that a denoiser learns to draw: posterior means with standard deviation one.
+    """Compute the latents (B, c, h, w) that a denoiser learns to generate: posterior means, scaled to about unit
+    variance.
 
     Args:
-        vae: the autoencoder; its configuration says how its latents are scaled.
-        pixels: (B, 3, R, R) in [-1, 1].
+        vae: the autoencoder; its configuration says how latents are scaled.
+        pixels: the pictures, (B, 3, R, R) in [-1, 1].
     """
     return models.scale_latents(vae, models.posterior(vae, pixels).mode())
 
 
 def weighted_mse(predicted: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The squared error's weighted mean and its plain mean.
+    """Compute the weighted mean and the plain mean of the squared error.
 
     Args:
-        predicted: (B, c, h, w).
-        target: (B, c, h, w).
-        weight: (B, 1, R, R), of each pixel of the picture.
+        predicted: (B, c, h, w), in the latent space.
+        target: (B, c, h, w), in the latent space.
+        weight: (B, 1, R, R), the weight of each pixel of the picture. The weights are averaged over the patch of pixels
+            that each latent position stands for, to (B, 1, h, w).
     """
     error = (predicted.float() - target.float()).square().mean(1, keepdim=True)
     weight = nn.functional.adaptive_avg_pool2d(weight, error.shape[-2:])
@@ -186,11 +195,11 @@ def weighted_mse(predicted: Tensor, target: Tensor, weight: Tensor) -> tuple[Ten
 
 
 def scene_batches(batch_size: int, make: Callable[[list[Scene], int], dict[str, Tensor]]) -> Batches:
-    """Endless batches of training scenes, no scene twice.
+    """Make endless batches of training scenes; each scene has a seed of its own.
 
     Args:
-        batch_size: scenes of a batch.
-        make: makes a batch of its scenes and the training step, counted from 0.
+        batch_size: the number of scenes per batch.
+        make: a function (scenes, step) -> batch, where ``step`` is the training step, counted from 0.
     """
     at_least("batch_size", batch_size, 1)
 
@@ -204,14 +213,14 @@ def scene_batches(batch_size: int, make: Callable[[list[Scene], int], dict[str, 
 
 
 def picture_batches(batch_size: int) -> Batches:
-    """Endless batches of pictures of training scenes, for the autoencoder: ``pixels`` (B, 3, 64, 64)."""
+    """Make endless batches of pictures of training scenes, for the autoencoder: ``pixels`` (B, 3, 64, 64)."""
     return scene_batches(batch_size, lambda scenes, _: {"pixels": render(scenes)})
 
 
 def prompted_batches(batch_size: int, tokenizer: "CLIPTokenizer", config: CurriculumConfig) -> Batches:
-    """Endless batches of training scenes with their prompts, as :class:`DenoisingObjective` takes them.
+    """Make endless batches of training scenes with their prompts, for :meth:`DenoisingObjective.forward`.
 
-    The share of easy examples falls with the training step.
+    Early in training most examples are easy; their share falls to 0 over ``config.easy_steps`` steps.
     """
 
     def make(scenes: list[Scene], step: int) -> dict[str, Tensor]:
@@ -232,11 +241,11 @@ def prompted_batches(batch_size: int, tokenizer: "CLIPTokenizer", config: Curric
 
 
 def unnamed_positions(scenes: Sequence[Scene]) -> Tensor:
-    """Which of the nine positions hold things whose position the prompt leaves out.
+    """Say which of the nine positions (cells) hold an object whose position the prompt does not name.
 
     Returns:
-        (B, 9) int64: i at the position of a scene's i-th such thing, counted from 1; -1 at the position of a
-        thing whose position is named; 0 at an empty position.
+        (B, 9) int64: 0 for an empty cell, -1 for an object whose position the prompt names, i (from 1) for the i-th
+        object whose position it omits.
     """
     table = torch.zeros(len(scenes), len(POSITIONS), dtype=torch.long)
     for row, scene in zip(table, scenes, strict=True):
@@ -247,20 +256,20 @@ def unnamed_positions(scenes: Sequence[Scene]) -> Tensor:
 
 
 def couple_noise_to_positions(noise: Tensor, unnamed: Tensor) -> Tensor:
-    """Noise that determines the positions which a prompt leaves open.
+    """Rearrange noise such that it determines the positions which the prompt does not name.
 
-    Given pure noise and a prompt without a position, the best prediction is an average over all
-    positions. A sampler of few steps cannot recover from that blur. So noise and picture are drawn
-    together, as in multisample flow matching (Pooladian et al. 2023, who couple them by optimal
-    transport): the scene's first unnamed thing stands at the free position whose central noise has the
-    highest mean, the second at the next highest. To this end the central patches of two positions are
-    exchanged. Patches of white noise are interchangeable, so the noise stays white as long as all free
-    positions are equally likely; in a split, which leaves some combinations out, this holds nearly. The
-    paths from noise to picture become straighter, and a deterministic sampler can follow them.
+    Given pure noise and a prompt without a position, the best prediction is an average over all positions. A sampler of
+    few steps cannot recover from that blur. So noise and picture are coupled, as in multisample flow matching
+    (Pooladian et al. 2023, who couple them by optimal transport). A position is free if it is empty or holds an object
+    whose position the prompt does not name. The scene is kept, and patches of the noise are exchanged: afterwards the
+    first object without a named position stands at the free position whose central patch of noise has the highest mean,
+    the second at the next highest. Patches of white noise are interchangeable, so the noise stays white if all free
+    positions are equally likely; in a split, which leaves some combinations out, this holds nearly. The paths from
+    noise to picture become straighter, and a deterministic sampler can follow them.
 
     Args:
-        noise: (B, c, h, w).
-        unnamed: (B, 9), see :func:`unnamed_positions`.
+        noise: (B, c, h, w), white noise in the latent space.
+        unnamed: (B, 9), the table of :func:`unnamed_positions`.
 
     Returns:
         A copy of the noise with patches exchanged.
@@ -277,7 +286,8 @@ def couple_noise_to_positions(noise: Tensor, unnamed: Tensor) -> Tensor:
 
 
 def _central_patches(shape: Sequence[int]) -> list[tuple[slice, slice]]:
-    """Rows and columns of the latent patch at the centre of each position; its side is an eighth of the latent's."""
+    """Return the rows and columns of the latent patch at the centre of each position; the patch's side is an eighth of
+    the latent's."""
     rows, columns = (
         [slice(first, first + max(1, side // 8)) for first in (round(c * side / SIDE - side / 16) for c in CENTRES)]
         for side in shape
@@ -286,15 +296,16 @@ def _central_patches(shape: Sequence[int]) -> list[tuple[slice, slice]]:
 
 
 def pixel_weights(scenes: list[Scene], things: float) -> Tensor:
-    """The weight (B, 1, 64, 64) of every pixel: ``things`` for those of things, 1 for those of the ground."""
+    """Compute the weight (B, 1, 64, 64) of every pixel: ``things`` if the pixel shows an object, 1 if it shows the
+    ground."""
     return 1 + (things - 1) * torch.from_numpy(np.stack([~scene.masks()[-1:] for scene in scenes]))
 
 
 def without_offsets(scene: Scene) -> Scene:
-    """The scene with every thing at the centre of its position."""
+    """Copy a scene, with every object moved to the centre of its position (offset 0)."""
     return replace(scene, things=tuple(replace(thing, offset=(0, 0)) for thing in scene.things))
 
 
 def _easy(scene: Scene, single_thing: bool) -> Scene:
-    """The scene, or its first thing alone, with every factor named."""
+    """Copy a scene, or only its first object and the ground, with every factor named in the prompt."""
     return (replace(scene, things=scene.things[:1]) if single_thing else scene).spelled_out()

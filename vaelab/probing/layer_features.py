@@ -1,8 +1,11 @@
-"""Features of labelled pictures from a denoiser's layers at several timesteps, collected into a store.
+"""Features of labelled pictures from a denoiser's layers, collected into a store; a layer is a block at a timestep.
 
 Kim et al. ("Revelio", sections 3.2 and 4.1): a picture is encoded by the autoencoder, noised to timestep t and passed
 once through the denoiser. The features are a block's output, as a map and as its mean over positions. All blocks share
-the pass of a timestep, which stops after the last of them. "Layer" means a block at a timestep, such as ``up_ft1.t25``.
+one pass per timestep, which stops after the last of them. A layer is named after both, such as ``up_ft1.t25``.
+
+A view is a version of a picture: the uncropped picture itself, or a random crop of it, which may be mirrored. A factor
+is a set of classes that pictures are labelled with, such as the colour.
 """
 
 import hashlib
@@ -35,7 +38,7 @@ from vaelab.probing.dataset import Examples
 from vaelab.probing.linear import class_share
 
 MAPS = ".maps"
-"""Ending of the store's name for a layer's maps; without it stand their means over positions."""
+"""Ending of a name in the store that holds a layer's maps; without it, the name holds their means over positions."""
 
 
 @dataclass(frozen=True)
@@ -43,35 +46,37 @@ class LayerConfig:
     """Which features of which layers are collected."""
 
     blocks: tuple[str, ...]
-    """Short names, globs or module paths."""
+    """Short names, globs or module paths of the blocks."""
     timesteps: tuple[int, ...]
-    """From 0, the picture without noise, to the schedule's last."""
+    """The timesteps, from 0 (the picture without noise) to the schedule's last."""
     prompt: str = ""
-    """For every picture; empty for none. A factor in braces, ``a photo of a {label}``, is replaced by the picture's
-    true class: such features have been given the answer. For a class-conditional model it names one of its classes, or
-    is the class's number if they have no names."""
+    """The prompt for every picture; empty means no prompt. It may contain factors in braces, such as ``a photo of a
+    {label}``; each is replaced by the name of the picture's class. With the true classes (see ``clip``), such features
+    have been given the answer. For a class-conditional model the prompt is the name of one of the model's classes, or
+    the index of the class if they have no names."""
     clip: str = ""
-    """Id or folder of a CLIP model that infers the classes in braces from the picture; empty for the true ones."""
+    """Id or folder of a CLIP model, which infers the classes in braces from the picture by zero-shot classification;
+    empty means that the true classes are used."""
     clip_revision: str = ""
-    """Of the CLIP model, on the hub."""
+    """Revision of the CLIP model on the hub."""
     side: str = "output"
     """``output``, ``input`` or ``update`` (output minus input) of the blocks."""
     maps: bool = False
     """Whether maps are stored beside their means over positions."""
     views: int = 1
-    """Items per picture: the uncropped picture, and ``views`` - 1 random crops and flips of it."""
+    """Number of views (items) per picture: the uncropped picture, and ``views`` - 1 random crops of it."""
     smallest_crop: float = 0.6
-    """Side of the smallest crop, as a share of the picture's."""
+    """Side of the smallest crop, as a fraction of the picture's side."""
     flips: bool = True
     """Whether each crop is mirrored with probability 1/2, which exchanges left and right."""
     batch_size: int = 16
-    """Views per pass."""
+    """Number of views per pass."""
     seed: int = 0
-    """Together with a picture's number, it fixes the noise and the crops."""
+    """Determines the noise and the crop of each view, together with the indices of the picture and of the view."""
     precision: str = "float16"
-    """Of the stored numbers."""
+    """Floating point format of the stored values."""
     items_per_shard: int = 256
-    """Items of a shard, rounded up to whole batches."""
+    """Number of items in a shard, rounded up to whole batches."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "views", "items_per_shard"):
@@ -90,34 +95,38 @@ class FeatureBatch(NamedTuple):
     """The features of one batch of n views."""
 
     items: list[dict[str, Any]]
-    """For each view ``image`` (the picture's number), ``view``, ``number`` (of the view among all), ``seed``,
-    ``timestep`` (all of them), ``labels``, ``digest`` (of the uncropped picture) and, with CLIP, ``inferred``."""
+    """For each view: ``image`` (index of the picture), ``view`` (index among the picture's views; 0 is uncropped),
+    ``number`` (index among all views of all pictures), ``seed``, ``timestep`` (the list of all timesteps), ``labels``
+    (class index by factor), ``digest`` (checksum of the uncropped picture) and, with CLIP, ``inferred`` (the inferred
+    class index by factor)."""
     maps: dict[str, Tensor]
-    """For each layer (n, d), and with ``.maps`` appended to its name (n, h, w, d)."""
+    """For each layer the means over positions (n, d), and under its name with ``.maps`` appended the maps
+    (n, h, w, d)."""
 
 
 def layer_name(block: str, timestep: int) -> str:
-    """The store's name for a block at a timestep: ``up_ft1.t25``."""
+    """Return the store's name for a block at a timestep, such as ``up_ft1.t25``."""
     return f"{block}.t{timestep}"
 
 
 def split_layer_name(layer: str) -> tuple[str, int]:
-    """The block and the timestep in a :func:`layer_name`."""
+    """Split a :func:`layer_name` into the block and the timestep."""
     block, _, timestep = layer.rpartition(".t")
     return block, int(timestep)
 
 
 def with_block_and_timestep(rows: pd.DataFrame) -> pd.DataFrame:
-    """A table with a column ``layer``, and from it the columns ``block`` and ``timestep``."""
+    """Add the columns ``block`` and ``timestep`` to a table with a column ``layer``."""
     pairs = [split_layer_name(layer) for layer in rows["layer"]]
     return rows.assign(block=[block for block, _ in pairs], timestep=[timestep for _, timestep in pairs])
 
 
 def load_prompt_clip(pipeline: Any, pictures: LabelledPictures, config: LayerConfig) -> ZeroShotClip | None:
-    """The CLIP model that infers the classes in the prompt's braces; None if the true ones are used.
+    """Load the CLIP model that infers the classes in the prompt's braces by zero-shot classification; None means that
+    the true classes are used.
 
     Raises:
-        ValueError: with CLIP, a prompt without a factor in braces, or no such model.
+        ValueError: a CLIP model is given, but the prompt has no factor in braces, or the model does not exist.
     """
     if not config.clip:
         return None
@@ -129,14 +138,16 @@ def load_prompt_clip(pipeline: Any, pictures: LabelledPictures, config: LayerCon
 def feature_batches(
     pipeline: Any, pictures: LabelledPictures, config: LayerConfig, *, start: int = 0, clip: ZeroShotClip | None = None
 ) -> Iterator[FeatureBatch]:
-    """Features in batches, view by view. Unreadable pictures are left out together with their labels.
+    """Compute features in batches of views: all views of the first picture, then all views of the second, and so on.
+
+    Pictures that cannot be read are left out together with their labels.
 
     Args:
         pipeline: a diffusers pipeline.
-        pictures: labelled ones.
-        config: which features.
-        start: views to skip, readable or not; a multiple of the batch size.
-        clip: from :func:`load_prompt_clip`; None to load it here if ``config.clip`` names one.
+        pictures: the labelled pictures.
+        config: says which features are computed.
+        start: the number of views to skip, readable or not; a multiple of the batch size.
+        clip: the model from :func:`load_prompt_clip`; None means that it is loaded here if ``config.clip`` names one.
     """
     clip = clip or load_prompt_clip(pipeline, pictures, config)
     total = len(pictures) * config.views
@@ -183,7 +194,8 @@ def _features(
 
 
 def digest(pixels: Tensor) -> str:
-    """A checksum of a picture (3, R, R) in [-1, 1] at 8 bits per channel: equal pictures have equal checksums."""
+    """Compute a checksum of a picture (3, R, R) in [-1, 1], rounded to 8 bits per channel: equal pictures have equal
+    checksums."""
     rounded = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     return hashlib.blake2b(rounded.contiguous().numpy().tobytes(), digest_size=8).hexdigest()
 
@@ -195,13 +207,14 @@ def estimate(
 
     Args:
         pipeline: a diffusers pipeline.
-        pictures: labelled ones; unreadable ones count as readable.
-        config: which features.
-        folder: of the store. What it already holds, of a collection to be resumed, needs no further space.
+        pictures: the labelled pictures; for the estimate, all of them count as readable.
+        config: says which features are collected.
+        folder: the store's folder. If it holds an interrupted collection, the space it already uses is subtracted.
 
     Returns:
-        Items, vectors, bytes, time, memory and free disk space, shown by ``print(plan)``; and the shapes of the
-        features, for :func:`collect_layer_features`.
+        The plan, with the numbers of items, vectors and bytes, the time, the memory and the free disk space
+        (``print(plan)`` shows it); and the layout, with the shapes of the features, for
+        :func:`collect_layer_features`.
 
     Raises:
         ValueError: no picture can be read.
@@ -243,19 +256,19 @@ def collect_layer_features(
     settings: dict[str, Any] | None = None,
     layout: store.Layout | None = None,
 ) -> store.Store:
-    """Write the features of all pictures to a store. A collection that was killed is resumed.
+    """Write the features of all pictures to a store. An interrupted collection is resumed.
 
     Args:
         pipeline: a diffusers pipeline.
-        pictures: labelled ones.
-        config: which features.
-        folder: of the store.
-        settings: whatever else decides the numbers, as plain JSON: the model's identity.
-        layout: from :func:`estimate`; None to compute one batch for it.
+        pictures: the labelled pictures.
+        config: says which features are collected.
+        folder: the store's folder.
+        settings: everything else that determines the values, such as the model's identity, as plain JSON.
+        layout: the layout from :func:`estimate`; None means that one batch is computed to find it.
 
     Raises:
-        ValueError: no picture can be read, a store with other settings, or values that the stored precision cannot
-            hold.
+        ValueError: no picture can be read, the folder holds a store with other settings, or the stored precision cannot
+            hold a value.
     """
     clip = load_prompt_clip(pipeline, pictures, config)
     layout = layout or _layout(_first_batch(pipeline, pictures, config, clip).maps)
@@ -294,16 +307,16 @@ def _seed(seed: int, image: int, view: int) -> int:
 def prompts_for(
     pipeline: Any, pictures: LabelledPictures, prompt: str, labels: Sequence[dict[str, int]]
 ) -> list[str | int] | None:
-    """The prompts of some pictures, see :class:`LayerConfig`; None if there is no prompt.
+    """Fill in the prompt for some pictures, see :class:`LayerConfig`; the result is None if there is no prompt.
 
     Args:
         pipeline: a diffusers pipeline.
-        pictures: with the names of the classes.
-        prompt: with or without factors in braces.
-        labels: each picture's class numbers by factor, true or inferred.
+        pictures: the data set, which knows the names of the classes.
+        prompt: the prompt, with or without factors in braces.
+        labels: for each picture its class indices by factor, true or inferred.
 
     Raises:
-        ValueError: an unknown factor in braces, or one for which a picture has no label.
+        ValueError: a factor in braces is unknown, or a picture has no label for it.
     """
     if not prompt:
         return None
@@ -320,7 +333,7 @@ def prompts_for(
 
 
 def clip_accuracies(features: store.Store) -> dict[str, float]:
-    """By factor, how often the class that CLIP inferred is the true one; empty if none was inferred."""
+    """Compute by factor the share of pictures whose class CLIP inferred correctly; empty if no class was inferred."""
     items = [item for item in features.items if item["view"] == 0 and "inferred" in item]
     factors = items[0]["inferred"] if items else ()
     return {
@@ -330,14 +343,15 @@ def clip_accuracies(features: store.Store) -> dict[str, float]:
 
 
 def class_shares(by_factor: Mapping[str, Examples], layers: Sequence[str]) -> pd.DataFrame:
-    """The share of variance between classes, :func:`vaelab.probing.linear.class_share`, of every layer and factor.
+    """Compute the share of variance between classes (:func:`vaelab.probing.linear.class_share`) for every layer and
+    factor.
 
     Args:
-        by_factor: the same pictures with the classes of each factor.
-        layers: names in the store, of means over positions.
+        by_factor: for each factor, the same pictures with their classes of that factor.
+        layers: the layers' names in the store, without ``.maps``.
 
     Returns:
-        A row per layer: ``layer``, and a column per factor.
+        One row per layer: ``layer``, and one column per factor.
     """
     return pd.DataFrame(
         [
@@ -354,9 +368,9 @@ def require_same_source(
 
     Args:
         features: the store.
-        pictures: as loaded here.
-        model: settings of the store that identify the model; those that are given here are compared.
-        parameter: the notebook parameter that named the store.
+        pictures: the pictures that were loaded now.
+        model: the settings that identify the model, by name; the store's settings of the same names must be equal.
+        parameter: the notebook parameter that named the store; error messages begin with it.
     """
     expected = {**model, "dataset": pictures.name, "resolution": pictures.resolution}
     for setting, here in expected.items():
@@ -368,7 +382,10 @@ def require_same_source(
 
 
 def require_same_setting(features: store.Store, setting: str, here: Any, parameter: str) -> None:
-    """Raise ValueError unless a store was made with this value of a setting; of a mapping, name what differs."""
+    """Raise ValueError unless a setting of a store has this value.
+
+    If both values are mappings, the error lists only the entries that differ.
+    """
     there = features.settings.get(setting)
     if there == here:
         return
@@ -379,9 +396,10 @@ def require_same_setting(features: store.Store, setting: str, here: Any, paramet
 
 
 def require_same_model(features: store.Store, model: str, parameter: str) -> None:
-    """Raise ValueError unless a store was made with the model of this name, or with the files of this folder.
+    """Raise ValueError unless a store was made with this model, a name or a local folder.
 
-    The store's setting ``model`` is that of :func:`vaelab.models.identity`.
+    A folder is compared by the checksum of its files if the store was made with a local folder too, otherwise the names
+    are compared. The store's setting ``model`` comes from :func:`vaelab.models.identity`.
     """
     there = features.settings.get("model")
     if isinstance(there, Mapping) and there.get("name") == "local" and local(model):
@@ -395,20 +413,20 @@ def require_same_model(features: store.Store, model: str, parameter: str) -> Non
 
 
 def pooled_layers(features: store.Store) -> list[str]:
-    """The names of a store's layers whose items are means over positions."""
+    """List the names in a store that hold means over positions rather than maps."""
     return [layer for layer in features.layout if not layer.endswith(MAPS)]
 
 
 def maps_in_memory(
     pipeline: Any, pictures: LabelledPictures, config: LayerConfig
 ) -> tuple[list[int], dict[str, Tensor]]:
-    """The maps of a few pictures, without a store.
+    """Compute the maps of a few pictures in memory, without a store.
 
     Returns:
-        The numbers of the N readable pictures, and for each layer (N, h, w, d) on the CPU.
+        The picture index of each of the N readable views, and for each layer the maps (N, h, w, d) on the CPU.
 
     Raises:
-        ValueError: no picture can be read, or maps that the memory cannot hold.
+        ValueError: no picture can be read, or the memory cannot hold the maps.
     """
     config = replace(config, maps=True)
     batches = feature_batches(pipeline, pictures, config)

@@ -1,4 +1,10 @@
-"""Tables of accuracies: the best layers, the map of layers by timesteps, and several runs side by side."""
+"""Tables of accuracies: the best layers, accuracy by block and timestep, and several runs side by side.
+
+A layer is a block of the denoiser at a timestep, such as ``up_ft1.t25``. A factor is a set of classes that pictures are
+labelled with, such as the colour. The classifiers are the linear probe and Diff-C, the convolutional classifier of Kim
+et al. (:mod:`vaelab.probing.diffc`), each trained on one layer for one factor. Purity is the share of the most frequent
+class among the pictures that activate a feature most (:mod:`vaelab.probing.purity`).
+"""
 
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -16,36 +22,36 @@ PURITY = "purity: share of the\nmost frequent class"
 
 
 def best_layer(rows: pd.DataFrame, factor: str) -> str:
-    """The layer with the highest validation accuracy for a factor.
+    """Find the layer with the highest validation accuracy for a factor.
 
     Args:
-        rows: columns ``layer``, ``factor`` and ``validation``.
-        factor: the set of classes.
+        rows: accuracies, with columns ``layer``, ``factor`` and ``validation`` (validation accuracy).
+        factor: the factor's name.
     """
     own = rows[rows["factor"] == factor]
     return own.loc[own["validation"].idxmax(), "layer"]
 
 
 def layers_by_factor(probes: pd.DataFrame, patterns: Sequence[str]) -> dict[str, list[str]]:
-    """For each factor the layers that Diff-C is trained on.
+    """Choose for each factor the layers that Diff-C is trained on.
 
     Args:
         probes: accuracies of the linear probes, for every layer and factor.
-        patterns: names such as ``up_ft1.t25``, or globs such as ``up_ft1.*``. Empty for the layer on which the factor's
-            probe is best.
+        patterns: the layers to train on, as names such as ``up_ft1.t25`` or globs such as ``up_ft1.*``. If empty, each
+            factor gets the layer on which its linear probe has the best validation accuracy.
 
     Raises:
-        ValueError: a pattern that matches no layer.
+        ValueError: a pattern matches no layer.
     """
     chosen = matching_layers(list(dict.fromkeys(probes["layer"])), patterns)
     return {factor: chosen or [best_layer(probes, factor)] for factor in dict.fromkeys(probes["factor"])}
 
 
 def matching_layers(layers: Sequence[str], patterns: Sequence[str]) -> list[str]:
-    """The layers that match at least one name or glob.
+    """List the layers that match at least one name or glob.
 
     Raises:
-        ValueError: a pattern that matches no layer.
+        ValueError: a pattern matches no layer.
     """
     for pattern in patterns:
         if not any(fnmatchcase(layer, pattern) for layer in layers):
@@ -54,10 +60,11 @@ def matching_layers(layers: Sequence[str], patterns: Sequence[str]) -> list[str]
 
 
 def at_best_layers(rows: pd.DataFrame) -> pd.DataFrame:
-    """For each factor, all classifiers on the layers where at least one of them has its best validation accuracy.
+    """For each factor, keep the layers on which some classifier reaches its best validation accuracy, and return the
+    rows of all classifiers on those layers.
 
     Args:
-        rows: of several classifiers, with ``layer``, ``factor``, ``classifier`` and ``validation``.
+        rows: accuracies of several classifiers, with columns ``layer``, ``factor``, ``classifier`` and ``validation``.
     """
     by_classifier = [part for _, part in rows.groupby("classifier", sort=False)]
     chosen = {(factor, best_layer(part, factor)) for part in by_classifier for factor in set(part["factor"])}
@@ -67,14 +74,17 @@ def at_best_layers(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def knowledge_tables(rows: pd.DataFrame, purity: pd.DataFrame | None = None) -> dict[str, pd.DataFrame]:
-    """The tables for :func:`vaelab.probing.plots.knowledge`.
+    """Make the tables of accuracy over block and timestep, per factor, that :func:`vaelab.probing.plots.knowledge`
+    draws.
 
     Args:
-        rows: accuracies, with ``layer``, ``factor``, ``classifier``, ``accuracy`` and ``chance``.
-        purity: the table of a run of notebook 41 on the same layers; None to leave it out.
+        rows: accuracies, with columns ``layer``, ``factor``, ``classifier``, ``accuracy`` and ``chance``.
+        purity: the purity table of a run of notebook 41 (how pure features are) on the same layers; None means no
+            table for purity.
 
     Returns:
-        For each classifier, and for purity, a table with ``block``, ``timestep``, ``factor``, ``value`` and ``chance``.
+        For each classifier, and for purity, a table with columns ``block``, ``timestep``, ``factor``, ``value`` and
+        ``chance``.
     """
     tables = {
         title: with_block_and_timestep(rows[rows["classifier"] == classifier]).rename(columns={"accuracy": "value"})
@@ -85,22 +95,23 @@ def knowledge_tables(rows: pd.DataFrame, purity: pd.DataFrame | None = None) -> 
 
 
 def purity_tables(purity: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """The table of :func:`vaelab.probing.purity.purity_table` in the form of :func:`knowledge_tables`."""
+    """Bring the table of :func:`vaelab.probing.purity.purity_table` into the form of :func:`knowledge_tables`."""
     rows = with_block_and_timestep(purity.drop(columns="chance", errors="ignore"))
     return {PURITY: rows.rename(columns={"majority": "value", "majority_chance": "chance"})}
 
 
 def read_table(folder: str, notebook: str, table: str, parameter: str) -> pd.DataFrame:
-    """A table of a finished run, with the run's model in a column ``model``.
+    """Read a table of a finished run, and add the run's model as a column ``model``.
 
     Args:
-        folder: of the run.
-        notebook: that must have made it.
-        table: its name.
-        parameter: the notebook parameter that named the folder.
+        folder: the run's folder.
+        notebook: the name of the notebook that must have made the run.
+        table: the table's name.
+        parameter: the notebook parameter that named the folder; error messages begin with it.
 
     Raises:
-        ValueError: no finished run of that notebook, a damaged one, or one without that table.
+        ValueError: the folder holds no finished run of that notebook, the run's results are damaged, or they have no
+            such table.
     """
     file = resolve(folder) / "results.json"
     try:
@@ -129,20 +140,20 @@ def require_finished(folders: Sequence[str], notebook: str) -> None:
 
 
 def compare_models(own: pd.DataFrame, model: str, folders: Sequence[str], notebook: str) -> pd.DataFrame:
-    """Accuracies of this run and of other runs, each on the layers of :func:`at_best_layers`.
+    """Join the accuracies of this run and of other runs, each on the layers of :func:`at_best_layers`.
 
     Args:
-        own: accuracies of this run.
-        model: its model.
-        folders: finished runs of the same notebook, with other models or prompts.
-        notebook: its name.
+        own: the accuracies of this run.
+        model: the name of this run's model.
+        folders: the folders of finished runs of the same notebook, with other models or prompts.
+        notebook: the notebook's name.
 
     Returns:
-        The rows factor by factor, with a column ``model``. A second run with the same model has the run's name appended
-        to it.
+        The rows, sorted by factor, with a column ``model``. If several runs use the same model, the run's name is
+        appended to the model's name of the later ones.
 
     Raises:
-        ValueError: a run that is named twice, or any error of :func:`read_table`.
+        ValueError: a run is listed twice, or :func:`read_table` cannot read it.
     """
     parts = {model: own.assign(model=model)}
     for folder in folders:
@@ -158,16 +169,18 @@ def compare_models(own: pd.DataFrame, model: str, folders: Sequence[str], notebo
 
 
 def accuracy_metrics(rows: pd.DataFrame, compared: pd.DataFrame) -> Mapping[str, float]:
-    """The metrics of notebook 42.
+    """Collect the metrics of notebook 42, which compares probes, Diff-C and the denoiser itself as classifiers.
 
     Args:
-        rows: accuracies of probes and Diff-Cs.
-        compared: from :func:`vaelab.probing.classifiers.compare_classifiers`.
+        rows: the accuracies of linear probes and of Diff-C.
+        compared: the table of :func:`vaelab.probing.classifiers.compare_classifiers`, which times classifiers on the
+            same few test pictures.
 
     Returns:
-        ``<layer>.<classifier>.<factor>.accuracy`` and ``.chance`` for each row; for each compared classifier
-        ``.seconds_per_image`` and ``.accuracy_on_these``; ``diffusion_classifier.accuracy``, and
-        ``diffusion_classifier.times_diffc``, its seconds per picture divided by Diff-C's.
+        For each row ``<layer>.<classifier>.<factor>.accuracy`` and ``.chance``. For each compared classifier
+        ``<classifier>.seconds_per_image`` and ``<classifier>.accuracy_on_these``, its accuracy on those few pictures.
+        For the denoiser as a classifier also ``diffusion_classifier.accuracy`` and
+        ``diffusion_classifier.times_diffc``, a ratio of times: its seconds per picture divided by those of Diff-C.
     """
     metrics = {
         f"{row['layer']}.{row['classifier']}.{row['factor']}.{name}": row[name]

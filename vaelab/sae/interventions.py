@@ -1,7 +1,12 @@
 """Interventions on a block's update during generation, and their effect on the pictures.
 
-Blocks are switched off one at a time (Surkov et al., "Unpacking SDXL Turbo", appendix C), or their update is replaced
-by a function of its vectors, such as an autoencoder's reconstruction (appendix D, Table 2).
+A block's update is its output minus its input: what it adds to the residual stream. Blocks are switched off one at a
+time (Surkov et al., "Unpacking SDXL Turbo", appendix C), or a function replaces the update's vectors at all positions,
+such as an autoencoder that reconstructs each of them (appendix D, Table 2).
+
+Pictures of scenes from the synthetic scene world (:mod:`vaelab.world`) are also checked by the scene reader
+(:mod:`vaelab.world.oracle`), which recovers the scene from a picture. A factor is an attribute of a scene, such as the
+colour of an object.
 """
 
 import importlib
@@ -20,14 +25,14 @@ from vaelab.core import devices
 from vaelab.core.validate import one_of
 from vaelab.data.prompts import Prompts
 from vaelab.hooks import edit
-from vaelab.models.block_names import find_denoiser, example_outputs, paths_by_name, picture_entry, find_blocks
+from vaelab.models.block_names import example_outputs, find_blocks, find_denoiser, paths_by_name, picture_entry
 from vaelab.world import oracle
 from vaelab.world.scenes import SIDE, Scene
 
 LPIPS_NETWORKS = ("alex", "vgg", "squeeze")
 """Networks of the ``lpips`` package."""
 Replacement = Callable[[Tensor], Tensor]
-"""Vectors (N, d) in float32 to vectors (N, d)."""
+"""A function from vectors (N, d) in float32 to vectors (N, d)."""
 PAPER_TABLE_2 = {
     ("down.2.1", 5, 640): (83.29, 50.04, 0.3383, 56.0), ("mid.0", 5, 640): (52.64, 26.82, 0.2032, 43.4),
     ("up.0.0", 5, 640): (55.89, 30.69, 0.2276, 44.8), ("up.0.1", 5, 640): (52.67, 34.53, 0.2073, 50.3),
@@ -42,38 +47,43 @@ PAPER_TABLE_2 = {
     ("down.2.1", 20, 5120): (56.37, 29.04, 0.2190, 78.8), ("mid.0", 20, 5120): (37.28, 17.82, 0.1328, 66.5),
     ("up.0.0", 20, 5120): (35.73, 18.03, 0.1302, 70.6), ("up.0.1", 20, 5120): (30.31, 17.22, 0.1104, 74.2),
 }  # fmt: skip
-"""Mean and median Manhattan distance, LPIPS and explained variance in percent, by block, k and n_f."""
+"""Mean and median Manhattan distance, LPIPS and explained variance in percent, by block, k and dictionary size n_f."""
 PAPER_WIDTH = 1280
-"""The width d of the paper's blocks."""
+"""The width d of the vectors of the paper's blocks."""
 PAPER_BLOCK = {"down.1.1": "down.2.1"}
-"""The paper's counterpart of a block of the embedded model, where the names differ."""
+"""For a block of the small model shipped with the package, the paper's block at the same place, if the names differ."""
 
 
 class LPIPS(NamedTuple):
-    """The LPIPS network (Zhang et al., 2018), an optional extra, or the reason why it is missing; made by
-    :func:`load_lpips`."""
+    """The LPIPS network (Zhang et al., 2018) or, if it cannot be loaded, the reason; made by :func:`load_lpips`.
+
+    The network comes with the optional package ``lpips``.
+    """
 
     model: Any
-    """The network; None where it is missing."""
+    """The network; None if it could not be loaded."""
     why: str | None
-    """Why the network is missing; None where it is there."""
+    """The reason why the network could not be loaded; None if it is loaded."""
 
     @torch.no_grad()
     def distance(self, before: Tensor, after: Tensor, batch_size: int = 16) -> list[float]:
-        """LPIPS of N pairs of pictures (N, 3, H, W) in [-1, 1]; NaN where there is no network."""
+        """Compute LPIPS of N pairs of pictures (N, 3, H, W) in [-1, 1]; every value is NaN if there is no network."""
         if self.model is None:
             return [float("nan")] * len(before)
         device = next(self.model.parameters()).device
         parts = zip(before.split(batch_size), after.split(batch_size), strict=True)
-        return [one for x, y in parts for one in self.model(x.to(device), y.to(device)).flatten().tolist()]
+        return [value for x, y in parts for value in self.model(x.to(device), y.to(device)).flatten().tolist()]
 
 
 def load_lpips(net: str = "alex", device: str | torch.device = "auto") -> LPIPS:
-    """The network of the ``lpips`` package, if the package and its weights are available.
+    """Load the network of the ``lpips`` package, or say why it is not available.
 
     Args:
         net: ``alex`` (the package's default; the paper names none), ``vgg`` or ``squeeze``.
-        device: where it runs.
+        device: the device that the network runs on.
+
+    Raises:
+        ValueError: ``net`` is none of these.
     """
     one_of("lpips_net", net, LPIPS_NETWORKS)
     try:
@@ -98,50 +108,57 @@ def generate_without_block(
 
 
 def blocks_with_updates(pipeline: Any) -> list[str]:
-    """The blocks whose update can be switched off: a U-Net's cross-attention transformers, or all blocks of a
-    transformer."""
+    """List the blocks whose update can be switched off: in a U-Net its modules with cross-attention, in a diffusion
+    transformer all its blocks."""
     return [name for name in paths_by_name(pipeline) if name != "bottleneck" and not name.startswith("up_ft")]
 
 
 def resolve_blocks(pipeline: Any, names: Sequence[str]) -> list[str]:
-    """The short names of the blocks that these names and globs match; without names, all of
+    """Return the short names of the blocks that these names and globs match; without names, all of
     :func:`blocks_with_updates`.
 
     Raises:
-        ValueError: an unknown block; one whose output has another shape than its input, so that it has no update; or a
-            layer that works on the prompt.
+        ValueError: a block is unknown; its output and its input differ in shape, so that it has no update; or it is a
+            layer that processes text tokens.
     """
-    found = find_blocks(pipeline, names or blocks_with_updates(pipeline))
-    for path in found.values():
+    blocks = find_blocks(pipeline, names or blocks_with_updates(pipeline))
+    for path in blocks.values():
         picture_entry(pipeline, path)
-    example_outputs(pipeline, list(found.values()), side="update")
-    return list(found)
+    example_outputs(pipeline, list(blocks.values()), side="update")
+    return list(blocks)
 
 
 def manhattan_distance(before: Tensor, after: Tensor) -> Tensor:
-    """Manhattan distance of pictures (B, 3, H, W) in [-1, 1], mean over pixels of the sum over the
-    three channels in units of 0 to 255 (Surkov et al., Table 2): (B,)."""
+    """Compute the Manhattan distance of pictures (B, 3, H, W) in [-1, 1] (Surkov et al., Table 2).
+
+    Per picture (B,): the absolute difference on the 0-255 scale, summed over the three channels and averaged over
+    pixels.
+    """
     return (before - after).abs().sum(1).mean((1, 2)) * 127.5
 
 
 def median_manhattan_distance(before: Tensor, after: Tensor) -> Tensor:
-    """Manhattan distance of pictures (B, 3, H, W) in [-1, 1], the median over pixels of the sum over
-    the three channels in units of 0 to 255 (Surkov et al., Table 2): (B,)."""
+    """Compute the median Manhattan distance of pictures (B, 3, H, W) in [-1, 1] (Surkov et al., Table 2).
+
+    Per picture (B,): the absolute difference on the 0-255 scale, summed over the three channels; of these sums the
+    median over pixels.
+    """
     distances = (before - after).abs().sum(1).flatten(1).cpu().numpy()
     return torch.from_numpy(np.median(distances, axis=1)) * 127.5
 
 
 def ablation_table(pictures: Mapping[str, Tensor], baseline: Tensor, scenes: Sequence[Scene] | None) -> pd.DataFrame:
-    """Effects of switching off each block.
+    """Tabulate the effects of switching off each block.
 
     Args:
-        pictures: for each block (N, 3, H, W) in [-1, 1], made without it.
-        baseline: (N, 3, H, W), made with all blocks.
-        scenes: the scenes that the prompts describe; None for prompts that are not of the world.
+        pictures: for each block, the N pictures (N, 3, H, W) in [-1, 1] generated without it.
+        baseline: (N, 3, H, W), the pictures generated with all blocks.
+        scenes: the scenes that the prompts describe; None if the prompts are not from the synthetic scene world.
 
     Returns:
-        One row per block: ``block``, ``manhattan`` (mean over pictures), and for scenes each factor's
-        change of accuracy, as a fraction of the pictures.
+        One row per block: ``block`` and ``manhattan`` (mean over pictures). If there are scenes, also one column per
+        factor: the accuracy without the block minus the accuracy with all blocks, as a fraction of the pictures.
+        Negative values mean that the pictures get worse without the block.
     """
     before = _accuracy(scenes, baseline) if scenes else pd.Series(dtype=float)
     rows = []
@@ -166,23 +183,25 @@ def generate_with_replacement(
     batch_size: int = 16,
     seed: int = 0,
 ) -> Tensor:
-    """Generate pictures (N, 3, H, W) in [-1, 1] with a block's update replaced; picture i uses ``seed + i``. Both
-    halves of classifier-free guidance are replaced.
+    """Generate pictures (N, 3, H, W) in [-1, 1] with a block's update replaced; picture i uses ``seed + i``.
+
+    With classifier-free guidance the update is replaced in both the conditional and the unconditional pass.
 
     Args:
         pipeline: a diffusers pipeline.
-        prompts: N prompts; class numbers for a class-conditional model.
-        block: a short name or a module path.
-        replace: a function of the updates D_out - D_in of all positions, (n, d) in float32, that returns what
-            replaces them. If it returns its input, the pictures are unchanged bit for bit.
-        sampling: steps, guidance and size.
-        steps: the steps at which the update is replaced, counted from 0; None for all (see
+        prompts: N prompts; for a class-conditional model, class indices.
+        block: the block's short name or module path.
+        replace: a function that takes the updates D_out - D_in of all positions of all pictures in a batch, (n, d) in
+            float32, and returns the vectors (n, d) that replace them. If it returns its input, the pictures are
+            unchanged bit for bit.
+        sampling: the number of steps, the guidance and the size of the pictures.
+        steps: the steps at which the update is replaced, counted from 0; None means all (see
             :func:`vaelab.activations.denoiser.count_passes`).
-        batch_size: prompts of a batch.
-        seed: seed of the first picture.
+        batch_size: the number of prompts per batch.
+        seed: the seed of the first picture.
 
     Raises:
-        ValueError: an unknown block, a step beyond the sampling's, or a replacement of another shape.
+        ValueError: the block is unknown, a step is beyond the last one, or ``replace`` returns another shape.
     """
     path, passes = find_blocks(pipeline, block)[block], activations.count_passes(pipeline, sampling)
     replaced = set(range(passes) if steps is None else steps)
@@ -199,7 +218,7 @@ def generate_with_replacement(
 
 
 def _by_vectors(replace: Replacement, update: Tensor) -> Tensor:
-    """``replace`` applied to a map (B, d, h, w) or to tokens (B, n, d)."""
+    """Apply ``replace`` to the vectors of a map (B, d, h, w) or to tokens (B, n, d)."""
     spread = update.movedim(1, -1) if update.ndim == 4 else update
     vectors = spread.flatten(0, -2)
     new = replace(vectors.float())
@@ -214,18 +233,18 @@ class ReplacementOutcome(NamedTuple):
     """Pictures and effects of a replacement."""
 
     pictures: Tensor
-    """The first few, (n, 3, H, W) in [-1, 1]."""
+    """(n, 3, H, W) in [-1, 1], the first few pictures."""
     effects: pd.DataFrame
-    """Effects on every picture, see :meth:`ReplacementExperiment.effects`."""
+    """The effects on each of the N pictures, see :meth:`ReplacementExperiment.effects`."""
 
 
 class ReplacementExperiment:
     """Reference pictures of the unchanged model, and the effects of replacements relative to them."""
 
     pictures: Tensor
-    """(N, 3, H, W) in [-1, 1]."""
+    """(N, 3, H, W) in [-1, 1], generated without a replacement."""
     steps: int
-    """Passes of the denoiser, see :func:`vaelab.activations.denoiser.count_passes`."""
+    """The number of passes of the denoiser, see :func:`vaelab.activations.denoiser.count_passes`."""
 
     def __init__(
         self, pipeline: Any, prompts: Prompts, sampling: Sampling, perceptual: LPIPS, *, batch_size: int = 16,
@@ -235,12 +254,12 @@ class ReplacementExperiment:
 
         Args:
             pipeline: a diffusers pipeline.
-            prompts: N prompts; if they are of the world, the oracle reads every picture.
-            sampling: steps, guidance and size.
-            perceptual: LPIPS, or the reason why it is missing.
-            batch_size: prompts of a batch.
-            seed: seed of the first picture.
-            keep: number of pictures that the outcome of a replacement holds.
+            prompts: N prompts; if they are from the synthetic scene world, the scene reader reads every picture.
+            sampling: the number of steps, the guidance and the size of the pictures.
+            perceptual: LPIPS, from :func:`load_lpips`.
+            batch_size: the number of prompts per batch.
+            seed: the seed of the first picture.
+            keep: the number of pictures that the outcome of a replacement holds.
         """
         activations.validate_size(pipeline, sampling, SIDE if prompts.of_the_world else None)
         self._drawing = {"sampling": sampling, "batch_size": batch_size, "seed": seed}
@@ -253,17 +272,20 @@ class ReplacementExperiment:
         self._readings = oracle.read_scenes(self.pictures) if self._scenes else None
 
     def replaced(self, block: str, replace: Replacement, steps: Collection[int] | None = None) -> ReplacementOutcome:
-        """Pictures with a block's update replaced, see :func:`generate_with_replacement`, and their effects."""
+        """Generate pictures with a block's update replaced, see :func:`generate_with_replacement`, and measure the
+        effects."""
         after = generate_with_replacement(self._pipeline, self._texts, block, replace, steps=steps, **self._drawing)
         return ReplacementOutcome(after[: self._keep].clone(), self.effects(after))
 
     def effects(self, after: Tensor) -> pd.DataFrame:
-        """How pictures (N, 3, H, W) in [-1, 1] of the same prompts differ from the reference pictures.
+        """Measure how pictures (N, 3, H, W) in [-1, 1] of the same prompts differ from the reference pictures.
 
         Returns:
-            One row per picture: ``manhattan`` and ``median`` (mean and median over its pixels, at most 765), ``lpips``
-            (NaN without the network), and for prompts of the world ``same_reading`` (whether the oracle reads the same
-            scene, except for offsets) and ``correct`` (whether every factor that the prompt names is correct).
+            One row per picture: ``manhattan`` and ``median`` (the distances of :func:`manhattan_distance` and
+            :func:`median_manhattan_distance`, at most 765) and ``lpips`` (NaN without the network). For prompts from
+            the synthetic scene world also ``same_reading`` (whether the scene reader finds the same scene in both
+            pictures, ignoring offsets) and ``correct`` (whether it finds every factor that the prompt names, and the
+            right number of objects).
         """
         columns: dict[str, Any] = {
             "manhattan": manhattan_distance(self.pictures, after).tolist(),
@@ -279,13 +301,18 @@ class ReplacementExperiment:
 
 
 def _all_correct(scenes: Sequence[Scene], pictures: Tensor) -> list[bool]:
-    """Of each picture, whether every factor of its scene is correct."""
+    """Say for each picture whether every named factor of its scene, and the number of objects, is correct."""
     return oracle.check_prompts(scenes, pictures).groupby("picture")["correct"].all().tolist()
 
 
 def mean_effects(effects: pd.DataFrame) -> dict[str, float]:
-    """Means over pictures: ``manhattan_mean``, ``manhattan_median``, with LPIPS ``lpips``, and for prompts of the world
-    ``oracle_agreement`` (the share whose reading is the same) and ``oracle_right`` (the share that is correct)."""
+    """Average the table of :meth:`ReplacementExperiment.effects` over pictures.
+
+    Returns:
+        ``manhattan_mean``, ``manhattan_median`` (the mean over pictures of each picture's median over pixels) and, if
+        the network is there, ``lpips``. For prompts from the synthetic scene world also ``oracle_agreement`` (the share
+        of pictures with the same reading) and ``oracle_right`` (the share of correct pictures).
+    """
     names = {"manhattan": "manhattan_mean", "median": "manhattan_median", "lpips": "lpips",
              "same_reading": "oracle_agreement", "correct": "oracle_right"}  # fmt: skip
     means = {name: float(effects[column].mean()) for column, name in names.items() if column in effects}
@@ -295,31 +322,32 @@ def mean_effects(effects: pd.DataFrame) -> dict[str, float]:
 def effects_table(
     outcomes: Mapping[tuple, ReplacementOutcome], names: Sequence[str], perceptual: LPIPS
 ) -> pd.DataFrame:
-    """The paper's Table 2.
+    """Tabulate outcomes as in the paper's Table 2.
 
     Args:
-        outcomes: the outcomes; a key holds a value for each of ``names``.
-        names: names of the first columns, such as ``block`` and ``method``.
-        perceptual: LPIPS; if it is missing, the column ``lpips`` holds the reason.
+        outcomes: the outcomes; each key is a tuple with one value for each of ``names``.
+        names: the names of the first columns, such as ``block`` and ``method``.
+        perceptual: the LPIPS that the outcomes were measured with.
 
     Returns:
-        One row per outcome: ``names`` and the metrics of :func:`mean_effects`.
+        One row per outcome: ``names`` and the means over pictures of :func:`mean_effects`. Without the LPIPS network,
+        whose values are NaN for each picture, the column ``lpips`` holds the reason why it is missing.
     """
-    rows = [{**dict(zip(names, key, strict=True)), **mean_effects(one.effects)} for key, one in outcomes.items()]
-    whole = pd.DataFrame(rows)
-    return whole if perceptual.why is None else whole.assign(lpips=perceptual.why)
+    rows = [{**dict(zip(names, key, strict=True)), **mean_effects(each.effects)} for key, each in outcomes.items()]
+    table = pd.DataFrame(rows)
+    return table if perceptual.why is None else table.assign(lpips=perceptual.why)
 
 
 def compare_with_paper(table: pd.DataFrame, widths: Mapping[str, int]) -> pd.DataFrame:
-    """Table 2 of this run beside the paper's, at the same k and the same ratio n_features / d.
+    """Put this run's values beside those of the paper's Table 2, at the same k and the same ratio n_features / d.
 
     Args:
         table: columns ``block``, ``k``, ``n_features``, ``manhattan_mean``, ``manhattan_median`` and
             ``explained_variance``.
-        widths: d of each block.
+        widths: the feature dimension d of each block.
 
     Returns:
-        One row per row that the paper has too; explained variances are in percent.
+        One row per row of ``table`` with a counterpart in the paper; explained variances are in percent.
     """
     rows = []
     for row in table.to_dict("records"):

@@ -1,6 +1,7 @@
-"""Selection of the active features of a sparse autoencoder: the encoder's product and the top-k over it.
+"""Selection of the active features of a sparse autoencoder: the encoder's matrix multiplication followed by the top-k.
 
-The (N, n) pre-activations are computed tile by tile and are never in memory together.
+N examples of width d have (N, n) pre-activations, one per example and feature. They are computed tile by tile and are
+never in memory together.
 """
 
 from collections.abc import Iterator
@@ -12,24 +13,26 @@ from torch import Tensor
 from vaelab.sae.kernels import SparseEntries, linear
 
 TILE, WIDEST = 2**22, 8192
-"""On a CPU, the pre-activations of a tile and the most features in it, so that it stays in the cache."""
+"""On a CPU: the number of pre-activations in a tile and the largest number of features in it. Such a tile stays in the
+cache."""
 ACCELERATOR_TILE = 2**28
-"""On a GPU, the pre-activations of a tile (1 GiB in float32): few large products instead of many small ones."""
+"""On a GPU: the number of pre-activations in a tile (1 GiB in float32), for few large products instead of many small
+ones."""
 GROUP = 16
-"""Features that the first stage of the top-k treats as one group."""
+"""The number of features that the first stage of the top-k treats as one group."""
 
 
 class Selection(NamedTuple):
-    """Selected pre-activations."""
+    """E selected entries of the (N, n) matrix of pre-activations, listed row by row (examples in order)."""
 
     values: Tensor
-    """(E,) pre-activations."""
+    """(E,) the selected pre-activations, before any activation function."""
     entries: SparseEntries
-    """Their places in the (N, n) matrix."""
+    """The row (example) and column (feature) of each value, in the same order."""
 
 
 def tile_shape(n: int, device: torch.device) -> tuple[int, int]:
-    """Examples and features of a tile of the pre-activations of n features on a device."""
+    """Return how many examples and how many of the n features one tile holds on a device."""
     entries, widest = (TILE, WIDEST) if device.type == "cpu" else (ACCELERATOR_TILE, ACCELERATOR_TILE)
     width = min(n, widest)
     return max(1, entries // width), width
@@ -38,11 +41,17 @@ def tile_shape(n: int, device: torch.device) -> tuple[int, int]:
 def preactivation_tiles(
     centred: Tensor, weight: Tensor, bias: Tensor, *, screen: bool = False
 ) -> Iterator[tuple[slice, slice, Tensor]]:
-    """The pre-activations of centred (N, d) under weight (n, d) and bias (n,), a tile at a time.
+    """Yield the pre-activations centred @ weight.T + bias one tile at a time.
+
+    Args:
+        centred: (N, d), the autoencoder's inputs minus its ``pre_bias``.
+        weight: (n, d), the rows of the encoder.
+        bias: (n,), one value per feature.
+        screen: compute the tiles in bfloat16, which is fast and precise enough to find candidates for the top-k.
 
     Yields:
-        The tile's examples, its features, and the tile, in bfloat16 for ``screen``. All features of some examples
-        come before the next examples.
+        The tile's examples (a slice), its features (a slice), and the tile. All features of the first examples come
+        before the next examples.
     """
     high, wide = tile_shape(len(weight), centred.device)
     if screen:
@@ -56,23 +65,27 @@ def preactivation_tiles(
 
 
 def two_stage_topk(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row of (N, n), unordered: values and columns, both (N, k).
+    """Find the k largest entries of each row of (N, n), in no particular order: values and columns, both (N, k).
 
-    In two stages: the k largest entries lie in the k groups with the largest maxima.
+    Each row is split into groups of columns. The k largest entries lie in the k groups with the largest maxima, so only
+    these groups are searched.
     """
     width = values.shape[1]
     if width % GROUP or width < 4 * GROUP * k:
         return tuple(values.topk(k, sorted=False))
-    groups = values.view(len(values), GROUP, -1)  # features n / GROUP apart are together
+    groups = values.view(len(values), GROUP, -1)  # columns that are n / GROUP apart form a group
     best = groups.amax(1).topk(k, sorted=False).indices
     found, places = groups.gather(2, best[:, None].expand(-1, GROUP, -1)).flatten(1).topk(k, sorted=False)
     return found, places // k * (width // GROUP) + best.gather(1, places % k)
 
 
 def topk_mask(values: Tensor, k: int, *, signed: bool) -> Tensor:
-    """1 for the k largest entries of each row of (N, m), 0 for the others. Unless ``signed``, rows with at most k
-    positive entries may keep more, because their other entries become 0 anyway."""
-    if signed or values.device.type != "cpu":  # finding the crowded rows would make a GPU wait
+    """Return a mask (N, m) with 1 at the k largest entries of each row and 0 elsewhere.
+
+    If ``signed`` is False, the mask of a row with at most k positive entries may contain more than k ones; the extra
+    entries are not positive, and the ReLU sets them to 0.
+    """
+    if signed or values.device.type != "cpu":  # finding the rows with more than k positive entries makes a GPU wait
         return torch.zeros_like(values).scatter_(1, values.topk(k, sorted=False).indices, 1.0)
     mask = torch.ones_like(values)
     crowded = ((values > 0).sum(1) > k).nonzero().flatten()
@@ -82,16 +95,16 @@ def topk_mask(values: Tensor, k: int, *, signed: bool) -> Tensor:
 
 
 def select_topk(centred: Tensor, weight: Tensor, bias: Tensor, k: int, *, extra: int = 0) -> Selection:
-    """The k largest pre-activations of every example.
+    """Select the k largest pre-activations of every example.
 
     Args:
-        centred: (N, d).
-        weight: (n, d).
-        bias: (n,).
-        k: how many.
-        extra: where it is not 0, k + extra candidates are found in bfloat16 and computed again in
-            float32, and the k largest of these are selected. The selection equals that of float32 unless
-            bfloat16's rounding moves one of the k largest beyond place k + extra.
+        centred: (N, d), the autoencoder's inputs minus its ``pre_bias``.
+        weight: (n, d), the rows of the encoder.
+        bias: (n,), one value per feature.
+        k: the number of features to select per example.
+        extra: if it is not 0, k + extra candidates are found in bfloat16 and computed again in float32, and the k
+            largest of these are selected. The selection is the same as in float32 unless the rounding of bfloat16 moves
+            one of the k largest beyond place k + extra.
     """
     count = min(k + extra, len(weight))
     rows: list[tuple[Tensor, Tensor]] = []
@@ -116,9 +129,12 @@ def select_topk(centred: Tensor, weight: Tensor, bias: Tensor, k: int, *, extra:
 
 
 def select_batch_topk(centred: Tensor, weight: Tensor, bias: Tensor, count: int) -> Selection:
-    """The ``count`` largest positive pre-activations of the whole batch, in any example; the other
-    arguments as in :func:`select_topk`. Entries below the ``count`` largest so far are skipped, so
-    that later tiles cost little more than a comparison."""
+    """Select the ``count`` largest positive pre-activations of the whole batch, however they are distributed over the
+    examples.
+
+    The other arguments are as in :func:`select_topk`. Once ``count`` entries are held, only entries above the smallest
+    of them are considered, so that later tiles cost little more than a comparison.
+    """
     values, keys = centred.new_empty(0), torch.empty(0, dtype=torch.int64, device=centred.device)
     least = 0.0
     for examples, features, tile in preactivation_tiles(centred, weight, bias):
@@ -131,12 +147,14 @@ def select_batch_topk(centred: Tensor, weight: Tensor, bias: Tensor, count: int)
     return _by_row(values[order], keys, len(centred), len(weight))
 
 
-def select_above(centred: Tensor, weight: Tensor, bias: Tensor, least: Tensor) -> Selection:
-    """Every pre-activation above ``least``, a scalar or one number a feature (n,); the other arguments as in
-    :func:`select_topk`."""
-    least = least.expand(len(weight))
+def select_above(centred: Tensor, weight: Tensor, bias: Tensor, threshold: Tensor) -> Selection:
+    """Select every pre-activation above a threshold.
+
+    ``threshold`` is a scalar or (n,), one value per feature. The other arguments are as in :func:`select_topk`.
+    """
+    threshold = threshold.expand(len(weight))
     parts = [
-        _above(tile, least[features], examples, features, len(weight))
+        _above(tile, threshold[features], examples, features, len(weight))
         for examples, features, tile in preactivation_tiles(centred, weight, bias)
     ]
     values, keys = _joined(parts, 0)
@@ -146,8 +164,9 @@ def select_above(centred: Tensor, weight: Tensor, bias: Tensor, least: Tensor) -
     return _by_row(values, keys, len(centred), len(weight))
 
 
-def _above(tile: Tensor, least: Tensor | float, examples: slice, features: slice, n: int) -> tuple[Tensor, Tensor]:
-    row, column = (tile > least).nonzero(as_tuple=True)
+def _above(tile: Tensor, threshold: Tensor | float, examples: slice, features: slice, n: int) -> tuple[Tensor, Tensor]:
+    """Return the values of a tile above a threshold, and their flat indices in the (N, n) matrix."""
+    row, column = (tile > threshold).nonzero(as_tuple=True)
     return tile[row, column], (row + examples.start) * n + column + features.start
 
 
