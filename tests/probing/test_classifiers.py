@@ -64,12 +64,12 @@ def shown():
     return replace(PICTURES, numbers=range(3), read=lambda i: None if i == 1 else read[i])
 
 
-def kept_task(pipeline, shown, folder, **told):
-    """What is tested are the maps of the pictures, collected as ``told``."""
-    config = LayerConfig(("up_ft0",), (25,), maps=True, precision="float32", **told)
+def stored_task(pipeline, shown, folder, **options):
+    """What is tested are the maps of the pictures, collected as ``options``."""
+    config = LayerConfig(("up_ft0",), (25,), maps=True, precision="float32", **options)
     learn = planted_pictures.fill(folder / "learn", planted_pictures.labels(8))
-    kept = layer_features.collect_layer_features(pipeline, shown, config, folder / "test")
-    return Task(dataset.load_examples(learn, "colour"), None, dataset.load_examples(kept, "colour"))
+    stored = layer_features.collect_layer_features(pipeline, shown, config, folder / "test")
+    return Task(dataset.load_examples(learn, "colour"), None, dataset.load_examples(stored, "colour"))
 
 
 def test_the_zero_shot_classifier_and_diffc_are_scored_and_timed_on_the_same_pictures(
@@ -81,7 +81,7 @@ def test_the_zero_shot_classifier_and_diffc_are_scored_and_timed_on_the_same_pic
     own = {"layer": "up_ft0.t25", "factor": "colour", "classifier": "diffc", "accuracy": 0.7, "low": 0.6, "high": 0.8,
            "chance": 0.5, "count": 60, "validation": 0.7, "chosen": 3}  # fmt: skip
     rows, trained = pd.DataFrame([own]), {("up_ft0.t25", "colour"): model}
-    task = kept_task(pipeline, shown, tmp_path)
+    task = stored_task(pipeline, shown, tmp_path)
     compared = classifiers.compare_classifiers(
         classifier, rows, trained, shown, task, "colour", 9, clip=str(clip_folder), template="a {} thing"
     )
@@ -100,27 +100,27 @@ def test_the_zero_shot_classifier_and_diffc_are_scored_and_timed_on_the_same_pic
 
 def test_diffc_is_timed_with_what_the_denoiser_was_told(small_pipeline, shown, clip_folder, monkeypatch, tmp_path):
     """A prompt with the true class, or with the class that CLIP infers."""
-    pipeline, asked, plain = small_pipeline("sd"), [], denoiser.from_pictures
+    pipeline, calls, plain = small_pipeline("sd"), [], denoiser.from_pictures
     monkeypatch.setattr(
-        denoiser, "from_pictures", lambda *args, **kwargs: asked.append((args, kwargs)) or plain(*args, **kwargs)
+        denoiser, "from_pictures", lambda *args, **kwargs: calls.append((args, kwargs)) or plain(*args, **kwargs)
     )
     model, place = DiffC(blocks(pipeline)["up_ft0"].shape[-1], 2, width=4), str(clip_folder)
     names = clip.load_clip(place, clip.prompt_texts("a {colour} thing", planted_pictures.CLASSES), device="cpu")
     inferred = planted_pictures.CLASSES["colour"][names.classify(shown[0].pixels[None])[0]["colour"]]
-    for told, expected in (
+    for options, expected in (
         ({}, None), ({"prompt": "a {colour} thing"}, ["a red thing"]),
         ({"prompt": "a {colour} thing", "clip": place, "side": "input"}, [f"a {inferred} thing"]),
     ):  # fmt: skip
-        task = kept_task(pipeline, shown, tmp_path / str(len(told)), **told)
+        task = stored_task(pipeline, shown, tmp_path / str(len(options)), **options)
         found, _ = classifiers.classify_from_pixels(pipeline, model, "up_ft0.t25", shown, task, [shown[0]])
-        args, kwargs = asked[-1]
-        assert kwargs["prompts"] == expected and kwargs["side"] == told.get("side", "output")
+        args, kwargs = calls[-1]
+        assert kwargs["prompts"] == expected and kwargs["side"] == options.get("side", "output")
         assert args[2] == [task.test.store.items[0]["seed"]] and found[0] in (0, 1)
 
 
 def test_a_store_that_other_weights_made_is_refused(pipeline_folder, shown, tmp_path):
     pipeline = loading.load_pipeline(str(pipeline_folder("sd")), device="cpu")
-    task = kept_task(pipeline, shown, tmp_path)
+    task = stored_task(pipeline, shown, tmp_path)
     with torch.no_grad():
         for one in pipeline.unet.parameters():
             one.mul_(1.1)

@@ -12,22 +12,22 @@ TRUTH = planted_pictures.labels(10)
 
 
 @pytest.fixture(scope="module")
-def kept(tmp_path_factory):
-    return planted_pictures.fill(tmp_path_factory.mktemp("features") / "kept", TRUTH, views=3)
+def stored(tmp_path_factory):
+    return planted_pictures.fill(tmp_path_factory.mktemp("features") / "stored", TRUTH, views=3)
 
 
-def test_pictures_with_their_views_and_a_factors_classes(kept):
-    found = dataset.load_examples(kept, "colour")
+def test_pictures_with_their_views_and_a_factors_classes(stored):
+    found = dataset.load_examples(stored, "colour")
     assert len(found) == 10 and found.classes == ["red", "blue"]
     assert found.labels.tolist() == [one["colour"] for one in TRUTH]
     assert found.items == [[3 * i, 3 * i + 1, 3 * i + 2] for i in range(10)]
-    assert dataset.load_examples(kept).labels.tolist() == [one["shape"] for one in TRUTH]
+    assert dataset.load_examples(stored).labels.tolist() == [one["shape"] for one in TRUTH]
     with pytest.raises(ValueError, match=r"^factors: unknown name 'size'"):
-        dataset.load_examples(kept, "size")
+        dataset.load_examples(stored, "size")
 
 
-def test_vectors_and_batches_are_those_of_the_pictures_as_they_are(kept):
-    found = dataset.load_examples(kept)
+def test_vectors_and_batches_are_those_of_the_pictures_as_they_are(stored):
+    found = dataset.load_examples(stored)
     expected = planted_pictures.planted_maps(TRUTH)
     vectors, labels = found.vectors("up.t25")
     np.testing.assert_allclose(vectors, expected.mean((1, 2)).numpy(), atol=1e-6)
@@ -38,11 +38,11 @@ def test_vectors_and_batches_are_those_of_the_pictures_as_they_are(kept):
     assert torch.cat([batch["labels"] for batch in batches]).tolist() == labels.tolist()
 
 
-def test_an_epoch_has_every_picture_in_one_of_its_views_and_can_be_taken_up_anywhere(kept):
-    found = dataset.load_examples(kept)
+def test_an_epoch_has_every_picture_in_one_of_its_views_and_can_be_taken_up_anywhere(stored):
+    found = dataset.load_examples(stored)
     stream = found.shuffled("up.t25.maps", 4, seed=1)
     first = list(islice(stream(), 6))
-    rows = kept.maps("up.t25.maps", range(30)).float()
+    rows = stored.maps("up.t25.maps", range(30)).float()
     where = [[int((rows == one).flatten(1).all(1).nonzero()) for one in batch["maps"]] for batch in first]
     for epoch in (where[:3], where[3:]):
         pictures = [row // 3 for batch in epoch for row in batch]
@@ -57,8 +57,8 @@ def test_an_epoch_has_every_picture_in_one_of_its_views_and_can_be_taken_up_anyw
     assert torch.equal(torch.cat(ranks), torch.cat([batch["labels"] for batch in first[:2]]))
 
 
-def test_vector_batches_are_of_the_pictures_as_they_are_each_once_a_pass(kept):
-    found = dataset.load_examples(kept)
+def test_vector_batches_are_of_the_pictures_as_they_are_each_once_a_pass(stored):
+    found = dataset.load_examples(stored)
     whole = torch.from_numpy(found.vectors("up.t25")[0])
     stream = found.vector_batches(["up.t25"], 4, seed=3)
     drawn = torch.cat([batch["up.t25"] for batch in islice(stream(), 5)])
@@ -74,8 +74,8 @@ def test_vector_batches_are_of_the_pictures_as_they_are_each_once_a_pass(kept):
         found.vector_batches(["up.t25.maps"], 4, seed=3)
 
 
-def test_a_split_has_every_picture_on_one_side(kept):
-    found = dataset.load_examples(kept)
+def test_a_split_has_every_picture_on_one_side(stored):
+    found = dataset.load_examples(stored)
     rest, share = found.split(0.3, seed=5)
     assert (len(rest), len(share)) == (7, 3)
     assert sorted(rest.items + share.items) == found.items

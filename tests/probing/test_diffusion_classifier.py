@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from vaelab.models.block_names import find_denoiser
-from vaelab.models.conditioning import add_noise, encode_prompts, encode, predict
+from vaelab.models.conditioning import add_noise, encode_pictures, encode_prompts, predict
 from vaelab.probing import diffusion_classifier
 from vaelab.probing.diffusion_classifier import (
     DiffusionClassifier,
@@ -105,17 +105,17 @@ def test_errors_are_those_of_a_plain_evaluation(small_pipeline, name):
     prompts = [3, 77, 400] if name == "dit" else PROMPTS
     classifier = DiffusionClassifier(pipeline, prompts, Stages((2,), (1,)), batch_size=2, seed=4)
     found = classifier.classify(pictures(1))[0]
-    latents, total = encode(pipeline, pictures(1)), pipeline.scheduler.config.num_train_timesteps
+    latents, total = encode_pictures(pipeline, pictures(1)), pipeline.scheduler.config.num_train_timesteps
     assert classifier.timesteps == [total // 4, total // 4 + total // 2]
     for number, prompt in enumerate(prompts):
-        told, errors = encode_prompts(pipeline, [prompt], 1, (32, 32)), []
+        conditions, errors = encode_prompts(pipeline, [prompt], 1, (32, 32)), []
         for trial, timestep in enumerate(classifier.timesteps):
             state = np.random.SeedSequence([4, trial]).generate_state(1, np.uint64)[0]
             noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(int(state >> 1)))
             with torch.no_grad():
-                predicted = predict(pipeline, add_noise(pipeline, latents, noise, timestep), timestep, told)
-            wanted = prediction_target(pipeline, latents, noise, timestep)
-            errors.append((predicted[:, : wanted.shape[1]] - wanted).square().mean().item())
+                predicted = predict(pipeline, add_noise(pipeline, latents, noise, timestep), timestep, conditions)
+            target = prediction_target(pipeline, latents, noise, timestep)
+            errors.append((predicted[:, : target.shape[1]] - target).square().mean().item())
         assert found.errors[number] == pytest.approx(np.mean(errors), rel=1e-4)
     assert found.predicted == int(np.argmin(found.errors))
 
@@ -125,15 +125,15 @@ def test_a_perfect_prediction_has_no_error(small_pipeline, name):
     """The target, put through the schedule's own formulas, gives the picture back."""
     pipeline = small_pipeline(name)
     latents, noise = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    noisy, wanted = add_noise(pipeline, latents, noise, 300), prediction_target(pipeline, latents, noise, 300)
+    noisy, target = add_noise(pipeline, latents, noise, 300), prediction_target(pipeline, latents, noise, 300)
     if name == "sd3":
-        back = noisy - 0.3 * wanted
+        back = noisy - 0.3 * target
     else:
-        kept = pipeline.scheduler.alphas_cumprod[300].item()
+        signal = pipeline.scheduler.alphas_cumprod[300].item()
         if name == "sd":
-            back = (noisy - (1 - kept) ** 0.5 * wanted) / kept**0.5
+            back = (noisy - (1 - signal) ** 0.5 * target) / signal**0.5
         else:
-            back = kept**0.5 * noisy - (1 - kept) ** 0.5 * wanted
+            back = signal**0.5 * noisy - (1 - signal) ** 0.5 * target
     torch.testing.assert_close(back, latents, atol=1e-5, rtol=1e-4)
 
 
@@ -141,13 +141,13 @@ def test_a_planted_denoiser_names_the_class_whose_mean_the_picture_is(small_pipe
     """The best denoiser of a class that has one picture knows the noise wherever that picture is meant."""
     pipeline = small_pipeline("sd")
     shown = pictures(3)
-    means = encode(pipeline, shown)
+    means = encode_pictures(pipeline, shown)
     states = encode_prompts(pipeline, PROMPTS, 3, (32, 32))["encoder_hidden_states"]
 
-    def knows(pipeline, noisy, timestep, told):
-        which = [(states == one).flatten(1).all(1).nonzero().item() for one in told["encoder_hidden_states"]]
-        kept = pipeline.scheduler.alphas_cumprod[timestep].item()
-        return (noisy - kept**0.5 * means[which]) / (1 - kept) ** 0.5
+    def knows(pipeline, noisy, timestep, conditions):
+        which = [(states == one).flatten(1).all(1).nonzero().item() for one in conditions["encoder_hidden_states"]]
+        signal = pipeline.scheduler.alphas_cumprod[timestep].item()
+        return (noisy - signal**0.5 * means[which]) / (1 - signal) ** 0.5
 
     monkeypatch.setattr(diffusion_classifier, "predict", knows)
     results = DiffusionClassifier(pipeline, PROMPTS, SMALL, batch_size=2).classify(shown)
@@ -197,12 +197,12 @@ def test_a_planted_transformer_names_the_colour_whatever_the_shape(small_pipelin
     pipeline = small_pipeline("dit")
     monkeypatch.setattr(pipeline, "labels", LABELS)
     shown = pictures(3)
-    means = dict(zip((0, 1, 4), encode(pipeline, shown), strict=True))
+    means = dict(zip((0, 1, 4), encode_pictures(pipeline, shown), strict=True))
 
-    def knows(pipeline, noisy, timestep, told):
-        mine = torch.stack([means[number] for number in told["class_labels"].tolist()])
-        kept = pipeline.scheduler.alphas_cumprod[timestep].item()
-        return (noisy - kept**0.5 * mine) / (1 - kept) ** 0.5
+    def knows(pipeline, noisy, timestep, conditions):
+        mine = torch.stack([means[number] for number in conditions["class_labels"].tolist()])
+        signal = pipeline.scheduler.alphas_cumprod[timestep].item()
+        return (noisy - signal**0.5 * mine) / (1 - signal) ** 0.5
 
     monkeypatch.setattr(diffusion_classifier, "predict", knows)
     numbers, classes = class_prompts(pipeline, ["blue", "red"], "unused")

@@ -7,7 +7,7 @@ import torch
 from helpers import picture_folder
 
 from vaelab import models, store
-from vaelab.activations import denoiser as activations_denoiser
+from vaelab.activations import denoiser
 from vaelab.data.labelled import load_labelled
 from vaelab.models.block_names import find_denoiser
 from vaelab.probing import clip, dataset, layer_features
@@ -48,22 +48,22 @@ def assert_same(first, second, tolerance=1e-4):
 
 
 def test_features_are_those_of_one_picture_alone_and_their_labels_lie_beside_them(pipeline, pictures, tmp_path):
-    kept = collect_layer_features(pipeline, pictures, config(maps=True), tmp_path, settings={"model": "small"})
-    assert [item["image"] for item in kept.items] == [0, 1, 3, 4, 5, 6, 8, 9]
-    assert [item["labels"]["label"] for item in kept.items] == [0, 0, 0, 0, 1, 1, 1, 1]
-    assert kept.settings["classes"] == {"label": ["cat", "dog"]} and kept.settings["model"] == "small"
+    stored = collect_layer_features(pipeline, pictures, config(maps=True), tmp_path, settings={"model": "small"})
+    assert [item["image"] for item in stored.items] == [0, 1, 3, 4, 5, 6, 8, 9]
+    assert [item["labels"]["label"] for item in stored.items] == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert stored.settings["classes"] == {"label": ["cat", "dog"]} and stored.settings["model"] == "small"
     shapes = models.blocks(pipeline)
     for block in LAYERS[1:3]:
-        assert kept.layout[f"{block}.t25.maps"].positions == shapes[block].shape[:2]
-        assert kept.layout[f"{block}.t25"] == store.BlockShape((), shapes[block].shape[2])
-    for place, item in enumerate(kept.items):
-        alone = activations_denoiser.from_pictures(
+        assert stored.layout[f"{block}.t25.maps"].positions == shapes[block].shape[:2]
+        assert stored.layout[f"{block}.t25"] == store.BlockShape((), shapes[block].shape[2])
+    for place, item in enumerate(stored.items):
+        alone = denoiser.from_pictures(
             pipeline, pictures[item["image"]].pixels[None], [item["seed"]], [500], ["up_ft0"]
         ).maps["up_ft0"][0]
-        torch.testing.assert_close(kept.maps("up_ft0.t500.maps", [place]), alone, atol=1e-4, rtol=1e-4)
-        pooled = kept.maps("up_ft0.t500", [place])
+        torch.testing.assert_close(stored.maps("up_ft0.t500.maps", [place]), alone, atol=1e-4, rtol=1e-4)
+        pooled = stored.maps("up_ft0.t500", [place])
         torch.testing.assert_close(pooled, alone.mean((1, 2)), atol=1e-4, rtol=1e-4)
-    found = dataset.load_examples(kept)
+    found = dataset.load_examples(stored)
     assert found.labels.tolist() == [0, 0, 0, 0, 1, 1, 1, 1] and found.classes == ["cat", "dog"]
 
 
@@ -136,11 +136,11 @@ def test_views_are_the_picture_and_crops_of_it_each_with_its_own_noise(pipeline,
 
 
 def test_a_prompt_is_empty_the_same_for_all_or_names_the_truth(small_pipeline, pictures, monkeypatch):
-    asked = []
-    plain = activations_denoiser.from_pictures
+    used_prompts = []
+    plain = denoiser.from_pictures
 
     def noted(*args, **kwargs):
-        asked.append(kwargs["prompts"])
+        used_prompts.append(kwargs["prompts"])
         return plain(*args, **kwargs)
 
     monkeypatch.setattr(layer_features.activations, "from_pictures", noted)
@@ -150,32 +150,32 @@ def test_a_prompt_is_empty_the_same_for_all_or_names_the_truth(small_pipeline, p
     ):  # fmt: skip
         layer = "block1" if name == "dit" else "up_ft0"
         next(feature_batches(small_pipeline(name), pictures, config(blocks=(layer,), prompt=prompt)))
-        assert asked.pop() == expected
+        assert used_prompts.pop() == expected
     monkeypatch.setattr(small_pipeline("dit"), "labels", {"dog": 0, "cat": 1})
     next(feature_batches(small_pipeline("dit"), pictures, config(blocks=("block1",), prompt="{label}")))
-    assert asked.pop() == ["cat"] * 3
+    assert used_prompts.pop() == ["cat"] * 3
     with pytest.raises(ValueError, match=r"^prompt .*unknown name 'breed'.*label"):
         next(feature_batches(small_pipeline("sd"), pictures, config(prompt="a {breed}")))
 
 
 def test_with_clip_the_prompt_names_what_it_infers(small_pipeline, pictures, clip_folder, monkeypatch, tmp_path):
-    asked, plain = [], activations_denoiser.from_pictures
+    used_prompts, plain = [], denoiser.from_pictures
     monkeypatch.setattr(
         layer_features.activations,
         "from_pictures",
-        lambda *args, **kwargs: asked.append(kwargs["prompts"]) or plain(*args, **kwargs),
+        lambda *args, **kwargs: used_prompts.append(kwargs["prompts"]) or plain(*args, **kwargs),
     )
     told = config(prompt="a photo of a {label}", clip=str(clip_folder), timesteps=(25,), blocks=("up_ft0",), views=2)
-    kept = collect_layer_features(small_pipeline("sd"), pictures, told, tmp_path)
+    stored = collect_layer_features(small_pipeline("sd"), pictures, told, tmp_path)
     texts = {"label": ["a photo of a cat", "a photo of a dog"]}
     names = clip.load_clip(str(clip_folder), texts, device="cpu")
-    whole = {item["image"]: names.classify(pictures[item["image"]].pixels[None])[0] for item in kept.items}
-    assert [item["inferred"] for item in kept.items] == [whole[item["image"]] for item in kept.items]
-    said = [text for texts in asked[1:] for text in texts]  # the first batch is seen twice, for its shapes
-    assert said == [texts["label"][item["inferred"]["label"]] for item in kept.items]
-    right = [item["inferred"] == item["labels"] for item in kept.items if item["view"] == 0]
-    assert layer_features.clip_accuracies(kept) == {"label": sum(right) / 8}
-    assert kept.settings["clip"] == str(clip_folder)
+    whole = {item["image"]: names.classify(pictures[item["image"]].pixels[None])[0] for item in stored.items}
+    assert [item["inferred"] for item in stored.items] == [whole[item["image"]] for item in stored.items]
+    said = [text for texts in used_prompts[1:] for text in texts]  # the first batch is seen twice, for its shapes
+    assert said == [texts["label"][item["inferred"]["label"]] for item in stored.items]
+    right = [item["inferred"] == item["labels"] for item in stored.items if item["view"] == 0]
+    assert layer_features.clip_accuracies(stored) == {"label": sum(right) / 8}
+    assert stored.settings["clip"] == str(clip_folder)
     with pytest.raises(ValueError, match=r"^prompt: with clip it must have one or more of label in braces"):
         collect_layer_features(small_pipeline("sd"), pictures, replace(told, prompt="a pet"), tmp_path / "other")
     assert layer_features.clip_accuracies(planted_pictures.fill(tmp_path / "plain", planted_pictures.labels(3))) == {}
@@ -186,7 +186,7 @@ def test_nothing_to_read_and_nonsense_are_refused(pipeline, tmp_path):
     (tmp_path / "cat" / "0.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match=r"no picture of .* can be read"):
         collect_layer_features(
-            pipeline, load_labelled(str(tmp_path), resolution=32, labels=False), config(), tmp_path / "kept"
+            pipeline, load_labelled(str(tmp_path), resolution=32, labels=False), config(), tmp_path / "stored"
         )
     for wrong in ({"blocks": ()}, {"timesteps": (5, 5)}, {"views": 0}, {"smallest_crop": 0.0}, {"side": "left"}):
         with pytest.raises(ValueError, match=f"^{next(iter(wrong))}"):
@@ -202,45 +202,45 @@ def test_names_of_layers_and_timesteps_come_apart_again():
 
 
 def test_other_pictures_or_another_model_than_a_stores_are_refused(pipeline, pictures, tmp_path):
-    kept = collect_layer_features(pipeline, pictures, config(timesteps=(25,)), tmp_path, settings={"model": "small"})
-    assert layer_features.pooled_layers(kept) == ["bottleneck.t25", "up_ft0.t25"]
-    layer_features.require_same_source(kept, pictures, {"model": "small"}, "activations")
+    stored = collect_layer_features(pipeline, pictures, config(timesteps=(25,)), tmp_path, settings={"model": "small"})
+    assert layer_features.pooled_layers(stored) == ["bottleneck.t25", "up_ft0.t25"]
+    layer_features.require_same_source(stored, pictures, {"model": "small"}, "activations")
     for other, model in (
         (pictures, "large"),
         (replace(pictures, name="p"), "small"),
         (replace(pictures, resolution=8), "small"),
     ):
         with pytest.raises(ValueError, match=r"^activations: made with "):
-            layer_features.require_same_source(kept, other, {"model": model}, "activations")
+            layer_features.require_same_source(stored, other, {"model": model}, "activations")
 
 
 def test_shares_are_those_of_the_planted_factor(tmp_path):
     truth = planted_pictures.labels(40)
-    kept = planted_pictures.fill(tmp_path / "kept", truth)
-    found = {factor: dataset.load_examples(kept, factor) for factor in planted_pictures.CLASSES}
+    stored = planted_pictures.fill(tmp_path / "stored", truth)
+    found = {factor: dataset.load_examples(stored, factor) for factor in planted_pictures.CLASSES}
     row = layer_features.class_shares(found, ["up.t25"]).iloc[0]
     assert row["layer"] == "up.t25" and row["shape"] > 0.8 and abs(row["colour"]) < 0.15
-    assert row["shape"] == class_share(np.asarray(kept.maps("up.t25", range(40))), [one["shape"] for one in truth])
+    assert row["shape"] == class_share(np.asarray(stored.maps("up.t25", range(40))), [one["shape"] for one in truth])
 
 
 def test_whole_maps_of_a_few_pictures_are_those_of_the_store(pipeline, pictures, tmp_path):
     chosen = config(maps=True, timesteps=(25,), batch_size=3)
     images, maps = layer_features.maps_in_memory(pipeline, pictures, chosen)
-    kept = collect_layer_features(pipeline, pictures, chosen, tmp_path)
-    assert images == [item["image"] for item in kept.items] and list(maps) == layer_features.pooled_layers(kept)
+    stored = collect_layer_features(pipeline, pictures, chosen, tmp_path)
+    assert images == [item["image"] for item in stored.items] and list(maps) == layer_features.pooled_layers(stored)
     for layer, one in maps.items():
-        assert torch.equal(one, kept.maps(layer + layer_features.MAPS, range(8)))
+        assert torch.equal(one, stored.maps(layer + layer_features.MAPS, range(8)))
 
 
 def test_the_estimate_is_what_is_then_written(pipeline, pictures, tmp_path):
     chosen = config(maps=True, views=2)
     plan, layout = layer_features.estimate(pipeline, pictures, chosen, tmp_path / "store")
-    kept = collect_layer_features(pipeline, pictures, chosen, tmp_path / "store", layout=layout)
-    assert kept.layout == layout and plan.items == 20 and plan.seconds > 0 and plan.memory > 0
-    share = len(kept.items) / plan.items
+    stored = collect_layer_features(pipeline, pictures, chosen, tmp_path / "store", layout=layout)
+    assert stored.layout == layout and plan.items == 20 and plan.seconds > 0 and plan.memory > 0
+    share = len(stored.items) / plan.items
     assert share == 0.8, "two of ten pictures cannot be read"
     assert {layer: round(share * rows) for layer, rows in plan.rows.items()} == {
-        layer: kept.rows(layer) for layer in layout
+        layer: stored.rows(layer) for layer in layout
     }
     assert plan.total_bytes == sum(20 * shape.count * shape.width * 4 for shape in layout.values())
 
@@ -249,20 +249,20 @@ def test_a_store_is_of_the_model_whose_files_made_it(tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
     model = {"name": "local", "sha256": layer_features.files_digest(tmp_path / "model"), "precision": "float32"}
-    kept = planted_pictures.fill(tmp_path / "store", planted_pictures.labels(3), model=model)
+    stored = planted_pictures.fill(tmp_path / "store", planted_pictures.labels(3), model=model)
     (tmp_path / "model").rename(tmp_path / "moved")
-    layer_features.require_same_model(kept, str(tmp_path / "moved"), "activations")
+    layer_features.require_same_model(stored, str(tmp_path / "moved"), "activations")
     with pytest.raises(ValueError, match=r"^activations: made with model 'local', here it is 'embedded'"):
-        layer_features.require_same_model(kept, "embedded", "activations")
+        layer_features.require_same_model(stored, "embedded", "activations")
     (tmp_path / "moved" / "config.json").write_text("[]")
     with pytest.raises(ValueError, match=r"^activations: made with model .*sha256"):
-        layer_features.require_same_model(kept, str(tmp_path / "moved"), "activations")
-    layer_features.require_same_setting(kept, "model", model, "activations")
+        layer_features.require_same_model(stored, str(tmp_path / "moved"), "activations")
+    layer_features.require_same_setting(stored, "model", model, "activations")
     other = {**model, "precision": "float16"}
     with pytest.raises(
         ValueError, match=r"made with model {'precision': 'float32'}, here it is {'precision': 'float16'}"
     ):
-        layer_features.require_same_setting(kept, "model", other, "activations")
+        layer_features.require_same_setting(stored, "model", other, "activations")
 
 
 def test_maps_that_the_memory_cannot_hold_are_refused(pipeline, pictures):

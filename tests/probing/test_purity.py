@@ -91,20 +91,20 @@ LAYER = "up.t25"
 
 
 @pytest.fixture(scope="module")
-def kept(tmp_path_factory):
+def stored(tmp_path_factory):
     truth = planted_pictures.labels(60)
-    return planted_pictures.fill(tmp_path_factory.mktemp("purity") / "kept", truth, views=2, noise=0.05)
+    return planted_pictures.fill(tmp_path_factory.mktemp("purity") / "stored", truth, views=2, noise=0.05)
 
 
 @pytest.fixture(scope="module")
-def by_factor(kept):
-    return {factor: dataset.load_examples(kept, factor) for factor in planted_pictures.CLASSES}
+def by_factor(stored):
+    return {factor: dataset.load_examples(stored, factor) for factor in planted_pictures.CLASSES}
 
 
 @pytest.fixture(scope="module")
-def found(kept, by_factor):
+def found(stored, by_factor):
     config = TrainConfig(steps=150, learning_rate=1e-2, clip_norm=0.0, device="cpu", log_every=150)
-    asked = sae_specs(kept.layout, [LAYER], 1, 2, seed=0, dead_after=10**9)
+    asked = sae_specs(stored.layout, [LAYER], 1, 2, seed=0, dead_after=10**9)
     batches = by_factor["shape"].vector_batches([LAYER], batch_size=60, seed=0)
     saes = train.train_saes(asked, batches, config).saes
     return {LAYER: top_features(saes[LAYER], by_factor["shape"], LAYER, top=8)}
@@ -150,12 +150,12 @@ def test_the_grid_shows_the_pictures_of_drawn_features(found, by_factor):
         assert images == one.pictures[one.features.tolist().index(feature)].tolist()
 
 
-def test_what_cannot_be_measured_is_refused(kept, by_factor):
+def test_what_cannot_be_measured_is_refused(stored, by_factor):
     with pytest.raises(ValueError, match=r"^layers .*unknown name 'up.t26'"):
-        sae_specs(kept.layout, ["up.t26"], 1, 2, seed=0)
+        sae_specs(stored.layout, ["up.t26"], 1, 2, seed=0)
     with pytest.raises(ValueError, match=r"^layers: 'up.t25.maps' holds maps"):
-        sae_specs(kept.layout, ["up.t25.maps"], 1, 2, seed=0)
-    asked = sae_specs(kept.layout, [LAYER], 1, 2, seed=0)[LAYER]
+        sae_specs(stored.layout, ["up.t25.maps"], 1, 2, seed=0)
+    asked = sae_specs(stored.layout, [LAYER], 1, 2, seed=0)[LAYER]
     untrained = model.SAE(asked.config)
     with pytest.raises(ValueError, match=r"^top: no feature of up.t25 is active on 61 of 60 pictures"):
         top_features(untrained, by_factor["shape"], LAYER, top=61)
@@ -173,16 +173,16 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_trained(by_factor
             purity.validate_selection(by_factor, *given)
 
 
-def test_a_store_is_opened_with_its_factors_for_its_own_pictures_alone(kept):
+def test_a_store_is_opened_with_its_factors_for_its_own_pictures_alone(stored):
     pictures = LabelledPictures("p", 8, planted_pictures.CLASSES, range(60), lambda image: None)
     with pytest.raises(ValueError, match=r"^activations: made with dataset None, here it is 'p'"):
-        purity.open_features(kept.url, pictures, "planted")
+        purity.open_features(stored.url, pictures, "planted")
     with pytest.raises(ValueError, match=r"^activations: made with model 'planted', here it is 'embedded'"):
-        purity.open_features(kept.url, pictures, "embedded")
+        purity.open_features(stored.url, pictures, "embedded")
 
 
-def test_autoencoders_are_kept_under_their_layers(kept, tmp_path):
-    asked = sae_specs(kept.layout, [LAYER], 2, 3, seed=1)[LAYER]
+def test_autoencoders_are_kept_under_their_layers(stored, tmp_path):
+    asked = sae_specs(stored.layout, [LAYER], 2, 3, seed=1)[LAYER]
     sae = model.SAE(asked.config, asked.seed)
     purity.save_saes({LAYER: sae}, tmp_path)
     again = model.SAE.from_pretrained(tmp_path / LAYER)

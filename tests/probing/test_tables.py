@@ -3,11 +3,11 @@ import json
 import pandas as pd
 import pytest
 
-from vaelab.probing import tables as probing_tables
+from vaelab.probing import tables
 
 
 def rows(classifier, **validation):
-    """Accuracies of ``a`` and ``b`` for two factors: the validation as told, the test its opposite."""
+    """Accuracies of ``a`` and ``b`` for two factors: validation as given, test its opposite."""
     return pd.DataFrame([
         {"layer": f"{block}.t25", "factor": factor, "classifier": classifier, "accuracy": 1 - value, "low": 0.0,
          "high": 1.0, "chance": 0.25, "count": 8, "validation": value, "chosen": 1}
@@ -21,64 +21,62 @@ BOTH = pd.concat([PROBES, DIFFCS], ignore_index=True)
 
 
 def test_the_best_layer_is_that_of_the_validation_pictures():
-    assert (probing_tables.best_layer(PROBES, "x"), probing_tables.best_layer(PROBES, "y")) == ("b.t25", "a.t25")
+    assert (tables.best_layer(PROBES, "x"), tables.best_layer(PROBES, "y")) == ("b.t25", "a.t25")
 
 
 def test_layers_are_asked_by_name_by_glob_or_left_to_the_probe():
-    assert probing_tables.layers_by_factor(PROBES, []) == {"x": ["b.t25"], "y": ["a.t25"]}
-    assert probing_tables.layers_by_factor(PROBES, ["b.t25"]) == {"x": ["b.t25"], "y": ["b.t25"]}
-    assert probing_tables.layers_by_factor(PROBES, ["b.*", "*"]) == {factor: ["a.t25", "b.t25"] for factor in "xy"}
+    assert tables.layers_by_factor(PROBES, []) == {"x": ["b.t25"], "y": ["a.t25"]}
+    assert tables.layers_by_factor(PROBES, ["b.t25"]) == {"x": ["b.t25"], "y": ["b.t25"]}
+    assert tables.layers_by_factor(PROBES, ["b.*", "*"]) == {factor: ["a.t25", "b.t25"] for factor in "xy"}
     with pytest.raises(ValueError, match=r"^diffc_layers: unknown name 'b.t26'.*b.t25"):
-        probing_tables.layers_by_factor(PROBES, ["*", "b.t26"])
+        tables.layers_by_factor(PROBES, ["*", "b.t26"])
 
 
 def test_every_classifier_stands_where_any_is_best():
-    found = probing_tables.at_best_layers(BOTH)
-    told = list(zip(found["factor"], found["layer"], found["classifier"], strict=True))
-    assert told == [("x", "a.t25", "probe"), ("x", "a.t25", "diffc"), ("x", "b.t25", "probe"), ("x", "b.t25", "diffc"),
+    found = tables.at_best_layers(BOTH)
+    run = list(zip(found["factor"], found["layer"], found["classifier"], strict=True))
+    assert run == [("x", "a.t25", "probe"), ("x", "a.t25", "diffc"), ("x", "b.t25", "probe"), ("x", "b.t25", "diffc"),
                     ("y", "a.t25", "probe"), ("y", "a.t25", "diffc")]  # fmt: skip
 
 
 def test_the_map_has_a_measure_a_classifier_and_purity_where_it_is_given():
-    made = probing_tables.knowledge_tables(BOTH)
-    assert list(made) == list(probing_tables.CLASSIFIERS.values())
-    first = made[probing_tables.CLASSIFIERS["probe"]].iloc[3]
+    made = tables.knowledge_tables(BOTH)
+    assert list(made) == list(tables.CLASSIFIERS.values())
+    first = made[tables.CLASSIFIERS["probe"]].iloc[3]
     assert (first["block"], first["timestep"], first["factor"], first["value"]) == ("b", 25, "y", 0.9)
     purity = pd.DataFrame([{"layer": "a.t300", "factor": "x", "majority": 0.6, "majority_chance": 0.3}])
-    made = probing_tables.knowledge_tables(PROBES, purity)
-    assert list(made) == [probing_tables.CLASSIFIERS["probe"], probing_tables.PURITY]
-    row = made[probing_tables.PURITY].iloc[0]
+    made = tables.knowledge_tables(PROBES, purity)
+    assert list(made) == [tables.CLASSIFIERS["probe"], tables.PURITY]
+    row = made[tables.PURITY].iloc[0]
     assert (row["block"], row["timestep"], row["value"], row["chance"]) == ("a", 300, 0.6, 0.3)
 
 
 def finished(folder, model, table=BOTH, notebook="42_diffc"):
     folder.mkdir()
-    tables = {"accuracy": table.to_dict("records")}
-    told = {"notebook": notebook, "params": {"model": model}, "tables": tables}
-    (folder / "results.json").write_text(json.dumps(told))
+    saved = {"accuracy": table.to_dict("records")}
+    results = {"notebook": notebook, "params": {"model": model}, "tables": saved}
+    (folder / "results.json").write_text(json.dumps(results))
     return str(folder)
 
 
 def test_models_stand_beside_each_other_factor_by_factor(tmp_path):
-    alone = probing_tables.compare_models(BOTH, "unet", [], "42_diffc")
+    alone = tables.compare_models(BOTH, "unet", [], "42_diffc")
     assert alone["model"].tolist() == ["unet"] * 6
-    pd.testing.assert_frame_equal(
-        alone.drop(columns="model"), probing_tables.at_best_layers(BOTH).reset_index(drop=True)
-    )
+    pd.testing.assert_frame_equal(alone.drop(columns="model"), tables.at_best_layers(BOTH).reset_index(drop=True))
     other = finished(tmp_path / "dit", "dit", PROBES)
-    both = probing_tables.compare_models(BOTH, "unet", [other], "42_diffc")
+    both = tables.compare_models(BOTH, "unet", [other], "42_diffc")
     assert both.groupby(["model", "factor"]).size().to_dict() == {
         ("dit", "x"): 1, ("dit", "y"): 1, ("unet", "x"): 4, ("unet", "y"): 2,
     }  # fmt: skip
     assert both["factor"].tolist() == ["x"] * 5 + ["y"] * 3
 
 
-def test_runs_of_one_model_are_told_apart_by_their_names(tmp_path):
-    told = finished(tmp_path / "told", "unet", PROBES)
-    both = probing_tables.compare_models(BOTH, "unet", [told], "42_diffc")
-    assert set(both["model"]) == {"unet", "unet, told"} and (both["model"] == "unet, told").sum() == 2
-    with pytest.raises(ValueError, match=r"^others: .*told' is named twice"):
-        probing_tables.compare_models(BOTH, "unet", [told, told], "42_diffc")
+def test_runs_of_one_model_are_distinguished_by_their_names(tmp_path):
+    run = finished(tmp_path / "run", "unet", PROBES)
+    both = tables.compare_models(BOTH, "unet", [run], "42_diffc")
+    assert set(both["model"]) == {"unet", "unet, run"} and (both["model"] == "unet, run").sum() == 2
+    with pytest.raises(ValueError, match=r"^others: .*run' is named twice"):
+        tables.compare_models(BOTH, "unet", [run, run], "42_diffc")
 
 
 def test_what_is_no_finished_run_is_refused(tmp_path):
@@ -88,15 +86,15 @@ def test_what_is_no_finished_run_is_refused(tmp_path):
     )
     for folder in (foreign, str(tmp_path / "none")):
         with pytest.raises(ValueError, match=r"^others: .* holds no finished run of 42_diffc; run it first"):
-            probing_tables.compare_models(BOTH, "unet", [folder], "42_diffc")
+            tables.compare_models(BOTH, "unet", [folder], "42_diffc")
     with pytest.raises(ValueError, match=r"^purity .*unknown name 'purity'.*accuracy"):
-        probing_tables.read_table(same, "42_diffc", "purity", "purity")
+        tables.read_table(same, "42_diffc", "purity", "purity")
 
 
 def test_the_runs_beside_it_are_looked_for_before_anything_is_learned(tmp_path):
-    probing_tables.require_finished([], "42_diffc")
+    tables.require_finished([], "42_diffc")
     with pytest.raises(ValueError, match=r"^others: .* holds no finished run of 42_diffc"):
-        probing_tables.require_finished([str(tmp_path)], "42_diffc")
+        tables.require_finished([str(tmp_path)], "42_diffc")
 
 
 def test_metrics_have_the_names_that_were_promised():
@@ -104,7 +102,7 @@ def test_metrics_have_the_names_that_were_promised():
         "classifier": ["diffusion_classifier", "diffc"], "accuracy": [0.6, 0.9], "accuracy_on_these": [0.6, 0.8],
         "seconds_per_image": [3.0, 0.1],
     })  # fmt: skip
-    named = probing_tables.accuracy_metrics(BOTH, compared)
+    named = tables.accuracy_metrics(BOTH, compared)
     assert named["b.t25.diffc.x.accuracy"] == pytest.approx(0.8) and named["a.t25.probe.y.chance"] == 0.25
     assert named["diffusion_classifier.accuracy"] == 0.6 and named["diffc.accuracy_on_these"] == 0.8
     assert named["diffc.seconds_per_image"] == 0.1 and named["diffusion_classifier.times_diffc"] == pytest.approx(30)

@@ -58,11 +58,11 @@ def test_what_would_be_no_test_is_refused(folders, by_factor, tmp_path):
         build_tasks(tested, learned, PICTURES, MODEL)
     with pytest.raises(ValueError, match=r"^test_activations: made with model 'planted', here it is 'embedded'"):
         build_tasks(learned, tested, PICTURES, {"model": "embedded"})
-    told = planted_pictures.fill(
-        tmp_path / "told", planted_pictures.labels(9), prompt="a {shape}", dataset="world[train][0:9]", resolution=32
+    options = planted_pictures.fill(
+        tmp_path / "options", planted_pictures.labels(9), prompt="a {shape}", dataset="world[train][0:9]", resolution=32
     )
     with pytest.raises(ValueError, match=r"^test_activations: made with prompt '', activations with 'a .shape.'"):
-        build_tasks(told.url, tested, PICTURES, MODEL)
+        build_tasks(options.url, tested, PICTURES, MODEL)
     with pytest.raises(ValueError, match=r"^factors: unknown name 'size'"):
         build_tasks(learned, tested, PICTURES, MODEL, factors=["size"])
     with pytest.raises(ValueError, match=r"^diffc_layers: unknown name 'mid.\*'"):

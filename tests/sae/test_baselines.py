@@ -50,8 +50,8 @@ def test_the_random_dictionary_is_its_formula_written_densely():
     one = baselines.RandomDictionary(mean, k=4, n_features=30, seed=2)
     rows = one.features().double()
     products = (x.double() - mean.double()) @ rows.T
-    kept = torch.where(products >= products.sort(1).values[:, -4:-3], products.relu(), 0.0)
-    torch.testing.assert_close(one.decode(one.encode(x)).double(), kept @ rows + mean.double(), rtol=1e-4, atol=1e-4)
+    stored = torch.where(products >= products.sort(1).values[:, -4:-3], products.relu(), 0.0)
+    torch.testing.assert_close(one.decode(one.encode(x)).double(), stored @ rows + mean.double(), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(rows.norm(dim=1), torch.ones(30).double())
     again, other = (baselines.RandomDictionary(mean, 4, 30, seed=seed).features() for seed in (2, 3))
     assert torch.equal(again, one.features()) and not torch.equal(other, one.features())

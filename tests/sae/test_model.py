@@ -159,12 +159,12 @@ def test_from_the_hub_as_a_folder_of_a_repository(tmp_path, monkeypatch):
     import huggingface_hub
 
     shaken().save_pretrained(tmp_path / "up.0.1")
-    asked = []
+    downloads = []
     monkeypatch.setattr(
-        huggingface_hub, "snapshot_download", lambda name, **more: asked.append((name, more)) or str(tmp_path)
+        huggingface_hub, "snapshot_download", lambda name, **more: downloads.append((name, more)) or str(tmp_path)
     )
     SAE.from_pretrained("somebody/saes", subfolder="up.0.1", revision="v2")
-    assert asked == [
+    assert downloads == [
         ("somebody/saes", {"revision": "v2", "allow_patterns": ["up.0.1/config.json", "up.0.1/sae.safetensors"]})
     ]
 

@@ -30,18 +30,18 @@ ITEM = {"prompt": "a star", "seed": 0, "timestep": 9}
 def finished(tmp_path_factory, small_pipeline):
     """The folder of a run with two blocks and two seeds, as notebook 31 leaves it."""
     folder = tmp_path_factory.mktemp("run")
-    pipeline, asked = small_pipeline("sd2"), load_prompts("world", count=2)
+    pipeline, prompts = small_pipeline("sd2"), load_prompts("world", count=2)
     config = CollectConfig((BLOCK, OTHER), Sampling(1, 2.0), halves="both")
-    layout, per_prompt, _ = collect.run_trial_batch(pipeline, asked.texts, config)
-    kept = collect.collect_prompts(
-        pipeline, asked.texts, config, folder / "activations", layout=layout, items_per_prompt=per_prompt,
-        rows=asked.rows, settings=SOURCE,
+    layout, per_prompt, _ = collect.run_trial_batch(pipeline, prompts.texts, config)
+    stored = collect.collect_prompts(
+        pipeline, prompts.texts, config, folder / "activations", layout=layout, items_per_prompt=per_prompt,
+        rows=prompts.rows, settings=SOURCE,
     )  # fmt: skip
-    others = sweep.held_out_prompts(kept.settings, "world", "train", 1)
-    sweep.collect_held_out(kept, pipeline, IDENTITY, others, folder / "held_out", blocks=[BLOCK, OTHER], batch_size=1)
+    others = sweep.held_out_prompts(stored.settings, "world", "train", 1)
+    sweep.collect_held_out(stored, pipeline, IDENTITY, others, folder / "held_out", blocks=[BLOCK, OTHER], batch_size=1)
     specs = sweep.build_grid(layout, [BLOCK, OTHER], [2, 4], [8, 24], [5, 6])
     saes = {name: SAE(one.config, one.seed) for name, one in specs.items()}
-    sweep.save_sweep(saes, specs, kept, folder / "saes")
+    sweep.save_sweep(saes, specs, stored, folder / "saes")
     rows = [{"block": one.block, "k": one.config.k, "n_features": one.config.n_features, "seed": one.seed, "name": name}
             for name, one in specs.items()]  # fmt: skip
     write_json(folder / "results.json", {"notebook": "31_train_sae", "tables": {"saes": rows}})
@@ -62,8 +62,8 @@ def test_a_finished_run_is_read(found, finished):
     ]
     first_seed = SAE(chosen[OTHER, "sae", 2, 8].config, seed=5)
     assert torch.equal(chosen[OTHER, "sae", 2, 8].features(), first_seed.features())
-    kept = store.open(finished / "activations")
-    measured = baselines.moments(sweep.iterate_vectors(kept, OTHER))
+    stored = store.open(finished / "activations")
+    measured = baselines.moments(sweep.iterate_vectors(stored, OTHER))
     pca, again = chosen[OTHER, "pca", 4, 24], baselines.PrincipalComponents(measured, 4)
     assert torch.equal(pca.features(), again.features()) and torch.equal(pca.mean, again.mean)
     assert len(found.dictionaries([BLOCK, OTHER], (4, 24), others=False, seed=1)) == 10
@@ -119,23 +119,23 @@ def test_a_reconstruction_goes_into_the_model(found, small_pipeline):
     from vaelab import activations
     from vaelab.sae import interventions
 
-    asked = load_prompts("world", count=2).texts
+    prompts = load_prompts("world", count=2).texts
     chosen, sampling = found.dictionaries([BLOCK], (2, 8), others=False, seed=1), activations.Sampling(2, 2.0)
     pipeline = small_pipeline("sd2")
     made = {
         who: interventions.generate_with_replacement(
-            pipeline, asked, block, baselines.reconstruction_function(one), sampling
+            pipeline, prompts, block, baselines.reconstruction_function(one), sampling
         )
         for (block, who, *_), one in chosen.items()
     }
-    whole = activations.generate_all(pipeline, asked, sampling)
+    whole = activations.generate_all(pipeline, prompts, sampling)
     assert all(torch.isfinite(one).all() and not torch.equal(one, whole) for one in made.values())
     assert not torch.equal(made["zero"], made["mean"])
     every_component = baselines.PrincipalComponents(
         baselines.moments(sweep.iterate_vectors(found.held_out, BLOCK)), WIDTH
     )
     same = interventions.generate_with_replacement(
-        pipeline, asked, BLOCK, baselines.reconstruction_function(every_component), sampling
+        pipeline, prompts, BLOCK, baselines.reconstruction_function(every_component), sampling
     )
     torch.testing.assert_close(same, whole, rtol=0, atol=1e-4)
 
@@ -229,35 +229,41 @@ def test_a_data_set_without_prompts_beyond_the_stores_is_refused(tmp_path):
 
 
 @pytest.fixture
-def kept(tmp_path, small_pipeline):
+def stored(tmp_path, small_pipeline):
     """A store of two prompts' updates at one step, both halves."""
-    pipeline, asked = small_pipeline("sd2"), load_prompts("world", count=2)
+    pipeline, prompts = small_pipeline("sd2"), load_prompts("world", count=2)
     config = CollectConfig((BLOCK,), Sampling(2, 2.0), steps=(1,), halves="both", batch_size=2, precision="float32")
-    layout, per_prompt, _ = collect.run_trial_batch(pipeline, asked.texts, config)
+    layout, per_prompt, _ = collect.run_trial_batch(pipeline, prompts.texts, config)
     return collect.collect_prompts(
-        pipeline, asked.texts, config, tmp_path / "kept", layout=layout, items_per_prompt=per_prompt, rows=asked.rows,
-        settings=SOURCE,
+        pipeline, prompts.texts, config, tmp_path / "stored", layout=layout, items_per_prompt=per_prompt,
+        rows=prompts.rows, settings=SOURCE,
     )  # fmt: skip
 
 
-def test_held_out_vectors_have_the_stores_settings_other_prompts_and_other_noise(kept, tmp_path, small_pipeline):
-    asked = sweep.held_out_prompts(kept.settings, "world", "train", 3)
+def test_held_out_vectors_have_the_stores_settings_other_prompts_and_other_noise(stored, tmp_path, small_pipeline):
+    prompts = sweep.held_out_prompts(stored.settings, "world", "train", 3)
     made = sweep.collect_held_out(
-        kept, small_pipeline("sd2"), IDENTITY, asked, tmp_path / "held_out", blocks=[BLOCK], batch_size=3
+        stored,
+        small_pipeline("sd2"),
+        IDENTITY,
+        prompts,
+        tmp_path / "held_out",
+        blocks=[BLOCK],
+        batch_size=3,
     )
-    assert made.layout == kept.layout and made.precision == "float32"
+    assert made.layout == stored.layout and made.precision == "float32"
     items = [(item["row"], item["seed"], item["step"], item["guided"]) for item in made.items]
     assert items == [(row, row, 1, guided) for row in (2, 3, 4) for guided in (True, False)]
-    again = collect.capture_batches(small_pipeline("sd2"), asked.texts, CollectConfig(
+    again = collect.capture_batches(small_pipeline("sd2"), prompts.texts, CollectConfig(
         (BLOCK,), Sampling(2, 2.0), steps=(1,), halves="both", batch_size=3, seed=2))  # fmt: skip
     torch.testing.assert_close(made.maps(BLOCK, range(6)), next(again).maps[BLOCK], rtol=0, atol=0)
 
 
-def test_held_out_vectors_are_not_resumed_with_another_revision_or_precision(kept, tmp_path, small_pipeline):
+def test_held_out_vectors_are_not_resumed_with_another_revision_or_precision(stored, tmp_path, small_pipeline):
     """A held-out store that was interrupted is resumed by the same model only; vectors of two models are not mixed."""
-    pipeline, asked = small_pipeline("sd2"), sweep.held_out_prompts(kept.settings, "world", "train", 3)
+    pipeline, prompts = small_pipeline("sd2"), sweep.held_out_prompts(stored.settings, "world", "train", 3)
     given = {"blocks": [BLOCK], "batch_size": 1}
-    whole = sweep.collect_held_out(kept, pipeline, IDENTITY, asked, tmp_path / "whole", **given)
+    whole = sweep.collect_held_out(stored, pipeline, IDENTITY, prompts, tmp_path / "whole", **given)
 
     class Interrupted(Exception):
         pass
@@ -269,58 +275,60 @@ def test_held_out_vectors_are_not_resumed_with_another_revision_or_precision(kep
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
         patch.setattr(store.Writer, "add", collect_one)
-        sweep.collect_held_out(kept, pipeline, IDENTITY, asked, tmp_path / "held_out", **given)
+        sweep.collect_held_out(stored, pipeline, IDENTITY, prompts, tmp_path / "held_out", **given)
     with pytest.raises(ValueError, match="identity"):
         sweep.collect_held_out(
-            kept, pipeline, IDENTITY | {"precision": "bfloat16"}, asked, tmp_path / "held_out", **given
+            stored, pipeline, IDENTITY | {"precision": "bfloat16"}, prompts, tmp_path / "held_out", **given
         )
-    kept.settings["identity"] = OTHER_WEIGHTS  # the training vectors were collected again, with another revision
+    stored.settings["identity"] = OTHER_WEIGHTS  # the training vectors were collected again, with another revision
     with pytest.raises(ValueError, match="identity"):
-        sweep.collect_held_out(kept, pipeline, OTHER_WEIGHTS, asked, tmp_path / "held_out", **given)
-    kept.settings["identity"] = IDENTITY
-    again = sweep.collect_held_out(kept, pipeline, IDENTITY, asked, tmp_path / "held_out", **given)
+        sweep.collect_held_out(stored, pipeline, OTHER_WEIGHTS, prompts, tmp_path / "held_out", **given)
+    stored.settings["identity"] = IDENTITY
+    again = sweep.collect_held_out(stored, pipeline, IDENTITY, prompts, tmp_path / "held_out", **given)
     assert again.settings["identity"] == IDENTITY
     assert torch.equal(again.maps(BLOCK, range(6)), whole.maps(BLOCK, range(6)))
 
 
-def test_a_store_of_another_model_or_of_unknown_origin_is_refused(kept, tmp_path, small_pipeline, pipeline_folder):
+def test_a_store_of_another_model_or_of_unknown_origin_is_refused(stored, tmp_path, small_pipeline, pipeline_folder):
     given = {"blocks": [BLOCK], "batch_size": 2}
-    asked = load_prompts("world", count=1)
+    prompts = load_prompts("world", count=1)
     for changes, words in (
         ({"sha256": "b2" * 32}, r"local \(b2b2b2b2b2b2\)"),
         ({"variant": "ema"}, r"local \(a1a1a1a1a1a1, variant ema\)"),
         ({"name": "some/model", "sha256": None, "commit": "c3" * 20}, r"some/model \(c3c3c3c3c3c3\)"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=f"^activations: .* was collected from local .* and variant say {words}"):
-            sweep.collect_held_out(kept, small_pipeline("sd2"), IDENTITY | changes, asked, tmp_path / "out", **given)
+            sweep.collect_held_out(
+                stored, small_pipeline("sd2"), IDENTITY | changes, prompts, tmp_path / "out", **given
+            )
     changed = models.load_pipeline(str(pipeline_folder("sd2")), device="cpu")
     with torch.no_grad():
         for weight in changed.unet.parameters():
             weight.mul_(1.5)
     with pytest.raises(ValueError, match=r"collected with other weights than local \(a1a1a1a1a1a1\) has now"):
-        sweep.collect_held_out(kept, changed, IDENTITY, asked, tmp_path / "out", **given)
+        sweep.collect_held_out(stored, changed, IDENTITY, prompts, tmp_path / "out", **given)
     with store.create(tmp_path / "foreign", LAYOUT, settings={"identity": IDENTITY}) as writer:
         writer.add({name: torch.zeros(1, 8, 8, one.width) for name, one in LAYOUT.items()}, [ITEM])
     with pytest.raises(ValueError, match="does not say how it was collected"):
-        sweep.collect_held_out(store.open(tmp_path / "foreign"), None, IDENTITY, asked, tmp_path / "out", **given)
+        sweep.collect_held_out(store.open(tmp_path / "foreign"), None, IDENTITY, prompts, tmp_path / "out", **given)
 
 
-def test_vectors_are_iterated_once_each_up_to_a_number(kept):
-    rows = kept.rows(BLOCK)
-    whole = torch.cat(list(sweep.iterate_vectors(kept, BLOCK)))
-    assert whole.shape == (rows, kept.layout[BLOCK].width)
-    stored = kept.maps(BLOCK, range(len(kept.items))).flatten(0, -2)
+def test_vectors_are_iterated_once_each_up_to_a_number(stored):
+    rows = stored.rows(BLOCK)
+    whole = torch.cat(list(sweep.iterate_vectors(stored, BLOCK)))
+    assert whole.shape == (rows, stored.layout[BLOCK].width)
+    stored = stored.maps(BLOCK, range(len(stored.items))).flatten(0, -2)
     assert torch.equal(whole.sort(0).values, stored.sort(0).values)
-    assert torch.equal(torch.cat(list(sweep.iterate_vectors(kept, BLOCK, 7))), whole[:7])
+    assert torch.equal(torch.cat(list(sweep.iterate_vectors(stored, BLOCK, 7))), whole[:7])
 
 
-def test_autoencoders_are_measured_on_their_own_block_and_averaged_over_seeds(kept):
-    specs = sweep.build_grid(kept.layout, [BLOCK], [2], [16, 32], [0, 1])
+def test_autoencoders_are_measured_on_their_own_block_and_averaged_over_seeds(stored):
+    specs = sweep.build_grid(stored.layout, [BLOCK], [2], [16, 32], [0, 1])
     saes = {name: SAE(one.config, one.seed) for name, one in specs.items()}
-    table = sweep.evaluate_saes(saes, specs, kept)
+    table = sweep.evaluate_saes(saes, specs, stored)
     assert table["name"].tolist() == list(specs) and table["seed"].tolist() == [0, 1, 0, 1]
     name = f"{BLOCK}-k2-n32-s1"
-    x = torch.cat(list(sweep.iterate_vectors(kept, BLOCK))).double()
+    x = torch.cat(list(sweep.iterate_vectors(stored, BLOCK))).double()
     left = (x - saes[name](x.float()).double()).square().sum() / (x - x.mean(0)).square().sum()
     row = table.set_index("name").loc[name]
     assert row["explained_variance"] == pytest.approx(1 - left.item(), abs=1e-6) and row["l0"] <= 2

@@ -38,11 +38,11 @@ def plainly(codes, n, top):
 def test_tops_and_statistics_are_those_of_a_plain_computation(batch):
     codes = random_codes()
     dense, expected = plainly(codes, 12, TOP)
-    tally = FeatureAccumulator(12, TOP)
+    accumulator = FeatureAccumulator(12, TOP)
     for begin in range(0, 23, batch):
         part = Codes(codes.values[begin : begin + batch], codes.indices[begin : begin + batch])
-        tally.add(part, range(100 + begin, 100 + min(begin + batch, 23)))
-    found = tally.summary()
+        accumulator.add(part, range(100 + begin, 100 + min(begin + batch, 23)))
+    found = accumulator.summary()
     for feature, best in enumerate(expected):
         rows = zip(found.values[feature].tolist(), found.items[feature].tolist(), found.positions[feature].tolist(),
                    strict=True)  # fmt: skip
@@ -60,9 +60,9 @@ def test_tops_and_statistics_are_those_of_a_plain_computation(batch):
 
 def test_the_table_describes_a_features_activations():
     codes = random_codes()
-    tally = FeatureAccumulator(12, TOP)
-    tally.add(codes, range(23))
-    table, flat = tally.summary().table(), codes.dense(12).flatten(0, 1).double()
+    accumulator = FeatureAccumulator(12, TOP)
+    accumulator.add(codes, range(23))
+    table, flat = accumulator.summary().table(), codes.dense(12).flatten(0, 1).double()
     for feature in (0, 5):
         active = flat[:, feature][flat[:, feature] != 0]
         row = table.iloc[feature]
@@ -80,11 +80,11 @@ def test_quantiles_are_numpys_but_for_the_width_of_a_bin(batch):
     planted[:, 1] = rng.normal(0.5, 2, 400)
     planted[::3, 2] = 0.7
     planted[17, 3] = -3.3
-    tally = FeatureAccumulator(5, TOP)
+    accumulator = FeatureAccumulator(5, TOP)
     for begin in range(0, 400, batch):
         values = torch.from_numpy(planted[begin : begin + batch])[:, None]
-        tally.add(Codes(values, torch.arange(5).expand(len(values), 1, 5)), range(begin, begin + len(values)))
-    found = tally.summary()
+        accumulator.add(Codes(values, torch.arange(5).expand(len(values), 1, 5)), range(begin, begin + len(values)))
+    found = accumulator.summary()
     for share in (0, 0.01, 0.25, 0.5, 0.9, 0.999, 1):
         seen = found.quantile(share)
         for feature in range(4):
@@ -110,21 +110,21 @@ def test_bins_rise_with_the_values_and_hold_their_middles():
 
 
 def test_the_most_active_features_are_those_of_the_largest_activations_in_enough_items():
-    tally = FeatureAccumulator(4, top=2)
+    accumulator = FeatureAccumulator(4, top=2)
     values = torch.tensor([[1.0, 9.0, 3.0], [2.0, 0.0, 5.0]])[:, None]
-    tally.add(Codes(values, torch.tensor([[0, 1, 2], [0, 1, 2]])[:, None]), [0, 1])
-    found = tally.summary()
+    accumulator.add(Codes(values, torch.tensor([[0, 1, 2], [0, 1, 2]])[:, None]), [0, 1])
+    found = accumulator.summary()
     assert found.most_active(10).tolist() == [2, 0]
     assert found.most_active(1).tolist() == [2]
 
 
 def test_memory_does_not_grow_with_the_items():
-    tally = FeatureAccumulator(12, TOP)
+    accumulator = FeatureAccumulator(12, TOP)
     sizes = set()
     for number in range(5):
-        tally.add(random_codes(seed=number), range(23 * number, 23 * number + 23))
-        sizes.add(sum(value.numel() for value in vars(tally).values() if isinstance(value, torch.Tensor)))
-    assert len(sizes) == 1 and tally.summary().item_count == 115
+        accumulator.add(random_codes(seed=number), range(23 * number, 23 * number + 23))
+        sizes.add(sum(value.numel() for value in vars(accumulator).values() if isinstance(value, torch.Tensor)))
+    assert len(sizes) == 1 and accumulator.summary().item_count == 115
 
 
 def identity_sae(width, k):
@@ -151,10 +151,10 @@ def test_planted_features_have_the_purity_they_were_made_with(tmp_path, position
     maps = torch.zeros(60, *positions, 4)
     (maps[:, 1, 0] if positions else maps)[:] = vectors
     items = [{"image": i, "seed": 0, "timestep": [25]} for i in range(60)]
-    with store.create(tmp_path / "kept", {"up.t25": BlockShape(positions, 4)}, items_per_shard=16) as writer:
+    with store.create(tmp_path / "stored", {"up.t25": BlockShape(positions, 4)}, items_per_shard=16) as writer:
         writer.add({"up.t25": maps}, items)
-    kept = store.open(tmp_path / "kept")
-    found = summarise_features(identity_sae(4, 2), kept, "up.t25", batch_items=13)
+    stored = store.open(tmp_path / "stored")
+    found = summarise_features(identity_sae(4, 2), stored, "up.t25", batch_items=13)
     assert found.full().tolist() == [True, True, True, False]
     assert sorted(found.items[2].tolist()) == sorted(anywhere[10:].tolist())
     if positions:
@@ -164,7 +164,7 @@ def test_planted_features_have_the_purity_they_were_made_with(tmp_path, position
         one = purity.measure_purity(labels, found.items[[feature]].numpy(), permutations=200)
         assert (one.entropy, one.majority) == (entropy, majority) and one.permutation_p < 0.02
     assert purity.measure_purity(labels, found.items[[2]].numpy(), permutations=200).permutation_p > 0.05
-    half = summarise_features(identity_sae(4, 2), kept, "up.t25", items=range(0, 60, 2), top=5)
+    half = summarise_features(identity_sae(4, 2), stored, "up.t25", items=range(0, 60, 2), top=5)
     assert half.item_count == 30 and all(item % 2 == 0 for item in half.items[:3].flatten().tolist())
 
 

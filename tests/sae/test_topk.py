@@ -92,5 +92,5 @@ def test_the_screen_is_exact_where_bfloat16_alone_is_not():
 def test_a_mask_of_the_largest():
     values = torch.tensor([[3.0, 1.0, 2.0, -1.0], [5.0, -4.0, -3.0, -2.0]])
     assert topk_mask(values, 2, signed=True).tolist() == [[1, 0, 1, 0], [1, 0, 0, 1]]
-    kept = topk_mask(values, 2, signed=False) * values.relu()
-    assert kept.tolist() == [[3, 0, 2, 0], [5, 0, 0, 0]]
+    selected = topk_mask(values, 2, signed=False) * values.relu()
+    assert selected.tolist() == [[3, 0, 2, 0], [5, 0, 0, 0]]

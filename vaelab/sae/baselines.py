@@ -62,7 +62,7 @@ def moments(batches: Iterable[Tensor]) -> Moments:
 
 
 class ConstantDictionary:
-    """A dictionary without features: every vector is reconstructed as the same one."""
+    """A dictionary without features, which reconstructs every vector as the same vector."""
 
     def __init__(self, vector: Tensor):
         """Args: ``vector`` (d,)."""

@@ -18,22 +18,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 DENSE_FROM = 8
-"""Where at least one entry in so many is selected, dense products are faster than sums over entries."""
+"""If at least one in so many entries is selected, dense products are faster than sums over the entries."""
 ROWS_AT_ONCE = 2**14
-"""Pairs of rows that are copied at a time where there is no kernel for their products."""
+"""Pairs of rows that are copied at a time on devices without a kernel for their products."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (N, d) times weight (n, d) transposed, plus bias (n,), by the fastest available kernel: on a CPU in
-    float32 oneDNN's, which torch itself takes for narrower formats only."""
+    """x (N, d) times weight (n, d) transposed, plus bias (n,), by the fastest available kernel.
+
+    On a CPU in float32 that is oneDNN's, which torch itself uses for narrower formats only.
+    """
     if x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 
 
 def row_products(left: Tensor, right: Tensor, indices: Tensor, rows: Tensor, offsets: Tensor) -> Tensor:
-    """The dot products of rows of left (N, d) and right (n, d): (E,), entry e of left[rows[e]] and
-    right[indices[e]], with the entries of left's row i beginning at offsets[i]."""
+    """Dot products (E,) of rows of left (N, d) and right (n, d): entry e is left[rows[e]] . right[indices[e]].
+
+    The entries of left's row i begin at offsets[i].
+    """
     if left.device.type in ("cpu", "cuda"):
         return torch.ops.aten._embedding_bag_per_sample_weights_backward(left, right, indices, offsets, rows, 0, -1)
     parts = zip(rows.split(ROWS_AT_ONCE), indices.split(ROWS_AT_ONCE), strict=True)
@@ -41,10 +45,10 @@ def row_products(left: Tensor, right: Tensor, indices: Tensor, rows: Tensor, off
 
 
 class SparseEntries:
-    """The places of the entries of a sparse (N, n) matrix, in the order of their rows."""
+    """The positions of the entries of a sparse (N, n) matrix, in the order of their rows."""
 
     def __init__(self, indices: Tensor, counts: Tensor | int, examples: int, features: int):
-        """Args: the columns (E,) int64 of the entries, how many each row has, N, and n."""
+        """Args: the columns (E,) int64 of the entries, the number of entries of each row, N, and n."""
         self.indices, self.counts, self.examples, self.features = indices, counts, examples, features
 
     @property
@@ -54,7 +58,7 @@ class SparseEntries:
 
     @cached_property
     def offsets(self) -> Tensor:
-        """Where each row begins: (N,)."""
+        """The number (N,) of each row's first entry."""
         if isinstance(self.counts, int):
             return torch.arange(0, self.examples * self.counts, self.counts, device=self.indices.device)
         return self.counts.cumsum(0) - self.counts
@@ -69,33 +73,33 @@ class SparseEntries:
 
     @cached_property
     def by_feature(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The entries in the order of their columns (E,), their rows (E,), where each column begins (n,)."""
+        """The entries sorted by column (E,), their rows (E,), and the number (n,) of each column's first entry."""
         order = self.indices.sort().indices
-        # a bincount would make a GPU wait for the maximum
+        # not bincount, which makes a GPU synchronise to find the maximum
         counts = torch.zeros(self.features, dtype=torch.int64, device=self.indices.device)
         counts.scatter_add_(0, self.indices, torch.ones_like(self.indices))
         return order, self.rows[order], counts.cumsum(0) - counts
 
     def matrix(self, values: Tensor) -> Tensor:
-        """The values (E,) in their places, added up where a place is there twice, zeros elsewhere: (N, n)."""
+        """The dense matrix (N, n) of the values (E,); values of the same position are added."""
         out = values.new_zeros(self.examples * self.features)
         return out.index_add_(0, self.rows * self.features + self.indices, values).view(self.examples, -1)
 
     def times(self, values: Tensor, table: Tensor) -> Tensor:
-        """The matrix of the values (E,), times a table (n, d): (N, d)."""
+        """The product (N, d) of the matrix of the values (E,) and a table (n, d)."""
         if self.dense:
             return linear(self.matrix(values), table.T)
         return F.embedding_bag(self.indices, table, self.offsets, mode="sum", per_sample_weights=values)
 
     def transposed_times(self, values: Tensor, table: Tensor) -> Tensor:
-        """The transposed matrix of the values (E,), times a table (N, d): (n, d)."""
+        """The product (n, d) of the transposed matrix of the values (E,) and a table (N, d)."""
         if self.dense:
             return linear(self.matrix(values).T, table.T)
         order, rows, starts = self.by_feature
         return F.embedding_bag(rows, table, starts, mode="sum", per_sample_weights=values[order])
 
     def products(self, left: Tensor, right: Tensor) -> Tensor:
-        """Of left (N, d) times right (n, d) transposed, the entries that are there: (E,)."""
+        """The selected entries (E,) of left (N, d) times right (n, d) transposed."""
         if self.dense:
             return linear(left, right)[self.rows, self.indices]
         return row_products(left, right, self.indices, self.rows, self.offsets)
@@ -106,22 +110,22 @@ class SparseEntries:
 
 
 class DenseBlock:
-    """All entries of an (N, m) matrix are there, as of a few features together: the same sums as products."""
+    """The operations of :class:`SparseEntries` for an (N, m) matrix of which every entry is selected."""
 
     def __init__(self, dtype: torch.dtype | None = None):
-        """Args: what the factors are rounded to; None leaves them as they are."""
+        """Args: the type to which the factors are rounded; None does not round them."""
         self.dtype = dtype
 
     def times(self, values: Tensor, table: Tensor) -> Tensor:
-        """The values (N, m), times a table (m, d): (N, d)."""
+        """The product (N, d) of the values (N, m) and a table (m, d)."""
         return self._linear(values, table.T)
 
     def transposed_times(self, values: Tensor, table: Tensor) -> Tensor:
-        """The values (N, m) transposed, times a table (N, d): (m, d)."""
+        """The product (m, d) of the transposed values (N, m) and a table (N, d)."""
         return self._linear(values.T, table.T)
 
     def products(self, left: Tensor, right: Tensor) -> Tensor:
-        """left (N, d) times right (m, d) transposed: (N, m)."""
+        """The product (N, m) of left (N, d) and right (m, d) transposed."""
         return self._linear(left, right)
 
     def by_column(self, values: Tensor) -> Tensor:
@@ -137,8 +141,8 @@ class DenseBlock:
 class Encode(torch.autograd.Function):
     """Attaches gradients to pre-activations that were computed without a graph.
 
-    They are entries of W (x - pre_bias) + bias. Gradients of weight W (n, d), bias (n,) and pre_bias
-    (d,); none of the examples.
+    The pre-activations are entries of W (x - pre_bias) + bias. The gradients are those of weight W (n, d), bias (n,)
+    and pre_bias (d,); the examples x get none.
     """
 
     @staticmethod
@@ -151,7 +155,7 @@ class Encode(torch.autograd.Function):
         values: Tensor,
         where: SparseEntries | DenseBlock,
     ) -> Tensor:
-        """The values, as they are."""
+        """The values, unchanged."""
         ctx.where = where
         ctx.save_for_backward(weight, centred)
         return values.view_as(values)
@@ -166,10 +170,10 @@ class Encode(torch.autograd.Function):
 
 
 class Decode(torch.autograd.Function):
-    """The error of a reconstruction: S W - target, (N, d), with S the values in their places.
+    """The error of a reconstruction: S W - target, (N, d), where S is the sparse matrix of the values.
 
-    Gradients of the values, of weight W (n, d), and of a bias in the reconstruction, which ``target``
-    has already been rid of: the first argument, or None where there is none.
+    The gradients are those of the values, of weight W (n, d), and of the reconstruction's bias, which is already
+    subtracted from ``target``: the first argument, or None for a reconstruction without bias.
     """
 
     @staticmethod
@@ -191,7 +195,7 @@ class Decode(torch.autograd.Function):
 
 
 class SquaredNorm(torch.autograd.Function):
-    """The sum of the squares of a tensor's entries, in one pass each way."""
+    """The sum of the squares of a tensor's entries, with one pass over memory in each direction."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

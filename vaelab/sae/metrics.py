@@ -39,7 +39,7 @@ class Fidelity(NamedTuple):
 
 
 class _Sums:
-    """Of one dictionary: first and second moments of its residuals and how often each feature is active."""
+    """Sums over the vectors for one dictionary: moments of its residuals, and how often each feature is active."""
 
     def __init__(self, dictionary: Dictionary):
         self.dictionary = dictionary
@@ -66,7 +66,7 @@ def evaluate_dictionaries(
         dense: the fraction of the vectors above which a feature is dense.
 
     Raises:
-        ValueError: no vector, vectors that are all the same, or one that is not finite.
+        ValueError: no vector, only equal vectors, or a vector that is not finite.
     """
     at_least("dense", dense, 0)
     sums = {name: _Sums(dictionary) for name, dictionary in dictionaries.items()}
@@ -110,7 +110,7 @@ def _finite(batch: Tensor, before: int) -> None:
 def fidelity_table(measured: Mapping[tuple, Fidelity], names: Iterable[str]) -> pd.DataFrame:
     """One row per dictionary: ``names``, whose values are the keys, and the fields of :class:`Fidelity`."""
     names = list(names)
-    return pd.DataFrame([{**dict(zip(names, key, strict=True)), **one._asdict()} for key, one in measured.items()])
+    return pd.DataFrame([{**dict(zip(names, key, strict=True)), **row._asdict()} for key, row in measured.items()])
 
 
 def paper_layout(table: pd.DataFrame, value: str = "explained_variance") -> pd.DataFrame:
@@ -121,5 +121,5 @@ def paper_layout(table: pd.DataFrame, value: str = "explained_variance") -> pd.D
         value: the column that fills the cells.
     """
     blocks = list(dict.fromkeys(table["block"]))
-    whole = table.pivot(index=["k", "n_features"], columns="block", values=value)
-    return whole[blocks].reset_index().rename_axis(columns=None)
+    pivoted = table.pivot(index=["k", "n_features"], columns="block", values=value)
+    return pivoted[blocks].reset_index().rename_axis(columns=None)

@@ -18,8 +18,9 @@ MEASURES = {
     "l0": "active features",
     "dead_fraction": "dead features",
 }
-
+"""Columns of a training's history, and their labels."""
 SMALL_CHANGE = 0.1
+"""The Manhattan distance up to which the axis of :func:`manhattan_bars` is linear."""
 
 
 @plain_text
@@ -28,8 +29,8 @@ def training_curves(history: pd.DataFrame, title: str = "") -> Figure:
 
     Args:
         history: columns ``step``, ``block``, ``k``, ``n_features`` and those of :data:`MEASURES`;
-            several seeds are drawn as thin lines.
-        title: the figure's.
+            each seed is drawn as a line.
+        title: the figure's title.
     """
     blocks = list(dict.fromkeys(history["block"]))
     figure, axes = plt.subplots(
@@ -61,7 +62,7 @@ class LiveCurves:
 
     ::
 
-        train_saes(..., live=Live(lambda history: label_history(history, specs)))
+        train_saes(..., live=LiveCurves(lambda history: label_history(history, specs)))
     """
 
     def __init__(self, prepare: Callable[[pd.DataFrame], pd.DataFrame], every: float = 15.0):
@@ -86,12 +87,12 @@ class LiveCurves:
 
 @plain_text
 def size_curves(table: pd.DataFrame, title: str = "") -> Figure:
-    """Explained variance and dead features against k: a panel a block, a line for each n_features,
-    of several seeds with their range.
+    """Explained variance and dead features against k: one panel per block, one line per n_features; several seeds are
+    shown as their mean and range.
 
     Args:
         table: columns ``block``, ``k``, ``n_features``, ``explained_variance`` and ``dead_fraction``.
-        title: the figure's.
+        title: the figure's title.
     """
     values = {name: MEASURES[name] for name in ("explained_variance", "dead_fraction")}
     blocks = list(dict.fromkeys(table["block"]))
@@ -125,20 +126,24 @@ def _colours(values: pd.Series) -> dict:
 
 @plain_text
 def manhattan_bars(outcomes: Mapping[tuple, Any], hue: str, title: str = "") -> Figure:
-    """Manhattan distance per pixel of every picture, and the means, on an axis that is linear up to
-    ``SMALL_CHANGE`` and logarithmic beyond: a few pictures change a hundred times as much as most.
+    """Manhattan distance per pixel of every picture, and the means.
+
+    The axis is linear up to ``SMALL_CHANGE`` and logarithmic beyond, because a few pictures change a hundred times as
+    much as most.
 
     Args:
-        outcomes: with a table ``effects`` that has the column ``manhattan``, under pairs of what stands
-            along the axis and what has a colour.
-        hue: what has a colour.
-        title: the figure's.
+        outcomes: outcomes whose table ``effects`` has a column ``manhattan``. A key is a pair of the group along the
+            axis and the value of ``hue``.
+        hue: name of the quantity that is shown as colour.
+        title: the figure's title.
     """
-    parts = [one.effects.assign(group=str(group), **{hue: str(colour)}) for (group, colour), one in outcomes.items()]
+    parts = [
+        outcome.effects.assign(group=str(group), **{hue: str(colour)}) for (group, colour), outcome in outcomes.items()
+    ]
     ylabel = "Manhattan distance per pixel"
-    whole = pd.concat(parts, ignore_index=True)
-    figure = viz.bars(whole, "group", "manhattan", hue, ylabel, title)
+    effects = pd.concat(parts, ignore_index=True)
+    figure = viz.bars(effects, "group", "manhattan", hue, ylabel, title)
     figure.axes[0].set_yscale("symlog", linthresh=SMALL_CHANGE)
     figure.axes[0].yaxis.set_major_formatter("{x:g}")
-    figure.axes[0].set_ylim(0, 1.5 * max(SMALL_CHANGE, whole["manhattan"].max()))
+    figure.axes[0].set_ylim(0, 1.5 * max(SMALL_CHANGE, effects["manhattan"].max()))
     return figure
