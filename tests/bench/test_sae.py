@@ -31,7 +31,7 @@ def test_ratios_are_of_medians():
     }  # fmt: skip
 
 
-def test_steps_are_timed_in_a_process_of_their_own_where_who_is_missing_is_told(monkeypatch, tmp_path):
+def test_steps_are_timed_in_their_own_process_and_missing_libraries_are_reported(monkeypatch, tmp_path):
     monkeypatch.setattr(bench_sae, "PEERS_FOLDER", str(tmp_path))
     timed = bench_sae.step_seconds(SMALL, 2, peers=("dense", "sae_lens"))
     there = ["gemm", "gemm_best", "float32", "bf16", "dense", "float32_dead", "bf16_dead", "dense_dead"]
@@ -40,14 +40,14 @@ def test_steps_are_timed_in_a_process_of_their_own_where_who_is_missing_is_told(
     assert set(timed.missing) | set(timed.seconds) == {*there, "sae_lens", "sae_lens_dead"}
 
 
-def test_memory_is_of_one_system_a_process():
+def test_memory_is_measured_in_a_process_for_each_system():
     table = bench_sae.step_memory(SMALL, systems=("dense",), rounds=1)
     assert list(table.columns) == ["system", "peak_mb", "added_mb", "step_over_gemm"]
     assert table["system"].tolist() == ["dense"]
     assert 50 < table["peak_mb"][0] < 4000 and table["added_mb"][0] < table["peak_mb"][0]
 
 
-def test_what_fails_in_that_process_is_told():
+def test_a_failure_of_that_process_is_reported():
     with pytest.raises(RuntimeError, match=r"(?s)timing gemm, nothing ended with 1.*unknown name 'nothing'"):
         bench_sae.step_memory(SMALL, systems=("nothing",))
 
@@ -83,7 +83,7 @@ def test_our_step_is_that_of_the_training(screen, dead, monkeypatch):
         torch.testing.assert_close(weight, dict(sae.named_parameters())[name], rtol=1e-6, atol=1e-7)
 
 
-def test_recovery_is_told_for_each_variant():
+def test_recovery_is_reported_for_each_variant():
     table = bench_sae.recovery_table(40, variants=("topk", "relu_l1"), batch_size=128)
     assert list(table.columns) == ["variant", "explained_variance", "l0", "dead_fraction", "recovery"]
     assert table["variant"].tolist() == ["topk", "relu_l1"]

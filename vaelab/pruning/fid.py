@@ -77,10 +77,10 @@ def feature_statistics(features: Features, batches: Iterable[Tensor]) -> tuple[n
         ValueError: not more pictures than features, so that the covariance would be singular.
     """
     with torch.no_grad():
-        found = torch.cat([features(batch).cpu() for batch in batches]).double().numpy()
-    if len(found) <= found.shape[1]:
-        raise ValueError(f"fid_images: {len(found)} pictures for {found.shape[1]} features; take more than features")
-    return found.mean(0), np.cov(found, rowvar=False)
+        rows = torch.cat([features(batch).cpu() for batch in batches]).double().numpy()
+    if len(rows) <= rows.shape[1]:
+        raise ValueError(f"fid_images: {len(rows)} pictures for {rows.shape[1]} features; take more than features")
+    return rows.mean(0), np.cov(rows, rowvar=False)
 
 
 def frechet_distance(first: tuple[np.ndarray, np.ndarray], second: tuple[np.ndarray, np.ndarray]) -> float:

@@ -28,13 +28,13 @@ def mean_interval(values: Sequence[float]) -> Interval:
 
 def summarize_over_seeds(measured: pd.DataFrame) -> dict[str, float]:
     """``<setting>.<measure>`` over seeds, with ``.low`` and ``.high``; measures that a run lacks are left out."""
-    found: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     measures = [name for name in measured.columns if name not in ("setting", "seed")]
     for setting, part in measured.groupby("setting", sort=False):
         for measure in measures:
             if part[measure].notna().all():
-                found |= interval_entries(f"{setting}.{measure}", mean_interval(part[measure].astype(float)))
-    return found
+                metrics |= interval_entries(f"{setting}.{measure}", mean_interval(part[measure].astype(float)))
+    return metrics
 
 
 def interval_entries(name: str, value: Interval) -> dict[str, float]:
@@ -63,18 +63,18 @@ def topk_runs(measured: pd.DataFrame) -> pd.DataFrame:
 def paper_comparison(measured: pd.DataFrame) -> pd.DataFrame:
     """The paper's two runs beside ours, with the scale of a structureless latent of the same loss: a row for each
     setting of the paper."""
-    scheduler, found = _schedule(), []
+    scheduler, rows = _schedule(), []
     for setting, (loss, mse) in PAPER.items():
         own = measured[measured["setting"] == setting]
         if len(own):
-            found.append({
+            rows.append({
                 "setting": setting, "paper: diffusion loss": loss,
                 "paper: scale of that closed form": noise_loss.equivalent_scale(loss, scheduler),
                 "here: diffusion loss": own["diffusion_loss"].mean(), "here: scale": own["scale"].mean(),
                 "paper: MSE": mse, "here: MSE": own["recon_mse"].mean(),
                 "here: masked MSE": own["masked_recon_mse"].mean(),
             })  # fmt: skip
-    return pd.DataFrame(found)
+    return pd.DataFrame(rows)
 
 
 def paper_differences(measured: pd.DataFrame) -> pd.DataFrame:
