@@ -1,4 +1,4 @@
-"""A denoiser's features, of prompts or of pictures."""
+"""Capture a denoiser's features from prompts or from pictures."""
 
 from vaelab.activations.denoiser import (
     Features,

@@ -1,8 +1,8 @@
-"""Collecting a denoiser's features over many prompts, into a store or straight into training.
+"""Collect a denoiser's features over many prompts, into a store or straight into training.
 
-From Surkov et al. ("Unpacking SDXL Turbo", section 3), who collect the updates of four blocks over 1.5 million
-prompts, one step each. Prompt number i is drawn with the seed ``seed + i``, whatever batch it is in, so that a
-resumed collection has the rows of an undisturbed one.
+From Surkov et al. ("Unpacking SDXL Turbo", section 3), who collect the updates (output minus input) of four blocks over
+1.5 million prompts, one step each. Prompt i uses the seed ``seed + i``, whatever batch it is in, so that a resumed
+collection has the same rows as one that was not interrupted.
 """
 
 import hashlib
@@ -31,31 +31,32 @@ from vaelab.models import block_names
 
 HALVES = ("guided", "both")
 SIZES = ("batch_size", "items_per_shard")
-"""Fields of :class:`CollectConfig` that do not decide the stored numbers."""
+"""Fields of :class:`CollectConfig` that do not affect the stored values."""
 
 
 @dataclass(frozen=True)
 class CollectConfig:
-    """What is captured."""
+    """What is captured, and how."""
 
     blocks: tuple[str, ...]
     """Short names or module paths of blocks."""
     sampling: Sampling
-    """How pictures are drawn."""
+    """How pictures are generated."""
     side: str = "update"
     """``update`` (output minus input), ``output`` or ``input`` of the blocks."""
     steps: tuple[int, ...] = ()
-    """Denoising steps to capture, counted from 0; empty for all."""
+    """Denoising steps to capture, counted from 0; empty means all steps."""
     halves: str = "guided"
-    """With classifier-free guidance: ``guided`` captures the half with the prompt, ``both`` makes an item of each."""
+    """With classifier-free guidance the denoiser also runs without the prompt. ``guided`` captures only the half of the
+    batch with the prompt; ``both`` captures both halves and stores one item for each."""
     batch_size: int = 8
-    """Prompts at a time."""
+    """Prompts per batch."""
     seed: int = 0
-    """Prompt number i is drawn with ``seed + i``."""
+    """Prompt i uses the seed ``seed + i``."""
     precision: str = "float16"
-    """Precision of the stored numbers."""
+    """Precision of the stored values."""
     items_per_shard: int = 256
-    """Items in a shard of a new store; a resumed store keeps its own."""
+    """Items per shard of a new store; a resumed store keeps its own shard size."""
 
     def __post_init__(self) -> None:
         one_of("side", self.side, SIDES)
@@ -69,7 +70,7 @@ class CollectConfig:
             raise ValueError(f"capture_steps: expected different steps, got {list(self.steps)}")
 
     def captured_steps(self, pipeline: Any) -> list[int]:
-        """The captured steps, in order. A sampler may make more passes than the sampling has steps."""
+        """Return the captured steps in order. A scheduler may make more passes than there are sampling steps."""
         return sorted(self.steps) or list(range(denoiser.count_passes(pipeline, self.sampling)))
 
 
@@ -88,9 +89,9 @@ class Trial(NamedTuple):
     layout: store.Layout
     """The blocks and the shapes of their maps."""
     items_per_prompt: int
-    """Captured steps, times two where both halves of the guidance are captured."""
+    """Number of captured steps, times two if both halves of the guidance are captured."""
     seconds_per_item: float
-    """Time of one item."""
+    """Seconds per item."""
 
 
 def capture_batches(
@@ -102,8 +103,9 @@ def capture_batches(
         pipeline: a diffusers pipeline.
         prompts: all prompts.
         config: what is captured.
-        rows: for each prompt its number in its data set, recorded in its items.
-        start: number of the first prompt to capture.
+        rows: for each prompt its row in its data set, which is recorded in its items; empty means its index in
+            ``prompts``.
+        start: the index of the first prompt to capture.
     """
     steps = config.captured_steps(pipeline)
     for first in range(start, len(prompts), config.batch_size):
@@ -141,7 +143,7 @@ def run_trial_batch(pipeline: Any, prompts: Sequence[str], config: CollectConfig
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most memory in bytes that this process has used so far: of a GPU, else of the machine."""
+    """Return the peak memory of this process so far in bytes: GPU memory on CUDA, main memory otherwise."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -162,23 +164,24 @@ def collect_prompts(
 ) -> store.Store:
     """Write the features of all prompts to a store, or resume the store that is there.
 
-    A store is resumed where everything that decides its numbers is the same: ``config`` without its sizes, the
+    A store is resumed if everything that determines its values is the same: ``config`` without its sizes, the
     prompts and their rows, the pipeline's precision and scheduler, and ``settings``. The batch size may change, for
-    instance after running out of memory. A complete store is returned as it is.
+    instance after running out of memory. A complete store is returned unchanged.
 
     Args:
         pipeline: a diffusers pipeline.
         prompts: all prompts.
         config: what is captured.
-        folder: the folder of the store.
-        layout: as in :class:`Trial`.
-        items_per_prompt: as in :class:`Trial`.
-        rows: for each prompt its number in its data set.
-        settings: what else decides the numbers, as plain JSON: the model's identity.
+        folder: the store's folder.
+        layout: the blocks and the shapes of their maps, as in :class:`Trial`.
+        items_per_prompt: the number of items per prompt, as in :class:`Trial`.
+        rows: for each prompt its row in its data set; empty means its index in ``prompts``.
+        settings: what else determines the values, as plain JSON: the model's identity.
         progress: whether to show a progress bar.
 
     Raises:
-        ValueError: the folder holds something else or a store of other settings, or the precision cannot hold a value.
+        ValueError: the folder holds something other than a store or a store with other settings, or a value does not
+            fit the precision.
     """
     with store.create(
         folder, layout, precision=config.precision, items_per_shard=config.items_per_shard,
@@ -186,7 +189,7 @@ def collect_prompts(
     ) as writer:  # fmt: skip
         if writer.spec.items_per_shard != config.items_per_shard:
             print(f"{folder} keeps its shards of {writer.spec.items_per_shard} items")
-        # resume at the begin of a batch, so that with the same batch size every batch is computed as it was
+        # resume at the start of a batch, so that with the same batch size every batch is the same as before
         first = writer.items_done // items_per_prompt // config.batch_size * config.batch_size
         stored = writer.items_done - first * items_per_prompt
         with tqdm(
@@ -201,18 +204,19 @@ def collect_prompts(
 
 
 def stream_rows(pipeline: Any, prompts: Sequence[str], config: CollectConfig, block: str) -> Iterator[Tensor]:
-    """One block's rows (n, d), batch by batch, for :func:`vaelab.store.shuffle_stream`; nothing touches the disk."""
+    """Yield one block's rows (n, d), batch by batch, for :func:`vaelab.store.shuffle_stream`; nothing touches the
+    disk."""
     for batch in capture_batches(pipeline, prompts, config):
         yield batch.maps[block].flatten(0, 2)
 
 
 def summarize_blocks(activations: store.Store, *, seed: int = 0, max_rows: int = 20_000) -> pd.DataFrame:
-    """Statistics of each block's rows, over at most ``max_rows`` of them (whole items, at least one).
+    """Compute statistics of each block's rows, over at most ``max_rows`` of them (whole items, at least one).
 
     Returns:
-        ``block``, ``rows``, ``width``, ``norm`` (mean length of a row), ``between_prompts`` (the share of the
-        variance that is between the means of items) and ``mean_share`` (the squared length of the mean row over the
-        mean squared length of a row).
+        One row per block: ``block``, ``rows``, ``width``, ``norm`` (mean length of a row), ``between_prompts`` (the
+        share of the variance that lies between the means of items) and ``mean_share`` (the squared length of the mean
+        row divided by the mean squared length of a row).
     """
     table = []
     for block, shape in activations.layout.items():
@@ -235,7 +239,7 @@ def summarize_blocks(activations: store.Store, *, seed: int = 0, max_rows: int =
 def _signature(
     pipeline: Any, prompts: Sequence[str], config: CollectConfig, rows: Sequence[int], settings: dict[str, Any]
 ) -> dict[str, Any]:
-    """Everything that decides the numbers of a collection, as plain JSON."""
+    """Everything that determines the values of a collection, as plain JSON."""
     scheduler = {name: str(value) for name, value in pipeline.scheduler.config.items() if not name.startswith("_")}
     return {
         **{name: value for name, value in asdict(config).items() if name not in SIZES},
@@ -248,7 +252,7 @@ def _signature(
 
 
 def prompts_digest(prompts: Sequence[str], rows: Sequence[int]) -> str:
-    """The setting ``prompts_sha256`` of a collection of these prompts, by which the same prompts are recognised."""
+    """Compute the setting ``prompts_sha256`` of a collection, by which the same prompts are recognised."""
     return _digest([list(prompts), list(rows)])
 
 

@@ -1,4 +1,4 @@
-"""Activations on disk: written shard by shard, resumed after a kill, read back shuffled."""
+"""Activations on disk: written shard by shard, resumed after an interruption, and read back in shuffled batches."""
 
 from vaelab.store.format import BlockShape, Layout
 from vaelab.store.planning import Plan, plan

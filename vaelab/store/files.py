@@ -27,17 +27,17 @@ class Folder:
     url: str
     """The folder's location, as it was given."""
     local: bool
-    """Whether the files are on this machine, so that they can be mapped."""
+    """Whether the files are on this machine, so that they can be mapped into memory."""
 
     def __init__(self, url: str, **options: Any):
-        """Args: ``url``, a local folder or any fsspec URL; ``options``, for its file system."""
+        """Args: ``url``, a local folder or any fsspec URL; ``options``, arguments for the URL's file system."""
         remote = "://" in str(url) or "::" in str(url)
         self._fs, self.path = url_to_fs(str(url), **options) if remote else (LocalFileSystem(), str(resolve(url)))
         self.url = str(url)
         self.local = isinstance(self._fs, LocalFileSystem)
 
     def sizes(self) -> dict[str, int | None]:
-        """The size of every file in bytes, by name; None where the file system does not report it."""
+        """Return the size of every file in bytes, by name; None if the file system does not report a size."""
         self._fs.invalidate_cache(self.path)
         try:
             entries = self._fs.ls(self.path, detail=True)
@@ -46,21 +46,21 @@ class Folder:
         return {entry["name"].rstrip("/").rsplit("/", 1)[-1]: entry.get("size") for entry in entries}
 
     def full_name(self, file: str) -> str:
-        """The name of a file together with its folder, for error messages."""
+        """Return a file's name together with its folder, for error messages."""
         return f"{self.url.rstrip('/')}/{file}"
 
     def read(self, file: str) -> bytes:
-        """The content of a file."""
+        """Read a file's content."""
         with self._missing_as_value_error(file):
             return self._fs.cat_file(f"{self.path}/{file}")
 
     def read_all(self, files: Iterable[str]) -> list[bytes]:
-        """The contents of several files, in the order of ``files``."""
+        """Read the contents of several files, in the order of ``files``."""
         with ThreadPoolExecutor(CONNECTIONS) as pool:
             return list(pool.map(self.read, files))
 
     def checksum(self, file: str, piece: int = 2**24) -> str:
-        """The XXH3 checksum (128 bits, hexadecimal) of a file, which is read ``piece`` bytes at a time."""
+        """Compute a file's XXH3 checksum (128 bits, hexadecimal), reading ``piece`` bytes at a time."""
         digest = xxhash.xxh3_128()
         with self._missing_as_value_error(file), self._fs.open(f"{self.path}/{file}", "rb") as source:
             while data := source.read(piece):
@@ -71,7 +71,7 @@ class Folder:
         """Fill ``view``, an array of bytes, with the bytes of a file from offset ``begin``.
 
         Returns:
-            The first ``head`` bytes of the file (None for a remote file where they would take another request), and
+            The first ``head`` bytes of the file (None if the file is remote and they would take a second request), and
             the number of bytes that were read into ``view``.
         """
         with self._missing_as_value_error(file):
@@ -89,7 +89,7 @@ class Folder:
         return first, len(data)
 
     def memory_map(self, file: str) -> mmap.mmap | bytes:
-        """The bytes of a local file as mapped memory; an empty file gives empty bytes."""
+        """Map the bytes of a local file into memory; an empty file gives empty bytes."""
         with self._missing_as_value_error(file), open(f"{self.path}/{file}", "rb") as source:
             size = os.fstat(source.fileno()).st_size
             # copy-on-write, since torch accepts only writable memory; nothing writes to it

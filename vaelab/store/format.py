@@ -7,9 +7,10 @@
     shard-00007.items.json             the shard's items: prompt or image, seed, timestep, ...
     shard-00007.json                   the shard's manifest, written last: size and checksum of the other files
 
-A shard exists if and only if its manifest does. Every shard holds ``items_per_shard`` items, except the last shard
-of a complete store. An *item* is one capture. Row r of a block is position ``r % P`` of item ``r // P``, where P is
-the number of positions that an item has in this block.
+A shard exists if and only if its manifest does. Every shard holds ``items_per_shard`` items, except that the last
+shard of a complete store may hold fewer. An *item* is one capture: the maps of all blocks for one picture or prompt at
+one timestep. Row r of a block is position ``r % P`` of item ``r // P``, where P is the number of positions that an item
+has in this block.
 """
 
 import hashlib
@@ -34,7 +35,7 @@ INDEX = "index.json"
 HEADER_BYTES = 4096
 """Size of the header of a data file: one page, for any number of rows."""
 MAX_NAME_LENGTH = 200
-"""Characters of a block's name, which becomes part of a file's name and header."""
+"""Largest number of characters in a block's name, which becomes part of a file's name and header."""
 SAFETENSORS_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 """The names that safetensors gives to the precisions."""
 
@@ -70,11 +71,11 @@ class Spec:
     layout: Layout
     """The blocks and the shapes of their maps."""
     precision: str
-    """Precision of the stored numbers."""
+    """Precision of the stored values."""
     items_per_shard: int
-    """Number of items in every shard except the last."""
+    """Number of items in every shard; the last shard may hold fewer."""
     settings: dict[str, Any]
-    """Everything that decides the stored numbers, as plain JSON."""
+    """Everything that determines the stored values, as plain JSON."""
 
     def __post_init__(self) -> None:
         devices.dtype(self.precision)
@@ -93,12 +94,12 @@ class Spec:
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> "Spec":
-        """The inverse of :meth:`record`."""
+        """Make a spec from the result of :meth:`record`."""
         layout = {block: BlockShape(**shape) for block, shape in record["layout"].items()}
         return cls(layout, record["precision"], record["items_per_shard"], record["settings"])
 
     def record(self) -> dict[str, Any]:
-        """The spec as plain JSON."""
+        """Return the spec as plain JSON."""
         layout = {name: {"positions": [*shape.positions], "width": shape.width} for name, shape in self.layout.items()}
         return {
             "layout": layout,
@@ -108,10 +109,10 @@ class Spec:
         }
 
     def differences(self, other: "Spec") -> list[str]:
-        """Descriptions of what differs between the store of this spec ("there") and the other spec ("here").
+        """Describe what differs between the store of this spec ("there") and the other spec ("here").
 
-        ``items_per_shard`` is not compared, since it does not decide the stored numbers. Two spellings of the path
-        of one local file or folder are equal.
+        ``items_per_shard`` is not compared, since it does not affect the stored values. Two spellings of the path
+        of one local file or folder count as equal.
         """
         there, here = self._decisive(), other._decisive()
         return [
@@ -136,16 +137,16 @@ class Spec:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The torch dtype of the stored numbers."""
+        """The torch dtype of the stored values."""
         return devices.dtype(self.precision)
 
     def file_size(self, block: str, items: int) -> int:
-        """Size in bytes of the data file of a shard with ``items`` items."""
+        """Compute the size in bytes of the data file of a shard with ``items`` items."""
         shape = self.layout[block]
         return HEADER_BYTES + items * shape.count * shape.width * self.dtype.itemsize
 
     def header(self, shard: int, block: str, items: int) -> bytes:
-        """The header of a data file in the safetensors format, padded to ``HEADER_BYTES``."""
+        """Make the header of a data file in the safetensors format, padded to ``HEADER_BYTES``."""
         shape = self.layout[block]
         metadata = {"format": FORMAT, "store": self.identity, "shard": str(shard), "block": block}
         rows = {
@@ -183,25 +184,25 @@ class Shard(NamedTuple):
 
 
 def data_file(shard: int, block: str) -> str:
-    """The name of a block's data file; characters that are unsafe in a file's name become ``_``."""
+    """Return the name of a block's data file; characters that are unsafe in a file's name become ``_``."""
     return f"shard-{shard:05d}.{re.sub(r'[^A-Za-z0-9._-]', '_', block)}.safetensors"
 
 
 def items_file(shard: int) -> str:
-    """The name of a shard's items file."""
+    """Return the name of a shard's items file."""
     return f"shard-{shard:05d}.items.json"
 
 
 def manifest_file(shard: int) -> str:
-    """The name of a shard's manifest."""
+    """Return the name of a shard's manifest."""
     return f"shard-{shard:05d}.json"
 
 
 def to_json(name: str, value: Any) -> str:
-    """``value`` as strict JSON text.
+    """Convert ``value`` to strict JSON text.
 
     Raises:
-        ValueError: beginning with ``name``: the value is not plain JSON, or contains NaN or infinity.
+        ValueError: the value is not plain JSON, or contains NaN or infinity; the error begins with ``name``.
     """
     try:
         return json.dumps(value, allow_nan=False)
@@ -210,21 +211,21 @@ def to_json(name: str, value: Any) -> str:
 
 
 def json_sha256(record: dict[str, Any]) -> str:
-    """SHA-256 of a JSON record, independent of the order of its keys."""
+    """Compute the SHA-256 of a JSON record, independent of the order of its keys."""
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def with_checksum(record: dict[str, Any]) -> dict[str, Any]:
-    """A record with the format's name and version and its own checksum, ready to be written."""
+    """Add the format's name and version and the record's own checksum to a record, so that it can be written."""
     record = {"format": FORMAT, "version": VERSION, **record}
     return {**record, "sha256": json_sha256(record)}
 
 
 def parse_record(name: str, text: bytes) -> dict[str, Any]:
-    """The inverse of :func:`with_checksum`, from the text of the file ``name``.
+    """Parse and check the text of the file ``name``, a record of :func:`with_checksum`.
 
     Raises:
-        ValueError: naming the file, which is foreign, of a newer version, or changed since it was written.
+        ValueError: the file is foreign, of another version, or was changed after it was written; the error names it.
     """
     try:
         record = json.loads(text)
@@ -242,7 +243,7 @@ def parse_record(name: str, text: bytes) -> dict[str, Any]:
 
 
 def read_index(folder: Folder) -> tuple[Spec, int | None]:
-    """The spec of a store, and its number of items (None while the store is not complete)."""
+    """Read a store's spec and its number of items; the number is None while the store is not complete."""
     record = parse_record(folder.full_name(INDEX), folder.read(INDEX))
     return Spec.from_record(record), record["items"]
 
@@ -251,12 +252,12 @@ def read_manifests(folder: Folder, spec: Spec, items: int | None) -> list[Shard]
     """Read all manifests, and check that every file they list exists and has its full size.
 
     Args:
-        folder: the folder of the store.
-        spec: the spec of the store.
-        items: the number of items of a complete store; None for a store that is not complete.
+        folder: the store's folder.
+        spec: the store's spec.
+        items: the number of items of a complete store; None if the store is not complete.
 
     Raises:
-        ValueError: naming a file that is missing, truncated or foreign.
+        ValueError: a file is missing, truncated or foreign; the error names it.
     """
     sizes = folder.sizes()
     numbers = [int(match[1]) for name in sizes if (match := re.fullmatch(r"shard-(\d{5,})\.json", name))]
@@ -291,7 +292,7 @@ def read_rows(folder: Folder, spec: Spec, block: str, shard: int, items: int, ou
     """Read rows ``start`` to ``start + n`` of a shard of ``items`` items into ``out`` (n, width) of the store's dtype.
 
     Raises:
-        ValueError: naming the file, which is missing, truncated or foreign.
+        ValueError: the file is missing, truncated or foreign; the error names it.
     """
     file, view = data_file(shard, block), out.view(torch.uint8).numpy().reshape(-1)
     head, read = folder.read_into(view, file, HEADER_BYTES + start * out.shape[1] * out.itemsize, HEADER_BYTES)
@@ -301,10 +302,10 @@ def read_rows(folder: Folder, spec: Spec, block: str, shard: int, items: int, ou
 
 
 def map_rows(folder: Folder, spec: Spec, block: str, shard: int, items: int) -> Tensor:
-    """All rows (n, width) of a shard of a local store, as a view of its mapped file.
+    """Map all rows (n, width) of a shard of a local store into memory, as a view of its file.
 
     Raises:
-        ValueError: as :func:`read_rows`.
+        ValueError: the file is missing, truncated or foreign; the error names it.
     """
     shape, memory = spec.layout[block], folder.memory_map(data_file(shard, block))
     _validate_data_file(folder, spec, block, shard, items, memory[:HEADER_BYTES], len(memory))

@@ -1,4 +1,4 @@
-"""What a collection of activations will take, before anything is computed."""
+"""Estimate the disk space and time that a collection of activations will take, before it is started."""
 
 import shutil
 from datetime import timedelta
@@ -20,15 +20,15 @@ class Plan(NamedTuple):
     rows: dict[str, int]
     """Number of rows (vectors) of each block."""
     bytes: dict[str, int]
-    """Size of these rows, by block."""
+    """Size of these rows in bytes, by block."""
     seconds: float | None
-    """Time of the whole collection; None where the time of an item is not known."""
+    """Time of the whole collection in seconds; None if the time per item is not known."""
     memory: int | None
-    """Peak memory of the process in bytes; None where it is not known."""
+    """Peak memory of the process in bytes; None if it is not known."""
     free: int | None
-    """Free bytes on the disk of the store's folder; None where no folder was given."""
+    """Free bytes on the disk of the store's folder; None if no folder was given."""
     stored: int
-    """Bytes that a resumed store already holds."""
+    """Bytes of data that the folder already holds."""
 
     @property
     def total_rows(self) -> int:
@@ -37,12 +37,12 @@ class Plan(NamedTuple):
 
     @property
     def total_bytes(self) -> int:
-        """Size of all blocks."""
+        """Size of all blocks in bytes."""
         return sum(self.bytes.values())
 
     @property
     def fits(self) -> bool:
-        """Whether the disk has room for what is not stored yet; True where no folder was given."""
+        """Whether the disk has room for what is not stored yet; True if no folder was given."""
         return self.free is None or self.free > self.total_bytes - self.stored
 
     def require_disk_space(self, parameter: str = "output_dir") -> None:
@@ -83,18 +83,18 @@ def plan(
     memory: int | None = None,
     folder: str | Path | None = None,
 ) -> Plan:
-    """Estimate what collecting ``items`` captures will take.
+    """Estimate the disk space and time that collecting ``items`` captures will take.
 
     Args:
         layout: the blocks and the shapes of their maps.
-        items: number of captures.
-        precision: of the stored numbers.
-        seconds_per_item: measured on a few items, to estimate the time.
-        memory: peak memory of the process in bytes, measured on a few items.
-        folder: the folder of the store, to compare with the free disk space; shards in it count as stored.
+        items: the number of captures.
+        precision: the precision of the stored values.
+        seconds_per_item: the time per item, measured on a few items; None if it is not known.
+        memory: the peak memory of the process in bytes, measured on a few items; None if it is not known.
+        folder: the store's folder, whose disk must have enough free space; shards in it count as stored.
 
     Raises:
-        ValueError: a negative number of items or seconds, or an unknown precision.
+        ValueError: the number of items or seconds is negative, or the precision is unknown.
     """
     at_least("items", items, 0)
     at_least("seconds_per_item", seconds_per_item or 0, 0)

@@ -1,4 +1,4 @@
-"""Reading a store: metadata of its items, maps of some items, and shuffled batches of all rows.
+"""Read a store: the metadata of its items, the maps of some items, and shuffled batches of all rows.
 
 ::
 
@@ -47,23 +47,23 @@ from vaelab.store.format import (
 from vaelab.store.shuffling import Group, ShuffledOrder
 
 BUFFER_ROWS = 2**18
-"""Rows that are shuffled together; two such buffers are in use while a pass is read."""
+"""Number of rows that are shuffled together; two such buffers are in use while a pass is read."""
 MAX_BUFFERS = 4
-"""Blocks of memory that :class:`BufferPool` remembers for reuse."""
+"""Number of blocks of memory that :class:`BufferPool` remembers for reuse."""
 POOL_REFERENCES = 2
-"""References to a block of memory that only the pool refers to: the pool's list, and the call that counts."""
+"""Number of references to a block of memory that only the pool uses: the pool's list, and the counting call."""
 
 
 def open(url: str | Path, *, parameter: str = "", **options: Any) -> "Store":
-    """Open a store for reading; one that is still being written has the shards that are finished.
+    """Open a store for reading; of a store that is still being written, the finished shards can be read.
 
     Args:
         url: a local folder, or any fsspec URL: ``s3://bucket/folder``, ``hf://...``, ``memory://...``.
-        parameter: the notebook parameter that gave the URL, with which an error then begins.
-        options: for the URL's file system; credentials belong in the environment.
+        parameter: the notebook parameter that gave the URL; error messages begin with it.
+        options: arguments for the URL's file system; credentials belong in the environment.
 
     Raises:
-        ValueError: naming a file that is missing, truncated, foreign, changed or of a newer version.
+        ValueError: a file is missing, truncated, foreign, changed or of another version; the error names it.
     """
     try:
         return Store(url, **options)
@@ -79,8 +79,8 @@ def open(url: str | Path, *, parameter: str = "", **options: Any) -> "Store":
 class Store:
     """A store that is read; made by :func:`open`.
 
-    Files are compared with their checksums where that costs little: an items file when it is read, and a block's
-    data file the first time that this object reads at least half of it. :meth:`verify` compares every file.
+    Files are compared with their checksums if that costs little: an items file when it is read, and a block's data
+    file the first time that this object reads at least half of it. :meth:`verify` compares every file.
     """
 
     url: str
@@ -88,9 +88,9 @@ class Store:
     layout: Layout
     """The blocks and the shapes of their maps."""
     precision: str
-    """Precision of the stored numbers."""
+    """Precision of the stored values."""
     settings: dict[str, Any]
-    """What decided the stored numbers: model, prompts, seed, ..."""
+    """What determined the stored values: model, prompts, seed, ..."""
     complete: bool
     """Whether the collection was finished."""
     items: "Items"
@@ -110,14 +110,14 @@ class Store:
         return f"Store({self.url!r}: {len(self.items)} items of {', '.join(self.layout)} in {self.precision}{state})"
 
     def rows(self, block: str) -> int:
-        """Number of rows (vectors) of a block."""
+        """Return the number of rows (vectors) of a block."""
         return len(self.items) * self._shape(block).count
 
     def describe(self, block: str, row: int) -> dict[str, Any]:
-        """The origin of a row: its item, with ``block`` and ``position``, for instance (y, x).
+        """Describe the origin of a row: its item's metadata, with ``block`` and ``position``, for instance (y, x).
 
         Raises:
-            ValueError: no such block or row.
+            ValueError: the store has no such block or row.
         """
         shape = self._shape(block)
         if not 0 <= row < self.rows(block):
@@ -127,10 +127,10 @@ class Store:
         return {**self.items[item], "block": block, "position": position}
 
     def maps(self, block: str, items: Sequence[int]) -> Tensor:
-        """The maps of some items, in the order of ``items``: (n, positions..., width), in the stored precision.
+        """Read the maps of some items, in the order of ``items``: (n, positions..., width), in the stored precision.
 
         Raises:
-            ValueError: no such block or item, or a file that is missing, truncated, foreign or changed.
+            ValueError: the store has no such block or item, or a file is missing, truncated, foreign or changed.
         """
         shape, per_shard = self._shape(block), self._spec.items_per_shard
         for item in items:
@@ -146,10 +146,10 @@ class Store:
         return out.reshape(len(items), *shape.positions, shape.width)
 
     def verify(self) -> None:
-        """Read every file and compare its checksum with that of its manifest.
+        """Read every file and compare its checksum with the checksum in its manifest.
 
         Raises:
-            ValueError: naming every file that was changed.
+            ValueError: a file was changed; the error names all changed files.
         """
         files = {name: file for shard in self._shards for name, file in shard.files.items()}
         changed = []
@@ -176,29 +176,30 @@ class Store:
         buffer_rows: int = BUFFER_ROWS,
         with_rows: bool = False,
     ) -> Iterator[Any]:
-        """One pass over a block: every row exactly once, shuffled.
+        """Iterate once over a block in shuffled batches; every row occurs exactly once.
 
         Shards are taken in a random order, in groups of at most ``buffer_rows`` rows (at least one shard). The rows
-        of a group are given out in random batches while the next group is read. The rows of a batch are random, and
-        fixed by the store, ``buffer_rows``, ``seed`` and ``epoch``; within a batch they keep the order of the store,
-        which is fastest. The memory of a batch is reused once nothing refers to it.
+        of a group are given out in random batches while the next group is read. Which rows form a batch is random, but
+        determined by the store, ``buffer_rows``, ``seed`` and ``epoch``. Within a batch the rows keep the order of the
+        store, because that is fastest. The memory of a batch is reused once nothing refers to it.
 
         Args:
-            block: the block.
-            batch_size: rows of a batch.
-            seed: fixes the order.
-            epoch: number of the pass; each has another order.
-            dtype: of the batches; None keeps the stored precision.
-            buffer_rows: rows that are shuffled together. They take twice their size in memory, which for a local
-                store is the page cache's, and is freed by the system where it is needed.
-            with_rows: whether to give the numbers of the rows as well.
+            block: the block's name.
+            batch_size: rows per batch.
+            seed: determines the order.
+            epoch: the index of the pass; each pass has another order.
+            dtype: the dtype of the batches; None keeps the stored precision.
+            buffer_rows: the number of rows that are shuffled together. They take twice their size in memory; for a
+                local store this is the page cache, which the system frees when it needs memory.
+            with_rows: whether to yield the indices of the rows as well.
 
         Yields:
-            Tensors (batch_size, width), of which only the last may be smaller; with ``with_rows`` pairs of such a
-            tensor and the rows' numbers (batch_size,) int64.
+            Tensors (batch_size, width), of which only the last may be smaller; with ``with_rows``, pairs of such a
+            tensor and the rows' indices (batch_size,) int64.
 
         Raises:
-            ValueError: no such block, a number out of range, or a file that is missing, foreign or changed.
+            ValueError: the store has no such block, a number is out of range, or a file is missing, foreign or
+                changed.
         """
         at_least("batch_size", batch_size, 1)
         at_least("epoch", epoch, 0)
@@ -219,14 +220,15 @@ class Store:
         dtype: torch.dtype | None = torch.float32,
         buffer_rows: int = BUFFER_ROWS,
     ) -> Callable[..., Iterator[Tensor]]:
-        """A source of endless shuffled batches (batch_size, width) for :func:`vaelab.training.loop.train`.
+        """Make a source of endless shuffled batches (batch_size, width) for :func:`vaelab.training.loop.train`.
 
-        Passes follow each other without a gap, each in the order of :meth:`batches`: every row is used once in each,
-        for any batch size. Ranks take turns, batch by batch, and each reads all shards. Batches before the one at
-        which a run is resumed are not read.
+        Passes follow each other without a gap, each in the order of :meth:`batches`, so that each pass uses every row
+        once, for any batch size. The processes of a distributed run (ranks) take turns, batch by batch, and each reads
+        all shards. When a run is resumed, the batches that it has already used are not read again.
 
         Raises:
-            ValueError: as :meth:`batches`, or the store holds no row.
+            ValueError: the store has no such block or no rows, a number is out of range, or a file is missing, foreign
+                or changed.
         """
         at_least("batch_size", batch_size, 1)
         order = self._order(block, seed, buffer_rows)
@@ -258,7 +260,7 @@ class Store:
         dtype: torch.dtype | None,
         with_rows: bool,
     ) -> Iterator[Any]:
-        """The batches of an order's spans; the next group is read while the current one is given out."""
+        """Yield the batches of an order's spans; the next group is read while the current one is given out."""
         upcoming = (group for group, _ in groupby(order.pieces(spans()), itemgetter(0)))
         starts = np.cumsum([0, *order.rows])
         rows: list[Tensor] = []
@@ -287,7 +289,7 @@ class Store:
                         rows, numbers = [], []
 
     def _group(self, block: str, order: ShuffledOrder, group: Group) -> tuple[Sequence[Tensor], Tensor]:
-        """The rows of each shard of a group, and the order in which the group's rows are given out."""
+        """Read the rows of each shard of a group, and the order in which the group's rows are given out."""
         shards = order.shards(group)
         if self._folder.local:
             parts = [map_rows(self._folder, self._spec, block, n, self._shards[n].items) for n in shards]

@@ -1,4 +1,4 @@
-"""Shuffling in bounded memory: of rows that are stored in shards, and of a stream of rows that is never stored."""
+"""Shuffle rows in bounded memory: rows that are stored in shards, or a stream of rows that is never stored."""
 
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
@@ -10,19 +10,20 @@ from torch import Tensor
 from vaelab.core.validate import at_least
 
 Group = tuple[int, int]
-"""The number of a pass, and the number of a group of shards in it."""
+"""The index of a pass, and the index of a group of shards in that pass."""
 
 
 class ShuffledOrder:
     """Endless passes over the rows of shards.
 
     A pass takes the shards in a random order, in groups of at most ``buffer_rows`` rows (at least one shard), and
-    the rows of a group in a random order. The order is fixed by the shards, ``buffer_rows``, the seed and the pass's
-    number, and any part of it can be computed without the parts before.
+    the rows of a group in a random order. The order is determined by the shards, ``buffer_rows``, the seed and the
+    index of the pass; any part of it can be computed without the parts before.
     """
 
     def __init__(self, rows: list[int], buffer_rows: int, seed: int):
-        """Args: ``rows`` of every shard, ``buffer_rows`` of a group at most, and the ``seed`` of the order."""
+        """Args: ``rows``, the number of rows of each shard; ``buffer_rows``, the largest number of rows of a group;
+        ``seed``, which determines the order."""
         at_least("buffer_rows", buffer_rows, 1)
         at_least("seed", seed, 0)
         self.rows, self.buffer_rows, self.seed = rows, buffer_rows, seed
@@ -30,7 +31,7 @@ class ShuffledOrder:
         self._pass = lru_cache(maxsize=4)(self._grouped)
 
     def pieces(self, spans: Iterable[tuple[int, int]]) -> Iterator[tuple[Group, int, int, bool]]:
-        """Cut spans (begin, end) of the endless sequence of rows where groups end.
+        """Cut spans (begin, end) of the endless sequence of rows at the ends of groups.
 
         Yields:
             The group, the begin and the (exclusive) end of the piece in it, and whether the span ends there.
@@ -46,12 +47,12 @@ class ShuffledOrder:
                 begin = stop
 
     def shards(self, group: Group) -> list[int]:
-        """The shards of a group, in the order in which its rows are numbered."""
+        """Return the shards of a group, in the order in which the group's rows are counted."""
         number, place = group
         return self._pass(number)[0][place]
 
     def permutation(self, group: Group) -> Tensor:
-        """The numbers of a group's rows in the order in which they are given out: (rows,) int64."""
+        """Return the indices of a group's rows in the order in which they are given out: (rows,) int64."""
         number, place = group
         rng = np.random.default_rng([self.seed, number, 1 + place])
         return torch.from_numpy(rng.permutation(sum(self.rows[shard] for shard in self.shards(group))))
@@ -79,20 +80,21 @@ def shuffle_stream(
 ) -> Iterator[Tensor]:
     """Shuffle a stream of rows with a buffer, without touching the disk.
 
-    The buffer is filled first. Then every new row replaces a random row of the buffer, which is given out.
+    The buffer is filled first. Then every new row replaces a random row of the buffer, and the replaced row is given
+    out.
 
     Args:
         chunks: tensors (n, d), for instance from :func:`vaelab.activations.collect.stream_rows`.
-        batch_size: rows of a batch.
-        buffer_rows: rows in the buffer. Memory holds these, one chunk and one batch.
-        seed: fixes the order of the same chunks.
-        dtype: of the batches; the buffer has that of the chunks.
+        batch_size: rows per batch.
+        buffer_rows: rows in the buffer. Memory holds the buffer, one chunk and one batch.
+        seed: determines the order in which the rows of given chunks come out.
+        dtype: the dtype of the batches; the buffer has the dtype of the chunks.
 
     Yields:
         Every row exactly once, in batches (batch_size, d), of which only the last may be smaller.
 
     Raises:
-        ValueError: a chunk that is not (n, d), or has another d or dtype than the first.
+        ValueError: a chunk does not have the shape (n, d), or has another d or dtype than the first chunk.
     """
     at_least("batch_size", batch_size, 1)
     at_least("buffer_rows", buffer_rows, 1)

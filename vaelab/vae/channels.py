@@ -85,10 +85,10 @@ def merge_moments(first: Moments, second: Moments) -> Moments:
 
 
 def groupnorms(model: nn.Module, layers: str | Iterable[str] = "*") -> dict[str, nn.GroupNorm]:
-    """The GroupNorm layers with a learned scale among ``layers`` (paths or globs), by path.
+    """Find the GroupNorm layers with a learned scale among ``layers`` (paths or globs), by path.
 
     Raises:
-        ValueError: there is none among them.
+        ValueError: none of the layers is a GroupNorm with a learned scale.
     """
     norms = {
         name: module
@@ -101,7 +101,7 @@ def groupnorms(model: nn.Module, layers: str | Iterable[str] = "*") -> dict[str,
 
 
 class ActivityTracker:
-    """Running moments of the outputs of a model's GroupNorm layers.
+    """Accumulates the moments of the outputs of a model's GroupNorm layers over forward passes.
 
     ::
 
@@ -110,7 +110,7 @@ class ActivityTracker:
             vae(pictures)
         activity = tracker.read()      # one transfer to the CPU
 
-    Statistics are accumulated on the device. In a distributed run ``read`` merges those of all processes.
+    Moments are accumulated on the device. In a distributed run ``read`` merges the moments of all processes.
     """
 
     def __init__(self, model: nn.Module, layers: str | Iterable[str] = "*"):
@@ -129,7 +129,7 @@ class ActivityTracker:
                 self._moments[layer] = merge_moments(earlier, moments) if earlier else moments
 
     def read(self, *, reset: bool = True) -> Activity:
-        """The moments so far, on the CPU; ``reset`` then discards them.
+        """Return the moments tracked so far, on the CPU; with ``reset`` they are discarded afterwards.
 
         Raises:
             RuntimeError: nothing has been tracked.
@@ -189,19 +189,21 @@ def classify(
     relative: bool = False,
     by: str = "activity",
 ) -> dict[str, Suppressed]:
-    """The suppressed channels of every layer in ``activity`` (section 4.3: m_c < theta_act).
+    """Find the suppressed channels of every layer in ``activity`` (section 4.3: m_c < theta_act).
 
     Args:
-        model: whose GroupNorm layers were measured.
-        activity: see :class:`ActivityTracker`.
-        threshold: theta_act. A value equal to it is not below it.
+        model: the model whose GroupNorm layers were measured.
+        activity: the moments by layer, from :meth:`ActivityTracker.read` or :func:`measure_activity`.
+        threshold: theta_act; a channel whose value equals it is not suppressed.
         relative: multiply the threshold by the layer's median value, since layers differ in scale.
-            Where more than half of a layer is suppressed, its median is near 0, and almost none of
-            its channels is classified as suppressed.
-        by: the value that is compared: ``activity`` (m_c), or ``gamma`` (|gamma|).
+            If more than half of a layer is suppressed, its median is near 0 and almost no channels are found.
+        by: the value that is compared with the threshold: ``activity`` (m_c), or ``gamma`` (|gamma|).
 
     Returns:
-        An entry for every layer that has such a channel.
+        One entry per layer with at least one suppressed channel.
+
+    Raises:
+        ValueError: an activation has NaN or infinite values, or ``threshold`` or ``by`` is invalid.
     """
     at_least("threshold", threshold, 0)
     one_of("by", by, MEASURES)
@@ -225,8 +227,8 @@ def count_suppressed(suppressed: dict[str, Suppressed]) -> int:
 
 
 def channel_table(model: nn.Module, activity: Activity) -> pd.DataFrame:
-    """A row for each channel: ``layer``, ``channel``, ``mean_abs``, ``mean``, ``std``, ``gamma``, ``beta``
-    and ``relative`` (m_c over the layer's median)."""
+    """Make a table with one row per channel: ``layer``, ``channel``, ``mean_abs`` (m_c), ``mean``, ``std``,
+    ``gamma``, ``beta`` and ``relative`` (m_c divided by the layer's median m_c)."""
     norms = groupnorms(model, list(activity))
     tables = []
     for layer, moments in activity.items():
@@ -252,7 +254,8 @@ def suppressed_channel_rows(table: pd.DataFrame, suppressed: dict[str, Suppresse
 
 
 def most_suppressed_layer(table: pd.DataFrame, suppressed: dict[str, Suppressed]) -> str:
-    """The layer with the most suppressed channels; without any, the layer of the channel with the smallest m_c."""
+    """Find the layer with the most suppressed channels; if there are none, the layer of the channel with the smallest
+    m_c."""
     if suppressed:
         return max(suppressed, key=lambda layer: len(suppressed[layer].indices))
     return table.loc[table["mean_abs"].idxmin(), "layer"]
@@ -305,21 +308,21 @@ def folded_normal_mean(mean: np.ndarray, std: np.ndarray) -> np.ndarray:
 
 
 def scale_relation(table: pd.DataFrame, threshold: float) -> dict[str, float]:
-    """How m_c, gamma and beta relate: a test of the paper's claim that the scale is the mechanism.
+    """Measure how m_c depends on gamma and beta, to test the paper's claim that the scale gamma is the mechanism.
 
-    A channel's output is gamma z + beta with the normalized channel z. If z is standard normal, m_c is the
-    mean of a folded normal distribution.
+    GroupNorm's output is gamma z + beta with the normalized channel z. If z is Gaussian, then gamma z + beta is
+    Gaussian too, and its m_c = E|gamma z + beta| is the mean of a folded normal distribution.
 
     Args:
-        table: from :func:`vaelab.vae.channels.channel_table`.
+        table: the table of :func:`channel_table`.
         threshold: theta_act, for both m_c and |gamma|.
 
     Returns:
         ``spearman.gamma`` and ``spearman.beta``, rank correlations of m_c with |gamma| and |beta|;
-        ``predicted.r2``, the share of m_c's variance that E|gamma z + beta| with a standard normal
-        z accounts for; and the counts of channels below the threshold: ``low.activity``,
-        ``low.gamma`` and ``low.both``. What is undefined is left out, such as the correlation with
-        the shifts of an untrained model, which are all 0.
+        ``predicted.r2``, the R^2 of predicting m_c by E|gamma z + beta| with a standard normal z; and the
+        numbers of channels below the threshold: ``low.activity`` (by m_c), ``low.gamma`` (by |gamma|) and
+        ``low.both``. A correlation is left out if one of its two columns is constant (for instance the shifts of
+        an untrained model, which are all 0), and ``predicted.r2`` if m_c is constant.
     """
     gamma, beta = table["gamma"].abs(), table["beta"]
     predicted = folded_normal_mean(beta.to_numpy(), gamma.to_numpy())
