@@ -30,8 +30,7 @@ def test_splits_share_no_picture(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_made_again_it_is_the_same(name):
     rows = bundled.load_split(name, "test")
-    bundled._build.cache_clear()
-    again = bundled.load_split(name, "test")
+    again = bundled._build.__wrapped__(name, "test")  # past the cache, which the other tests share
     assert again is not rows
     assert encoded(again) == encoded(rows)
     assert again["label"] == rows["label"]

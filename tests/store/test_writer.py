@@ -765,7 +765,7 @@ def test_numbers_that_are_not_finite_are_recognised_by_their_bits(dtype):
         edges = [bits - sign for bits in edges for sign in (0, 2**31)]
         numbers = torch.tensor(edges, dtype=torch.int32).view(dtype)
     else:
-        numbers = torch.arange(-(2**15), 2**15, 5, dtype=torch.int16).view(dtype)
+        numbers = torch.arange(-(2**15), 2**15, 17, dtype=torch.int16).view(dtype)
         edges = torch.tensor([math.inf, -math.inf, math.nan, -math.nan, torch.finfo(dtype).max, torch.finfo(dtype).min])
         numbers = torch.cat([numbers, edges.to(dtype)])
     truth = numbers.isfinite().tolist()

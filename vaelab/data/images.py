@@ -219,7 +219,7 @@ class Images:
             sentences.append(f"{len(self.composited)} with transparent pixels composited on {self._background}")
         if self.first_frames:
             sentences.append(f"{len(self.first_frames)} with several frames, of which the first is read")
-        return f"{self.name}: {'; '.join(sentences) or 'every requested picture could be read'}"
+        return f"{self.name}: {'; '.join(sentences) or 'every picture could be read'}"
 
     @property
     def source(self) -> dict[str, list[list[int]]]:
