@@ -1,8 +1,9 @@
-"""What classifiers read from a denoiser's layers: linear probes, Diff-C, and the denoiser itself as a classifier.
+"""Classifiers on a denoiser's layers (linear probes and Diff-C), and the denoiser itself as a classifier.
 
-The tables of Kim et al. ("Revelio", Tables 3 and 5 to 9, Figures 4, 6 and 8). The probes' strengths and Diff-C's epochs
-are selected on validation pictures; each test picture is classified once. The tasks are those of
-:mod:`vaelab.probing.tasks`.
+Makes the tables of Kim et al. ("Revelio", Tables 3 and 5 to 9, Figures 4, 6 and 8). Diff-C is their convolutional
+classifier (:mod:`vaelab.probing.diffc`). A layer is a block at a timestep, such as ``up_ft1.t25``; a factor is a set of
+classes, such as the colours. The probes' regularisation and Diff-C's epoch are selected on validation pictures; each
+test picture is classified once. The tasks come from :func:`vaelab.probing.tasks.build_tasks`.
 """
 
 import sys
@@ -37,14 +38,14 @@ from vaelab.probing.tables import best_layer, matching_layers
 from vaelab.probing.tasks import Task, require_maps
 
 TOLERANCE = 0.05
-"""Largest distance of a picture's features from the stored ones, relative to their norm: that of half precision."""
+"""Largest distance of a picture's features from the stored ones, relative to their norm; half precision causes less."""
 
 
 def probe_layers(tasks: Mapping[str, Task]) -> pd.DataFrame:
     """Fit a linear probe on the pooled vectors of each layer, for each factor.
 
     Returns:
-        A row each: ``layer``, ``factor``, ``classifier`` ("probe"), the fields of
+        One row per layer and factor: ``layer``, ``factor``, ``classifier`` ("probe"), the fields of
         :class:`vaelab.probing.linear.Accuracy`, ``validation`` (validation accuracy) and ``chosen`` (the selected C).
     """
     rows, layers = [], pooled_layers(next(iter(tasks.values())).training.store)
@@ -64,10 +65,10 @@ def require_disk_space(
     """Require the disk space that training the Diff-Cs takes, see :func:`require_training_space`.
 
     Args:
-        tasks: by factor.
-        patterns: layers as in :func:`vaelab.probing.tables.layers_by_factor`.
-        config: of each Diff-C.
-        folder: of the run.
+        tasks: the tasks by factor.
+        patterns: names and globs of layers, as in :func:`vaelab.probing.tables.layers_by_factor`.
+        config: the size and training of each Diff-C.
+        folder: the run's folder.
     """
     sizes = []
     for task in tasks.values():
@@ -83,20 +84,20 @@ def require_disk_space(
 def train_diffcs(
     tasks: Mapping[str, Task], layers: Mapping[str, Sequence[str]], config: DiffCConfig, folder: Path
 ) -> tuple[pd.DataFrame, dict[tuple[str, str], DiffC]]:
-    """Train a Diff-C on the maps of each layer, for each factor. Killed trainings are resumed.
+    """Train a Diff-C on the maps of each layer, for each factor. Interrupted training runs are resumed.
 
     Args:
-        tasks: by factor.
-        layers: for each factor names such as ``up_ft1.t25``.
-        config: size and training of each.
-        folder: of the checkpoints.
+        tasks: the tasks by factor.
+        layers: for each factor the names of the layers, such as ``up_ft1.t25``.
+        config: the size and training of each Diff-C.
+        folder: the folder for the checkpoints.
 
     Returns:
-        The rows of :func:`probe_layers` with ``classifier`` "diffc", ``chosen`` being the selected epoch; and the
-        trained classifiers by layer and factor.
+        A table with the columns of :func:`probe_layers`, in which ``classifier`` is "diffc" and ``chosen`` is the
+        selected epoch; and the trained classifiers by layer and factor.
 
     Raises:
-        ValueError: stores without maps.
+        ValueError: the stores hold no maps.
     """
     rows, models = [], {}
     for factor, task in tasks.items():
@@ -128,27 +129,28 @@ def compare_classifiers(
     clip_revision: str = "",
     template: str = "{}",
 ) -> pd.DataFrame:
-    """Accuracy and seconds per picture of the diffusion classifier, of the factor's best Diff-C and, if named, of CLIP.
+    """Compare accuracy and seconds per picture of the diffusion classifier, of the factor's best Diff-C and, if a model
+    is given, of CLIP.
 
     Args:
-        classifier: with a prompt for each class of the factor.
-        diffcs: rows from :func:`train_diffcs`.
-        models: the trained Diff-Cs, from there too.
-        pictures: the test pictures; all classifiers get the first ``count`` readable ones.
-        task: of the factor.
-        factor: the set of classes.
-        count: pictures.
-        clip: id or folder of a CLIP model; empty for none.
-        clip_revision: of the CLIP model, on the hub.
+        classifier: the diffusion classifier, with a prompt for each class of the factor.
+        diffcs: the table from :func:`train_diffcs`.
+        models: the trained classifiers from :func:`train_diffcs`.
+        pictures: the test pictures; all classifiers get the readable ones among the first ``count``.
+        task: the factor's task.
+        factor: the factor's name.
+        count: the number of test pictures.
+        clip: id or folder of a CLIP model; empty means that CLIP is not compared.
+        clip_revision: the revision of the CLIP model on the hub.
         template: CLIP's text for a class, with ``{}`` in place of its name.
 
     Returns:
-        A row each: ``classifier``, ``factor``, the fields of :class:`vaelab.probing.linear.Accuracy` (for Diff-C on all
-        test pictures), ``accuracy_on_these`` (on the same pictures for all), ``passes`` of the denoiser and
-        ``seconds_per_image``.
+        One row per classifier: ``classifier``, ``factor``, the fields of :class:`vaelab.probing.linear.Accuracy` (for
+        Diff-C on all test pictures), ``accuracy_on_these`` (on the few pictures that all classifiers get), ``passes``
+        (of the denoiser, per picture) and ``seconds_per_image``.
 
     Raises:
-        ValueError: none of the pictures can be read, or a model that does not reproduce the stored features.
+        ValueError: none of the pictures can be read, or the model does not reproduce the stored features.
     """
     few = [picture for picture in map(pictures.__getitem__, range(min(count, len(pictures)))) if picture]
     if not few:
@@ -179,18 +181,19 @@ def classify_from_pixels(
 ) -> tuple[list[int], float]:
     """Classify a few pictures by Diff-C, from their pixels: autoencoder, noise, one partial pass, Diff-C.
 
-    Prompt and noise are those of the store, with CLIP inferring the prompt where it did so there.
+    Prompt and noise are the same as in the store of test pictures. If CLIP inferred the classes in the prompt there, it
+    infers them here too.
 
     Args:
-        pipeline: that made the store's features.
-        model: trained on them.
-        layer: name such as ``up_ft1.t25``.
-        pictures: with the classes' names.
-        task: whose test store holds prompt, side and seeds.
-        few: the pictures.
+        pipeline: the pipeline that made the store's features.
+        model: the Diff-C that was trained on them.
+        layer: the layer's name, such as ``up_ft1.t25``.
+        pictures: the data set, which knows the names of the classes.
+        task: the task; its store of test pictures holds the prompt, the side and the seeds.
+        few: the pictures to classify.
 
     Returns:
-        Their class numbers, and the mean seconds per picture.
+        The predicted class indices, and the mean seconds per picture.
 
     Raises:
         ValueError: the pipeline does not reproduce the stored features, so it is not the model that made them.
@@ -226,7 +229,10 @@ def classify_from_pixels(
 def time_each(
     function: Callable[[LabelledPicture], Any], pictures: Sequence[LabelledPicture], device: torch.device
 ) -> tuple[list[Any], float]:
-    """Results of a function for single pictures, and its mean seconds. The first call is repeated and not timed."""
+    """Call a function on each picture, and return the results and the mean seconds per call.
+
+    The function is called once more on the first picture before the timing starts.
+    """
     function(pictures[0])
     devices.synchronize(device)
     began = time.perf_counter()

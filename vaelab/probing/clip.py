@@ -1,4 +1,4 @@
-"""Zero-shot classification by CLIP: the class whose text is nearest to the picture.
+"""Zero-shot classification by CLIP: a picture's class is the one whose text is nearest to the picture.
 
 Radford et al., "Learning Transferable Visual Models From Natural Language Supervision" (2021), section 3.1.2. Kim et
 al. ("Revelio", section 4.7 and appendix A) put the inferred class into the denoiser's prompt.
@@ -20,9 +20,10 @@ FILES = (
     "special_tokens_map.json", "added_tokens.json", "model.safetensors", "model.safetensors.index.json",
     "model-*-of-*.safetensors",
 )  # fmt: skip
-"""What transformers reads of a CLIP repository; the others hold the same weights for other frameworks."""
+"""The files of a CLIP repository that transformers reads; the other files hold the same weights for other
+frameworks."""
 DERIVED = "position_ids"
-"""End of the names of buffers that older checkpoints store and the model computes."""
+"""Ending of the names of buffers that older checkpoints store although the model computes them."""
 
 
 class ZeroShotClip:
@@ -32,12 +33,13 @@ class ZeroShotClip:
         """Embed the classes' texts.
 
         Args:
-            model: a ``transformers.CLIPModel``, or another with ``get_text_features`` and ``get_image_features``.
-            processor: its processor.
-            texts: for each factor a text per class.
+            model: a ``transformers.CLIPModel``, or another model with ``get_text_features`` and
+                ``get_image_features``.
+            processor: the model's processor.
+            texts: for each factor one text per class.
 
         Raises:
-            ValueError: a factor with fewer than two classes.
+            ValueError: a factor has fewer than two classes.
         """
         for factor, each in texts.items():
             if len(each) < 2:
@@ -48,10 +50,10 @@ class ZeroShotClip:
 
     @torch.no_grad()
     def logits(self, pixels: Tensor) -> dict[str, Tensor]:
-        """For each factor (B, C): CLIP's scale times the cosine similarity of B pictures and C texts.
+        """Compute by factor the logits (B, C): CLIP's scale times the cosine similarity of B pictures and C texts.
 
         Args:
-            pixels: (B, 3, H, W) in [-1, 1].
+            pixels: the pictures, (B, 3, H, W) in [-1, 1].
         """
         rounded = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
         images = [np.asarray(image) for image in rounded.permute(0, 2, 3, 1).cpu()]
@@ -62,10 +64,10 @@ class ZeroShotClip:
         return {factor: embedded @ texts.T * self.model.logit_scale.exp() for factor, texts in self._embedded.items()}
 
     def classify(self, pixels: Tensor) -> list[dict[str, int]]:
-        """For each of B pictures (B, 3, H, W) in [-1, 1] its class number by factor.
+        """Predict for each of B pictures (B, 3, H, W) in [-1, 1] its class index by factor.
 
         Raises:
-            FloatingPointError: logits that are not finite.
+            FloatingPointError: a logit is not finite.
         """
         logits = self.logits(pixels)
         for factor, each in logits.items():
@@ -90,13 +92,13 @@ def load_clip(
 
     Args:
         name: an id on the hub, or a folder saved by transformers.
-        texts: for each factor a text per class.
-        device: where it runs.
-        revision: on the hub.
+        texts: for each factor one text per class.
+        device: the device that the model runs on.
+        revision: the revision on the hub.
 
     Raises:
-        ValueError: no such folder or id; no CLIP model in it; weights that are missing, that the model does not use,
-            of another shape, or not finite; or what :class:`ZeroShotClip` refuses.
+        ValueError: there is no such folder or id; it holds no CLIP model; a weight is missing, has another shape or is
+            not finite, or the file holds one that the model does not use; or a factor has fewer than two classes.
     """
     from safetensors import SafetensorError
     from transformers import AutoProcessor, CLIPModel
@@ -124,16 +126,16 @@ def load_clip(
 
 
 def prompt_texts(prompt: str, classes: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
-    """CLIP's text of each class, for every factor that a prompt names in braces; the other factors' braces are removed.
+    """Make CLIP's text of each class, for every factor that a prompt has in braces; other factors' braces are removed.
 
     ``a photo of a {label}`` gives ``{"label": ["a photo of a cat", ...]}``.
 
     Args:
-        prompt: with one or more factors in braces.
+        prompt: the prompt, with one or more factors in braces.
         classes: the class names of each factor; an underscore is read as a space.
 
     Raises:
-        ValueError: no factor in braces, or an unknown one.
+        ValueError: the prompt has no factor in braces, or an unknown one.
     """
     factors = list(dict.fromkeys(PLACEHOLDER.findall(prompt)))
     if not factors or not set(factors) <= set(classes):
@@ -149,6 +151,6 @@ def prompt_texts(prompt: str, classes: Mapping[str, Sequence[str]]) -> dict[str,
 
 
 def _unit_length(features: Any) -> Tensor:
-    """Embeddings (n, d) scaled to length 1; transformers 5 returns an output object, 4 the tensor."""
+    """Scale embeddings (n, d) to length 1; transformers 5 returns an output object, version 4 the tensor."""
     vectors = features if isinstance(features, Tensor) else features.pooler_output
     return vectors / vectors.norm(dim=-1, keepdim=True)

@@ -15,14 +15,17 @@ from vaelab.training.batches import NumberedBatches, shuffled_batches
 
 @dataclass(frozen=True)
 class Examples:
-    """Pictures in a store, with the classes of one factor. A picture may have several views: crops and flips."""
+    """Pictures in a store, with the classes of one factor (a set of classes, such as the colours).
+
+    A picture may have several views: the uncropped picture, and random crops of it, some of them mirrored.
+    """
 
     store: Store
     """The features; each view of a picture is one item."""
     items: list[list[int]]
-    """The item numbers of each picture's views. The first view is the uncropped picture."""
+    """For each picture the indices of its views among the store's items. The first view is the uncropped picture."""
     labels: Tensor
-    """(N,) int64 class numbers."""
+    """(N,) int64 class indices."""
     classes: list[str]
     """The class names."""
 
@@ -30,18 +33,18 @@ class Examples:
         return len(self.items)
 
     def take(self, chosen: np.ndarray) -> "Examples":
-        """The examples with these numbers."""
+        """Return the examples with these indices."""
         return replace(self, items=[self.items[i] for i in chosen], labels=self.labels[torch.from_numpy(chosen)])
 
     def split(self, share: float, seed: int) -> tuple["Examples", "Examples"]:
         """Split into a training and a validation part at random; all views of a picture stay together.
 
         Args:
-            share: of the pictures in the validation part.
-            seed: fixes which these are.
+            share: the fraction of the pictures that go into the validation part.
+            seed: determines which pictures these are.
 
         Raises:
-            ValueError: a share that leaves either part empty.
+            ValueError: the share leaves either part empty.
         """
         held_out = round(share * len(self))
         if not 0 < held_out < len(self):
@@ -50,22 +53,23 @@ class Examples:
         return self.take(np.sort(order[held_out:])), self.take(np.sort(order[:held_out]))
 
     def vectors(self, layer: str) -> tuple[np.ndarray, np.ndarray]:
-        """The pooled vectors (N, d) float32 of the uncropped pictures, and their class numbers (N,)."""
+        """Read the pooled vectors (N, d) float32 of the uncropped pictures, and their class indices (N,)."""
         rows = self.store.maps(layer, [views[0] for views in self.items])
         return rows.float().reshape(len(self), -1).numpy(), self.labels.numpy()
 
     def batches(self, layer: str, batch_size: int) -> Iterator[dict[str, Tensor]]:
-        """The uncropped pictures once, in order: ``maps`` (B, h, w, d) float32 and ``labels`` (B,)."""
+        """Read the uncropped pictures once, in order: ``maps`` (B, h, w, d) float32 and ``labels`` (B,)."""
         for begin in range(0, len(self), batch_size):
             part = range(begin, min(begin + batch_size, len(self)))
             maps = self.store.maps(layer, [self.items[i][0] for i in part]).float()
             yield {"maps": maps, "labels": self.labels[begin : begin + batch_size]}
 
     def shuffled(self, layer: str, batch_size: int, seed: int) -> NumberedBatches:
-        """Endless shuffled batches for :func:`vaelab.training.loop.train`; each epoch draws a view of every picture.
+        """Make endless shuffled batches for :func:`vaelab.training.loop.train`; each epoch has one random view of every
+        picture.
 
-        The order and the views of an epoch depend only on ``seed`` and the epoch's number, so training can resume at
-        any batch. The last batch of an epoch is filled up with the epoch's first pictures.
+        The order and the views of an epoch depend only on ``seed`` and the epoch's index, so training can resume at any
+        batch. The last batch of an epoch is filled up with the epoch's first pictures.
         """
 
         @lru_cache(maxsize=2)
@@ -82,13 +86,13 @@ class Examples:
         return shuffled_batches(len(self), batch_size, seed, take, remainder="wrap")
 
     def vector_batches(self, layers: Sequence[str], batch_size: int, seed: int) -> NumberedBatches:
-        """Endless shuffled batches (batch_size, d) of several layers' pooled vectors, of the uncropped pictures.
+        """Make endless shuffled batches (batch_size, d) of several layers' pooled vectors, of the uncropped pictures.
 
-        For :func:`vaelab.sae.train.train_saes`. A batch may span two epochs. The order of an epoch depends only on
-        ``seed`` and the epoch's number. All vectors are held in memory, in the store's precision.
+        They are for :func:`vaelab.sae.train.train_saes`. A batch may span two epochs. The order of an epoch depends
+        only on ``seed`` and the epoch's index. All vectors are held in memory, in the store's precision.
 
         Raises:
-            ValueError: a layer whose items are maps.
+            ValueError: a layer holds maps instead of pooled vectors.
         """
         for layer in layers:
             if self.store.layout[layer].positions:
@@ -101,19 +105,19 @@ class Examples:
         return shuffled_batches(len(self), batch_size, seed, take, remainder="join")
 
     def steps(self, batch_size: int) -> int:
-        """Batches per epoch."""
+        """Compute the number of batches per epoch."""
         return -(-len(self) // batch_size)
 
 
 def load_examples(store: Store, factor: str = "") -> Examples:
-    """The labelled pictures in a store that :mod:`vaelab.probing.layer_features` wrote.
+    """Load the labelled pictures of a store that :mod:`vaelab.probing.layer_features` wrote.
 
     Args:
-        store: each item has ``image``, ``view`` and ``labels``.
-        factor: which set of classes; empty for the first.
+        store: the store; each of its items has ``image``, ``view`` and ``labels``.
+        factor: the name of the set of classes; empty means the first.
 
     Raises:
-        ValueError: no such factor, or pictures without a label.
+        ValueError: the store has no such factor, or a picture has no label.
     """
     classes: Mapping[str, list[str]] = store.settings.get("classes", {})
     if not classes:

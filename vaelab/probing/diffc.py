@@ -6,7 +6,7 @@ parameters at 1280 input channels. Training follows section 4.1: AdamW, 30 epoch
 names no activation function; here it is ReLU.
 
 The channels of a denoiser's maps differ far more from each other than one channel does between pictures. A narrow
-Diff-C needs more steps than a wide one before it sees past that.
+Diff-C needs more training steps than a wide one until it is sensitive to the small differences between pictures.
 """
 
 import re
@@ -41,17 +41,17 @@ class DiffCConfig:
     batch_size: int = 16
     """Pictures per step."""
     learning_rate: float = 1e-4
-    """AdamW's at the start."""
+    """AdamW's learning rate at the start."""
     final_rate: float = 5e-5
-    """AdamW's at the end: eta_min of the cosine schedule."""
+    """AdamW's learning rate at the end: eta_min of the cosine schedule."""
     weight_decay: float = 0.01
-    """AdamW's; the paper does not give it, this is PyTorch's default."""
+    """AdamW's weight decay; the paper does not give it, this is PyTorch's default."""
     device: str = "auto"
-    """Where it is trained."""
+    """The device that it is trained on."""
     training_precision: str = "float32"
-    """Of the forward pass in training; the weights are float32."""
+    """Floating point format of the forward pass in training; the weights are float32."""
     seed: int = 0
-    """Fixes the initial weights and the order of the pictures."""
+    """Determines the initial weights and the order of the pictures."""
 
     def __post_init__(self) -> None:
         for name in ("width", "epochs", "batch_size"):
@@ -63,7 +63,7 @@ class DiffCConfig:
 
 
 class DiffC(nn.Module):
-    """Logits (B, classes) of maps (B, h, w, d). The layers have the names of Table 10."""
+    """The classifier: from maps (B, h, w, d) to logits (B, classes). Its layers have the names of Table 10."""
 
     def __init__(self, channels: int, classes: int, width: int = 1024):
         super().__init__()
@@ -88,9 +88,9 @@ class TrainedDiffC(NamedTuple):
     epochs: pd.DataFrame
     """``epoch``, and on the validation pictures ``accuracy`` and ``loss`` (cross-entropy)."""
     epoch: int
-    """The selected one: highest accuracy, among equals lowest loss."""
+    """The selected epoch: highest validation accuracy, among equals the lowest loss."""
     seconds: float
-    """Training time of this process."""
+    """Training time in this process."""
 
 
 class DiffCObjective(nn.Module):
@@ -101,7 +101,7 @@ class DiffCObjective(nn.Module):
         self.model = model
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The ``loss``, and the training ``accuracy`` of the batch."""
+        """Compute the ``loss`` and the training ``accuracy`` of the batch."""
         logits = self.model(batch["maps"])
         accuracy = (logits.argmax(1) == batch["labels"]).float().mean()
         return {"loss": F.cross_entropy(logits, batch["labels"]), "accuracy": accuracy.detach()}
@@ -122,12 +122,12 @@ class EpochSelection(Watcher):
         """Watch a model in training.
 
         Args:
-            model: the one in training.
-            validation: pictures to select the epoch by.
-            layer: of the store, whose maps are classified.
-            batch_size: pictures at once.
-            steps_per_epoch: optimizer steps.
-            folder: where the best weights are saved, beside the checkpoint; None to keep them in memory only.
+            model: the model in training.
+            validation: the pictures by which the epoch is selected.
+            layer: the name in the store of the maps to classify.
+            batch_size: the number of pictures per pass.
+            steps_per_epoch: the number of optimizer steps per epoch.
+            folder: the folder for the best weights, beside the checkpoint; None keeps them in memory only.
         """
         self._model, self._validation, self._layer, self._batch_size = model, validation, layer, batch_size
         self._steps_per_epoch, self._folder = steps_per_epoch, Path(folder) if folder else None
@@ -157,14 +157,14 @@ class EpochSelection(Watcher):
                 self._remove_but(before, self.epoch)
 
     def state(self) -> dict[str, Any]:
-        """The measurements so far; the weights are in a file beside the checkpoint."""
+        """Return the measurements so far; the weights are in a file beside the checkpoint."""
         return {"rows": self.rows}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Resume from :meth:`state`.
 
         Raises:
-            ValueError: the best weights are missing, damaged or not finite.
+            ValueError: the file of the best weights is missing or damaged, or a weight is not finite.
         """
         self.rows = state["rows"]
         self.best = read_weights(self._file(self.epoch), self._model) if self.rows else {}
@@ -197,16 +197,17 @@ def train_diffc(
     """Train a Diff-C on a layer's stored maps.
 
     Args:
-        training: pictures to train on; each epoch draws one view of each.
-        validation: pictures to select the epoch by.
-        layer: of the store, whose items are maps (h, w, d).
-        config: size and training; None for the paper's.
-        folder: for the checkpoint and the best weights, from which a killed training resumes; None for no files.
-        settings: further plain JSON that a checkpoint must agree on.
-        title: of the progress bar.
+        training: the pictures to train on; each epoch has one random view (uncropped, or a crop) of every picture.
+        validation: the pictures by which the epoch is selected.
+        layer: the name in the store of the layer's maps (h, w, d).
+        config: the size and training of the classifier; None means the paper's.
+        folder: the folder for the checkpoint and the best weights, from which interrupted training resumes; None means
+            that no file is written.
+        settings: further settings, as plain JSON, that must be equal for a checkpoint to be resumed.
+        title: the title of the progress bar.
 
     Raises:
-        ValueError: a layer whose items are not maps, a checkpoint with other settings, or damaged weights.
+        ValueError: the layer does not hold maps, the checkpoint has other settings, or its weights are damaged.
     """
     config = config or DiffCConfig()
     shape = training.store.layout[layer]
@@ -235,23 +236,24 @@ def train_diffc(
 
 
 def classify_stored(model: DiffC, examples: Examples, layer: str, batch_size: int = 16) -> Tensor:
-    """The class numbers (N,) that a Diff-C predicts for the uncropped pictures of a store.
+    """Predict the class indices (N,) of the uncropped pictures of a store.
 
     Raises:
-        FloatingPointError: logits that are not finite.
+        FloatingPointError: a logit is not finite.
     """
     return _logits(model, examples, layer, batch_size).argmax(1)
 
 
 def read_weights(file: Path, model: nn.Module) -> dict[str, Tensor]:
-    """The weights in a file that :class:`EpochSelection` wrote, checked against a model.
+    """Read the weights in a file that :class:`EpochSelection` wrote, and check them against a model.
 
     Args:
-        file: of a model like this one.
-        model: whose names and shapes they must have; it is not changed.
+        file: the file of weights.
+        model: the model that the weights must fit by name and shape; it is not changed.
 
     Raises:
-        ValueError: naming the file and the tensor: missing, damaged, of other names or shapes, or not finite.
+        ValueError: the file is missing or damaged, or a tensor has another name or shape or is not finite. The error
+            names the file and the tensor.
     """
     weights, _ = read_tensors(file)
     expected: Mapping[str, Tensor] = model.state_dict()

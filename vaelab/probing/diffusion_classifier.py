@@ -1,9 +1,9 @@
-"""A denoiser as a zero-shot classifier: the class under which it predicts the noise best.
+"""A denoiser as a zero-shot classifier: it predicts the class with whose prompt it predicts the noise best.
 
 Li, Prabhudesai, Duggal, Brown and Pathak, "Your Diffusion Model is Secretly a Zero-Shot Classifier" (2023). Of
 classes with equal priors, the predicted one has the smallest E_t,eps ||eps - eps_theta(x_t, t, c)||^2 (equation 5).
-All classes are compared on the same pairs of timestep and noise (section 3.2), the timesteps are evenly spaced
-(section 4.3), and classes with a large error are dropped after a few trials (Algorithm 2).
+A trial is one timestep with one sample of noise. All classes are compared on the same trials (section 3.2), the
+timesteps are evenly spaced (section 4.3), and classes with a large error are dropped after a few trials (Algorithm 2).
 """
 
 from collections.abc import Callable, Sequence
@@ -30,18 +30,18 @@ SHARED_CONDITIONS = ("txt_ids",)
 """Conditions of the denoiser that have no batch dimension."""
 
 TrialErrors = Callable[[Sequence[int], int], Tensor]
-"""A function of some class numbers (C,) and a trial's number; it gives the error (C,) of each class."""
+"""A function of some class indices (C,) and a trial's index; it returns the error (C,) of each class."""
 
 
 @dataclass(frozen=True)
 class Stages:
-    """The stages of Algorithm 2: trials per class, and classes left. A trial is one timestep with one noise."""
+    """The stages of Algorithm 2: how many trials a class gets, and how many classes are kept."""
 
     trials: tuple[int, ...] = (25, 250)
-    """Trials that a remaining class has had at the end of each stage. The default is the paper's for Oxford-IIIT
-    Pet."""
+    """Number of trials that a remaining class has had by the end of each stage. The default is the paper's for
+    Oxford-IIIT Pet."""
     keep: tuple[int, ...] = (5, 1)
-    """Classes left after each stage; the last is 1."""
+    """Number of classes kept after each stage; the last entry is 1."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "trials", tuple(self.trials))
@@ -54,11 +54,11 @@ class Stages:
             raise ValueError(f"keep: expected decreasing numbers that end with 1, got {list(self.keep)}")
 
     def schedule(self) -> list[list[int]]:
-        """The trials that each stage adds, as numbers from 0 to ``trials[-1]`` - 1.
+        """Compute the trials that each stage adds, as indices from 0 to ``trials[-1]`` - 1.
 
-        After a stage of n trials, every class left has had exactly n. They cover the range evenly: of n equal parts
-        of the range, each part that no earlier stage has sampled gets its middle. (Rounding can put two earlier
-        trials into one part; then the surplus empty parts are left out, evenly.)
+        After a stage with n trials, every remaining class has had exactly n trials. They cover the range evenly: the
+        range is divided into n equal parts, and each part without a trial from an earlier stage gets one in its middle.
+        (Rounding can put two earlier trials into one part; then as many empty parts get none, evenly spread.)
         """
         total, done, added = self.trials[-1], set(), []
         for count in self.trials:
@@ -75,15 +75,15 @@ class Classification(NamedTuple):
     """The predicted class of one picture, and how it was found."""
 
     predicted: int
-    """Class number."""
+    """The class index."""
     errors: np.ndarray
-    """(P,) mean error of each prompt over its trials; NaN for a prompt without any."""
+    """(P,) mean error of each prompt over its trials; NaN for a prompt without a trial."""
     trials: np.ndarray
-    """(P,) trials of each prompt."""
+    """(P,) number of trials of each prompt."""
 
     @property
     def passes(self) -> int:
-        """Passes of the denoiser over this picture."""
+        """Number of passes of the denoiser over this picture."""
         return int(self.trials.sum())
 
 
@@ -91,18 +91,18 @@ class ClassPrompts(NamedTuple):
     """The prompts that stand for the classes."""
 
     prompts: list[str | int]
-    """Texts, or class numbers of a class-conditional model."""
+    """Texts, or class indices of a class-conditional model."""
     classes: list[int]
-    """The class of each prompt; several prompts may stand for one class."""
+    """The index of the class that each prompt stands for; several prompts may stand for one class."""
 
 
 def midpoints(total: int, count: int) -> list[int]:
-    """The middles of ``count`` equal parts of the integers 0 to ``total`` - 1, rounded down; all different.
+    """Compute the middles of ``count`` equal parts of the integers 0 to ``total`` - 1, rounded down; all different.
 
     Part i covers [i total / count, (i + 1) total / count), so its middle is (i + 1/2) total / count.
 
     Raises:
-        ValueError: more parts than integers, or fewer than 0.
+        ValueError: ``count`` is negative or above ``total``.
     """
     if not 0 <= count <= total:
         raise ValueError(f"count: expected 0 to {total} parts of 0..{total}, got {count}")
@@ -110,15 +110,15 @@ def midpoints(total: int, count: int) -> list[int]:
 
 
 def classify_by_error(errors: TrialErrors, classes: int, stages: Stages) -> Classification:
-    """Algorithm 2: drop, stage by stage, the classes with the largest mean error.
+    """Drop, stage by stage, the classes with the largest mean error (Algorithm 2).
 
     Args:
-        errors: the error of some classes in one trial.
-        classes: number of classes; a stage that would keep more of them keeps all.
-        stages: trials and classes of each stage.
+        errors: the function that computes the error of some classes in one trial.
+        classes: the number of classes; a stage that would keep more of them keeps all.
+        stages: the numbers of trials and of classes of each stage.
 
     Raises:
-        FloatingPointError: an error that is not finite, with its trial.
+        FloatingPointError: an error is not finite; the message names its trial.
     """
     sums, counts = np.zeros(classes), np.zeros(classes, dtype=int)
     left = list(range(classes))
@@ -156,14 +156,15 @@ class DiffusionClassifier:
 
         Args:
             pipeline: a diffusers pipeline.
-            prompts: a text per class, or class numbers of a class-conditional model.
-            stages: trials and classes of each stage; None for the paper's.
-            classes: the class of each prompt, where several prompts stand for one class.
-            batch_size: prompts per pass of the denoiser.
-            seed: fixes the noise of every trial, which all classes and pictures share.
+            prompts: one text per class, or class indices of a class-conditional model.
+            stages: the numbers of trials and of classes of each stage; None means the paper's.
+            classes: the class index of each prompt, if several prompts stand for one class; None means one prompt per
+                class.
+            batch_size: the number of prompts per pass of the denoiser.
+            seed: determines the noise of every trial, which all classes and pictures share.
 
         Raises:
-            ValueError: fewer than two prompts, or more trials than the model has timesteps.
+            ValueError: there are fewer than two prompts, or more trials than the model has timesteps.
         """
         if len(prompts) < 2:
             raise ValueError(f"prompts: expected two or more, one per class, got {len(prompts)}")
@@ -205,7 +206,7 @@ class DiffusionClassifier:
         return self._conditions[size]
 
     def _noised(self, latents: Tensor, trial: int) -> tuple[Tensor, Tensor]:
-        """Noisy latents of a trial, and the prediction of a perfect denoiser."""
+        """Compute the noisy latents of a trial, and the prediction of a perfect denoiser."""
         state = np.random.SeedSequence([self.seed, trial]).generate_state(1, np.uint64)[0]
         generator = torch.Generator().manual_seed(int(state >> 1))
         noise = torch.randn(latents.shape, generator=generator).to(latents)
@@ -215,10 +216,10 @@ class DiffusionClassifier:
 
 
 def even_timesteps(pipeline: Any, count: int) -> list[int]:
-    """``count`` timesteps of a model: the middles of equal parts of its T training timesteps.
+    """Choose ``count`` timesteps of a model: the middles of equal parts of its T training timesteps.
 
     Raises:
-        ValueError: fewer than 1, or more than T.
+        ValueError: ``count`` is below 1 or above T.
     """
     total = pipeline.scheduler.config.num_train_timesteps
     if not 1 <= count <= total:
@@ -227,9 +228,10 @@ def even_timesteps(pipeline: Any, count: int) -> list[int]:
 
 
 def prediction_target(pipeline: Any, latents: Tensor, noise: Tensor, timestep: int) -> Tensor:
-    """What a perfect denoiser of this kind predicts, in float32.
+    """Compute what a perfect denoiser of this kind predicts, in float32.
 
-    The noise eps, the velocity sqrt(abar) eps - sqrt(1 - abar) x_0, the sample x_0, or of a rectified flow eps - x_0.
+    This is the noise eps, the velocity sqrt(abar) eps - sqrt(1 - abar) x_0, or the sample x_0, depending on the
+    model's prediction type; for a rectified flow it is eps - x_0.
 
     Args:
         pipeline: a diffusers pipeline.
@@ -238,7 +240,7 @@ def prediction_target(pipeline: Any, latents: Tensor, noise: Tensor, timestep: i
         timestep: t.
 
     Raises:
-        ValueError: an unknown prediction type.
+        ValueError: the prediction type is unknown, or the model is FLUX, which predicts tokens.
     """
     latents, noise = latents.float(), noise.float()
     if is_flow(pipeline):
@@ -258,18 +260,19 @@ def prediction_target(pipeline: Any, latents: Tensor, noise: Tensor, timestep: i
 
 
 def class_prompts(pipeline: Any, names: Sequence[str], template: str) -> ClassPrompts:
-    """The prompts for some classes: the template with each class's name in place of ``{}``.
+    """Make the prompts for some classes: the template with each class's name in place of ``{}``.
 
-    A class-conditional model has classes of its own. Those with one of the given names among their words are used
-    (``red circle`` and ``red star`` for ``red``). If its classes have no names, their numbers must be these classes'.
+    A class-conditional model has classes of its own. A class gets all of the model's classes that contain its name as a
+    word (``red`` gets ``red circle`` and ``red star``). If the model's classes have no names, they must have the same
+    indices as these classes.
 
     Args:
         pipeline: a diffusers pipeline.
-        names: of the classes, in the order of their numbers.
-        template: such as ``a photo of a {}``.
+        names: the names of the classes, in the order of their indices.
+        template: the text with ``{}`` for the name, such as ``a photo of a {}``.
 
     Raises:
-        ValueError: a template without ``{}``, or a class that no class of the model is named after.
+        ValueError: the template has no ``{}``, or no class of the model contains the name of one of these classes.
     """
     labels = getattr(pipeline, "labels", None)
     if is_class_conditional(pipeline) and labels:
@@ -284,15 +287,15 @@ def class_prompts(pipeline: Any, names: Sequence[str], template: str) -> ClassPr
 
 
 def _names(name: str, label: str) -> bool:
-    """Whether a label is one of the comma-separated synonyms in a name, or has one among its words."""
+    """Say whether a label is one of the comma-separated synonyms in a name, or has one among its words."""
     return bool({part.strip() for part in name.split(",")} & {label, *label.split()})
 
 
 def class_texts(names: Sequence[str], template: str) -> list[str]:
-    """A text per class: the template with the class's name in place of ``{}``, underscores read as spaces.
+    """Make one text per class: the template with the class's name in place of ``{}``, underscores read as spaces.
 
     Raises:
-        ValueError: a template without ``{}``.
+        ValueError: the template has no ``{}``.
     """
     if "{}" not in template:
         raise ValueError(f"template: expected {{}} where the class's name goes, got {template!r}")
@@ -300,7 +303,7 @@ def class_texts(names: Sequence[str], template: str) -> list[str]:
 
 
 def _select(conditions: Any, prompts: Sequence[int], name: str = "") -> Any:
-    """The conditions of some prompts."""
+    """Select the conditions of some prompts, by index."""
     if isinstance(conditions, dict):
         return {key: _select(value, prompts, key) for key, value in conditions.items()}
     batched = isinstance(conditions, Tensor) and name not in SHARED_CONDITIONS

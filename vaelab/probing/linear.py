@@ -19,24 +19,24 @@ class Accuracy(NamedTuple):
     """Top-1 accuracy on test examples, which were used neither for training nor for selection."""
 
     accuracy: float
-    """Share of the examples whose class is predicted."""
+    """Fraction of the examples whose class is predicted correctly."""
     low: float
     """Lower end of Wilson's 95 % interval."""
     high: float
-    """Upper end."""
+    """Upper end of the interval."""
     chance: float
     """Accuracy of always predicting the most frequent class of the training examples."""
     count: int
-    """Test examples."""
+    """Number of test examples."""
 
 
 class LinearProbe(NamedTuple):
     """The predictions of a fitted linear probe."""
 
     predicted: np.ndarray
-    """(M,) class numbers of the test examples."""
+    """(M,) predicted class indices of the test examples."""
     strength: float
-    """The selected C."""
+    """The selected C, the inverse regularisation strength."""
     validation: float
     """Accuracy on the validation examples."""
 
@@ -44,15 +44,15 @@ class LinearProbe(NamedTuple):
 def measure_accuracy(
     predicted: Sequence[int] | np.ndarray, truth: Sequence[int] | np.ndarray, training_labels: Any
 ) -> Accuracy:
-    """The accuracy of predicted classes.
+    """Measure the accuracy of predicted classes.
 
     Args:
-        predicted: (N,) class numbers.
-        truth: (N,) the true ones.
-        training_labels: (M,) class numbers of the training examples, which decide what chance is.
+        predicted: (N,) predicted class indices.
+        truth: (N,) true class indices.
+        training_labels: (M,) class indices of the training examples, whose most frequent class is the guess by chance.
 
     Raises:
-        ValueError: arrays of different lengths, or no example.
+        ValueError: the arrays differ in length, or there is no example.
     """
     predicted, truth = np.asarray(predicted), np.asarray(truth)
     if predicted.shape != truth.shape:
@@ -69,16 +69,16 @@ def fit_linear_probe(
     test: np.ndarray,
     strengths: Sequence[float] = STRENGTHS,
 ) -> LinearProbe:
-    """Multinomial logistic regression on vectors standardised by the training examples' mean and deviation.
+    """Fit a multinomial logistic regression on vectors standardised by the training examples' mean and deviation.
 
     Args:
-        training: vectors (N, d) and their class numbers (N,).
-        validation: other vectors and classes, on which C is selected; among equals the smallest.
+        training: vectors (N, d) and their class indices (N,).
+        validation: vectors and class indices of other examples, on which C is selected; among equals the smallest.
         test: vectors (M, d) of further examples.
-        strengths: values of C to select from.
+        strengths: the values of C to select from.
 
     Raises:
-        ValueError: no C, or training examples of a single class.
+        ValueError: there is no value of C, or all training examples are of one class.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import StandardScaler
@@ -101,17 +101,17 @@ def fit_linear_probe(
 
 
 def class_share(vectors: np.ndarray, labels: np.ndarray) -> float:
-    """The share of the vectors' variance that lies between classes, corrected for chance.
+    """Compute the share of the vectors' variance that lies between classes, corrected for chance.
 
     1 - (within / (N - C)) / (total / (N - 1)), with sums of squares within classes and in total. 0 is the expectation
     for random labels; 1 means that all vectors of a class are equal.
 
     Args:
-        vectors: (N, d).
-        labels: (N,) class numbers of C classes, C < N.
+        vectors: (N, d), one vector per example.
+        labels: (N,) class indices of C classes, C < N.
 
     Raises:
-        ValueError: fewer than two classes, or as many as vectors.
+        ValueError: there are fewer than two classes, or as many classes as vectors.
     """
     vectors = np.asarray(vectors, dtype=np.float64)
     classes, numbers = np.unique(labels, return_inverse=True)

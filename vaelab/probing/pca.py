@@ -24,18 +24,18 @@ class PrincipalComponents(NamedTuple):
     """The directions of largest variance, in float64."""
 
     mean: Tensor
-    """(d,) of the vectors."""
+    """(d,) the mean of the vectors."""
     directions: Tensor
-    """(k, d) of unit length, each with its largest entry positive."""
+    """(k, d) directions of unit length; in each, the entry with the largest absolute value is positive."""
     shares: Tensor
-    """(k,) of the variance, in decreasing order."""
+    """(k,) the share of the variance along each direction, in decreasing order."""
 
 
 def principal_components(maps: Tensor, count: int = COLOURS) -> PrincipalComponents:
-    """The first principal components of the vectors in maps (N, h, w, d), by scikit-learn in float64.
+    """Compute the first principal components of the vectors in maps (N, h, w, d), by scikit-learn in float64.
 
     Raises:
-        ValueError: fewer channels than components, or a single vector.
+        ValueError: there are fewer channels than components, or fewer than two vectors.
     """
     from sklearn.decomposition import PCA
 
@@ -52,16 +52,16 @@ def principal_components(maps: Tensor, count: int = COLOURS) -> PrincipalCompone
 
 
 def project(maps: Tensor, components: PrincipalComponents) -> Tensor:
-    """Coordinates (N, h, w, k) of the vectors in maps (N, h, w, d), in float64."""
+    """Compute the coordinates (N, h, w, k) of the vectors in maps (N, h, w, d), in float64."""
     return (maps.double() - components.mean) @ components.directions.T
 
 
 def colours(maps: Tensor, components: PrincipalComponents) -> Tensor:
-    """Maps (N, h, w, d) as pictures (N, 3, h, w) in [-1, 1]; each component has one scale for all pictures.
+    """Show maps (N, h, w, d) as pictures (N, 3, h, w) in [-1, 1]; each component has one scale for all pictures.
 
     Args:
-        maps: of one picture or several.
-        components: three.
+        maps: the maps of one picture or several.
+        components: three components; they become red, green and blue.
     """
     values = project(maps, components)
     low, high = (values.reshape(-1, len(components.directions)).quantile(end, 0) for end in (CLIPPED, 1 - CLIPPED))
@@ -70,7 +70,7 @@ def colours(maps: Tensor, components: PrincipalComponents) -> Tensor:
 
 
 def colours_jointly(maps: Tensor) -> tuple[Tensor, float]:
-    """Colours (N, 3, h, w) by the joint components of all maps (N, h, w, d), and the share of variance that they show.
+    """Colour all maps (N, h, w, d) by their joint components: (N, 3, h, w), and the share of variance that is shown.
 
     A colour means the same in every picture.
     """
@@ -79,27 +79,27 @@ def colours_jointly(maps: Tensor) -> tuple[Tensor, float]:
 
 
 def colours_separately(maps: Tensor) -> tuple[Tensor, float]:
-    """Colours (N, 3, h, w) by each map's own components, and the mean share of the variance that they show."""
+    """Colour each map by its own components: (N, 3, h, w), and the mean share of the variance that is shown."""
     each = [colours_jointly(single[None]) for single in maps]
     return torch.cat([picture for picture, _ in each]), sum(share for _, share in each) / len(each)
 
 
 def foreground_auc(maps: Tensor, masks: Tensor | None) -> float:
-    """How well the first three joint components separate the positions of things from the background.
+    """Measure how well the first three joint components separate the positions of objects from the background.
 
     The paper judges by eye whether such pictures show what is where (section 4.5); this is a number for it. Quadratic
     discriminant analysis scores every position by the log-ratio of two normal distributions, fitted to the positions
-    of things and to the others with unbiased covariances (scikit-learn's own analysis divides by n - 1 or by n,
+    of objects and to the others with unbiased covariances (scikit-learn's own analysis divides by n - 1 or by n,
     depending on its version). The result is the area under the ROC curve of that score: 0.5 is chance, 1 a perfect
     separation.
 
     Args:
-        maps: (N, h, w, d).
-        masks: (N, R, R) bool, true where a picture shows a thing; a position counts as a thing's if half of it is
-            covered. None if unknown.
+        maps: (N, h, w, d), the maps of N pictures.
+        masks: (N, R, R) bool, true where a picture shows an object; a position of the map counts as an object's if at
+            least half of it is covered. None means that the masks are unknown.
 
     Returns:
-        The area; NaN if the masks are unknown, or if things or background cover too few positions for a covariance.
+        The area; NaN if the masks are unknown, or if objects or background cover too few positions for a covariance.
     """
     from scipy.stats import multivariate_normal
     from sklearn.metrics import roc_auc_score
