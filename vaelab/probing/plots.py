@@ -17,16 +17,16 @@ AT_CHANCE, ALL = "#f2f0eb", "#14506e"
 
 @plain_text
 def knowledge(tables: Mapping[str, pd.DataFrame], title: str = "") -> Figure:
-    """A heat map of layers by timesteps for every factor, with a row of panels per measure.
+    """Draw a heat map of blocks by timesteps for every factor (set of classes), with one row of panels per measure.
 
     The colour scale goes from chance, given above each panel, to 1; the numbers are the measure itself.
     Missing values are white.
 
     Args:
-        tables: by the measure's label, a row per layer and factor: columns ``block``, ``timestep``,
-            ``factor``, ``value`` (at most 1, the best) and ``chance``, whose mean is shown. The first table has
-            all layers.
-        title: the figure's.
+        tables: the tables by the measure's label. Each has one row per layer (block at a timestep) and factor, with
+            columns ``block``, ``timestep``, ``factor``, ``value`` (1 is the best) and ``chance``, whose mean is shown.
+            The first table has all layers.
+        title: the figure's title.
     """
     first = next(iter(tables.values()))
     factors = list(dict.fromkeys(first["factor"]))
@@ -60,12 +60,12 @@ def knowledge(tables: Mapping[str, pd.DataFrame], title: str = "") -> Figure:
 
 @plain_text
 def accuracies(table: pd.DataFrame, title: str = "") -> Figure:
-    """Accuracies with their 95 % intervals, a line per layer and factor, and a mark at chance.
+    """Draw accuracies with their 95 % intervals, one line per layer and factor, and a mark at chance.
 
     Args:
         table: columns ``layer``, ``factor``, ``classifier``, ``accuracy``, ``low``, ``high``, ``chance``, and
             ``model`` if there are several models.
-        title: the figure's.
+        title: the figure's title.
     """
     several = "model" in table and table["model"].nunique() > 1
     place = table["model"].str.rsplit("/").str[-1] + ", " + table["layer"] if several else table["layer"]

@@ -1,12 +1,13 @@
-"""How pure the features of a layer are: whether the pictures that activate a feature most are of one class.
+"""Purity of a layer's features: a feature is pure if the pictures that activate it most are all of one class.
 
 Kim et al. ("Revelio", sections 3.2 and 4.2, appendix F) train a k-sparse autoencoder on each layer, on vectors averaged
 over positions, of uncropped pictures (crops and flips are for Diff-C alone, section 4.1). They take the 1,000 most
 active features and the ten top activating pictures of each. Their measure sigma_label is the standard deviation of the
-pictures' class *numbers*, so it depends on how the classes happen to be numbered. Beside it stand the entropy of the
-classes, the share of the most frequent class, and a permutation test of the entropy, which do not.
+pictures' class *numbers*, so it depends on how the classes happen to be numbered. The entropy of the classes, the share
+of the most frequent class, and a permutation test of the entropy do not; they are reported too.
 
-The paper does not say what makes a feature most active; here it is its largest activation.
+The paper does not say by what features are ranked as most active; here it is their largest activation.
+A layer is a block at a timestep, such as ``up_ft1.t25``; a factor is a set of classes, such as the colours.
 """
 
 from collections.abc import Mapping, Sequence
@@ -34,18 +35,18 @@ MEASURES = ("sigma_label", "entropy", "majority", "permutation_p")
 
 
 class Purity(NamedTuple):
-    """Purity of some features: means over them, and the expectation if features were unrelated to the classes."""
+    """Purity of some features, as means over them, and its expectation if features were unrelated to the classes."""
 
     sigma_label: float
-    """The paper's measure, in class numbers; 0 is pure."""
+    """The paper's measure: the standard deviation of the class numbers of a feature's pictures; 0 is pure."""
     entropy: float
-    """Of the classes of a feature's pictures, in bits; 0 is pure."""
+    """Entropy of the classes of a feature's pictures, in bits; 0 is pure."""
     majority: float
-    """Share of the most frequent class; 1 is pure."""
+    """Share of the most frequent class among a feature's pictures; 1 is pure."""
     permutation_p: float
-    """Share of permutations of the labels with an entropy as low."""
+    """The p value: the share of permutations of the labels whose entropy is as low or lower."""
     sigma_label_chance: float
-    """Mean over the permutations, like the next two."""
+    """Mean of ``sigma_label`` over the permutations; the next two are such means of ``entropy`` and ``majority``."""
     entropy_chance: float
     majority_chance: float
     features: int
@@ -56,42 +57,42 @@ class TopFeatures(NamedTuple):
     """The most active features of a layer, each with its top activating pictures."""
 
     features: np.ndarray
-    """(F,) feature numbers, the most active first."""
+    """(F,) feature indices, the most active first."""
     pictures: np.ndarray
-    """(F, n) numbers of the pictures among the examples."""
+    """(F, n) indices of each feature's pictures among the examples."""
     summary: FeatureSummary
-    """Of all features."""
+    """Statistics of all features of the layer."""
 
 
 def sigma_labels(classes: np.ndarray) -> np.ndarray:
-    """Population standard deviation (F,) of the class numbers (F, n) of each feature's pictures."""
+    """Compute the population standard deviation (F,) of the class indices (F, n) of each feature's pictures."""
     return classes.std(axis=1)
 
 
 def entropies(classes: np.ndarray) -> np.ndarray:
-    """Entropy (F,) of the classes (F, n) of each feature's pictures, in bits."""
+    """Compute the entropy (F,) of the classes (F, n) of each feature's pictures, in bits."""
     shares = np.sort(_class_frequencies(classes), axis=1)  # so that a sum does not depend on the classes' order
     return -(shares * np.log2(np.where(shares > 0, shares, 1))).sum(axis=1) + 0.0
 
 
 def majorities(classes: np.ndarray) -> np.ndarray:
-    """Share (F,) of the most frequent class (F, n) of each feature's pictures."""
+    """Compute the share (F,) of the most frequent class among the classes (F, n) of each feature's pictures."""
     return _class_frequencies(classes).max(axis=1)
 
 
 def measure_purity(labels: np.ndarray, top: np.ndarray, *, permutations: int = 200, seed: int = 0) -> Purity:
-    """The purity of some features.
+    """Measure the purity of some features.
 
     The test permutes the labels among all pictures, so that pictures that several features share stay shared.
 
     Args:
-        labels: (N,) class numbers of all pictures, from 0.
-        top: (F, n) numbers of each feature's pictures.
-        permutations: of the test; its p is at least 1 / (permutations + 1).
-        seed: fixes them.
+        labels: (N,) class indices of all pictures, from 0.
+        top: (F, n) indices of each feature's pictures.
+        permutations: the number of permutations in the test; its p value is at least 1 / (permutations + 1).
+        seed: determines the permutations.
 
     Raises:
-        ValueError: no feature, or a picture or label that does not exist.
+        ValueError: there is no feature, or an index of a picture or class is out of range.
     """
     labels, top = np.asarray(labels), np.asarray(top)
     at_least("permutations", permutations, 1)
@@ -114,7 +115,7 @@ def _means(classes: np.ndarray) -> tuple[float, float, float]:
 
 
 def _class_frequencies(classes: np.ndarray) -> np.ndarray:
-    """Share of every class (F, C) among classes (F, n)."""
+    """Compute the share of every class (F, C) among the classes (F, n) of each feature's pictures."""
     features, count = classes.shape
     kinds = int(classes.max()) + 1
     places = np.arange(features)[:, None] * kinds + classes
@@ -122,13 +123,13 @@ def _class_frequencies(classes: np.ndarray) -> np.ndarray:
 
 
 def sigma_label_range(labels: np.ndarray, top: np.ndarray, *, times: int = 50, seed: int = 0) -> tuple[float, float]:
-    """The smallest and largest sigma_label if the same classes are numbered differently.
+    """Find the smallest and largest sigma_label if the same classes are numbered differently.
 
     Args:
-        labels: (N,) class numbers, from 0.
-        top: (F, n) pictures of each feature.
-        times: random numberings that are tried.
-        seed: fixes them.
+        labels: (N,) class indices, from 0.
+        top: (F, n) indices of each feature's pictures.
+        times: the number of random numberings to try.
+        seed: determines the numberings.
     """
     at_least("times", times, 1)
     labels, rng = np.asarray(labels), np.random.default_rng(seed)
@@ -138,15 +139,15 @@ def sigma_label_range(labels: np.ndarray, top: np.ndarray, *, times: int = 50, s
 
 
 def open_features(activations: str, pictures: LabelledPictures, model: str) -> tuple[Store, dict[str, Examples]]:
-    """Open a store of notebook 40, with its pictures and the classes of each factor.
+    """Open a store of notebook 40 (features of a denoiser's layers), with its pictures and the classes of each factor.
 
     Args:
-        activations: its folder.
-        pictures: that it must hold.
-        model: the model that it must have been made with.
+        activations: the store's folder.
+        pictures: the pictures that the store must hold.
+        model: the model that the store must have been made with.
 
     Raises:
-        ValueError: other pictures or another model, or pictures without labels.
+        ValueError: the store holds other pictures or was made with another model, or the pictures have no labels.
     """
     features = store.open(activations, parameter="activations")
     require_same_model(features, model, "activations")
@@ -157,18 +158,18 @@ def open_features(activations: str, pictures: LabelledPictures, model: str) -> t
 def sae_specs(
     layout: Layout, layers: Sequence[str], expansion: int, k: int, seed: int, **options: Any
 ) -> dict[str, SAESpec]:
-    """A k-sparse autoencoder to train for each layer, by the layer's name.
+    """Specify a k-sparse autoencoder to train for each layer, by the layer's name.
 
     Args:
-        layout: of the store.
-        layers: names such as ``up_ft1.t25``.
-        expansion: features per channel.
-        k: active features per picture.
-        seed: of the initial weights.
-        options: of every :class:`vaelab.sae.model.SAEConfig`.
+        layout: the store's layout.
+        layers: the layers' names, such as ``up_ft1.t25``.
+        expansion: the number of features per channel of the layer.
+        k: the number of active features per picture.
+        seed: the seed of the initial weights.
+        options: further fields of every :class:`vaelab.sae.model.SAEConfig`.
 
     Raises:
-        ValueError: a layer that the store does not have, or whose items are maps.
+        ValueError: the store does not have a layer, or the layer holds maps.
     """
     at_least("expansion", expansion, 1)
     for layer in layers:
@@ -196,8 +197,8 @@ def validate_selection(
     """Validate parameters of notebook 41 before anything is trained.
 
     Raises:
-        ValueError: an unknown factor, a layer to be shown that is not trained on, or more pictures per feature than
-            there are.
+        ValueError: the factor is unknown, a layer to be shown has no autoencoder, or ``top`` is above the number of
+            pictures.
     """
     one_of("factor", factor, by_factor)
     for layer in shown:
@@ -213,17 +214,18 @@ def save_saes(saes: Mapping[str, SAE], folder: Path) -> None:
 
 
 def top_features(sae: SAE, examples: Examples, layer: str, *, features: int = 1000, top: int = 10) -> TopFeatures:
-    """The most active features of a layer and their top activating pictures, which are uncropped.
+    """Find the most active features of a layer and the uncropped pictures that activate each of them most.
 
     Args:
         sae: the layer's autoencoder.
         examples: the pictures.
-        layer: its name in the store.
-        features: how many, of those that are active on at least ``top`` pictures.
-        top: pictures per feature.
+        layer: the layer's name in the store.
+        features: the largest number of features to return; only features that are active on at least ``top`` pictures
+            count.
+        top: the number of pictures per feature.
 
     Raises:
-        ValueError: no feature is active on so many pictures.
+        ValueError: no feature is active on ``top`` pictures.
     """
     items = [views[0] for views in examples.items]
     place = {item: number for number, item in enumerate(items)}
@@ -240,17 +242,17 @@ def top_features(sae: SAE, examples: Examples, layer: str, *, features: int = 10
 def purity_table(
     by_layer: Mapping[str, TopFeatures], by_factor: Mapping[str, Examples], *, permutations: int, seed: int
 ) -> pd.DataFrame:
-    """The purity of every layer's features, for every factor.
+    """Tabulate the purity of every layer's features, for every factor.
 
     Args:
-        by_layer: the features.
-        by_factor: the same pictures with the classes of each factor.
-        permutations: of the test.
-        seed: fixes them.
+        by_layer: the most active features of each layer.
+        by_factor: for each factor, the same pictures with their classes of that factor.
+        permutations: the number of permutations in the test.
+        seed: determines the permutations.
 
     Returns:
-        A row per layer and factor: ``layer``, ``factor``, the fields of :class:`Purity`, the range of sigma_label under
-        other numberings of the classes (``sigma_label_low``, ``sigma_label_high``), and ``gain``, 1 - entropy /
+        One row per layer and factor: ``layer``, ``factor``, the fields of :class:`Purity`, the range of sigma_label
+        under other numberings of the classes (``sigma_label_low``, ``sigma_label_high``), and ``gain``, 1 - entropy /
         entropy_chance: 0 is chance, 1 is pure.
     """
     rows = []
@@ -268,11 +270,11 @@ def purity_table(
 
 
 def purity_metrics(rows: pd.DataFrame, factor: str) -> dict[str, float]:
-    """The metrics ``<layer>.<factor>.<measure>``, and ``<layer>.<measure>`` for the main factor.
+    """Collect the metrics ``<layer>.<factor>.<measure>``, and ``<layer>.<measure>`` for the main factor.
 
     Args:
-        rows: from :func:`purity_table`.
-        factor: the main one.
+        rows: the table of :func:`purity_table`.
+        factor: the main factor.
     """
     metrics = {}
     for row in rows.to_dict("records"):
@@ -285,14 +287,14 @@ def purity_metrics(rows: pd.DataFrame, factor: str) -> dict[str, float]:
 def feature_pictures(
     found: TopFeatures, pictures: LabelledPictures, examples: Examples, count: int, seed: int
 ) -> dict[str, Tensor]:
-    """The top activating pictures of a few features, for :func:`vaelab.viz.picture_grid`.
+    """Collect the top activating pictures of a few features, for :func:`vaelab.viz.picture_grid`.
 
     Args:
-        found: the features of a layer.
-        pictures: those of the store.
-        examples: with the classes whose entropy stands in the rows' labels.
-        count: features, drawn at random: a choice by eye would be biased.
-        seed: fixes which they are.
+        found: the most active features of a layer.
+        pictures: the pictures of the store.
+        examples: the examples, with the classes whose entropy stands in the rows' labels.
+        count: the number of features; they are chosen at random, because a choice by eye would be biased.
+        seed: determines which features are chosen.
     """
     drawn = np.sort(np.random.default_rng(seed).permutation(len(found.features))[:count])
     entropy = entropies(examples.labels.numpy()[found.pictures[drawn]])

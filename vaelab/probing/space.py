@@ -1,4 +1,4 @@
-"""Disk space that a training will need, said and checked before it starts."""
+"""Disk space that a training run will need, printed and checked before it starts."""
 
 import shutil
 from pathlib import Path
@@ -17,17 +17,17 @@ def require_training_space(what: str, largest: int, total: int, folder: str | Pa
     A checkpoint is written beside its predecessor before it replaces it, so the largest one needs its space twice.
 
     Args:
-        what: the models' name, for the message.
-        largest: parameters of the largest model.
-        total: parameters of all models.
-        folder: where their checkpoints and weights are written.
-        together: whether all are trained at once, with one checkpoint.
+        what: the name of the models in the message.
+        largest: the number of parameters of the largest model.
+        total: the number of parameters of all models.
+        folder: the folder for the checkpoints and weights.
+        together: whether all models are trained at once, with one checkpoint.
 
     Returns:
-        The bytes on disk.
+        The number of bytes needed on disk.
 
     Raises:
-        ValueError: a disk without that much space.
+        ValueError: the disk does not have that much free space.
     """
     at_once = total if together else largest
     needed = total * (CHECKPOINT + WEIGHT) + at_once * CHECKPOINT

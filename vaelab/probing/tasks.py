@@ -1,7 +1,8 @@
 """Classification tasks on a store of features: training, validation and test pictures for each factor.
 
-Two stores are needed: one of training pictures, of which a share is held out for validation, and one of test pictures.
-Whatever would make the test meaningless is refused: shared pictures, other prompts, classes that were never learned.
+A factor is a set of classes, such as the colours. Two stores are needed: one of training pictures, a fraction of which
+is held out for validation, and one of test pictures. Everything that would make the test meaningless is refused: test
+pictures that are also training pictures, stores made with different prompts, or classes that were never learned.
 """
 
 import re
@@ -19,17 +20,19 @@ from vaelab.probing.tables import matching_layers
 from vaelab.store.reader import Store
 
 SHARED_SETTINGS = ("classes", "prompt", "clip", "side", "resolution")
-"""Settings in which the stores of training and test pictures must agree, beside the model's."""
+"""Settings that must be equal in the stores of training and test pictures, besides those that identify the model."""
 SPLIT = re.compile(r"[^\[]*(\[[^\[\],]*)?")
-"""In the name of loaded pictures, ``photos[train[:90%]], 50 drawn by seed 0``, the data set and its split."""
+"""Matches the data set and its split in the name of loaded pictures, such as
+``photos[train[:90%]], 50 drawn by seed 0``."""
 MOST_UNKNOWN = 0.5
-"""Largest share of test pictures whose class is not among the training pictures'."""
+"""Largest share of test pictures whose class no training picture has."""
 MOST_DUPLICATES = 0.01
-"""Largest share of test pictures that are also training pictures of another data set: public sets hold a few."""
+"""Largest share of test pictures that may equal training pictures from another data set or split: published data sets
+hold a few duplicates."""
 
 
 class Task(NamedTuple):
-    """Pictures with the classes of one factor."""
+    """Training, validation and test pictures with their classes of one factor."""
 
     training: Examples
     validation: Examples
@@ -47,23 +50,23 @@ def build_tasks(
     seed: int = 0,
     diffc_layers: Sequence[str] | None = None,
 ) -> dict[str, Task]:
-    """A task for each factor; all have the same pictures in each part.
+    """Build a task for each factor; all tasks have the same pictures in each part.
 
     Args:
-        activations: folder of the store of training and validation pictures.
-        test_activations: folder of the store of test pictures.
+        activations: the folder of the store of training and validation pictures.
+        test_activations: the folder of the store of test pictures.
         pictures: the test pictures.
-        model: settings that identify the model; both stores must have them.
-        factors: sets of classes; empty for all.
-        validation_share: share of the pictures in ``activations`` held out for validation.
-        seed: fixes which these are.
-        diffc_layers: names and globs of the layers that Diff-C will be trained on; empty if that is decided later; None
-            for no Diff-C.
+        model: the settings that identify the model, by name; both stores must have equal ones.
+        factors: the names of the factors; empty means all.
+        validation_share: the fraction of the pictures in ``activations`` that is held out for validation.
+        seed: determines which pictures these are.
+        diffc_layers: names and globs of the layers that Diff-C, the convolutional classifier, will be trained on; empty
+            means that they are chosen later, None that no Diff-C will be trained.
 
     Raises:
-        ValueError: no store; one without the maps that Diff-C needs; stores of another model or of other pictures than
-            these, or that were not made alike; training pictures that are also test pictures; or a test on classes
-            that were never learned.
+        ValueError: a store does not exist, was made with another model, with other settings or from other pictures, or
+            has no maps although Diff-C needs them; test pictures are also training pictures; or most test pictures are
+            of classes that no training picture has.
     """
     training = store.open(activations, parameter="activations")
     tested = store.open(test_activations, parameter="test_activations")
@@ -101,8 +104,9 @@ def require_known_classes(task: Task, factor: str) -> None:
 def require_disjoint(training: Store, tested: Store) -> None:
     """Raise ValueError if test pictures are among the training pictures.
 
-    Pictures are compared by content, and within one selection of a data set by number as well. Between other splits or
-    data sets, duplicates of up to 1 % of the test pictures are only warned of: published data sets have some.
+    Pictures are compared by content, and within one selection of a data set by index as well. If the two stores come
+    from different splits or data sets and at most 1 % of the test pictures are duplicates, this only warns: published
+    data sets have some.
     """
     names = [each.settings.get("dataset", "") for each in (training, tested)]
     splits = [SPLIT.match(name)[0] for name in names]
@@ -124,7 +128,7 @@ def require_disjoint(training: Store, tested: Store) -> None:
 
 
 def require_maps(features: Store, layers: Sequence[str]) -> None:
-    """Raise ValueError if a store has no maps of one of these layers."""
+    """Raise ValueError if a store lacks the maps of one of these layers."""
     for layer in layers:
         if layer + MAPS not in features.layout:
             raise ValueError(f"activations: no maps of {layer!r}; Diff-C takes maps (maps: true in 40_layer_features)")

@@ -1,4 +1,4 @@
-"""The picture world: scenes with a known truth, their prompts, masks and pictures."""
+"""The synthetic scene world: random scenes whose objects are known exactly, with prompts, masks and pictures."""
 
 from vaelab.world.scenes import (
     CENTRES,

@@ -1,9 +1,10 @@
-"""The oracle: recognises a scene's factors in a picture by the renderer's rules alone.
+"""The scene reader (oracle): recovers the scene from a picture by the rules of the renderer alone.
 
-The oracle is the maximum-likelihood estimate under the renderer and white noise. First it chooses the
-ground that is nearest to the picture. Then it chooses, at each of the nine positions, the thing (or
-nothing) that leaves the smallest squared error there. No part of it is trained, so it cannot share the
-biases of the model that it evaluates.
+A scene of the synthetic scene world consists of objects ("things" in the code) on a ground; a factor is one of their
+attributes, such as a colour. The reader is the maximum-likelihood estimate under the renderer and white noise. First it
+chooses the ground that is nearest to the picture. Then it chooses, at each of the nine positions, the object (or none)
+that leaves the smallest squared error there. No part of it is trained, so it cannot share the biases of the model that
+it evaluates.
 """
 
 import functools
@@ -41,11 +42,11 @@ GROUND_SHARE = 0.65
 
 class _Templates(NamedTuple):
     coverage: Tensor
-    """(K, W * W): the coverage of each thing in a position's window."""
+    """(K, W * W): the coverage of each of the K objects in a position's window."""
     things: list[tuple[str, str, tuple[int, int]]]
-    """Shape, size and offset of each of the K templates."""
+    """Shape, size and offset of each of the K objects."""
     colours: Tensor
-    """(C, 3) in [0, 1]."""
+    """(C, 3) in [0, 1]: the colours that an object can have."""
 
 
 def read_scenes(pictures: Tensor) -> list[Scene]:
@@ -55,10 +56,10 @@ def read_scenes(pictures: Tensor) -> list[Scene]:
         pictures: (N, 3, 64, 64) in [-1, 1].
 
     Returns:
-        One scene for each picture, its things in the order of the positions; it may have none.
+        One scene per picture, with its objects in the order of the positions; a scene may have no object.
 
     Raises:
-        ValueError: pictures of another shape, of whole numbers, or that are not finite.
+        ValueError: the pictures have another shape or are not floating point, or a value is not finite.
     """
     if not pictures.is_floating_point():
         raise ValueError(f"pictures: expected floating point values in [-1, 1], got {pictures.dtype}")
@@ -72,7 +73,7 @@ def read_scenes(pictures: Tensor) -> list[Scene]:
 
 def _read(pictures: Tensor) -> list[Scene]:
     names, grounds = _grounds()
-    # things cover less than a third of a picture, so the nearest two thirds of the pixels are ground
+    # objects cover less than a third of a picture, so the two thirds of the pixels nearest to the ground show ground
     kept = int(GROUND_SHARE * SIDE**2)
     apart = [
         ((pictures - ground) ** 2).sum(1).flatten(1).topk(kept, largest=False, sorted=False).values.sum(1)
@@ -88,7 +89,8 @@ def _read(pictures: Tensor) -> list[Scene]:
 
 
 def _best_at(position: str, pictures: Tensor, ground: Tensor) -> list[Thing | None]:
-    """The thing with the smallest ||P - B - a (C - B)||^2 in each picture's window, without its constant part."""
+    """Find the object with the smallest ||P - B - a (C - B)||^2 in each picture's window; the part of this sum that all
+    objects share is left out. P is the picture, B the ground, C the object's colour, a its coverage."""
     templates, (rows, columns) = _templates(), _window(position)
     coverage, colours = templates.coverage, templates.colours
     behind = _grounds()[1][ground][:, :, rows, columns].flatten(2)  # (N, 3, W * W)
@@ -144,20 +146,20 @@ def _templates() -> _Templates:
 def check_prompts(scenes: Sequence[Scene], pictures: Tensor) -> pd.DataFrame:
     """Check whether pictures show what their prompts name.
 
-    Recognised things are assigned to the scene's things so that as many named factors as possible agree.
-    All factors of a thing that is missing are wrong.
+    The objects that the reader finds are assigned to the scene's objects such that as many named factors as possible
+    agree. If an object is missing, all its factors are wrong.
 
     Args:
         scenes: N scenes; only factors that their prompts name are checked.
-        pictures: (N, 3, 64, 64) in [-1, 1].
+        pictures: (N, 3, 64, 64) in [-1, 1], one picture per scene.
 
     Returns:
-        A row for every named factor: ``picture``, ``thing`` (-1 for the ground), ``factor``, ``expected``,
-        ``recognised`` (None where the thing is missing) and ``correct``; and for every picture a row
-        whose factor is ``count``, the number of things.
+        One row per named factor: ``picture`` (index), ``thing`` (index of the object; -1 for the ground), ``factor``,
+        ``expected``, ``recognised`` (None if the object is missing) and ``correct``. In addition one row per picture
+        whose factor is ``count``, the number of objects.
 
     Raises:
-        ValueError: not one picture for each scene, or pictures that :func:`read_scenes` refuses.
+        ValueError: the numbers of pictures and scenes differ, or :func:`read_scenes` cannot read the pictures.
     """
     if len(scenes) != len(pictures):
         raise ValueError(f"pictures: expected one for each of the {len(scenes)} scenes, got {len(pictures)}")
@@ -174,7 +176,7 @@ def check_prompts(scenes: Sequence[Scene], pictures: Tensor) -> pd.DataFrame:
 
 
 def _assigned(asked: Sequence[Thing], seen: Sequence[Thing]) -> list[tuple[Thing, Thing | None]]:
-    """Each thing of the scene with the recognised thing that it is matched with, or None."""
+    """Pair each object of the scene with the object found in the picture that it is matched with, or None."""
     agree = np.array([[sum(getattr(a, f) == getattr(s, f) for f in a.named) for s in seen] for a in asked])
     if not asked or not seen:
         return [(thing, None) for thing in asked]
@@ -183,11 +185,12 @@ def _assigned(asked: Sequence[Thing], seen: Sequence[Thing]) -> list[tuple[Thing
 
 
 def accuracy_by_factor(checked: pd.DataFrame) -> pd.DataFrame:
-    """The accuracy of each factor, from the rows of :func:`check_prompts`.
+    """Compute the accuracy of each factor, from the rows of :func:`check_prompts`.
 
     Returns:
-        Columns ``factor``; ``pictures``, the number of pictures whose prompt names it; ``accuracy``, the share
-        of them in which it is correct for every thing; ``thing_accuracy``, the share of single things.
+        Columns ``factor``; ``pictures``, the number of pictures whose prompt names the factor; ``accuracy``, the share
+        of these pictures in which it is correct for every object; ``thing_accuracy``, the share of objects for which it
+        is correct.
     """
     whole = checked.groupby(["factor", "picture"])["correct"].all().groupby("factor").agg(["size", "mean"])
     single = checked.groupby("factor")["correct"].mean()

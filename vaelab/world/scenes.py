@@ -1,9 +1,10 @@
-"""The world: a synthetic data set of small pictures with known factors, prompts and masks.
+"""The synthetic scene world: a data set of small pictures with known factors, prompts and masks.
 
-A scene is one to three things (shape, colour, size, position) on a ground (texture, colour). A split and
-a seed determine it. The splits share no combination of factors: the combination of shape, colour, size
-and position of a thing in ``test`` never occurs in ``train``, and the pair of shape and colour of a thing
-in ``unseen`` occurs in neither. Pictures are 64 x 64 and antialiased.
+A scene is one to three objects ("things" in the code) on a ground. A factor is one of their attributes: an object has
+shape, colour, size and position, the ground has texture and colour. A split and a seed determine a scene. The splits
+share no combination of factors: the combination of shape, colour, size and position of an object in ``test`` never
+occurs in ``train``, and the pair of shape and colour of an object in ``unseen`` occurs in neither. Pictures are 64 x 64
+pixels and antialiased.
 """
 
 import functools
@@ -26,14 +27,14 @@ if TYPE_CHECKING:
 SIDE = 64
 """Side of a picture, in pixels."""
 SUPERSAMPLING = 8
-"""Samples a pixel, along each side, from which its coverage is averaged."""
+"""Samples per pixel, along each side, from which the pixel's coverage is averaged."""
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross", "diamond", "heart")
 COLOURS = {
     "red": (214, 39, 40), "orange": (255, 140, 20), "yellow": (250, 225, 40), "green": (35, 150, 50),
     "blue": (35, 75, 215), "purple": (140, 50, 180), "white": (250, 250, 250), "black": (15, 15, 15),
 }  # fmt: skip
 SIZES = {"large": 20, "small": 14}
-"""Side of a thing, in pixels."""
+"""Side of an object, in pixels."""
 POSITIONS = {
     "top left": (0, 0), "top": (1, 0), "top right": (2, 0),
     "left": (0, 1), "centre": (1, 1), "right": (2, 1),
@@ -46,9 +47,9 @@ PHRASES = {
     "bottom left": "in the bottom left", "bottom": "at the bottom", "bottom right": "in the bottom right",
 }  # fmt: skip
 CENTRES = (12, 32, 52)
-"""Pixel of the centre of each column or row."""
+"""The pixel at the centre of each column or row of positions."""
 JITTER = 1
-"""Largest offset of a sampled thing, in pixels."""
+"""Largest offset of a sampled object from the centre of its position, in pixels."""
 TEXTURES = ("plain", "striped", "checkered", "dotted", "shaded")
 GROUNDS = {"grey": (150, 150, 150), "beige": (215, 195, 160), "teal": (95, 150, 150), "pink": (215, 160, 170)}
 SHADE = 0.72
@@ -65,7 +66,7 @@ THING_FACTORS = ("shape", "colour", "size", "position")
 SCENE_FACTORS = ("texture", "ground")
 SPLITS = ("train", "test", "unseen")
 OMISSION_RATES = {"shape": 0.1, "colour": 0.15, "size": 0.25, "position": 0.25, "texture": 0.2, "ground": 0.2}
-"""Probability that a prompt leaves a factor out."""
+"""Probability that a prompt does not name a factor."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,8 @@ class Thing:
 
     @property
     def phrase(self) -> str:
-        """The thing in words, such as ``a large red star on the left``; without its shape it is a ``thing``."""
+        """Describe the object in words, such as ``a large red star on the left``. If the shape is not named, the noun
+        is ``thing``."""
         size, colour = (getattr(self, factor) if factor in self.named else "" for factor in ("size", "colour"))
         noun = self.shape if "shape" in self.named else "thing"
         words = " ".join(word for word in (size, colour, noun) if word)
@@ -101,7 +103,7 @@ class Thing:
         return f"{article} {words}" + (f" {PHRASES[self.position]}" if "position" in self.named else "")
 
     def coverage(self) -> np.ndarray:
-        """The share of each pixel that the thing covers: (64, 64) float32 in [0, 1]."""
+        """Compute the fraction of each pixel that the object covers: (64, 64) float32 in [0, 1]."""
         column, row = POSITIONS[self.position]
         stamp = _stamp(self.shape, self.size)
         canvas = np.zeros((SIDE, SIDE), np.float32)
@@ -114,7 +116,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """Things on a ground."""
+    """Objects on a ground."""
 
     things: tuple[Thing, ...]
     texture: str
@@ -132,14 +134,15 @@ class Scene:
 
     @property
     def prompt(self) -> str:
-        """The scene in plain English, with the named factors only; a scene without things begins with ``nothing``."""
+        """Describe the scene in English, with the named factors only; a scene without objects begins with
+        ``nothing``."""
         phrases = [thing.phrase for thing in self.things]
         listed = ", ".join(phrases[:-1]) + " and " + phrases[-1] if len(phrases) > 1 else (phrases or ["nothing"])[0]
         words = [getattr(self, factor) for factor in SCENE_FACTORS if factor in self.named]
         return listed + (f", on a {' '.join(words)} background" if words else "")
 
     def spelled_out(self) -> "Scene":
-        """The same scene with every factor named."""
+        """Return the same scene with a prompt that names every factor."""
         things = tuple(replace(thing, named=THING_FACTORS) for thing in self.things)
         return replace(self, things=things, named=SCENE_FACTORS)
 
@@ -152,9 +155,10 @@ class Scene:
         return canvas
 
     def masks(self) -> np.ndarray:
-        """The pixels of each thing, and last those of the ground: (things + 1, 64, 64) bool.
+        """Compute a mask of the pixels of each object, and as the last one that of the ground: (things + 1, 64, 64)
+        bool.
 
-        Every pixel belongs to exactly one of them. Where two things overlap, the later one is on top.
+        Every pixel belongs to exactly one mask. If two objects overlap, the later one is on top.
         """
         covered = np.array([thing.coverage() >= 0.5 for thing in self.things], bool).reshape(-1, SIDE, SIDE)
         for i, mask in enumerate(covered):
@@ -163,7 +167,7 @@ class Scene:
 
 
 def allowed_combinations(split: str) -> list[tuple[str, str, str, str]]:
-    """The combinations (shape, colour, size, position) that the things of a split can have.
+    """List the combinations (shape, colour, size, position) that the objects of a split can have.
 
     One colour of each shape is reserved for ``unseen``. For every other combination of shape, colour and
     size, one position is reserved for ``test``.
@@ -189,7 +193,7 @@ def _allowed_at(split: str) -> dict[str, list[tuple[str, str, str, str]]]:
 
 
 def sample(seed: int, split: str = "train") -> Scene:
-    """The scene number ``seed``, from 0 on, of a split; it is always the same."""
+    """Generate the scene of a split that belongs to a seed, 0 or more; the same seed always gives the same scene."""
     one_of("split", split, SPLITS)
     at_least("seed", seed, 0)
     rng = np.random.default_rng([SPLITS.index(split), seed])
@@ -216,7 +220,7 @@ def render(scenes: Iterable[Scene]) -> Tensor:
 
 @functools.cache
 def background(texture: str, ground: str) -> np.ndarray:
-    """Draw a ground without things: (64, 64, 3) float32 in [0, 1], read-only."""
+    """Draw a ground without objects: (64, 64, 3) float32 in [0, 1], read-only."""
     one_of("texture", texture, TEXTURES)
     one_of("ground", ground, GROUNDS)
     y, x = np.mgrid[:SIDE, :SIDE].astype(np.float32) + 0.5
@@ -235,7 +239,7 @@ def background(texture: str, ground: str) -> np.ndarray:
 
 @functools.cache
 def _stamp(shape: str, size: str) -> np.ndarray:
-    """A shape's coverage of a square of its size: (side, side) float32 in [0, 1]."""
+    """Compute how much of each pixel a shape covers, in a square of its size: (side, side) float32 in [0, 1]."""
     side = SIZES[size] * SUPERSAMPLING
     picture = PIL.Image.new("L", (side, side), 0)
     draw = PIL.ImageDraw.Draw(picture)
@@ -276,7 +280,7 @@ _OUTLINES = {
 
 
 def table_rows(split: str, seeds: Iterable[int]) -> Iterator[dict[str, Any]]:
-    """The rows of :func:`dataset`: ``image``, ``prompt``, ``seed``, ``masks`` and the label of every factor."""
+    """Yield the rows of :func:`dataset`: ``image``, ``prompt``, ``seed``, ``masks`` and the label of every factor."""
     for seed in seeds:
         scene = sample(seed, split)
         labels = {factor: [getattr(thing, factor) for thing in scene.things] for factor in THING_FACTORS}
@@ -286,11 +290,11 @@ def table_rows(split: str, seeds: Iterable[int]) -> Iterator[dict[str, Any]]:
 
 
 def dataset(split: str, count: int, first_seed: int = 0) -> "datasets.Dataset":
-    """The scenes of ``count`` seeds from ``first_seed`` on, as a ``datasets.Dataset``.
+    """Make a ``datasets.Dataset`` of the scenes of ``count`` consecutive seeds, starting with ``first_seed``.
 
-    Its columns are ``image``; ``prompt``; ``seed``; ``masks``, (things + 1, 64, 64) as in
-    :meth:`Scene.masks`; ``shape``, ``colour``, ``size`` and ``position``, a list with one label for each
-    thing; ``texture`` and ``ground``, one label each.
+    Its columns are ``image``; ``prompt``; ``seed``; ``masks``, (things + 1, 64, 64) as in :meth:`Scene.masks`;
+    ``shape``, ``colour``, ``size`` and ``position``, each a list with one label per object; ``texture`` and ``ground``,
+    one label each.
     """
     import datasets
 
