@@ -27,6 +27,7 @@ from vaelab.core.io import read_json, write_json
 from vaelab.core.paths import local
 from vaelab.core.validate import at_least, one_of
 from vaelab.data.images import Images, shared_pictures
+from vaelab.runner.parameters import portable
 from vaelab.training.checkpoint import CHECKPOINT, LOG, Rows, TrainingLog, read_tensors, require_same_settings
 from vaelab.training.loop import EXECUTION_ONLY, TrainConfig, Watcher, train
 from vaelab.vae import channels
@@ -347,12 +348,12 @@ def training_source(model: str) -> Source | None:
 
 def describe_overlap(model: str, images: Images) -> str:
     """Say in a sentence whether a model was trained on these pictures, for a notebook's output."""
-    source = training_source(model)
+    source, name = training_source(model), portable(model)  # a notebook's output names no folder of this machine
     if source is None:
-        return f"it is not known which pictures {model!r} was trained on"
+        return f"it is not known which pictures {name!r} was trained on"
     if not (count := shared_pictures(source, images.source)):
-        return f"{model!r} was not trained on {images.name}"
-    return f"{model!r} was trained on pictures of {images.name}: the two splits share {count}"
+        return f"{name!r} was not trained on {images.name}"
+    return f"{name!r} was trained on pictures of {images.name}: the two splits share {count}"
 
 
 def require_unseen(model: str, images: Images, parameter: str) -> str:
