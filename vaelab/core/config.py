@@ -9,9 +9,9 @@ def configured(kind: type, params: dict[str, Any], **parts: type) -> Any:
 
     Args:
         kind: the dataclass to make.
-        params: the parameters by name. Each field takes the parameter of its name, a list as a tuple,
-            and has its default where there is none; parameters that are no field are not used.
-        parts: the fields of ``kind`` that are dataclasses themselves, made from ``params`` likewise.
+        params: the parameters by name. Each field takes the parameter of its name, with a list turned into a tuple; a
+            field without a parameter keeps its default. Parameters that are not a field are ignored.
+        parts: those fields of ``kind`` that are dataclasses themselves; they are made from ``params`` in the same way.
     """
 
     def arguments(dataclass: type) -> dict[str, Any]:

@@ -8,9 +8,9 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": t
 
 
 def pick(device: str = "auto") -> torch.device:
-    """The torch device for a ``device`` parameter: ``auto`` is CUDA, else MPS, else the CPU.
+    """Return the torch device for a ``device`` parameter: ``auto`` takes CUDA, otherwise MPS, otherwise the CPU.
 
-    Raises ValueError where the name is no device, or names one this machine lacks.
+    Raises ValueError if the name is not a device, or this machine does not have the device.
     """
     if device == "auto":
         if torch.cuda.is_available():
@@ -31,13 +31,14 @@ def pick(device: str = "auto") -> torch.device:
 
 
 def dtype(precision: str) -> torch.dtype:
-    """The torch dtype for a ``precision`` parameter; an unknown one lists the known."""
+    """Return the torch dtype for a ``precision`` parameter; the error for an unknown precision lists the known
+    ones."""
     one_of("precision", precision, PRECISIONS)
     return PRECISIONS[precision]
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for the work queued on ``device``, so that a clock read next measures it."""
+    """Wait for the work queued on ``device``, so that a time measured afterwards includes it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -45,5 +46,5 @@ def synchronize(device: torch.device) -> None:
 
 
 def name(device: torch.device) -> str:
-    """What ``device`` is called, for a results file: a GPU's product name, else its type."""
+    """Return the name of ``device`` for a results file: a CUDA GPU's product name, otherwise the device's type."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

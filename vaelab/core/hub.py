@@ -1,4 +1,4 @@
-"""Folders by name: a local one, or files downloaded from the Hugging Face hub."""
+"""Find folders by name: a local folder, or files downloaded from the Hugging Face hub."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,19 +14,19 @@ def find_folder(
     files: Sequence[str] = (),
     parameter: str = "sae",
 ) -> Path:
-    """The local folder for ``name``; files of a hub repository are downloaded first.
+    """Find the local folder for ``name``; files of a hub repository are downloaded first.
 
     Args:
         name: a local folder, or an id on the hub (owner/name).
         revision: a branch, tag or commit on the hub.
-        subfolder: part of the folder or repository.
+        subfolder: a folder inside the folder or repository; empty means the whole.
         files: globs of the files to download, relative to ``subfolder``, such as ``*.json``: only what will be loaded,
-            since repositories often hold the same weights in several formats. Empty for all files.
-        parameter: the notebook parameter that error messages name.
+            since repositories often hold the same weights in several formats. Empty means all files.
+        parameter: the notebook parameter that gave ``name``; error messages begin with it.
 
     Raises:
-        ValueError: neither a folder nor an id on the hub, a repository without any of these files, or one without
-            that subfolder.
+        ValueError: ``name`` is neither a folder nor an id on the hub, the repository cannot be read or has none of
+            these files, or the subfolder does not exist.
     """
     folder = local(name)
     if folder is None:

@@ -1,4 +1,4 @@
-"""Atomic files: written beside their place, synced, then renamed into it. And locks."""
+"""Write files atomically (to a draft beside the file, synced, then renamed to it), and lock files."""
 
 import json
 import os
@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 DRAFT = ".draft-"
-"""How the folders of drafts begin."""
+"""Prefix of the names of draft folders."""
 _cleaned: set[Path] = set()
 
 
 @contextmanager
 def naming(path: str | Path) -> Iterator[None]:
-    """Have what the system refuses name the file: a full disk does not of itself."""
+    """Add the file's name to an OSError that does not name it, such as the error of a full disk."""
     try:
         yield
     except OSError as error:
@@ -29,9 +29,9 @@ def naming(path: str | Path) -> Iterator[None]:
 def atomic(path: str | Path) -> Iterator[Path]:
     """Yield a path to write to; on success it becomes ``path``, on an exception it is removed.
 
-    A reader sees the old file or the new one, never a part, whatever kills the writer. The draft lies in a folder
-    of its own beside ``path``, which its process holds a lock on. A process's first call for a folder removes the
-    drafts that killed processes left there.
+    A reader sees either the old file or the new one, never a part of it, even if the process is killed. The draft lies
+    in its own folder beside ``path``, and the process holds a lock on that folder. The first call of a process for a
+    parent folder removes the drafts that killed processes left there.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -51,17 +51,17 @@ def atomic(path: str | Path) -> Iterator[Path]:
 
 
 def remove_dead_drafts(folder: str | Path) -> None:
-    """Remove the drafts of :func:`atomic` in a folder whose processes have ended.
+    """Remove those drafts of :func:`atomic` in a folder whose processes have ended.
 
-    The system frees a draft's lock when its process ends, however it ends. A draft whose lock is held, or which a
-    file system without locks cannot answer for, stays.
+    The system frees a draft's lock when its process ends, for whatever reason. A draft is kept if its lock is held, or
+    if the file system has no locks.
     """
     for place in Path(folder).glob(f"{DRAFT}*"):
         if place.is_symlink() or not place.is_dir():
             continue
         try:
             lock = os.open(place, os.O_RDONLY)
-        except FileNotFoundError:  # it has just become its file
+        except FileNotFoundError:  # another process has just finished or removed it
             continue
         try:
             _flock(lock)
@@ -73,19 +73,19 @@ def remove_dead_drafts(folder: str | Path) -> None:
 
 
 def _draft_folder(parent: Path) -> tuple[Path, int]:
-    """A new folder for a draft, and the descriptor that holds its lock."""
+    """Make a new folder for a draft; return it with the descriptor that holds its lock."""
     while True:
         place = Path(tempfile.mkdtemp(prefix=DRAFT, dir=parent))
         try:
             lock = os.open(place, os.O_RDONLY)
         except FileNotFoundError:
-            continue  # another process took it for a dead one's before it was locked
+            continue  # another process took it for the draft of an ended process, before it was locked
         try:
             _flock(lock)
             if os.path.samestat(os.fstat(lock), place.stat()):
                 return place, lock
         except (BlockingIOError, FileNotFoundError):
-            pass  # likewise
+            pass  # the same
         except OSError:
             return place, lock  # a file system without locks
         os.close(lock)
@@ -104,7 +104,10 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def locked(path: str | Path) -> BinaryIO | None:
-    """A lock file that one process holds at a time, until it closes it or ends; None where another holds it."""
+    """Lock a file, which only one process can do at a time, until the file is closed or the process ends.
+
+    Returns None if another process holds the lock.
+    """
     lock = open(path, "ab")  # noqa: SIM115
     try:
         _flock(lock.fileno())
@@ -117,5 +120,5 @@ def locked(path: str | Path) -> BinaryIO | None:
 
 
 def read_json(path: str | Path) -> Any:
-    """The value of a JSON file."""
+    """Read the value of a JSON file."""
     return json.loads(Path(path).read_text())

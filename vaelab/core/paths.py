@@ -4,10 +4,10 @@ from pathlib import Path
 
 
 def project_root() -> Path:
-    """The folder that relative paths start from.
+    """Return the folder that relative paths start from.
 
-    papermill's kernels work in the caller's folder, JupyterLab's in the notebook's: seen from
-    ``notebooks/``, a path in a params file begins one folder up.
+    papermill's kernels run in the caller's folder, but JupyterLab's kernels run in the notebook's folder. In
+    ``notebooks/`` the project root is therefore the parent folder.
     """
     here = Path.cwd()
     beside_package = here.name == "notebooks" and (here.parent / "vaelab").is_dir()
@@ -15,12 +15,12 @@ def project_root() -> Path:
 
 
 def resolve(path: str | Path) -> Path:
-    """``path`` with ``~`` expanded and, where it is relative, put under :func:`project_root`."""
+    """Expand ``~`` in ``path`` and, if the path is relative, put it under :func:`project_root`."""
     path = Path(path).expanduser()
     return path if path.is_absolute() else project_root() / path
 
 
 def local(path: str | Path) -> Path | None:
-    """The local file or folder that ``path`` names, or None where there is none."""
+    """Return the local file or folder that ``path`` names; None if it does not exist."""
     resolved = resolve(path)
     return resolved if str(path) and resolved.exists() else None

@@ -16,12 +16,12 @@ class Interval(NamedTuple):
 
 
 def paired_interval(first: Any, second: Any, level: float = 0.95) -> Interval:
-    """The mean of ``second - first`` over pairs, with Student's t interval.
+    """Compute the mean of ``second - first`` over pairs, with Student's t interval.
 
     Args:
         first: (N,) values, N >= 2, in the order of ``second``.
         second: (N,) values.
-        level: the interval's coverage if the differences are normal.
+        level: the interval's coverage if the differences are normally distributed.
     """
     from scipy import stats
 
@@ -34,11 +34,11 @@ def paired_interval(first: Any, second: Any, level: float = 0.95) -> Interval:
 
 
 def wilson(successes: int, count: int, level: float = 0.95) -> tuple[float, float]:
-    """Wilson's confidence interval of a proportion; it stays within [0, 1].
+    """Compute Wilson's confidence interval of a proportion; it stays within [0, 1].
 
     Args:
-        successes: how many of the trials succeeded.
-        count: trials, at least 1.
+        successes: the number of trials that succeeded.
+        count: the number of trials, at least 1.
         level: the interval's coverage.
     """
     from scipy import stats

@@ -1,4 +1,4 @@
-"""Timing several functions in turns."""
+"""Time several functions in turns."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -17,14 +17,14 @@ def interleaved(
     """Time several actions in turns.
 
     Args:
-        actions: called with the round's number.
-        rounds: how often each is timed.
-        device: whose queue must be empty before a clock is read.
-        warmup: rounds that do not count.
-        seed: fixes the order within the rounds.
+        actions: the functions to time, by name; each is called with the index of the round.
+        rounds: how often each action is timed.
+        device: the device that the actions use; its queue is emptied before a time is measured.
+        warmup: the number of rounds at the start that are not counted.
+        seed: determines the order of the actions within the rounds.
 
     Returns:
-        A row a round, a column an action, in seconds.
+        One row per round and one column per action, in seconds.
     """
     at_least("rounds", rounds, 1)
     rng = np.random.default_rng(seed)
@@ -42,8 +42,8 @@ def interleaved(
 
 
 def paired_percent(seconds: pd.DataFrame, name: str, reference: str) -> tuple[float, float, float]:
-    """How much longer ``name`` takes than ``reference``, in percent: the median over rounds of
-    the paired difference over the reference's median, and its first and third quartile."""
+    """Compute how much longer ``name`` takes than ``reference``, in percent of the reference's median time: the median
+    over rounds of the paired difference, and its first and third quartiles."""
     difference = 100 * (seconds[name] - seconds[reference]) / seconds[reference].median()
     low, middle, high = np.percentile(difference, [25, 50, 75])
     return float(middle), float(low), float(high)

@@ -1,4 +1,4 @@
-"""Input validation: errors that name the parameter, the value, and what is right."""
+"""Input validation: errors that name the parameter, its value, and what is expected."""
 
 import difflib
 from collections.abc import Iterable
@@ -6,14 +6,14 @@ from typing import Any
 
 
 def nearest(name: str, choices: Iterable[str], count: int = 5) -> list[str]:
-    """The up to ``count`` choices that look most like ``name``, best first."""
+    """Return up to ``count`` choices that look most like ``name``, best first."""
     choices = sorted(set(choices))
     close = difflib.get_close_matches(name, choices, n=count, cutoff=0.4)
     return close or choices[:count]
 
 
 def unknown(parameter: str, name: Any, choices: Iterable[str]) -> ValueError:
-    """The error for a name that does not exist; it lists the nearest names that do."""
+    """Make the error for a name that does not exist; it lists the most similar names that exist."""
     choices = list(choices)
     listed = ", ".join(nearest(str(name), choices)) or "none at all"
     return ValueError(f"{parameter}: unknown name {name!r}; the nearest of {len(choices)}: {listed}")
@@ -27,7 +27,7 @@ def at_least(parameter: str, value: float, minimum: float, *, exclusive: bool = 
 
 
 def one_of(parameter: str, value: str, choices: Iterable[str]) -> None:
-    """Raise ValueError, listing the nearest names, unless ``value`` is one of ``choices``."""
+    """Raise ValueError, listing the most similar choices, unless ``value`` is one of ``choices``."""
     choices = list(choices)
     if value not in choices:
         raise unknown(parameter, value, choices)

@@ -318,7 +318,7 @@ class Store:
 
 
 def _gather(parts: Sequence[Tensor], chosen: Tensor, dtype: torch.dtype, pool: "BufferPool") -> Tensor:
-    """The rows ``chosen`` (rising numbers) of the concatenated parts, as ``dtype``."""
+    """Gather the rows ``chosen`` (indices in rising order) of the concatenated parts, as ``dtype``."""
     ends = torch.tensor([len(part) for part in parts]).cumsum(0)
     out = pool.empty(len(chosen), parts[0].shape[1], dtype)
     first, begin = 0, 0
@@ -358,8 +358,8 @@ class BufferPool:
     """Uninitialised tensors whose memory is reused once nothing refers to it.
 
     Large memory that is freed goes back to the system, and fresh memory costs a page fault every 4 kB: without the
-    pool, a pass over a store in the page cache takes twice as long. A few blocks of memory are remembered. Where all
-    of them are in use, as by a caller that collects the tensors, fresh memory is taken and the oldest block is
+    pool, a pass over a store in the page cache takes twice as long. A few blocks of memory are remembered. If all of
+    them are in use, for instance because a caller collects the tensors, fresh memory is taken and the oldest block is
     forgotten; it is freed together with its tensors.
     """
 
@@ -367,7 +367,7 @@ class BufferPool:
         self._blocks: list[np.ndarray] = []
 
     def empty(self, rows: int, width: int, dtype: torch.dtype) -> Tensor:
-        """An uninitialised tensor (rows, width) on the CPU, as :func:`torch.empty` gives it."""
+        """Return an uninitialised tensor (rows, width) on the CPU, like :func:`torch.empty`."""
         size = rows * width * dtype.itemsize
         if not size:
             return torch.empty(rows, width, dtype=dtype)

@@ -1,8 +1,8 @@
 """Sources of training batches that can be resumed at any batch and split between processes.
 
-A source is a function of ``start`` (the batches that this process has already used), ``rank`` and
-``world`` (this process and the number of processes) that gives an endless iterator. Batch number n of
-the whole run goes to process ``n % world``.
+A source is a function that returns an endless iterator. It takes ``start`` (the number of batches that this process
+has already used), ``rank`` (the index of this process) and ``world`` (the number of processes). Batch n of the whole
+run goes to process ``n % world``.
 """
 
 import itertools
@@ -16,43 +16,43 @@ import numpy as np
 from vaelab.core.validate import at_least, one_of
 
 Batches = Callable[..., Iterator[Any]]
-"""What :func:`vaelab.training.loop.train` takes: called as ``batches(start=, rank=, world=)``."""
+"""A source of batches for :func:`vaelab.training.loop.train`; called as ``batches(start=, rank=, world=)``."""
 
 REMAINDERS = ("drop", "wrap", "join")
 
 
 @dataclass(frozen=True)
 class NumberedBatches:
-    """Endless batches, each made from its number alone, so that no state has to be stored to resume.
+    """Endless batches, each made from its index alone, so that no state has to be stored to resume.
 
     ::
 
         batches = NumberedBatches(lambda number: draw(np.random.default_rng([seed, number])))
-        for batch in batches(start=100): ...      # from the 101st on
+        for batch in batches(start=100): ...      # starts with the 101st batch
     """
 
     make: Callable[[int], Any]
-    """Gives batch number n of the run, counted from 0."""
+    """Makes batch n of the run, counted from 0."""
 
     def __call__(self, start: int = 0, rank: int = 0, world: int = 1) -> Iterator[Any]:
-        """Iterate from this process's batch number ``start``; see the module's docstring."""
+        """Iterate over this process's batches from index ``start`` on; see the module's docstring."""
         return map(self.make, itertools.count(start * world + rank, world))
 
 
 def shuffled_batches(
     count: int, batch_size: int, seed: int, take: Callable[[np.ndarray, int], Any], *, remainder: str = "drop"
 ) -> NumberedBatches:
-    """Endless batches of ``count`` rows, in another order each epoch.
+    """Make endless batches of a data set of ``count`` rows, in another order in each epoch.
 
     Args:
-        count: rows of the data set, at least 1.
-        batch_size: rows of a batch.
-        seed: epoch e's order is that of NumPy's default generator seeded with [seed, e].
-        take: makes a batch of an array of row numbers (batch_size,) and the epoch of the first.
-        remainder: what happens to the last rows of an epoch where they fill no batch. ``drop``
+        count: the number of rows of the data set, at least 1.
+        batch_size: rows per batch.
+        seed: determines the order: epoch e is permuted by NumPy's default generator seeded with [seed, e].
+        take: makes a batch from an array of row indices (batch_size,) and the epoch of the first of them.
+        remainder: what happens to the last rows of an epoch if they do not fill a batch. ``drop``
             leaves them out of this epoch, ``wrap`` completes the batch with the epoch's first rows,
-            ``join`` completes it with the first rows of the next epoch. A data set smaller than one
-            batch wraps under ``drop`` too.
+            ``join`` completes it with the first rows of the next epoch. If the data set is smaller than one
+            batch, ``drop`` wraps too.
     """
     at_least("count", count, 1)
     at_least("batch_size", batch_size, 1)

@@ -1,13 +1,13 @@
-"""A training's state on disk: a checkpoint, replaced as a whole, and a log, which only grows.
+"""The state of a training run on disk: a checkpoint, which is replaced as a whole, and a log, which only grows.
 
 ::
 
-    checkpoint.safetensors   weights, AdamW's moments, settings, progress: written beside its place, then renamed
-    log.jsonl                one row a line: the history and what watchers recorded
+    checkpoint.safetensors   weights, AdamW's moments, settings, progress: written to a draft file, then renamed
+    log.jsonl                one row per line: the history and what watchers recorded
 
-The log is appended and synced before each checkpoint, and the checkpoint says how many of its bytes
-belong to it. A run that is resumed cuts the log to these, so that each row is in it once. Both files
-carry a checksum, which is verified when they are read.
+The log is appended and synced before each checkpoint, and the checkpoint records how many bytes of the log belong to
+it. A resumed run cuts the log to this length, so that each row occurs once. The checkpoint holds checksums of both
+files, which are verified when they are read.
 """
 
 import json
@@ -35,12 +35,12 @@ CHECKPOINT = "checkpoint.safetensors"
 LOG = "log.jsonl"
 
 Rows = list[dict[str, Any]]
-"""Records of plain JSON, in the order in which they were made."""
+"""Records of plain JSON, in the order in which they were recorded."""
 
 
 @dataclass
 class Progress:
-    """How far a training has come, beside its weights, its optimizer's moments and its log."""
+    """How far a training run has come, besides its weights, its optimizer's moments and its log."""
 
     step: int = 0
     """Steps taken."""
@@ -49,14 +49,14 @@ class Progress:
     watchers: list[dict[str, Any]] = field(default_factory=list)
     """The state of each watcher, plain JSON."""
     scaler: dict[str, Any] | None = None
-    """The state of float16's loss scaler, where there is one."""
+    """The state of float16's loss scaler, if there is one."""
 
 
 class TrainingLog:
-    """The rows of a training as ``log.jsonl`` in its folder.
+    """The rows of a training run, written to ``log.jsonl`` in its folder.
 
     Args:
-        path: the file.
+        path: the log file.
         logs: the lists of rows by name; they grow during training and are filled by :meth:`restore`.
     """
 
@@ -66,7 +66,7 @@ class TrainingLog:
         self._bytes, self._digest = 0, xxhash.xxh3_128()
 
     def append(self) -> dict[str, Any]:
-        """Append and sync the rows that are new; return what :meth:`restore` needs to find this state again."""
+        """Append the new rows to the file and sync it; return what :meth:`restore` needs to find this state again."""
         lines = []
         for name, rows in self._logs.items():
             lines += [json.dumps({"log": name, "row": row}) for row in rows[self._written[name] :]]
@@ -86,10 +86,10 @@ class TrainingLog:
     def restore(self, state: dict[str, Any]) -> None:
         """Fill the lists from the file, up to the state that :meth:`append` returned.
 
-        What a killed run wrote after that is cut off by the next :meth:`append`.
+        If an interrupted run wrote rows after that, the next :meth:`append` cuts them off.
 
         Raises:
-            ValueError: the file is missing, damaged, or holds a log of another name.
+            ValueError: the file is missing or damaged, or holds a list of rows with an unknown name.
         """
         content = _bytes_of(self.path, state["bytes"]) if state["bytes"] else b""
         self._digest = xxhash.xxh3_128(content)
@@ -107,7 +107,7 @@ class TrainingLog:
 
 
 def read_log(path: Path) -> dict[str, Rows]:
-    """The rows of a finished training's log, by name.
+    """Read the lists of rows from the log of a finished training run, by name.
 
     Raises:
         ValueError: the file is missing or damaged.
@@ -130,18 +130,19 @@ def save(
     """Write the weights, AdamW's moments and the progress, atomically.
 
     Args:
-        path: the file.
+        path: the checkpoint file.
         objective: the module in training; a moment is stored under its parameter's name.
-        optimizer: its AdamW.
-        documents: plain JSON by name: ``signature``, the settings that a run must share to resume, and ``log``.
-        progress: how far it has come.
+        optimizer: the module's AdamW.
+        documents: plain JSON by name: ``signature``, the settings that a run must share to resume, and ``log``, the
+            result of :meth:`TrainingLog.append`.
+        progress: how far the run has come.
 
     Raises:
-        FloatingPointError: a weight is NaN or infinite; the file there is not replaced.
+        FloatingPointError: a weight is NaN or infinite; the existing file is not replaced.
     """
     inner = _unwrapped(optimizer)
     tensors = {f"model/{name}": value for name, value in objective.state_dict().items()}
-    # without the condition torch would take a first step to make a state to return
+    # without the condition, torch would take a step in order to have a state to return
     states = get_optimizer_state_dict(objective, inner)["state"] if inner.state else {}
     tensors |= {f"optimizer/{key}/{name}": value for name, state in states.items() for key, value in state.items()}
     tensors |= {f"sums/{name}": value for name, value in progress.sums.items()}
@@ -160,8 +161,8 @@ def restore(
     """Read what :func:`save` wrote into the module and its optimizer; return the progress and the documents.
 
     Raises:
-        ValueError: a damaged or foreign file, one whose settings are others than ``signature``, or
-            one with a weight that is NaN or infinite.
+        ValueError: the file is missing, damaged or foreign, was made with other settings than ``signature``, or has a
+            weight that is NaN or infinite.
     """
     tensors, documents = read_tensors(path)
     if not {"progress", "signature", "log"} <= documents.keys():
@@ -170,7 +171,7 @@ def restore(
     bad = not_finite(tensors, _may_be_infinite(objective))
     if bad:
         raise ValueError(f"{path} cannot be resumed from: {bad} is NaN or infinite")
-    # the optimizer first: torch steps it once, at a learning rate of 0, to make the state that it then replaces
+    # the optimizer first: torch steps it once, at a learning rate of 0, to create the state that it then replaces
     _restore_optimizer(objective, _unwrapped(optimizer), tensors)
     objective.load_state_dict({n.removeprefix("model/"): t for n, t in tensors.items() if n.startswith("model/")})
     progress = documents["progress"]
@@ -184,7 +185,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], documents: Mapping[
 
     Documents are stored as tensors of bytes: safetensors limits its header, not its tensors.
     """
-    # a copy each: safetensors refuses tensors that share memory
+    # copy each tensor: safetensors refuses tensors that share memory
     stored = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
     for name, document in documents.items():
         stored[f"json/{name}"] = torch.frombuffer(bytearray(json.dumps(document).encode()), dtype=torch.uint8)
@@ -201,7 +202,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     beside the training, which reads its checkpoint once: there is no read without it.
 
     Raises:
-        ValueError: a missing, damaged or foreign file.
+        ValueError: the file is missing, damaged or foreign.
     """
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
@@ -220,7 +221,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def not_finite(tensors: Mapping[str, Tensor], may_be_infinite: frozenset[str] = frozenset()) -> str | None:
-    """The first tensor with a NaN or an infinity; of ``may_be_infinite``, the first with a NaN."""
+    """Return the name of the first tensor with a NaN or infinite value; None if there is none. Tensors named in
+    ``may_be_infinite`` are checked for NaN only."""
     for name, value in tensors.items():
         if value.is_floating_point() or value.is_complex():
             bad = value.isnan() if name in may_be_infinite else ~value.isfinite()
@@ -230,7 +232,7 @@ def not_finite(tensors: Mapping[str, Tensor], may_be_infinite: frozenset[str] = 
 
 
 def require_same_settings(path: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
-    """Raise ValueError, naming what differs, where ``path`` was made with other settings than ``here``."""
+    """Raise ValueError, naming the differences, if ``path`` was made with other settings than ``here``."""
     differing = [key for key in {**here, **there} if there.get(key) != here.get(key)]
     if differing:
         what = ", ".join(f"{key} {there.get(key)!r} there, {here.get(key)!r} here" for key in differing)
@@ -245,7 +247,7 @@ def _restore_optimizer(objective: nn.Module, optimizer: torch.optim.Optimizer, t
             states.setdefault(parameter, {})[key] = value
     if not states:
         return
-    # a parameter without a gradient has no state, and strict would refuse that
+    # a parameter without a gradient has no state, which strict=True would refuse
     options = StateDictOptions(strict=False)
     groups = get_optimizer_state_dict(objective, optimizer, options=options)["param_groups"]
     set_optimizer_state_dict(objective, optimizer, {"state": states, "param_groups": groups}, options=options)
@@ -261,7 +263,8 @@ def _unwrapped(optimizer: Any) -> torch.optim.Optimizer:
 
 
 def _may_be_infinite(objective: nn.Module) -> frozenset[str]:
-    """Buffers, as attention masks of -inf, and AdamW's second moment, which a huge gradient overflows."""
+    """Names of the tensors that may be infinite: buffers, such as attention masks of -inf, and AdamW's second moments,
+    which a huge gradient overflows."""
     buffers = {f"model/{name}" for name, _ in objective.named_buffers(remove_duplicate=False)}
     moments = {f"optimizer/exp_avg_sq/{name}" for name, _ in objective.named_parameters()}
     return frozenset(buffers | moments)

@@ -1,4 +1,4 @@
-"""Evaluation mode for as long as something is measured."""
+"""Switch modules to evaluation mode while something is measured."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,8 +10,8 @@ from torch import nn
 def evaluation_mode(*modules: nn.Module) -> Iterator[None]:
     """Put modules into evaluation mode and restore the mode of each of their submodules afterwards.
 
-    The mode is restored after an exception too. It is restored for every submodule by itself:
-    ``module.train()`` would also switch a submodule on that had been frozen in evaluation mode.
+    The mode is restored after an exception too, and for every submodule separately: ``module.train()`` would also
+    switch submodules to training mode that had been frozen in evaluation mode.
 
     ::
 

@@ -1,8 +1,8 @@
-"""The training loop, on accelerate, for everything the lab trains.
+"""The training loop, built on accelerate, for everything that the lab trains.
 
-A step's randomness depends on the seed and the step's number alone, and a checkpoint is replaced as a
-whole. A run that was killed and resumed therefore ends in the same weights, bit for bit on a CPU, as
-one that was not interrupted.
+The randomness of a step depends only on the seed, the step's index and the process, and a checkpoint is replaced as a
+whole. A run that was interrupted and resumed therefore ends with the same weights (bit for bit on a CPU) as one that
+was not interrupted.
 """
 
 import json
@@ -30,9 +30,9 @@ from vaelab.training.checkpoint import CHECKPOINT, LOG, Progress, Rows, Training
 TRACKERS = ("tensorboard", "wandb")
 SCHEDULES = ("constant", "linear", "cosine")
 MIXED_PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
-"""What accelerate calls the precisions."""
+"""accelerate's names for the precisions."""
 EXECUTION_ONLY = ("device", "checkpoint_every", "trackers")
-"""Fields of :class:`TrainConfig` that do not decide the result: a run may be resumed with others."""
+"""Fields of :class:`TrainConfig` that do not affect the result: a run may be resumed with other values."""
 
 
 @dataclass(frozen=True)
@@ -52,31 +52,31 @@ class TrainConfig:
     warmup: int = 0
     """Steps over which the learning rate rises linearly from 0."""
     schedule: str = "constant"
-    """The learning rate after the warm-up: ``constant``, ``linear`` or ``cosine``. The latter two reach
-    ``final_rate`` one step after the last."""
+    """The learning rate after the warm-up: ``constant``, ``linear`` or ``cosine``. The latter two reach ``final_rate``
+    one step after the schedule's last step."""
     horizon: int = 0
-    """The step after which the schedule ends, if that is later than ``steps``; 0 for ``steps``."""
+    """The schedule's last step, if it is later than ``steps``; 0 means ``steps``."""
     final_rate: float | None = None
-    """The learning rate at the end of the schedule; None for 0."""
+    """The learning rate at the end of the schedule; None means 0."""
     accumulation: int = 1
     """Batches per step, at least 1."""
     clip_norm: float = 1.0
     """Largest norm of the gradient; 0 does not clip."""
     precision: str = "float32"
-    """Of the forward pass (autocast); the weights stay as they are. float16 needs a GPU."""
+    """Precision of the forward pass (autocast); the weights keep their precision. float16 needs a GPU."""
     tf32: bool = True
-    """Whether float32 products on a CUDA GPU are made in TensorFloat-32: several times as fast, with factors rounded to
-    10 bits. It changes nothing elsewhere."""
+    """Whether float32 products on a CUDA GPU are computed in TensorFloat-32: several times as fast, with factors
+    rounded to 10 bits. Without a CUDA GPU it has no effect."""
     device: str = "auto"
-    """Where to train."""
+    """The device to train on: ``auto``, ``cpu``, ``cuda`` or ``mps``."""
     seed: int = 0
-    """Fixes everything random inside a step."""
+    """Determines everything random inside a step."""
     log_every: int = 10
     """Steps per row of the history, whose values are means over these steps."""
     checkpoint_every: int = 0
     """Steps between checkpoints; 0 writes one at the end only."""
     trackers: tuple[str, ...] = ()
-    """accelerate's trackers to log to: ``tensorboard``, ``wandb``."""
+    """Trackers of accelerate to log to: ``tensorboard``, ``wandb``."""
 
     def __post_init__(self) -> None:
         least = {"steps": 1, "accumulation": 1, "log_every": 1, "warmup": 0, "checkpoint_every": 0, "seed": 0}
@@ -101,7 +101,7 @@ class TrainConfig:
         one_of("precision", self.precision, MIXED_PRECISION)
 
     def rate(self, step: int) -> float:
-        """The learning rate of optimizer step ``step``, which counts from 1."""
+        """Compute the learning rate of optimizer step ``step``, which counts from 1."""
         if step <= self.warmup:
             return self.learning_rate * step / self.warmup
         if self.schedule == "constant":
@@ -117,40 +117,40 @@ class Watcher:
     """A callback that observes a training run or changes it. Steps count from 1."""
 
     def around(self, step: int) -> AbstractContextManager:
-        """A context for the forward and backward pass of a step."""
+        """Return a context manager that is active during the forward and backward pass of a step."""
         return nullcontext()
 
     def after(self, step: int, optimizer: torch.optim.Optimizer) -> None:
-        """Called when the step has been taken, before the next one."""
+        """Called after the optimizer step ``step`` and before the next step."""
 
     def logged(self, history: Rows) -> None:
-        """Called when a row has been added to the history."""
+        """Called after a row was added to the history."""
 
     def logs(self) -> dict[str, Rows]:
-        """The lists of rows that this watcher appends to, by name; rows are plain JSON.
+        """Return the lists of rows that this watcher appends to, by name; rows are plain JSON.
 
-        They are written to the log file, which has no limit. A resumed run finds them as they were at
-        its checkpoint. A row that has been added must not be changed.
+        They are written to the log file, which may grow without limit. When a run is resumed, they are restored to
+        their state at the checkpoint. A row must not be changed after it was added.
         """
         return {}
 
     def state(self) -> dict[str, Any]:
-        """What else, as plain JSON, a checkpoint must hold for this watcher to be resumed."""
+        """Return what else a checkpoint must hold to resume this watcher, as plain JSON."""
         return {}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Resume from what :meth:`state` returned; the lists of :meth:`logs` are restored already."""
+        """Resume from what :meth:`state` returned; the lists of :meth:`logs` have already been restored."""
 
 
 class Trained(NamedTuple):
-    """What :func:`train` returns; the weights are in the module it was given."""
+    """What :func:`train` returns; the trained weights are in the module that was given to it."""
 
     history: Rows
-    """A row for every ``log_every`` steps: ``step``, ``learning_rate`` and the mean losses."""
+    """One row per ``log_every`` steps: ``step``, ``learning_rate`` and the losses, each the mean over these steps."""
     seconds: float
-    """Time spent in this process."""
+    """Seconds of training in this process, without the time before a resumption."""
     resumed_at: int
-    """The step of the checkpoint that the run was resumed from, 0 for none."""
+    """The step of the checkpoint that the run was resumed from; 0 if it was not resumed."""
 
 
 def train(
@@ -166,22 +166,23 @@ def train(
     """Train ``objective`` and leave it on the training device, in evaluation mode.
 
     Args:
-        objective: a module whose call on a batch returns a dict of scalar tensors with the key
-            ``loss``; its parameters that require gradients are trained.
-        batches: called with ``start`` (batches to skip), ``rank`` and ``world`` (of a
-            distributed run), iterates over the batches from there on: dicts of tensors, tensors or
-            tuples. See :mod:`vaelab.training.batches`.
+        objective: a module that returns a dict of scalar tensors with the key ``loss`` when it is called on a batch;
+            its parameters that require gradients are trained.
+        batches: a source of batches (see :mod:`vaelab.training.batches`). Called with ``start`` (the number of batches
+            to skip), ``rank`` and ``world`` (the index of this process and the number of processes), it iterates over
+            batches: tensors, or dicts or tuples of tensors.
         config: how to train.
-        folder: where the checkpoint and the log are written, and resumed from where they exist.
-            None writes neither.
-        watchers: see :class:`Watcher`.
-        settings: what else, as plain JSON, decides the result: a checkpoint made with other
-            settings is not resumed.
-        title: the progress bar's.
+        folder: where the checkpoint and the log are written; training resumes from them if they exist. None writes
+            neither.
+        watchers: callbacks, see :class:`Watcher`.
+        settings: what else determines the result, as plain JSON: a checkpoint with other settings is not resumed.
+        title: the title of the progress bar.
 
     Raises:
-        ValueError: the folder's checkpoint is damaged or was made with other settings.
-        FloatingPointError: a loss that is not finite, with its step; or a weight, when a checkpoint is due.
+        ValueError: the folder's checkpoint is damaged or was made with other settings, or ``config`` does not fit the
+            model or this machine.
+        FloatingPointError: a loss is not finite (the error gives the step), or a weight is not finite when a
+            checkpoint is written.
     """
     watchers = list(watchers)
     accelerator = _accelerator(config, folder)
@@ -234,13 +235,13 @@ def train(
     if config.trackers:
         accelerator.end_training()
     accelerator.wait_for_everyone()
-    accelerator.unwrap_model(module, keep_fp32_wrapper=False)  # which is what ends its autocast
+    accelerator.unwrap_model(module, keep_fp32_wrapper=False)  # this ends the module's autocast
     objective.eval()
     return Trained(history, time.perf_counter() - began, start)
 
 
 class _Saved:
-    """The checkpoint and the log of one training, where it has a folder."""
+    """The checkpoint and the log of one training run; does nothing if the run has no folder."""
 
     def __init__(
         self,
@@ -261,7 +262,7 @@ class _Saved:
         self._log = TrainingLog(Path(folder, LOG), logs) if folder else None
 
     def resume(self) -> Progress:
-        """Read the checkpoint, where there is one, into the objective, the optimizer and the watchers."""
+        """Read the checkpoint, if there is one, into the objective, the optimizer and the watchers."""
         if not self._folder:
             return Progress()
         path = self._folder / CHECKPOINT
@@ -327,7 +328,7 @@ def _to(batch: Any, device: torch.device) -> Any:
 
 @contextmanager
 def _float32_products(tf32: bool, device: torch.device) -> Iterator[None]:
-    """Products in TensorFloat-32 or not, on CUDA only, where ``high`` means that."""
+    """Switch TensorFloat-32 for products on or off, on CUDA only: elsewhere ``high`` does not mean TensorFloat-32."""
     before = torch.get_float32_matmul_precision()
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high" if tf32 else "highest")
@@ -345,7 +346,7 @@ def _accelerator(config: TrainConfig, folder: str | Path | None) -> Any:
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
     if not PartialState._shared_state or PartialState().num_processes == 1:
-        # accelerate keeps the first run's device and precision for the process's whole life
+        # otherwise accelerate would keep the first run's device and precision for the rest of the process
         AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(
         cpu=device.type == "cpu",
@@ -354,7 +355,7 @@ def _accelerator(config: TrainConfig, folder: str | Path | None) -> Any:
         log_with=list(config.trackers) or None,
         project_dir=str(folder) if folder else None,
     )
-    if config.precision == "float16" and not accelerator.scaler:  # accelerate would train in float32 without a word
+    if config.precision == "float16" and not accelerator.scaler:  # accelerate would silently train in float32
         raise ValueError(f"precision: float16 trains on a GPU only, not on {device}; use bfloat16 or float32")
     if len(accelerator.log_with) < len(config.trackers):
         raise ValueError(
