@@ -1,8 +1,8 @@
 """A denoiser's blocks by the papers' short names, their shapes, and example inputs for each kind of denoiser.
 
-``down.2.1``, ``mid.0``, ``up.0.1`` are the cross-attention transformer blocks of a U-Net (Surkov et
-al., "Unpacking SDXL Turbo", Figure 2); ``bottleneck`` and ``up_ft0`` to ``up_ft3`` its middle and the
-stages of its upward half, ``block14`` a transformer's block (Kim et al., "Revelio").
+``down.2.1``, ``mid.0`` and ``up.0.1`` are cross-attention transformer blocks of a U-Net (Surkov et al., "Unpacking
+SDXL Turbo", Figure 2). ``bottleneck`` is the U-Net's middle, and ``up_ft0`` to ``up_ft3`` are the stages of its upward
+half; ``block14`` is a block of a transformer (Kim et al., "Revelio").
 """
 
 import fnmatch
@@ -18,18 +18,18 @@ from vaelab.hooks import capture
 
 PROMPT_TOKENS = 77
 FLUX_TOKENS = (64, 64)
-"""The tokens of a picture of FLUX's default size: latents of 128 x 128, in patches of 2 x 2."""
+"""The grid of tokens of a picture of FLUX's default size: latents of 128 x 128, in patches of 2 x 2."""
 DENOISERS = ("unet", "transformer")
-"""The names that pipelines have for their denoiser."""
+"""The attributes in which pipelines hold their denoiser."""
 PICTURE = -1
-"""Index of the picture's tensor in a block's output; blocks with a text stream give the text's first."""
+"""Index of the picture's tensor in a block's output; blocks with a text stream return the text's tensor first."""
 TEXT_LAYERS = (
     "context_embedder", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "norm_added_q", "norm_added_k",
     "caption_projection", "encoder_hid_proj",
 )  # fmt: skip
-"""Names of modules that work on the prompt; so do all whose name ends in ``_context``."""
+"""Names of modules that work on the prompt; modules whose name ends in ``_context`` do too."""
 LARGEST_ROUNDING = 1.15
-"""The largest ratio between a token grid's aspect and the picture's; a model's stages round their sides."""
+"""Largest accepted ratio between a token grid's aspect ratio and the picture's: a model's stages round their sides."""
 
 
 class Block(NamedTuple):
@@ -38,20 +38,21 @@ class Block(NamedTuple):
     path: str
     """The module's path inside the denoiser."""
     shape: tuple[int, int, int]
-    """(height, width, channels) of its output for a picture of the model's default size."""
+    """(height, width, channels) of the block's output for a picture of the model's default size."""
 
 
 def architecture(model: nn.Module | type) -> str | None:
-    """The supported denoiser class that a module (or class) is or inherits from; None for any other."""
+    """Return the name of the supported denoiser class that a module (or class) is or inherits from; None if it is not
+    supported."""
     kind = model if isinstance(model, type) else type(model)
     return next((base.__name__ for base in kind.__mro__ if base.__name__ in EXAMPLES), None)
 
 
 def find_denoiser(pipeline: Any) -> nn.Module:
-    """A pipeline's U-Net or transformer; a denoiser is returned as it is.
+    """Return a pipeline's U-Net or transformer; a denoiser is returned unchanged.
 
     Raises:
-        ValueError: a pipeline without a denoiser, or with one that is not supported.
+        ValueError: the pipeline has no denoiser, or its denoiser is not supported.
     """
     parts = [pipeline] if isinstance(pipeline, nn.Module) else [getattr(pipeline, name, None) for name in DENOISERS]
     found = next((part for part in parts if part is not None), None)
@@ -62,7 +63,7 @@ def find_denoiser(pipeline: Any) -> nn.Module:
 
 
 def paths_by_name(pipeline: Any) -> dict[str, str]:
-    """Short names and module paths, in the order in which the blocks run."""
+    """Return the module path of each block by its short name, in the order in which the blocks run."""
     model = find_denoiser(pipeline)
     if hasattr(model, "mid_block"):
         return _unet_paths(model)
@@ -94,15 +95,15 @@ def _unet_paths(unet: nn.Module) -> dict[str, str]:
 
 
 def blocks(pipeline: Any) -> dict[str, Block]:
-    """Every named block with its shape, in the order in which they run.
+    """List every named block with its shape, in the order in which the blocks run.
 
-    The shapes come from a pass on the meta device, which neither computes nor holds anything.
+    The shapes come from a pass on the meta device, which computes no values and takes no memory.
 
     Args:
         pipeline: a diffusers pipeline, or its U-Net or transformer.
 
     Raises:
-        ValueError: a denoiser that is not supported.
+        ValueError: the denoiser is not supported.
     """
     model, found = find_denoiser(pipeline), paths_by_name(pipeline)
     seen, aspect = example_outputs(model, list(found.values())), own_aspect(model)
@@ -110,16 +111,16 @@ def blocks(pipeline: Any) -> dict[str, Block]:
 
 
 def example_outputs(pipeline: Any, layers: Sequence[str], side: str = "output") -> dict[str, Tensor]:
-    """Outputs of layers for one picture of the model's default size, by module path: tensors on the meta device, which
-    have shapes but no values.
+    """Find the outputs of layers for one picture of the model's default size, by module path: tensors on the meta
+    device, which have shapes but no values.
 
     Args:
         pipeline: a diffusers pipeline, or its U-Net or transformer.
         layers: module paths.
-        side: ``output``, ``input`` or ``update``.
+        side: ``output``, ``input`` or ``update`` (output minus input).
 
     Raises:
-        ValueError: side ``update`` for a layer whose output and input differ in shape.
+        ValueError: the side is ``update`` and a layer's output and input differ in shape.
     """
     model = find_denoiser(pipeline)
     with torch.device("meta"), torch.no_grad():
@@ -134,13 +135,13 @@ def example_outputs(pipeline: Any, layers: Sequence[str], side: str = "output") 
 
 
 def picture_entry(pipeline: Any, path: str) -> int:
-    """Which of a module's output tensors is the picture's, as an index.
+    """Return the index of the picture's tensor among a module's output tensors.
 
-    It follows from what the module is, not from shapes, which may be equal: blocks with a text stream give (text,
-    picture), all other modules give the picture's tensor first.
+    The kind of module determines it, not the shapes, which may be equal: blocks with a text stream return (text,
+    picture), all other modules return the picture's tensor first.
 
     Raises:
-        ValueError: a module that works on text, or on text and picture in one sequence.
+        ValueError: the module works on text, or on text and picture in one sequence.
     """
     model = find_denoiser(pipeline)
     if path in paths_by_name(model).values():
@@ -155,21 +156,22 @@ def picture_entry(pipeline: Any, path: str) -> int:
 
 
 def own_aspect(model: nn.Module) -> float:
-    """Height over width of the pictures that a denoiser makes by default."""
+    """Return the aspect ratio (height / width) of the pictures that a denoiser makes by default."""
     height, width = _sides(model.config.get("sample_size") or 1)
     return height / width
 
 
 def find_blocks(pipeline: Any, names: str | Iterable[str], parameter: str = "blocks") -> dict[str, str]:
-    """Module paths of blocks, in the order of ``names``.
+    """Find the module paths of blocks, in the order of ``names``.
 
     Args:
         pipeline: a diffusers pipeline, or its U-Net or transformer.
-        names: short names, globs of these (``up.*``), or module paths.
-        parameter: the notebook parameter that error messages name.
+        names: short names, globs of short names (``up.*``), or module paths.
+        parameter: the notebook parameter that gave the names; error messages begin with it.
 
     Raises:
-        ValueError: an unknown name, with the nearest; a glob that matches nothing; or none at all.
+        ValueError: a name is unknown (the error lists the nearest names), a glob matches nothing, or ``names`` is
+            empty.
     """
     names = [names] if isinstance(names, str) else list(names)
     if not names:
@@ -186,14 +188,14 @@ def find_blocks(pipeline: Any, names: str | Iterable[str], parameter: str = "blo
 
 
 def to_maps(tensor: Tensor, aspect: float = 1.0) -> Tensor:
-    """A block's output, (B, d, h, w) or tokens (B, h w, d), as maps (B, h, w, d).
+    """Arrange a block's output as maps (B, h, w, d).
 
     Args:
-        tensor: the captured output.
-        aspect: the picture's height over its width, which determines the grid of tokens.
+        tensor: the captured output: a map (B, d, h, w) or tokens (B, h w, d).
+        aspect: the picture's aspect ratio (height / width), which determines the grid of tokens.
 
     Raises:
-        ValueError: neither a map nor tokens, or tokens that fill no grid of that aspect.
+        ValueError: the output is neither a map nor tokens, or the tokens do not fill a grid of that aspect ratio.
     """
     if tensor.ndim == 4:
         return tensor.permute(0, 2, 3, 1).contiguous()
@@ -205,7 +207,8 @@ def to_maps(tensor: Tensor, aspect: float = 1.0) -> Tensor:
 
 
 def _grid(tokens: int, aspect: float) -> tuple[int, int]:
-    """The sides whose aspect is nearest to the picture's; a model's stages round theirs."""
+    """Find the sides of the token grid whose aspect ratio is nearest to the picture's: a model's stages round their
+    sides."""
 
     def distance(height: int) -> float:
         return abs(math.log(height * height / tokens / aspect))

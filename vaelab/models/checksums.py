@@ -1,7 +1,8 @@
 """Checksums of the weights that a run saves, in a ``checksums.json`` beside them.
 
-A flipped bit in a weight gives another model, not an error. The file holds the XXH3 checksum (128 bits, hexadecimal) of
-each weight file in its folder, by name. It is optional: a folder without it, such as a download, is loaded unchecked.
+A flipped bit in a weight changes the model without raising an error. The file holds the XXH3 checksum (128 bits,
+hexadecimal) of each weight file in its folder, by name. It is optional: a folder without it, such as a download, is
+loaded without this check.
 """
 
 from pathlib import Path
@@ -13,14 +14,14 @@ from vaelab.core.io import read_json, write_json
 
 CHECKSUMS = "checksums.json"
 PIECE = 2**22
-"""Bytes that are read at a time."""
+"""Number of bytes that are read at a time."""
 
 
 def save_with_checksums(model: Any, folder: str | Path) -> None:
     """Save a diffusers or transformers module, or a pipeline, with the checksums of its weight files.
 
-    Each folder with weights has its own ``checksums.json``. The old ones are removed first and the new ones are written
-    last, atomically, so that a killed process leaves none that contradicts its weights.
+    Each folder with weights has its own ``checksums.json``. Old files of this name are removed first, and new ones are
+    written last, atomically. If the process is killed, no file remains that contradicts the weights beside it.
     """
     folder = Path(folder)
     for old in folder.rglob(CHECKSUMS):
@@ -31,7 +32,7 @@ def save_with_checksums(model: Any, folder: str | Path) -> None:
 
 
 def verify_checksums(folder: Path, name: str, only: str | None = None) -> None:
-    """Compare the weight files of a local folder with its ``checksums.json``, where there is one.
+    """Compare the weight files of a local folder with its ``checksums.json``, if there is one.
 
     Measured on two cores shared with other work: 0.25 s for a file of 320 MB (an SDXL-VAE has 335 MB) in the system's
     cache, a tenth of the 2.5 s that reading it and looking for NaN took; 1 ms for the embedded VAE. A file that is not
@@ -39,11 +40,11 @@ def verify_checksums(folder: Path, name: str, only: str | None = None) -> None:
 
     Args:
         folder: the folder of one module.
-        name: what the user calls the model, for errors.
-        only: the one file that is loaded; None for all that are listed.
+        name: the name by which the user loads the model, for error messages.
+        only: the name of the only file to check; None means all files that are listed.
 
     Raises:
-        ValueError: a weight file that is missing or has another checksum, or a damaged ``checksums.json``.
+        ValueError: a weight file is missing or has another checksum, or ``checksums.json`` is damaged.
     """
     file = folder / CHECKSUMS
     if not file.is_file():
@@ -67,7 +68,7 @@ def verify_checksums(folder: Path, name: str, only: str | None = None) -> None:
 
 
 def checksum(file: Path) -> str:
-    """The XXH3 checksum (128 bits, hexadecimal) of a file."""
+    """Compute a file's XXH3 checksum (128 bits, hexadecimal)."""
     digest = xxhash.xxh3_128()
     with open(file, "rb") as source:
         while piece := source.read(PIECE):

@@ -1,7 +1,7 @@
-"""A denoiser's inputs from a picture and a prompt: scaled latents, noise, timestep, conditioning.
+"""Make a denoiser's inputs from a picture and a prompt: scaled latents, noise, timestep, conditioning.
 
-Each kind of pipeline encodes these in its own way; the functions here are the same for all of them. What a model or
-scheduler needs is read from its configuration and its own functions.
+Each kind of pipeline encodes these in its own way; the functions here work for all of them. They read what a model or
+scheduler needs from its configuration and its own functions.
 """
 
 import contextlib
@@ -23,15 +23,15 @@ AESTHETIC_SCORE = 6.0, 2.5
 
 
 def is_class_conditional(pipeline: Any) -> bool:
-    """Whether the pipeline's prompts are class numbers."""
+    """Whether the pipeline's prompts are classes."""
     return architecture(find_denoiser(pipeline)) == DIT
 
 
 def is_flow(pipeline: Any) -> bool:
     """Whether the pipeline's schedule is a rectified flow.
 
-    The scheduler's configuration says so (a solver of diffusion that is set to flow sigmas), or the scheduler has the
-    function by which diffusers' flow schedulers add noise.
+    This is the case if the scheduler's configuration says so (a diffusion solver that is set to flow sigmas), or if
+    the scheduler has the function with which diffusers' flow schedulers add noise.
     """
     scheduler = pipeline.scheduler
     by_config = scheduler.config.get("use_flow_sigmas") or scheduler.config.get("prediction_type") == "flow_prediction"
@@ -39,23 +39,24 @@ def is_flow(pipeline: Any) -> bool:
 
 
 def last_timestep(pipeline: Any) -> int:
-    """The timestep with the most noise."""
+    """Return the timestep with the most noise."""
     return pipeline.scheduler.config.num_train_timesteps - (0 if is_flow(pipeline) else 1)
 
 
 def patch_size(model: nn.Module) -> int:
-    """Side of the square of latent pixels that is one token of a denoiser; 1 for a U-Net."""
+    """Return the side of the square of latent pixels that is one token of a denoiser; 1 for a U-Net."""
     return FLUX_PATCH if architecture(model) == FLUX else model.config.get("patch_size", 1)
 
 
 def encode_pictures(pipeline: Any, pixels: Tensor) -> Tensor:
-    """Latents (B, c, h, w) as the denoiser takes them, of pictures (B, 3, H, W) in [-1, 1].
+    """Encode pictures (B, 3, H, W) in [-1, 1] to latents (B, c, h, w) as the denoiser takes them.
 
-    They are the posterior's means, shifted and scaled as the pipeline's own decoding undoes it (see
-    :func:`vaelab.models.loading.uses_latent_statistics`); for a model of pixels the pictures, resized to its own size.
+    The latents are the posterior's means, shifted and scaled so that the pipeline's own decoding undoes it (see
+    :func:`vaelab.models.loading.uses_latent_statistics`). For a model that works on pixels they are the pictures,
+    resized to the model's size.
 
     Raises:
-        ValueError: sides that autoencoder and denoiser cannot divide evenly.
+        ValueError: autoencoder and denoiser cannot divide the sides evenly.
     """
     model, vae = find_denoiser(pipeline), getattr(pipeline, "vae", None)
     pixels = pixels.to(model.device)
@@ -75,7 +76,7 @@ def encode_pictures(pipeline: Any, pixels: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def _wide_enough(vae: nn.Module) -> Iterator[None]:
-    """The SDXL-VAE overflows in float16: it is float32 meanwhile."""
+    """Run a VAE in float32 inside the context if it overflows in float16, like the SDXL-VAE."""
     dtype = vae.dtype
     overflows = dtype == torch.float16 and vae.config.get("force_upcast")
     nn.Module.to(vae, torch.float32 if overflows else dtype)
@@ -86,8 +87,8 @@ def _wide_enough(vae: nn.Module) -> Iterator[None]:
 
 
 def add_noise(pipeline: Any, latents: Tensor, noise: Tensor, timestep: int) -> Tensor:
-    """x_t of the pipeline's own schedule: sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, or for a
-    rectified flow (1 - t / T) x_0 + (t / T) eps.
+    """Add noise to latents by the pipeline's own schedule: x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, or for a
+    rectified flow x_t = (1 - t / T) x_0 + (t / T) eps.
 
     Args:
         pipeline: a diffusers pipeline.
@@ -96,7 +97,8 @@ def add_noise(pipeline: Any, latents: Tensor, noise: Tensor, timestep: int) -> T
         timestep: t, from 0 to :func:`last_timestep`.
 
     Raises:
-        ValueError: a scheduler of neither kind.
+        ValueError: the scheduler has no ``alphas_cumprod`` and is not a rectified flow, or its flow runs backwards
+            (``invert_sigmas``).
     """
     scheduler = pipeline.scheduler
     if is_flow(pipeline):
@@ -115,18 +117,19 @@ def add_noise(pipeline: Any, latents: Tensor, noise: Tensor, timestep: int) -> T
 def encode_prompts(
     pipeline: Any, prompts: Sequence[str | int] | None, count: int, size: Sequence[int]
 ) -> dict[str, Any]:
-    """The denoiser's arguments beside latents and timestep: text states, class numbers, sizes, guidance embeddings.
+    """Make the denoiser's arguments besides latents and timestep: text states, class indices, sizes, guidance
+    embeddings.
 
     Args:
         pipeline: a diffusers pipeline.
-        prompts: one a picture; class numbers or names for a class-conditional model. None for what classifier-free
-            guidance takes as no prompt: the empty prompt, zeros for SDXL, the class after the last for a
-            class-conditional model. Words that no text model of the pipeline can know are printed.
-        count: number of pictures.
+        prompts: one prompt per picture; for a class-conditional model class indices or class names. None means no
+            prompt, as in classifier-free guidance: the empty prompt, zeros for SDXL, and the class after the last for
+            a class-conditional model. Words that no text model of the pipeline can represent are printed.
+        count: the number of pictures.
         size: (height, width) of the pictures in pixels, on which some models are conditioned.
 
     Raises:
-        ValueError: a class that the model does not have.
+        ValueError: the model does not have one of the classes.
     """
     model = find_denoiser(pipeline)
     if is_class_conditional(pipeline):
@@ -150,10 +153,10 @@ def encode_prompts(
 
 
 def class_numbers(pipeline: Any, prompts: Sequence[str | int]) -> list[int]:
-    """Prompts of a class-conditional model, numbers or names of its classes, as numbers.
+    """Convert prompts of a class-conditional model, indices or names of its classes, to class indices.
 
     Raises:
-        ValueError: a class that the model does not have.
+        ValueError: the model does not have one of the classes.
     """
     labels = getattr(pipeline, "labels", {})
     known = 1 + max(labels.values()) if labels else find_denoiser(pipeline).config.num_embeds_ada_norm
@@ -169,15 +172,15 @@ def class_numbers(pipeline: Any, prompts: Sequence[str | int]) -> list[int]:
 
 
 def predict(pipeline: Any, noisy: Tensor, timestep: int, conditions: dict[str, Any]) -> Tensor:
-    """The denoiser's prediction for noisy latents (B, c, h, w), as the model returns it.
+    """Run the denoiser once over noisy latents (B, c, h, w) and return its prediction unchanged.
 
     It has the latents' shape; some models add further channels for the variance. FLUX returns tokens (B, h/2 w/2, 4 c).
 
     Args:
         pipeline: a diffusers pipeline.
-        noisy: from :func:`add_noise`.
-        timestep: the timestep of their noise.
-        conditions: from :func:`condition`.
+        noisy: the noisy latents from :func:`add_noise`.
+        timestep: the timestep to which they were noised.
+        conditions: the arguments from :func:`encode_prompts`.
     """
     model = find_denoiser(pipeline)
     times = torch.full((len(noisy),), timestep, device=noisy.device)
@@ -189,7 +192,8 @@ def predict(pipeline: Any, noisy: Tensor, timestep: int, conditions: dict[str, A
 
 
 def _flux_tokens(latents: Tensor) -> tuple[Tensor, Tensor]:
-    """Squares of latent pixels as tokens (B, n, 4 c), and their places (n, 3): 0, row, column."""
+    """Arrange squares of latent pixels as tokens (B, n, 4 c); return them with their positions (n, 3): 0, row,
+    column."""
     height, width = (side // FLUX_PATCH for side in latents.shape[-2:])
     squares = latents.unflatten(3, (width, FLUX_PATCH)).unflatten(2, (height, FLUX_PATCH))  # (B, c, h, 2, w, 2)
     tokens = squares.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)

