@@ -29,22 +29,22 @@ SIDES = ("input", "output", "update")
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """``model`` without the wrappers of DDP, FSDP, DataParallel or ``torch.compile``."""
+    """Return ``model`` without the wrappers of DDP, FSDP, DataParallel or ``torch.compile``."""
     from accelerate.utils import extract_model_from_parallel
 
     return extract_model_from_parallel(model, keep_fp32_wrapper=True, keep_torch_compile=False)
 
 
 def find_layers(model: nn.Module, layers: str | Iterable[str]) -> dict[str, nn.Module]:
-    """The modules that ``layers`` names, by path, in the model's own order.
+    """Find the modules that ``layers`` names, by path, in the model's own order.
 
     Args:
-        model: any module; wrappers are looked through, so a name has no ``module.`` in front.
-        layers: module paths (``encoder.conv_in``) or globs (``decoder.*.norm1``; ``*`` also
-            matches dots), one or several.
+        model: any module; wrappers are removed first, so paths have no ``module.`` in front.
+        layers: one or several module paths (``encoder.conv_in``) or globs (``decoder.*.norm1``; ``*`` also matches
+            dots).
 
     Raises:
-        ValueError: a path or a glob that matches nothing; the message lists the nearest paths.
+        ValueError: a path or a glob matches nothing; the message lists the nearest paths.
     """
     patterns = [layers] if isinstance(layers, str) else list(layers)
     modules = {name: module for name, module in unwrap(model).named_modules() if name}
@@ -60,7 +60,8 @@ def find_layers(model: nn.Module, layers: str | Iterable[str]) -> dict[str, nn.M
 
 
 def _like(pattern: str, names: Iterable[str]) -> list[str]:
-    """The names that a mistyped glob may mean: those that match when its last part is replaced by the nearest name."""
+    """List the names that a mistyped glob may mean: those that match if its last part is replaced by the nearest
+    name."""
     names = list(names)
     head, _, tail = pattern.rpartition(".")
     mended = nearest(tail, {name.rpartition(".")[2] for name in names}, 1)[0]
@@ -68,7 +69,7 @@ def _like(pattern: str, names: Iterable[str]) -> list[str]:
 
 
 class Captured(Mapping[str, list[Any]]):
-    """The result of :func:`capture`: for each layer a list with one entry for each call.
+    """The result of :func:`capture`: for each layer a list with one entry per call of the layer.
 
     Iterating gives the layers in the model's order. In a loop over many batches inside one ``capture``,
     ``clear()`` discards the entries so far.
@@ -112,24 +113,24 @@ def capture(
     Args:
         model: the module; it may be wrapped by accelerate. A layer that was compiled before runs without hooks.
         layers: module paths or globs, see :func:`find_layers`.
-        side: ``"output"``, ``"input"``, or ``"update"``, which is output minus input, for layers that keep
-            the shape. The input is the first tensor in the order of the layer's parameters.
-        reduce: called on each tensor, without gradient and on the tensor's device, when a layer has run. Its
-            result is recorded in place of the tensor, so a statistic needs no memory for maps.
-        to: device to which the recorded tensors are moved; None leaves them where they are.
-        grad: keep the autograd graph of the recorded tensors; not together with ``reduce``.
-        calls: the calls of each layer to record, counted from 0; None records all.
-        entry: which tensor of an output with several is recorded, counted from 0, or from -1 for the last.
-        stop: leave the ``with`` block as soon as every layer has run (or has had the last of its
-            ``calls``), in the middle of the model's forward pass. The model's call must be the
-            block's last statement.
+        side: ``"output"``, ``"input"``, or ``"update"``, which is output minus input, for layers whose output has the
+            shape of their input. The input is the first tensor among the layer's arguments.
+        reduce: a function that is called on each tensor, without gradient and on the tensor's device, when a layer has
+            run. Its result is recorded in place of the tensor, so a statistic needs no memory for maps.
+        to: the device to which the recorded tensors are moved; None leaves them where they are.
+        grad: keep the autograd graph of the recorded tensors; cannot be combined with ``reduce``.
+        calls: the calls of each layer to record, counted from 0; None means all.
+        entry: the index of the tensor to record if an output has several; -1 is the last.
+        stop: leave the ``with`` block as soon as every layer has run (or has had the last of its ``calls``), in the
+            middle of the model's forward pass. The call of the model must be the last statement in the block.
 
     Yields:
         A :class:`Captured`: for every layer the list of its calls, in order.
 
     Raises:
-        ValueError: an unknown layer or side.
-        RuntimeError: on leaving, a named layer never ran, or less often than ``calls`` needs; or a layer
+        ValueError: a layer or the side is unknown, ``calls`` is empty or has a negative number, or both ``grad`` and
+            ``reduce`` are given.
+        RuntimeError: when the block is left, a named layer has not run, or less often than ``calls`` needs; or a layer
             returned no tensor.
     """
     one_of("side", side, SIDES)
@@ -192,18 +193,19 @@ def edit(
 
     Args:
         model: the module to edit.
-        edits: for each module path or glob a function from the layer's tensor to its replacement. The
-            other entries of a tuple or diffusers output stay the same. Where two keys match one layer,
-            both are applied in the given order.
-        side: ``"output"``, ``"input"``, or ``"update"``, which is output minus input. Where the function
-            leaves an element of the update unchanged, the output is unchanged, bit for bit; where it
-            returns 0, the output is the input.
-        entry: which tensor of an output with several is replaced, counted from 0, or from -1 for the last.
+        edits: for each module path or glob a function from the layer's tensor to its replacement. The other entries of
+            a tuple or diffusers output stay the same. If two keys match one layer, both functions are applied in the
+            given order.
+        side: ``"output"``, ``"input"``, or ``"update"``, which is output minus input. Elements of the update that the
+            function does not change leave the output unchanged, bit for bit; elements that it sets to 0 make the output
+            equal to the input.
+        entry: the index of the tensor to replace if an output has several; -1 is the last.
 
     Raises:
-        ValueError: an unknown layer or side.
+        ValueError: a layer or the side is unknown.
         TypeError: a function returned something other than a tensor.
-        RuntimeError: on leaving, a named layer never ran.
+        RuntimeError: when the block is left, a named layer has not run; or the shape of an update differs from that of
+            its replacement.
     """
     one_of("side", side, SIDES)
     found = [(find_layers(model, key), function) for key, function in edits.items()]
@@ -262,7 +264,7 @@ def _hooked(
             return None
         if new.shape != update.shape:
             raise RuntimeError(f"layers: the update of {name} has shape {tuple(update.shape)}, not {tuple(new.shape)}")
-        # where nothing changes the output stays as it was, bit for bit, and gradients flow
+        # elements that do not change keep the output as it was, bit for bit, and gradients flow
         edited = torch.where(new == update, after - (update - new), before + new)
         return _with_tensor(out, edited.to(after.dtype), entry)
 
@@ -278,9 +280,9 @@ def _hooked(
 
 
 def _given(module: nn.Module, args: tuple, kwargs: dict) -> tuple[Any, bool]:
-    """The arguments that hold a layer's input, and whether they are positional.
+    """Return the arguments that hold a layer's input, and whether they are positional.
 
-    Keyword arguments are put in the order of the layer's parameters, since a caller may give them in any.
+    Keyword arguments are put in the order of the layer's parameters, because a caller may give them in any order.
     """
     if any(isinstance(argument, Tensor) for argument in args):
         return args, True
@@ -289,7 +291,7 @@ def _given(module: nn.Module, args: tuple, kwargs: dict) -> tuple[Any, bool]:
 
 
 def _entries(value: Any) -> dict[Any, Tensor]:
-    """The tensors in a tensor, tuple, list, dict or diffusers output, by index or key."""
+    """Collect the tensors in a tensor, tuple, list, dict or diffusers output, by index or key."""
     if isinstance(value, Tensor):
         return {None: value}
     if not isinstance(value, Mapping | tuple | list):

@@ -1,4 +1,9 @@
-"""How well a text-to-image or class-conditional model draws the world, as the oracle recognises it."""
+"""Evaluation of models that generate scenes of the synthetic scene world (:mod:`vaelab.world`).
+
+The scene reader (:mod:`vaelab.world.oracle`) recovers the scene from each picture that a text-to-image or
+class-conditional model generated, and the result is compared with the prompt. A factor is an attribute of a scene, such
+as the colour of an object. The embedded models are the small models shipped with the package.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -21,7 +26,7 @@ TRAINING_SPLIT = "train"
 
 
 def require_held_out(split: str, unseen_split: str) -> None:
-    """Raise ValueError unless both splits of the world are different and neither is the training split."""
+    """Raise ValueError unless the two splits of the scene world differ and neither is the training split."""
     for name, value in (("split", split), ("unseen_split", unseen_split)):
         if value == TRAINING_SPLIT:
             raise ValueError(f"{name}: the embedded models were trained on {value!r}; expected a held-out split")
@@ -39,19 +44,19 @@ def require_sampler_steps(pipeline: Any, steps: Sequence[int]) -> None:
 
 
 class ClassSample(NamedTuple):
-    """Classes for a class-conditional model to draw."""
+    """Classes that a class-conditional model is asked to generate."""
 
     numbers: list[int]
-    """Class numbers, as the pipeline takes them."""
+    """Class indices, as the pipeline takes them."""
     scenes: list[Scene]
-    """A scene for each class: one thing, of which colour and shape are named."""
+    """One scene per class, with a single object whose colour and shape are named."""
 
 
 def sample_classes(pipeline: Any, count: int, seed: int = 0) -> ClassSample:
-    """Choose ``count`` of a model's classes, all equally often, in an order that the seed fixes.
+    """Choose ``count`` of a model's classes, all about equally often, in an order that depends on the seed.
 
     Raises:
-        ValueError: the model's classes are not pairs of a colour and a shape of the world.
+        ValueError: the model's classes have no names, or are not pairs of a colour and a shape of the scene world.
     """
     if not getattr(pipeline, "labels", None):
         raise ValueError(f"class_model: the classes of {type(pipeline).__name__} have no names")
@@ -71,16 +76,16 @@ def _class_scene(label: str) -> Scene:
 
 
 class CaptionedPictures(NamedTuple):
-    """A few pictures that a model drew, for a figure."""
+    """A few pictures that a model generated, for a figure."""
 
     pictures: Tensor
     """(N, 3, H, W) in [-1, 1]."""
     captions: list[str]
-    """The prompt or class name of each."""
+    """The prompt or class name of each picture."""
 
 
 def draw_examples(pipeline: Any, sampling: Sampling, count: int, seed: int = 0) -> CaptionedPictures:
-    """Draw prompts of the ``test`` split; with a class-conditional model, classes."""
+    """Generate pictures for prompts of the ``test`` split; with a class-conditional model, for some of its classes."""
     if is_class_conditional(pipeline):
         numbers, scenes = sample_classes(pipeline, count, seed)
         pictures = activations.generate_all(pipeline, numbers, sampling, seed=seed)
@@ -90,14 +95,15 @@ def draw_examples(pipeline: Any, sampling: Sampling, count: int, seed: int = 0) 
 
 
 def accuracy_table(scenes: Sequence[Scene], pictures: Mapping[str, Tensor]) -> pd.DataFrame:
-    """The accuracy of every factor, for several sets of pictures of the same N scenes.
+    """Tabulate the accuracy of every factor, for several sets of pictures of the same N scenes.
 
     Args:
         scenes: N scenes; only factors that their prompts name count.
-        pictures: by the name of their source, (N, 3, 64, 64) in [-1, 1].
+        pictures: for each source, by its name, N pictures (N, 3, 64, 64) in [-1, 1].
 
     Returns:
-        Columns ``source`` and those of :func:`vaelab.world.oracle.accuracy_by_factor`.
+        One row per source and factor: ``source`` and the columns of
+        :func:`vaelab.world.oracle.accuracy_by_factor`.
     """
     parts = []
     for source, drawn in pictures.items():
@@ -113,10 +119,10 @@ def reconstruct_in_batches(pipeline: Any, pictures: Tensor, batch_size: int) -> 
     Args:
         pipeline: a diffusers pipeline with a ``vae``.
         pictures: (N, 3, H, W) in [-1, 1].
-        batch_size: pictures of one pass.
+        batch_size: the number of pictures per pass.
 
     Returns:
-        (N, 3, H, W) float32, on the CPU.
+        The reconstructions, (N, 3, H, W) float32 on the CPU.
     """
     vae = pipeline.vae
     parts = [models.reconstruct(vae, part.to(vae.device, vae.dtype)).cpu() for part in pictures.split(batch_size)]
@@ -124,7 +130,8 @@ def reconstruct_in_batches(pipeline: Any, pictures: Tensor, batch_size: int) -> 
 
 
 def captions_with_errors(scenes: Sequence[Scene], pictures: Tensor) -> list[str]:
-    """Each scene's prompt, with what the oracle recognises otherwise in the picture (N, 3, 64, 64)."""
+    """Caption each picture (N, 3, 64, 64) with its scene's prompt, followed in brackets by the factors that the scene
+    reader finds to be different (``red → blue``)."""
     checked = oracle.check_prompts(scenes, pictures)
     wrong = checked[~checked["correct"]].groupby("picture")
     errors = {
@@ -136,18 +143,18 @@ def captions_with_errors(scenes: Sequence[Scene], pictures: Tensor) -> list[str]
 def accuracy_by_steps(
     pipeline: Any, prompts: Prompts, sampling: Sampling, steps: Sequence[int], *, batch_size: int, seed: int
 ) -> pd.DataFrame:
-    """The accuracy of every factor with other numbers of denoising steps.
+    """Measure the accuracy of every factor with different numbers of denoising steps.
 
     Args:
         pipeline: a text-to-image pipeline.
-        prompts: of the world.
-        sampling: guidance and size.
+        prompts: prompts of the scene world.
+        sampling: the guidance and the size of the pictures; its number of steps is not used.
         steps: the numbers of steps; repeated ones count once.
-        batch_size: pictures of one pass.
-        seed: of the first picture's noise.
+        batch_size: the number of pictures per pass.
+        seed: the seed of the first picture's noise.
 
     Returns:
-        A row for each number of ``steps``, with a column for each factor.
+        One row per number of ``steps``, with one column per factor.
     """
     rows = []
     for count in sorted(set(steps)):

@@ -1,8 +1,10 @@
-"""The embedded text encoder: CLIP's architecture, its own tokenizer, and how it is pretrained.
+"""The text encoder of the small text-to-image model shipped with the package: CLIP's architecture with its own
+tokenizer, and its pretraining.
 
-Stable Diffusion's text encoder has learned to read before the U-Net uses it, from 400 million captioned
-pictures (Radford et al. 2021). This one is pretrained on the world's prompts alone: a small head must
-predict from its token states which shape, colour and size a prompt names at each of the nine positions.
+Stable Diffusion's text encoder has learned to read before the U-Net uses it, from 400 million captioned pictures
+(Radford et al. 2021). This one is pretrained only on prompts of the synthetic scene world (:mod:`vaelab.world`), which
+describe objects ("things" in the code) on a ground: a small head must predict from its token states which shape, colour
+and size a prompt names at each of the nine positions. A factor is such an attribute.
 """
 
 import itertools
@@ -38,20 +40,20 @@ if TYPE_CHECKING:
 MAX_TOKENS = 40
 SPECIAL_TOKENS = ("<|startoftext|>", "<|endoftext|>")
 TOKENIZER_PROMPTS = 5000
-"""Prompts whose words get a token each."""
+"""Number of prompts from which the vocabulary is taken; each word gets one token."""
 UNNAMED = -1
 """Label of a factor that a prompt does not name."""
 POSITION_FACTORS = {"shape": len(SHAPES) + 1, "colour": len(COLOURS), "size": len(SIZES)}
-"""Number of classes of each factor at a position; the last shape is "nothing"."""
+"""Number of classes of each factor at a position; the last class of ``shape`` means that the position is empty."""
 GROUND_FACTORS = {"texture": len(TEXTURES), "ground": len(GROUNDS)}
 """Number of classes of each factor of the ground."""
 
 
 def new_tokenizer() -> "CLIPTokenizer":
-    """CLIP's byte-pair tokenizer, with one token for every word of the world's prompts.
+    """Make a byte-pair tokenizer like CLIP's, with one token for every word of the scene world's prompts.
 
-    The merges are computed here, with ties broken by name. The trainer of the tokenizers library breaks
-    ties differently in every process, and a resumed training needs the same token numbers.
+    The merges are computed here, with ties broken by name. The trainer of the tokenizers library breaks ties
+    differently in every process, but resumed training needs the same token ids.
     """
     from transformers import CLIPTokenizer
 
@@ -66,7 +68,7 @@ def new_tokenizer() -> "CLIPTokenizer":
 
 
 def _merges(words: list[str]) -> list[tuple[str, str]]:
-    """Byte-pair merges (Sennrich et al. 2016) until each word is one token; every word counts once."""
+    """Compute byte-pair merges (Sennrich et al. 2016) until each word is one token; every word counts once."""
     pieces = [[*word[:-1], f"{word[-1]}</w>"] for word in words]
     merges: list[tuple[str, str]] = []
     while counts := Counter(pair for word in pieces for pair in itertools.pairwise(word)):
@@ -80,10 +82,10 @@ def _merges(words: list[str]) -> list[tuple[str, str]]:
 
 
 def tokenize(tokenizer: "CLIPTokenizer", prompts: list[str]) -> Tensor:
-    """Token numbers (B, L) of prompts, padded to the tokenizer's length as diffusers' pipelines do.
+    """Convert prompts to token ids (B, L), padded to the tokenizer's length as diffusers' pipelines do.
 
     Raises:
-        ValueError: a prompt that does not fit. transformers would cut its end off and only log that.
+        ValueError: a prompt is too long. transformers would cut its end off and only log that.
     """
     length = tokenizer.model_max_length
     tokens = tokenizer(prompts, padding="max_length", max_length=length).input_ids
@@ -94,13 +96,13 @@ def tokenize(tokenizer: "CLIPTokenizer", prompts: list[str]) -> Tensor:
 
 
 def new_text_encoder(tokenizer: "CLIPTokenizer", width: int, layers: int, seed: int = 0) -> "CLIPTextModel":
-    """An untrained CLIP text encoder.
+    """Make an untrained CLIP text encoder.
 
     Args:
-        tokenizer: fixes the vocabulary.
-        width: channels of its states.
-        layers: transformer layers.
-        seed: fixes the initial weights.
+        tokenizer: the tokenizer, which determines the vocabulary.
+        width: the number of channels of the encoder's states.
+        layers: the number of transformer layers.
+        seed: the seed of the initial weights.
     """
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -125,12 +127,12 @@ def new_text_encoder(tokenizer: "CLIPTokenizer", width: int, layers: int, seed: 
 class ReadingObjective(nn.Module):
     """Cross-entropy of the factors that a prompt names at each of the nine positions and of the ground.
 
-    Each position has a query of its own, which attends to the text encoder's states in one layer. The head
-    is this small so that the text encoder, not the head, learns to read.
+    The head has one query per position and one for the ground; each attends to the text encoder's states in a single
+    attention layer. The head is so small that the text encoder must learn to read, not the head.
 
     Args:
-        text_encoder: is trained, together with the head.
-        seed: fixes the head's initial weights.
+        text_encoder: the text encoder; it is trained together with the head.
+        seed: the seed of the head's initial weights.
     """
 
     def __init__(self, text_encoder: "CLIPTextModel", seed: int = 0):
@@ -172,7 +174,7 @@ class ReadingObjective(nn.Module):
 
 
 def prompt_batches(batch_size: int, tokenizer: "CLIPTokenizer") -> Batches:
-    """Endless batches of prompts of training scenes, as :class:`ReadingObjective` takes them."""
+    """Make endless batches of prompts of training scenes, for :meth:`ReadingObjective.forward`."""
     at_least("batch_size", batch_size, 1)
 
     def make(number: int) -> dict[str, Tensor]:
@@ -183,9 +185,9 @@ def prompt_batches(batch_size: int, tokenizer: "CLIPTokenizer") -> Batches:
 
 
 def prompt_labels(scenes: Sequence[Scene]) -> dict[str, Tensor]:
-    """The factors that the scenes' prompts name, as class numbers; ``UNNAMED`` where a prompt names none.
+    """Encode the factors that the scenes' prompts name as class indices; a factor without a name gets ``UNNAMED``.
 
-    A position counts as empty where the prompt names the positions of all things and this is none of them.
+    A position counts as empty if the prompt names the positions of all objects and this position is none of them.
 
     Returns:
         ``positions`` (B, 9, 3): shape, colour and size at each position. ``ground`` (B, 2): texture and colour.

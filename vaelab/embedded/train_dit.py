@@ -1,9 +1,10 @@
-"""Training of the embedded class-conditional diffusion transformer, from scratch on the world.
+"""Training of the small class-conditional diffusion transformer shipped with the package, from scratch on pictures of
+the synthetic scene world (:mod:`vaelab.world`).
 
-A DiT (Peebles and Xie 2023) on the latents of the text-to-image model's autoencoder, with that model's
-noise schedule and v-prediction, so that a U-Net and a transformer can be compared on the same data. Every
-picture shows one thing. Its colour and shape, such as ``red circle``, are its class; size, position and
-ground vary.
+A DiT (Peebles and Xie 2023) on the latents of the text-to-image model's autoencoder, with that model's noise schedule
+and v-prediction, so that a U-Net and a transformer can be compared on the same data. Every picture shows a single
+object ("thing" in the code). Its colour and shape, such as ``red circle``, are its class; size, position and ground
+vary.
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -23,11 +24,11 @@ from vaelab.world.scenes import COLOURS, SHAPES, Scene, allowed_combinations, re
 
 BATCH_SIZE = 32
 NULL_CLASS = 1000
-"""The class number that means no class; diffusers' ``DiTPipeline`` uses it for guidance with every model."""
+"""The class index that means no class; diffusers' ``DiTPipeline`` uses it for guidance with every model."""
 CLASS_DROPOUT = 0.1
-"""Share of the training pictures without their class, for classifier-free guidance."""
+"""Fraction of the training pictures whose class is dropped, for classifier-free guidance."""
 THING_PIXEL_WEIGHT = 5.0
-"""Weight of a thing's pixels in the loss, where one of the ground has weight 1."""
+"""Weight in the loss of a pixel that shows the object; a pixel of the ground has weight 1."""
 EMBEDDING_STD = 0.02
 """Standard deviation of the initial timestep and class embeddings."""
 
@@ -37,13 +38,13 @@ class DiTConfig:
     """Sizes of the transformer."""
 
     layers: int = 6
-    """Transformer blocks."""
+    """Number of transformer blocks."""
     heads: int = 3
-    """Attention heads of a block."""
+    """Number of attention heads per block."""
     head_width: int = 64
-    """Channels of an attention head."""
+    """Number of channels per attention head."""
     patch: int = 2
-    """Side of the square of latent pixels that is a token."""
+    """Side of the square of latent pixels that makes up one token."""
 
     def __post_init__(self) -> None:
         for name in ("layers", "heads", "head_width", "patch"):
@@ -56,16 +57,17 @@ class TrainedDiT(NamedTuple):
     pipeline: Any
     """A ``DiTPipeline``, in evaluation mode."""
     trained: Trained
-    """Its training."""
+    """The result of its training run."""
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        """The rows of its training history, with ``condition`` ``DiT``."""
+        """The rows of the training history, with ``condition`` ``DiT``."""
         return [{**row, "condition": "DiT"} for row in self.trained.history]
 
 
 def class_names() -> dict[int, str]:
-    """Names of the classes by number: the 56 of 64 pairs of colour and shape in the training split."""
+    """List the names of the classes by index: those 56 of the 64 pairs of colour and shape that the training split
+    has."""
     shown = {(colour, shape) for shape, colour, _, _ in allowed_combinations("train")}
     pairs = [(colour, shape) for colour in COLOURS for shape in SHAPES if (colour, shape) in shown]
     return {number: f"{colour} {shape}" for number, (colour, shape) in enumerate(pairs)}
@@ -82,15 +84,15 @@ def train_dit(
 ) -> TrainedDiT:
     """Train the transformer from scratch on the latents of a trained autoencoder.
 
-    An interrupted call is resumed from the folder's checkpoint.
+    An interrupted training run is resumed from the folder's checkpoint.
 
     Args:
-        folder: where the checkpoint goes.
+        folder: the folder for the checkpoint.
         vae: the autoencoder, with its ``scaling_factor``; it is frozen and moved to the device.
-        steps: optimizer steps, 32 pictures each.
-        device: where to train.
-        seed: fixes the initial weights and every step.
-        model: the transformer's sizes; None takes the defaults.
+        steps: the number of optimizer steps, with 32 pictures each.
+        device: the device to train on.
+        seed: determines the initial weights and all random choices of the training.
+        model: the transformer's sizes; None means the defaults.
     """
     model = model or DiTConfig()
     pipeline = new_dit(vae.requires_grad_(False).to(devices.pick(device)), model, seed)
@@ -109,12 +111,12 @@ def train_dit(
 
 
 def new_dit(vae: nn.Module, config: DiTConfig, seed: int = 0) -> Any:
-    """A ``DiTPipeline`` of a trained autoencoder and an untrained transformer.
+    """Make a ``DiTPipeline`` of a trained autoencoder and an untrained transformer.
 
     Args:
         vae: the autoencoder.
         config: the transformer's sizes.
-        seed: fixes the initial weights.
+        seed: the seed of the initial weights.
     """
     from diffusers import DiTPipeline, DiTTransformer2DModel
 
@@ -157,11 +159,11 @@ def _initialise(transformer: nn.Module, shown: int) -> None:
 
 
 class ClassObjective(nn.Module):
-    """L = E ||v - v_theta(z_t, t, class)||^2, with a higher weight on the things' pixels.
+    """The loss L = E ||v - v_theta(z_t, t, class)||^2 of v-prediction, with a higher weight on the objects' pixels.
 
-    A class is dropped here for the whole transformer at once. In diffusers each block embeds the class by
-    itself and would drop it independently of the others. Hardly one picture in a million would then have no
-    class in any block, which is what guidance needs.
+    A class is dropped here for the whole transformer at once. In diffusers each block embeds the class by itself and
+    would drop it independently of the others. Guidance needs pictures without a class in any block; with independent
+    dropout hardly one picture in a million would be one.
 
     Args:
         pipeline: a ``DiTPipeline``; its transformer is trained.
@@ -178,8 +180,8 @@ class ClassObjective(nn.Module):
         """Compute the losses of a batch.
 
         Args:
-            batch: ``pixels`` (B, 3, R, R) in [-1, 1], their ``classes`` (B,) and the ``weight`` (B, 1, R, R)
-                of each pixel.
+            batch: ``pixels`` (B, 3, R, R) in [-1, 1]; ``classes`` (B,), the pictures' class indices; and ``weight``
+                (B, 1, R, R), the weight of each pixel.
 
         Returns:
             Scalars: the ``loss`` and the unweighted ``velocity_mse``.
@@ -198,7 +200,8 @@ class ClassObjective(nn.Module):
 
 
 def class_batches(batch_size: int) -> Batches:
-    """Endless batches of training scenes with their class; a scene keeps its first thing only, without offset."""
+    """Make endless batches of training scenes with their class; only the first object of a scene is kept, and it is
+    moved to the centre of its position."""
     numbers = {name: number for number, name in class_names().items()}
 
     def make(scenes: list[Scene], _: int) -> dict[str, Tensor]:

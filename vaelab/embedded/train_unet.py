@@ -1,9 +1,10 @@
-"""Training of the embedded text-to-image model, from scratch on the world.
+"""Training of the small text-to-image model shipped with the package, from scratch on pictures of the synthetic scene
+world (:mod:`vaelab.world`).
 
-A latent diffusion model (Rombach et al. 2022) with cross-attention in every stage of its U-Net. It needs
-few sampling steps: v-prediction (Salimans and Ho 2022) on a schedule whose last timestep is pure noise
-(Lin et al. 2023), with classifier-free guidance (Ho and Salimans 2022). Its training data and their order
-are in :mod:`vaelab.embedded.curriculum`.
+A latent diffusion model (Rombach et al. 2022) with cross-attention in every stage of its U-Net. It needs few sampling
+steps: v-prediction (Salimans and Ho 2022) on a schedule whose last timestep is pure noise (Lin et al. 2023), with
+classifier-free guidance (Ho and Salimans 2022). It is trained in the stages of a curriculum, which are called lessons
+in the code; :mod:`vaelab.embedded.curriculum` has its training data and their order.
 """
 
 from collections.abc import Iterator, Sequence
@@ -34,7 +35,8 @@ TEXT_BATCH_SIZE = 64
 BATCH_SIZE = 32
 KL_WEIGHT = 1e-6
 HORIZON = 1.7
-"""End of the first lesson's learning rate schedule, in units of its steps: the lesson ends at a high rate."""
+"""Length of the learning rate schedule of the curriculum's first stage, in units of the stage's steps. The schedule is
+longer than the stage, so the stage ends at a high learning rate."""
 
 
 @dataclass(frozen=True)
@@ -42,19 +44,20 @@ class ModelConfig:
     """Sizes of the autoencoder, the U-Net and the text encoder."""
 
     vae_channels: tuple[int, ...] = (32, 64, 64)
-    """Channels of the autoencoder's blocks. The latent's side is the picture's divided by 2 ** (blocks - 1)."""
+    """Numbers of channels of the autoencoder's blocks. The side of the latent is the side of the picture divided by
+    2 ** (blocks - 1)."""
     latent_channels: int = 4
-    """Channels of the latent."""
+    """Number of channels of the latent."""
     unet_channels: tuple[int, ...] = (64, 128)
-    """Channels of the U-Net's stages; each stage halves the side."""
+    """Numbers of channels of the U-Net's stages; each stage has half the side of the one before."""
     unet_layers: int = 2
-    """Layers of a down stage, each a residual block and a transformer block."""
+    """Number of layers of a down stage; each layer is a residual block and a transformer block."""
     head_width: int = 32
-    """Channels of an attention head."""
+    """Number of channels per attention head."""
     text_width: int = 128
-    """Channels of the text encoder's states, which the U-Net attends to."""
+    """Number of channels of the text encoder's states, which the U-Net attends to."""
     text_layers: int = 3
-    """Transformer layers of the text encoder."""
+    """Number of transformer layers of the text encoder."""
 
     def __post_init__(self) -> None:
         for name in ("unet_layers", "text_layers"):
@@ -70,15 +73,15 @@ class TrainedPipeline(NamedTuple):
     pipeline: Any
     """A ``StableDiffusionPipeline``, in evaluation mode."""
     vae: Trained
-    """The autoencoder's training."""
+    """The result of training the autoencoder."""
     text: Trained
-    """The text encoder's pretraining."""
+    """The result of pretraining the text encoder."""
     lessons: dict[str, Trained]
-    """The training of U-Net and text encoder, by lesson."""
+    """The results of training U-Net and text encoder, by stage of the curriculum."""
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        """The rows of all lessons' histories. ``step`` counts over all lessons; ``condition`` names the lesson."""
+        """The rows of the histories of all stages. ``step`` counts over all stages; ``condition`` names the stage."""
         rows, before = [], 0
         for name, trained in self.lessons.items():
             rows += [{**row, "step": row["step"] + before, "condition": name} for row in trained.history]
@@ -87,7 +90,7 @@ class TrainedPipeline(NamedTuple):
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Seconds that each training took in this process, as metrics of a run."""
+        """The seconds that each training run took in this process, as metrics."""
         named = {"world_vae": self.vae, "text_model": self.text, **self.lessons}
         return {f"{name}.seconds": trained.seconds for name, trained in named.items()}
 
@@ -104,19 +107,20 @@ def train_pipeline(
 ) -> TrainedPipeline:
     """Train the autoencoder, then the text encoder, then U-Net and text encoder together on the latents.
 
-    All start from random weights. An interrupted call is resumed from the folder's checkpoints.
+    All start from random weights. An interrupted training run is resumed from the folder's checkpoints.
 
     Args:
-        folder: where the checkpoints go.
-        vae_steps: steps of the autoencoder, 16 pictures each.
-        text_steps: steps of the text encoder, 64 prompts each.
-        lesson_steps: steps of U-Net and text encoder, 32 pictures each, one number for each of the ``LESSONS``.
-        device: where to train.
-        seed: fixes the initial weights and every step.
-        model: the networks' sizes; None takes the defaults.
+        folder: the folder for the checkpoints.
+        vae_steps: the number of steps of the autoencoder, with 16 pictures each.
+        text_steps: the number of steps of the text encoder, with 64 prompts each.
+        lesson_steps: the numbers of steps of U-Net and text encoder, with 32 pictures each; one number per stage of the
+            curriculum (``LESSONS``).
+        device: the device to train on.
+        seed: determines the initial weights and all random choices of the training.
+        model: the networks' sizes; None means the defaults.
 
     Raises:
-        ValueError: ``lesson_steps`` does not have one number for each lesson.
+        ValueError: ``lesson_steps`` does not have one number, at least 1, per stage of the curriculum.
     """
     require_lesson_steps(lesson_steps)
     model = model or ModelConfig()
@@ -166,7 +170,7 @@ def unfused_attention_on_cpu(network: nn.Module, device: str) -> Iterator[None]:
 
     Args:
         network: a diffusers model; its processors are restored afterwards.
-        device: as a notebook names it, such as ``auto``.
+        device: the device in a notebook's notation, such as ``auto``.
     """
     from diffusers.models.attention_processor import AttnProcessor
 
@@ -191,7 +195,7 @@ def _training(steps: int, warmup: int, device: str, seed: int) -> TrainConfig:
 
 
 def new_vae(config: ModelConfig, seed: int = 0) -> nn.Module:
-    """An untrained ``AutoencoderKL`` for pictures of the world."""
+    """Make an untrained ``AutoencoderKL`` for pictures of the scene world."""
     from diffusers import AutoencoderKL
 
     depth = len(config.vae_channels)
@@ -212,7 +216,7 @@ def new_vae(config: ModelConfig, seed: int = 0) -> nn.Module:
 def new_pipeline(
     vae: nn.Module, text_encoder: "CLIPTextModel", tokenizer: "CLIPTokenizer", config: ModelConfig, seed: int = 0
 ) -> Any:
-    """A ``StableDiffusionPipeline`` of a trained autoencoder and text encoder with an untrained U-Net."""
+    """Make a ``StableDiffusionPipeline`` of a trained autoencoder and text encoder with an untrained U-Net."""
     from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
     stages = len(config.unet_channels)
@@ -238,12 +242,12 @@ def new_pipeline(
 
 
 def new_scheduler() -> "DDIMScheduler":
-    """The noise schedule of the embedded denoisers; its last timestep is pure noise."""
+    """Make the noise schedule of the denoisers shipped with the package; its last timestep is pure noise."""
     from diffusers import DDIMScheduler
 
     return DDIMScheduler(
-        # more noise than Stable Diffusion's schedule: there a thing is still visible after three quarters
-        # of the timesteps, so only the first sampling step would learn to read the prompt
+        # more noise than Stable Diffusion's schedule, in which an object is still visible after three quarters
+        # of the timesteps, so that only the first sampling step would need to read the prompt
         beta_start=0.0001,
         beta_end=0.02,
         beta_schedule="linear",
@@ -258,9 +262,9 @@ def new_scheduler() -> "DDIMScheduler":
 
 @torch.no_grad()
 def latent_mean_scale(vae: nn.Module) -> float:
-    """diffusers' ``scaling_factor``: one over the standard deviation of the posterior means.
+    """Compute diffusers' ``scaling_factor``: one over the standard deviation of the posterior means.
 
-    The U-Net is trained on the means. A denoiser should not have to reproduce the posterior's noise.
+    The U-Net is trained on the means, because a denoiser should not have to reproduce the posterior's noise.
     """
     pictures = render(sample(seed) for seed in range(SCALE_SCENES))
     parameter = next(vae.parameters())

@@ -9,9 +9,9 @@ from matplotlib.figure import Figure
 from vaelab.viz.text import plain_text
 
 SUPPRESSED_COLOUR = "#c8102e"
-"""The colour of suppressed channels, and of thresholds."""
+"""The colour of suppressed channels (channels that a GroupNorm nearly switches off), and of thresholds."""
 SMALL_PERCENT = 0.1
-"""Up to here the axis of :func:`forest` is linear, in percent."""
+"""The axis of :func:`forest` is linear up to this value, in percent."""
 PALETTE = {"baseline": "#555555", "nudge": "#3b76af", "control": "#e08e2b", "start": "#b8b8b8"}
 
 sns.set_theme(style="whitegrid", context="notebook", rc={"axes.spines.top": False, "axes.spines.right": False})
@@ -19,13 +19,13 @@ sns.set_theme(style="whitegrid", context="notebook", rc={"axes.spines.top": Fals
 
 @plain_text
 def curves(table: pd.DataFrame, y: str, ylabel: str, *, log: bool = False, title: str = "") -> Figure:
-    """A curve over steps for each condition: the mean over seeds, with a thin line for each seed.
+    """Draw one curve over steps per condition: the mean over seeds, with one thin line per seed.
 
     Args:
         table: columns ``step``, ``condition``, ``seed`` and ``y``.
         y: the column to draw.
-        ylabel: the label of its axis, with the unit.
-        log: a logarithmic axis.
+        ylabel: the label of the vertical axis, with the unit.
+        log: whether the vertical axis is logarithmic.
         title: the figure's title.
     """
     figure, axis = plt.subplots(figsize=(7, 3.6), layout="constrained")
@@ -37,12 +37,12 @@ def curves(table: pd.DataFrame, y: str, ylabel: str, *, log: bool = False, title
 
 @plain_text
 def losses(history: pd.DataFrame, validation: pd.DataFrame, kl_weight: float, title: str = "") -> Figure:
-    """Training reconstruction, held-out reconstruction and held-out total loss (paper, Figure 3).
+    """Draw training reconstruction, held-out reconstruction and held-out total loss (paper, Figure 3).
 
     Args:
         history: columns ``step``, ``condition``, ``seed``, ``reconstruction``.
         validation: columns ``step``, ``condition``, ``seed``, ``mse``, ``kl``.
-        kl_weight: beta of the total loss, mse + beta kl.
+        kl_weight: the weight beta in the total loss, mse + beta kl.
         title: the figure's title.
     """
     total = validation["mse"] + kl_weight * validation["kl"]
@@ -62,12 +62,13 @@ def losses(history: pd.DataFrame, validation: pd.DataFrame, kl_weight: float, ti
 
 @plain_text
 def forest(table: pd.DataFrame, title: str = "") -> Figure:
-    """Paired differences with their intervals, a panel for each measure, on an axis that is linear up to
-    ``SMALL_PERCENT`` and logarithmic beyond.
+    """Draw paired differences with their intervals, one panel per measure.
+
+    The axis is linear up to ``SMALL_PERCENT`` and logarithmic beyond.
 
     Args:
-        table: columns ``dataset``, ``measure``, ``condition``, ``percent``, ``percent_low``,
-            ``percent_high``: the difference to the baseline in percent of it.
+        table: columns ``dataset``, ``measure``, ``condition``, and ``percent``, ``percent_low``, ``percent_high``: the
+            difference to the baseline and its interval, in percent of the baseline.
         title: the figure's title.
     """
     table = table[table["measure"] != "kl_per_entry"]  # in percent it is the same as the KL
@@ -103,14 +104,14 @@ def forest(table: pd.DataFrame, title: str = "") -> Figure:
 
 @plain_text
 def bars(table: pd.DataFrame, x: str, y: str, hue: str | None, ylabel: str, title: str = "") -> Figure:
-    """A bar at the mean of each group, and every value as a point.
+    """Draw a bar at the mean of each group, and every value as a point.
 
     Args:
-        table: a row a value.
-        x: column of the groups.
-        y: column of the values.
-        hue: column of the colours, or None.
-        ylabel: the values' name and unit.
+        table: one row per value.
+        x: the column of the groups.
+        y: the column of the values.
+        hue: the column shown as colour; None means one colour.
+        ylabel: the name and unit of the values.
         title: the figure's title.
     """
     figure, axis = plt.subplots(figsize=(max(5, 1.25 * table[x].nunique() + 1), 3.6), layout="constrained")
@@ -119,7 +120,7 @@ def bars(table: pd.DataFrame, x: str, y: str, hue: str | None, ylabel: str, titl
     sns.stripplot(
         table, x=x, y=y, hue=hue, palette=colours, dodge=bool(hue), ax=axis, size=5, legend=False, jitter=False
     )
-    if axis.get_legend():  # seaborn leaves it out where the colours repeat the labels under the bars
+    if axis.get_legend():  # seaborn makes no legend if the colours repeat the labels under the bars
         sns.move_legend(axis, "center left", bbox_to_anchor=(1.0, 0.5), fontsize=9)  # inside it would hide a bar
     axis.set(xlabel="", ylabel=ylabel)
     axis.tick_params(axis="x", rotation=20)
@@ -129,12 +130,12 @@ def bars(table: pd.DataFrame, x: str, y: str, hue: str | None, ylabel: str, titl
 
 @plain_text
 def distributions(table: pd.DataFrame, x: str, y: str, title: str = "") -> Figure:
-    """Every value of each group, with the group's median and quartiles.
+    """Draw every value of each group, with the group's median and quartiles.
 
     Args:
-        table: a row a value.
-        x: column of the groups.
-        y: column of the values; its name is the axis's label.
+        table: one row per value.
+        x: the column of the groups.
+        y: the column of the values; its name becomes the label of the axis.
         title: the figure's title.
     """
     figure, axis = plt.subplots(figsize=(1.2 * table[x].nunique() + 2.5, 3.4), layout="constrained")

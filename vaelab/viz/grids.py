@@ -15,12 +15,12 @@ from vaelab.viz.text import plain_text
 
 @plain_text
 def captioned(pictures: Tensor, captions: Sequence[str], columns: int = 6, title: str = "") -> Figure:
-    """Pictures, each with a caption under it.
+    """Show pictures, each with a caption under it.
 
     Args:
         pictures: (N, 3, H, W) in [-1, 1].
-        captions: one for each picture.
-        columns: pictures in a row.
+        captions: one caption per picture.
+        columns: the number of pictures per row.
         title: the figure's title.
     """
     lines = -(-len(pictures) // columns)
@@ -46,12 +46,12 @@ def captioned(pictures: Tensor, captions: Sequence[str], columns: int = 6, title
 
 @plain_text
 def masked(picture: Tensor, masks: np.ndarray, labels: Sequence[str], title: str = "") -> Figure:
-    """A picture, and beside it each of its masks with a label.
+    """Show a picture, and beside it each of its masks with a label.
 
     Args:
         picture: (3, H, W) in [-1, 1].
         masks: (N, H, W) bool.
-        labels: one for each mask.
+        labels: one label per mask.
         title: the figure's title.
     """
     shown = displayable(picture[None])[0]
@@ -68,11 +68,11 @@ def masked(picture: Tensor, masks: np.ndarray, labels: Sequence[str], title: str
 
 @plain_text
 def strength(pictures: Tensor, maps: Mapping[str, Tensor], title: str = "") -> Figure:
-    """The norm of the vector at each position, under the pictures; each map is scaled to its own range.
+    """Show under each picture the norm of the vector at each position; each map is scaled to its own range.
 
     Args:
         pictures: (N, 3, H, W) in [-1, 1].
-        maps: for each block (N, h, w, d).
+        maps: the maps (N, h, w, d) by block.
         title: the figure's title.
     """
     figure, axes = plt.subplots(
@@ -93,11 +93,11 @@ def strength(pictures: Tensor, maps: Mapping[str, Tensor], title: str = "") -> F
 
 @plain_text
 def matrix(table: pd.DataFrame, label: str, title: str = "", *, diverging: bool = False) -> Figure:
-    """A heat map with the numbers in its cells.
+    """Draw a heat map of a table, with the values in its cells.
 
     Args:
-        table: the numbers, with the names of rows and columns.
-        label: the name of the numbers, beside the colour bar.
+        table: the values, with the names of rows and columns.
+        label: the name of the values, shown beside the colour bar.
         title: the figure's title.
         diverging: whether 0 is the middle of the colours.
     """
@@ -112,12 +112,12 @@ def matrix(table: pd.DataFrame, label: str, title: str = "", *, diverging: bool 
 
 @plain_text
 def picture_grid(rows: Mapping[str, Tensor], title: str = "", captions: Sequence[str] = ()) -> Figure:
-    """Pictures in labelled rows.
+    """Show pictures in labelled rows.
 
     Args:
-        rows: for each label pictures (N, 3, H, W) in [-1, 1].
+        rows: the pictures (N, 3, H, W) in [-1, 1] of each row, by the row's label.
         title: the figure's title.
-        captions: one under each column.
+        captions: one caption per column, shown under it; empty means no captions.
     """
     columns = max(len(pictures) for pictures in rows.values())
     figure, axes = plt.subplots(
@@ -137,5 +137,5 @@ def picture_grid(rows: Mapping[str, Tensor], title: str = "", captions: Sequence
 
 
 def displayable(pictures: Tensor) -> np.ndarray:
-    """Pictures (N, 3, H, W) in [-1, 1] as (N, H, W, 3) in [0, 1]."""
+    """Convert pictures (N, 3, H, W) in [-1, 1] to (N, H, W, 3) in [0, 1], for matplotlib."""
     return ((pictures.detach().float().cpu().clamp(-1, 1) + 1) / 2).permute(0, 2, 3, 1).numpy()

@@ -1,7 +1,7 @@
 """Text from data in figures: file names, class names and prompts are drawn literally.
 
-matplotlib reads whatever stands between two dollar signs as a formula and raises an error where it is none, when the
-figure is drawn: after everything was computed. It also leaves names that begin with an underscore out of legends.
+matplotlib reads the text between two dollar signs as a formula. If it is none, matplotlib raises an error when the
+figure is drawn, after everything was computed. It also leaves names that begin with an underscore out of legends.
 """
 
 import functools
@@ -17,11 +17,12 @@ ZERO_WIDTH_SPACE = "\u200b"
 
 
 def plain(value: Any) -> Any:
-    """``value`` with every string in it made safe to draw: dollar signs are escaped, a zero-width space comes before a
-    leading underscore, and bytes of a file name that are no UTF-8 become question marks.
+    """Make every string in ``value`` safe to draw.
 
-    Strings are found in tables (cells and labels), series, mappings, lists and tuples; anything else comes back as it
-    is. Applying this twice is the same as applying it once.
+    Dollar signs are escaped, a zero-width space is put before a leading underscore, and bytes of a file name that are
+    not valid UTF-8 become question marks. Strings are found in tables (cells and labels), series, mappings, lists and
+    tuples; all other values are returned unchanged. Applying the function twice has the same effect as applying it
+    once.
     """
     if isinstance(value, str):
         text = UNESCAPED_DOLLAR.sub(r"\\$", value).encode(errors="replace").decode()
@@ -45,7 +46,7 @@ def plain(value: Any) -> Any:
 
 
 def plain_text(function: Callable[..., Figure]) -> Callable[..., Figure]:
-    """Decorator of a function that draws: all text in its arguments is drawn literally, see :func:`plain`."""
+    """Decorate a function that draws, so that all text in its arguments is drawn literally, see :func:`plain`."""
 
     @functools.wraps(function)
     def drawn(*arguments: Any, **options: Any) -> Figure:
