@@ -1,8 +1,8 @@
-"""A training step of a top-k autoencoder by other libraries, to be timed beside the lab's own.
+"""One training step of a top-k autoencoder in other libraries (the peers), to be timed beside the lab's own.
 
-Each library runs at its best settings for this: the fused Adam, and no more measuring than its step needs. ``dense`` is
-the step as the papers' code writes it, with dense products throughout. ``make peers`` installs the libraries in an
-environment of their own, since they pin other versions; nothing else of the lab needs them.
+Each library runs with its fastest settings: the fused Adam, and no more logging than its step needs. ``dense`` is the
+step as in the papers' code, with dense matrix products throughout. ``make peers`` installs the libraries in a folder of
+their own, because they pin other versions; nothing else in the lab needs them.
 """
 
 from collections.abc import Callable
@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from vaelab.core.validate import at_least, one_of
 
 Step = Callable[[int], None]
-"""Takes one step on the batch of that number."""
+"""A function of a step's index that takes one training step, on the batch with that index."""
 AUX_WEIGHT, K_AUX = 1 / 32, 256
 LONG_AGO = 10**8
-"""Vectors since a feature was last active, of a feature that every library counts as dead."""
+"""A number of vectors; every library counts a feature as dead that was last active so many vectors ago."""
 
 
 @dataclass(frozen=True)
@@ -31,15 +31,15 @@ class StepConfig:
     n_features: int = 5120
     """Size of the dictionary."""
     k: int = 10
-    """Active features of a vector."""
+    """Number of active features per vector."""
     batch_size: int = 4096
-    """Vectors of a batch."""
+    """Number of vectors per batch."""
     dead: int = 512
-    """Features that count as dead in the steps with dead features."""
+    """Number of features that count as dead in the steps with dead features."""
     seed: int = 0
-    """Fixes vectors, initial weights, and which features are dead."""
+    """Determines the vectors, the initial weights, and which features are dead."""
     device: str = "cpu"
-    """Where the steps are taken."""
+    """The device on which the steps are taken."""
 
     def __post_init__(self) -> None:
         for name in ("d", "n_features", "k", "batch_size"):
@@ -56,12 +56,12 @@ class StepConfig:
 
     @cached_property
     def dead_features(self) -> Tensor:
-        """Numbers of the features that count as dead: (dead,), on the device."""
+        """Indices (dead,) of the features that count as dead, on the device."""
         order = torch.randperm(self.n_features, generator=torch.Generator().manual_seed(self.seed))
         return order[: self.dead].to(self.device)
 
     def batch(self, number: int) -> Tensor:
-        """The batch (batch_size, d) of step ``number``; the four take turns."""
+        """Return the batch (batch_size, d) of the step with index ``number``; the four batches take turns."""
         return self.batches[number % len(self.batches)]
 
 
@@ -77,7 +77,7 @@ class Dense(nn.Module):
         self.k = setting.k
 
     def forward(self, x: Tensor, dead: Tensor) -> Tensor:
-        """The loss on a batch (N, d); ``dead`` (n_features,) is 1 for dead features, else 0."""
+        """Compute the loss on a batch (N, d); ``dead`` (n_features,) is 1 for dead features, else 0."""
         pre = F.linear(x - self.pre_bias, self.encoder, self.latent_bias)
         reconstruction = F.linear(_only_largest(pre, self.k), self.decoder) + self.pre_bias
         loss = _relative_error(reconstruction, x)
@@ -97,7 +97,7 @@ def _relative_error(reconstruction: Tensor, x: Tensor) -> Tensor:
 
 
 def dense(setting: StepConfig, *, dead: bool) -> Step:
-    """A step of :class:`Dense`."""
+    """Make a training step of :class:`Dense`."""
     sae = Dense(setting).to(setting.device)
     optimizer = torch.optim.Adam(sae.parameters(), lr=1e-4, fused=True)
     dead_mask = torch.zeros(setting.n_features, device=setting.device)
@@ -117,7 +117,7 @@ def dense(setting: StepConfig, *, dead: bool) -> Step:
 
 
 def sparsify(setting: StepConfig, *, dead: bool) -> Step:
-    """EleutherAI's ``eai-sparsify``, as its trainer steps with ``optimizer="adam"``."""
+    """Make a training step of EleutherAI's ``eai-sparsify``, as in its trainer with ``optimizer="adam"``."""
     from sparsify.config import SparseCoderConfig
     from sparsify.sparse_coder import SparseCoder
 
@@ -142,7 +142,8 @@ def sparsify(setting: StepConfig, *, dead: bool) -> Step:
 
 
 def sae_lens(setting: StepConfig, *, dead: bool) -> Step:
-    """``sae-lens``'s TopKTrainingSAE, as its trainer steps, without the rescaling by the decoder's lengths."""
+    """Make a training step of ``sae-lens``'s TopKTrainingSAE, as in its trainer, without rescaling activations by the
+    lengths of the decoder's rows."""
     from sae_lens.saes.sae import TrainStepInput
     from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
 
@@ -169,7 +170,7 @@ def sae_lens(setting: StepConfig, *, dead: bool) -> Step:
 
 
 def dictionary_learning(setting: StepConfig, *, dead: bool) -> Step:
-    """``dictionary-learning``'s TopKTrainer."""
+    """Make a training step of ``dictionary-learning``'s TopKTrainer."""
     from dictionary_learning.trainers.top_k import TopKTrainer
 
     trainer = TopKTrainer(
@@ -191,10 +192,10 @@ PEERS = {"dense": dense, "sparsify": sparsify, "sae_lens": sae_lens, "dictionary
 
 
 def peer_step(name: str, setting: StepConfig, *, dead: bool = False) -> Step:
-    """The training step of one of :data:`PEERS`.
+    """Make the training step of one of :data:`PEERS`.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: the name is unknown.
         ImportError: the library is not installed.
     """
     one_of("peers", name, PEERS)

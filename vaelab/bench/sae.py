@@ -1,7 +1,8 @@
-"""How well and how fast autoencoders train: recovery, step times beside other libraries', memory.
+"""How well and how fast sparse autoencoders train: recovery of a known dictionary, step times, and memory.
 
-Steps are timed in a process of their own, in which the other libraries are found (``make peers``); all systems take
-turns. The unit is one float32 product of the encoder, as torch makes it.
+Training steps of the lab and of other libraries (``make peers`` installs them) are timed in a process of their own, in
+which those libraries are found; all systems take turns. The unit is one float32 matrix product of the encoder by
+torch.
 """
 
 import json
@@ -35,16 +36,16 @@ from vaelab.sae.train import NormaliseDecoders, SAEObjective, SAESpec, train_sae
 from vaelab.training.loop import TrainConfig
 
 PEERS_FOLDER = ".peers"
-"""Under the project's folder: where ``make peers`` installs the others' libraries."""
+"""The folder, inside the project's folder, in which ``make peers`` installs the other libraries."""
 OURS = {"float32": False, "bf16": True}
 
 
 def lab_step(setting: StepConfig, *, screen: bool = False, dead: bool = False) -> Step:
-    """A training step of the lab's autoencoder, as :func:`vaelab.training.loop.train` takes it: forward, both losses,
-    backward, the decoder's projection and normalisation, Adam.
+    """Make a training step of the lab's autoencoder, as :func:`vaelab.training.loop.train` takes it: forward, both
+    losses, backward, the decoder's projection and normalisation, Adam.
 
     Args:
-        setting: what is trained.
+        setting: the autoencoder to train.
         screen: whether bfloat16 finds the candidates of the top-k.
         dead: whether ``setting.dead`` features are dead in every step.
     """
@@ -69,7 +70,7 @@ def lab_step(setting: StepConfig, *, screen: bool = False, dead: bool = False) -
 
 
 def encoder_product(setting: StepConfig, product: Any = F.linear) -> Step:
-    """One product of the encoder, (batch_size, d) times (d, n_features), in float32."""
+    """Make a step that is one matrix product of the encoder, (batch_size, d) times (d, n_features), in float32."""
     generator = torch.Generator().manual_seed(setting.seed)
     weight = torch.randn(setting.n_features, setting.d, generator=generator).to(setting.device)
 
@@ -80,9 +81,12 @@ def encoder_product(setting: StepConfig, product: Any = F.linear) -> Step:
 
 
 def build_step(name: str, setting: StepConfig) -> Step:
-    """A system by its name: ``gemm`` (torch's product), ``gemm_best`` (by the kernel that the lab uses), ``float32``
-    and ``bf16`` (the lab's autoencoder), or one of :data:`vaelab.bench.peers.PEERS`; ``_dead`` after it adds dead
-    features."""
+    """Make the step of a system, by its name.
+
+    The names are ``gemm`` (the encoder's product by torch), ``gemm_best`` (by the kernel that the lab uses),
+    ``float32`` and ``bf16`` (the lab's autoencoder), and those in :data:`vaelab.bench.peers.PEERS`. With ``_dead``
+    appended to the name of an autoencoder, some features are dead.
+    """
     plain = name.removesuffix("_dead")
     if plain in ("gemm", "gemm_best"):
         return encoder_product(setting, F.linear if plain == "gemm" else linear)
@@ -107,7 +111,8 @@ def _in_child(names: Sequence[str], setting: StepConfig, rounds: int) -> Any:
 
 
 def peak_process_bytes(device: torch.device) -> int:
-    """The most memory that this process has used so far, in bytes: on a GPU as its allocator counts, else resident.
+    """Return the largest amount of memory that this process has used so far, in bytes: on a GPU as its allocator
+    counts, otherwise resident memory.
 
     ``ru_maxrss`` is in bytes on macOS and in units of 1024 bytes elsewhere (getrusage(2) of either system).
     """
@@ -117,7 +122,7 @@ def peak_process_bytes(device: torch.device) -> int:
 
 
 def _child(given: Mapping[str, Any]) -> None:
-    sys.path.append(given["peers"])  # last, so that none of the lab's own versions is replaced
+    sys.path.append(given["peers"])  # last, so that the lab's own versions of libraries take precedence
     setting, missing, actions = StepConfig(**given["setting"]), {}, {}
     device = torch.device(setting.device)
     before = peak_process_bytes(device)
@@ -136,18 +141,18 @@ class StepTimings(NamedTuple):
     """Seconds of training steps that took turns."""
 
     seconds: pd.DataFrame
-    """A row a round, a column a system."""
+    """One row per round, one column per system."""
     missing: dict[str, str]
     """The systems that are not installed, with the error of their import."""
 
 
 def step_seconds(setting: StepConfig, rounds: int, *, peers: Sequence[str] = tuple(PEERS)) -> StepTimings:
-    """Seconds of a step of every system, without and with dead features, and of the encoder's product.
+    """Time in seconds a training step of every system, without and with dead features, and the encoder's product.
 
     Args:
-        setting: what is trained.
-        rounds: how often each is timed.
-        peers: names in :data:`vaelab.bench.peers.PEERS`.
+        setting: the autoencoder to train.
+        rounds: how often each step is timed.
+        peers: the names, in :data:`vaelab.bench.peers.PEERS`, of the systems to compare with.
     """
     systems = [f"{name}{dead}" for dead in ("", "_dead") for name in (*OURS, *peers) if setting.dead or not dead]
     measured = _in_child(["gemm", "gemm_best", *systems], setting, rounds)
@@ -155,11 +160,11 @@ def step_seconds(setting: StepConfig, rounds: int, *, peers: Sequence[str] = tup
 
 
 def step_memory(setting: StepConfig, *, systems: Sequence[str] = (*OURS, *PEERS), rounds: int = 2) -> pd.DataFrame:
-    """Peak memory of a process that takes steps of one system, and their time beside the encoder's product.
+    """Measure the peak memory of a process that takes training steps of one system, and the time of these steps.
 
     Returns:
-        ``system``, ``peak_mb`` of the whole process, ``added_mb`` since before weights were made,
-        ``step_over_gemm``; a system that is not installed is left out.
+        One row per installed system: ``system``, ``peak_mb`` (of the whole process), ``added_mb`` (since before the
+        weights were made) and ``step_over_gemm`` (a step's time over that of the encoder's product).
     """
     rows = []
     for system in systems:
@@ -173,7 +178,7 @@ def step_memory(setting: StepConfig, *, systems: Sequence[str] = (*OURS, *PEERS)
 
 
 def step_ratios(seconds: pd.DataFrame) -> dict[str, float]:
-    """Ratios of median times over the rounds.
+    """Compute ratios of median times over the rounds.
 
     ``sae.step_over_gemm.<float32|bf16>`` is the lab's step over the encoder's product,
     ``sae.step_over_best_gemm.<float32|bf16>`` the same over the quickest kernel's product. ``sae.speedup_vs.<peer>`` is
@@ -196,12 +201,14 @@ def step_ratios(seconds: pd.DataFrame) -> dict[str, float]:
 def recovery_table(
     steps: int, *, variants: Sequence[str] = VARIANTS, batch_size: int = 1024, device: str = "cpu", seed: int = 0
 ) -> pd.DataFrame:
-    """How much of a planted dictionary each variant finds: 512 features in 128 dimensions, 8 of them in a
-    vector; all variants are trained on the same batches in one pass.
+    """Measure how much of a known dictionary each variant finds.
+
+    The vectors are sums of 8 of the dictionary's 512 features in 128 dimensions. All variants are trained on the same
+    batches in one pass.
 
     Returns:
-        ``variant``, ``recovery`` (mean best cosine of the true features), and of the last steps
-        ``explained_variance``, ``l0`` and ``dead_fraction``.
+        One row per variant: ``variant``, ``recovery`` (the mean over true features of the largest cosine with a found
+        feature), and ``explained_variance``, ``l0`` and ``dead_fraction`` of the last steps.
     """
     planted = SyntheticSparseData(seed=seed)
     settings = {"d": planted.d, "n_features": planted.n_features, "k": planted.active, "dead_after": 25 * batch_size}
@@ -217,7 +224,8 @@ def recovery_table(
 
 
 def selection_equal_fraction(sae: SAE, x: Tensor, *, extra: int = SCREEN_EXTRA) -> float:
-    """The share of vectors (N, d) for which the bfloat16 screen chooses the same features as float32."""
+    """Compute the share of vectors (N, d) for which the same features are selected with candidates found in bfloat16 as
+    in float32."""
     with torch.no_grad():
         given = (x.to(sae.encoder) - sae.pre_bias, sae.encoder, sae.latent_bias, sae.config.k)
         plain, screened = (select_topk(*given, extra=more).entries.indices.view(len(x), -1) for more in (0, extra))
@@ -227,16 +235,18 @@ def selection_equal_fraction(sae: SAE, x: Tensor, *, extra: int = SCREEN_EXTRA) 
 def train_on_pipeline(
     pipeline: Any, config: CollectConfig, *, prompts: int, steps: int, n_features: int = 2560, k: int = 10
 ) -> tuple[SAE, Tensor]:
-    """An autoencoder trained on the first block's vectors for the world's prompts, and held-out vectors (N, d) of a
-    quarter as many other prompts.
+    """Train an autoencoder on the first block's vectors for prompts of the synthetic scene world.
 
     Args:
         pipeline: a diffusers pipeline.
-        config: what is captured.
-        prompts: how many are drawn for training.
-        steps: optimizer steps, of 1024 vectors.
-        n_features: size of the dictionary.
-        k: active features.
+        config: the activations to capture.
+        prompts: the number of prompts for training.
+        steps: the number of optimizer steps, with 1024 vectors each.
+        n_features: the size of the dictionary.
+        k: the number of active features per vector.
+
+    Returns:
+        The autoencoder, and held-out vectors (N, d) of a quarter as many other prompts.
     """
     (block, *_), other = config.blocks, max(1, prompts // 4)
     texts = load_prompts("world", count=prompts + other).texts
@@ -257,26 +267,27 @@ class SAEBenchmark(NamedTuple):
     """Metrics and timed steps of :func:`benchmark_saes`."""
 
     metrics: dict[str, float]
-    """Named as in :func:`step_ratios` and :func:`benchmark_saes`."""
+    """The metrics, with names as in :func:`step_ratios` and :func:`benchmark_saes`."""
     steps: pd.DataFrame
-    """A row a timed step: ``system``, ``dead`` (``none dead``, ``512 dead``), and ``over_gemm``, its time over
-    the encoder product's median."""
+    """One row per timed step: ``system``, ``dead`` (``none dead``, ``512 dead``), and ``over_gemm``, its time over the
+    median time of the encoder's product."""
 
 
 def benchmark_saes(
     pipeline: Any, config: CollectConfig, *, steps: int, rounds: Sequence[int], batch_size: int, seed: int = 0
 ) -> SAEBenchmark:
-    """``sae.recovery.<variant>``, ``sae.selection_equal_fraction`` on real vectors, and how steps compare.
+    """Measure recovery (``sae.recovery.<variant>``), the agreement of the top-k with candidates found in bfloat16 on
+    real vectors (``sae.selection_equal_fraction``), and the times of training steps.
 
     Args:
-        pipeline: whose vectors the screen is tried on.
-        config: what is captured for that.
-        steps: of the training on planted dictionaries; for the screen's a quarter of them.
-        rounds: how often each step is timed at d 1280, n_features 5120, k 10; and at n_features
-            81,920, k 32, with a process for each system, whose peak memory is reported
-            (``sae.large.peak_mb.<system>``); 0 leaves this out.
-        batch_size: vectors of a timed step, a quarter of them at 81,920 features.
-        seed: fixes vectors, initial weights and prompts.
+        pipeline: the pipeline that generates the real vectors.
+        config: the activations to capture for them.
+        steps: the number of training steps on the known dictionary; on the real vectors about a quarter of them.
+        rounds: two numbers. The first says how often each step is timed at d 1280, n_features 5120, k 10; the second,
+            how often at n_features 81,920, k 32, with one process per system, whose peak memory is reported
+            (``sae.large.peak_mb.<system>``). If the second is 0, this is not measured.
+        batch_size: the number of vectors per timed step; at 81,920 features a quarter of it.
+        seed: determines the synthetic vectors and the initial weights.
     """
     recovered = recovery_table(steps, device=str(pipeline.device), seed=seed)
     sae, x = train_on_pipeline(pipeline, config, prompts=max(8, steps // 16), steps=max(10, steps // 4))

@@ -1,7 +1,9 @@
-"""Time of tracking, collecting and sweeping, with the noise of a shared machine.
+"""Time that tracking, collecting and sweeping take, and the noise of the measurement on a shared machine.
 
-All systems of a comparison run in one process, in turns, in a random order each round. The reference runs twice in
-each round: the difference between its two runs (``repeat``) is the noise of the measurement.
+Tracking measures a VAE's channels during training, collecting stores a denoiser's activations, and sweeping reads many
+layers at many timesteps. All systems of a comparison run in one process and take turns, in a random order in each
+round. Where a reference runs twice per round, the difference between its two runs (the second is called ``repeat``) is
+the noise of the measurement.
 """
 
 import copy
@@ -31,20 +33,20 @@ from vaelab.vae.objective import VAEObjective
 
 
 def tracking_seconds(vae: nn.Module, images: Images, config: StudyConfig, rounds: int) -> pd.DataFrame:
-    """Seconds of a training step: ``untracked``, the same again as ``repeat``, and ``tracked``.
+    """Time a training step in seconds: ``untracked``, the same again as ``repeat``, and ``tracked``.
 
-    The three train copies of ``vae`` on the same batches. A tracked step measures every GroupNorm
-    output, classifies, and counts near-zero weights: all that the study does on such a step. On
-    the other steps there is no hook and nothing to measure.
+    The three train copies of ``vae`` on the same batches. A tracked step measures every GroupNorm output, classifies
+    the channels, and counts near-zero weights: all that the study does on such a step. On its other steps the study
+    has no hook and measures nothing.
 
     Args:
         vae: the model, on the device to measure on.
-        images: pictures to train on.
-        config: batch size, learning rate and what is tracked, here at every step.
-        rounds: how often each is timed.
+        images: the pictures to train on.
+        config: the batch size, the learning rate and what is tracked; here every step is tracked.
+        rounds: how often each kind of step is timed.
 
     Returns:
-        A row a round, a column a kind of step.
+        One row per round, one column per kind of step.
     """
     device = next(vae.parameters()).device
     batches = images.shuffled(config.batch_size, config.train.seed)()
@@ -77,19 +79,20 @@ def tracking_seconds(vae: nn.Module, images: Images, config: StudyConfig, rounds
 
 
 def collect_seconds(pipeline: Any, prompts: int, config: CollectConfig, rounds: int) -> pd.DataFrame:
-    """Seconds of drawing the same prompts of the world: ``plain``, the same again as ``repeat``, and ``collecting``.
+    """Time in seconds the generation of pictures for the same prompts of the synthetic scene world: ``plain``, the same
+    again as ``repeat``, and ``collecting``.
 
-    The plain pipeline ends with the pictures. A collection captures activations, stops each pass after the last
-    requested block, and ends when the activations are on the disk.
+    ``plain`` ends with the pictures. ``collecting`` captures activations, stops each pass after the last requested
+    block, and ends when the activations are on the disk.
 
     Args:
-        pipeline: on the device to measure on.
-        prompts: how many; each round draws them with other seeds.
+        pipeline: the pipeline, on the device to measure on.
+        prompts: the number of prompts; each round uses other seeds for them.
         config: what is collected, and with which sampling and batch size.
-        rounds: how often each is timed.
+        rounds: how often each system is timed.
 
     Returns:
-        A row a round, a column a system.
+        One row per round, one column per system.
     """
     texts = load_prompts("world", count=prompts).texts
     layout, per_prompt, _ = run_trial_batch(pipeline, texts, config)
@@ -109,19 +112,23 @@ def collect_seconds(pipeline: Any, prompts: int, config: CollectConfig, rounds: 
 def sweep_seconds(
     pipeline: Any, pictures: LabelledPictures, config: LayerConfig, count: int, rounds: int
 ) -> tuple[pd.DataFrame, dict[str, float]]:
-    """Seconds a picture of features of all layers and timesteps: ``together``, as they are collected, and
-    ``one_at_a_time``; beside them ``encoding`` and ``whole_pass``, a single pass through the whole denoiser.
+    """Time in seconds per picture how long features of all blocks and timesteps take.
+
+    ``together`` computes them as they are collected, with one pass per timestep; ``one_at_a_time`` uses one pass per
+    block and timestep. For comparison, ``encoding`` is the autoencoder alone, and ``whole_pass`` is one pass through
+    the whole denoiser.
 
     Args:
-        pipeline: on the device to measure on.
-        pictures: of which the first ``count`` that can be read are one batch.
+        pipeline: the pipeline, on the device to measure on.
+        pictures: the pictures; the first ``count`` that can be read make one batch.
         config: the blocks and timesteps.
-        count: how many.
-        rounds: how often each is timed.
+        count: the number of pictures in the batch.
+        rounds: how often each system is timed.
 
     Returns:
-        A row a round, and the medians with how many whole passes the sweep costs beside its encoding and how many
-        times as long one at a time takes; nothing where ``rounds`` is 0.
+        A table with one row per round and one column per system; and the metrics: the median of each system, the cost
+        of ``together`` without the encoding as a number of whole passes (``sweep.whole_passes``), and how many times as
+        long ``one_at_a_time`` takes (``sweep.times_quicker``). Both are empty if ``rounds`` is 0.
     """
     if not rounds:
         return pd.DataFrame(), {}

@@ -1,15 +1,15 @@
-"""Speed of the store and of other formats for activations: writing the same maps, reading their vectors shuffled.
+"""Speed of the activation store and of other file formats: writing the same maps, and reading their vectors shuffled.
 
-- ``webdataset``: a tar of pickled tensors, as sdxl-unbox collects them. It is read through a buffer of samples that
-  is refilled by a fifth and reshuffled each time, as in its iterator (which drops the rest of the buffer at the end;
-  here every vector is read). The maps are written as they are.
-- ``arrow``: rows of float16 in Arrow, written by the ``datasets`` library a table at a time, which is by far its
+- ``webdataset``: a tar of pickled tensors, as sdxl-unbox collects them. It is read through a buffer of samples; each
+  time a fifth of the buffer is used up, it is refilled and reshuffled, as in sdxl-unbox's iterator (which drops the
+  rest of the buffer at the end; here every vector is read). The maps are written as they are.
+- ``arrow``: rows of float16 in Arrow, written by the ``datasets`` library one table at a time, which is by far its
   fastest way. The store's own function turns the maps into rows.
 
 All systems get the maps as a model produces them: a few at a time, in fresh memory, channels first. A write ends when
-the file and its name are synced to the disk. The store syncs every shard; it alone refuses numbers that are not
-finite, computes checksums and can be resumed. A read gives every vector once, shuffled, in float32 batches. The files
-are in the page cache by then, so that the software is timed and not the disk.
+the file and its name are synced to the disk. The store syncs every shard; it alone refuses values that are not finite,
+computes checksums and can be resumed. A read yields every vector once, shuffled, in float32 batches. The files are then
+in the page cache, so that the software is timed and not the disk.
 """
 
 import io
@@ -33,11 +33,12 @@ from vaelab.store.writer import flatten_positions, sync_folder
 
 BLOCK = "down.2.1"
 SIDE = 16
-"""Of the maps, in positions."""
+"""Side of the maps, in positions."""
 TOGETHER = 10
-"""Maps that a system gets at a time, and in one sample of the tar."""
+"""Number of maps that a system gets at a time, and number of maps in one sample of the tar."""
 SAMPLES_IN_BUFFER = 25
-"""Samples in the buffer of the tar's reader: 64,000 vectors are shuffled together, as in the store's reader."""
+"""Number of samples in the buffer of the tar's reader: 64,000 vectors are shuffled together, as in the store's
+reader."""
 
 
 def store_seconds(
@@ -54,23 +55,22 @@ def store_seconds(
     """Time the systems in turns, writing and reading the same vectors.
 
     Args:
-        folder: where to write; None is the folder of temporary files.
-        systems: which to time.
-        vectors: how many, rounded up to whole maps of 16x16.
-        width: numbers of a vector.
-        batch_size: vectors of a batch.
+        folder: the folder to write in; None means the system's folder for temporary files.
+        systems: the names of the systems to time.
+        vectors: the number of vectors, rounded up to whole maps of 16x16.
+        width: the number of values per vector.
+        batch_size: the number of vectors per batch.
         rounds: how often each system is timed.
-        warmup: rounds that do not count.
-        seed: fixes the vectors, their order in reading, and that of the systems in a round.
+        warmup: the number of rounds before these, which do not count.
+        seed: determines the vectors and the order of the systems in each round.
 
     Returns:
-        A row a round and system: ``round``, ``system``, ``write`` and ``read`` in seconds, and
-        ``vectors``.
+        One row per round and system: ``round``, ``system``, ``write`` and ``read`` in seconds, and ``vectors``.
 
     Raises:
         ImportError: ``webdataset`` is among the systems and is not installed.
-        ValueError: an unknown system, a number below 1.
-        RuntimeError: a system has lost vectors, or repeated them.
+        ValueError: a system is unknown, or a number is below 1.
+        RuntimeError: a system did not read back as many vectors as were written.
     """
     for name, value in (("vectors", vectors), ("width", width), ("batch_size", batch_size), ("rounds", rounds)):
         at_least(name, value, 1)
@@ -88,7 +88,7 @@ def store_seconds(
         for system in map(str, rng.permutation(list(systems))):
             write, read = SYSTEMS[system]
             with tempfile.TemporaryDirectory(dir=folder) as place:
-                os.sync()  # what others have left to be written is not this system's
+                os.sync()  # so that the data of other systems is not written while this one is timed
                 began = time.perf_counter()
                 write(Path(place), parts)
                 written = time.perf_counter()
@@ -102,7 +102,7 @@ def store_seconds(
 
 
 def write_store(folder: Path, parts: Sequence[Tensor]) -> None:
-    """Write parts of the maps, each (N, width, side, side), as a store."""
+    """Write the parts of the maps, each (N, width, side, side), to a store."""
     layout = {BLOCK: BlockShape((SIDE, SIDE), parts[0].shape[1])}
     with store.create(folder, layout, items_per_shard=10 * TOGETHER) as writer:
         for part in parts:
@@ -111,12 +111,12 @@ def write_store(folder: Path, parts: Sequence[Tensor]) -> None:
 
 
 def read_store(folder: Path, batch_size: int, seed: int) -> Iterator[Tensor]:
-    """Shuffled batches (batch_size, width) float32 of the vectors that :func:`write_store` wrote."""
+    """Read the vectors that :func:`write_store` wrote in shuffled batches (batch_size, width) float32."""
     return store.open(folder).batches(BLOCK, batch_size, seed, buffer_rows=SAMPLES_IN_BUFFER * TOGETHER * SIDE**2)
 
 
 def write_webdataset(folder: Path, parts: Sequence[Tensor]) -> None:
-    """Write each part as a pickled sample (maps, steps, width, side, side) in a tar."""
+    """Write each part as a pickled sample (maps, steps, width, side, side) to a tar."""
     import webdataset
 
     with open(folder / "block.tar", "wb") as file:
@@ -131,7 +131,7 @@ def write_webdataset(folder: Path, parts: Sequence[Tensor]) -> None:
 
 
 def read_webdataset(folder: Path, batch_size: int, seed: int) -> Iterator[Tensor]:
-    """Shuffled batches (batch_size, width) float32 of the vectors that :func:`write_webdataset` wrote."""
+    """Read the vectors that :func:`write_webdataset` wrote in shuffled batches (batch_size, width) float32."""
     import webdataset
 
     samples = iter(webdataset.WebDataset(str(folder / "block.tar"), shardshuffle=False).decode("torch"))
@@ -153,7 +153,7 @@ def read_webdataset(folder: Path, batch_size: int, seed: int) -> Iterator[Tensor
 
 
 def write_arrow(folder: Path, parts: Sequence[Tensor]) -> None:
-    """Write the vectors as rows of an Arrow file."""
+    """Write the vectors as the rows of an Arrow file."""
     import datasets
     import pyarrow as pa
     from datasets.arrow_writer import ArrowWriter
@@ -171,7 +171,7 @@ def write_arrow(folder: Path, parts: Sequence[Tensor]) -> None:
 
 
 def read_arrow(folder: Path, batch_size: int, seed: int) -> Iterator[Tensor]:
-    """Shuffled batches (batch_size, width) float32 of the vectors that :func:`write_arrow` wrote."""
+    """Read the vectors that :func:`write_arrow` wrote in shuffled batches (batch_size, width) float32."""
     import datasets
 
     rows = datasets.Dataset.from_file(str(folder / "block.arrow")).with_format("torch")
@@ -198,8 +198,12 @@ def _sync(path: Path) -> None:
 
 
 def speed_ratios(table: pd.DataFrame) -> dict[str, float]:
-    """From the medians over rounds: the store's shuffled vectors a second, and how many times as fast
-    as each other system it reads (``store.read_vs_<system>``) and writes (``store.write_vs_<system>``)."""
+    """Compare the medians over rounds.
+
+    Returns:
+        ``store.shuffled_vectors_per_second``, and for each other system how many times as fast the store reads
+        (``store.read_vs_<system>``) and writes (``store.write_vs_<system>``).
+    """
     medians = table.groupby("system")[["write", "read"]].median()
     metrics = {"store.shuffled_vectors_per_second": table["vectors"].iloc[0] / medians.loc["store", "read"]}
     for system in medians.index.drop("store"):
