@@ -1,4 +1,4 @@
-"""Pictures and prompts by one name."""
+"""Load pictures and prompts by name."""
 
 from vaelab.data.images import Images, load_images, load_pair, shared_pictures, short_name
 

@@ -1,10 +1,11 @@
-"""The embedded picture sets: ``photos``, ``digits``, ``glyphs``, and the ``world``'s scenes.
+"""The embedded picture sets: ``photos``, ``digits``, ``glyphs``, and scenes of the synthetic ``world``.
 
-The first three come with the libraries. They stand for the channel-suppression paper's three kinds of
-data: natural pictures, upscaled low-resolution pictures, and low-entropy glyphs. A set is built in
-seconds, the same on every machine, as a ``datasets.Dataset`` with the columns ``image`` and ``label``
-and the splits ``train`` and ``test``. The label of a world scene is the texture of its ground;
-:func:`vaelab.world.scenes.dataset` has all other factors.
+The pictures of the first three come with the installed libraries. They stand for the three kinds of data in the
+channel-suppression paper (Shi, Wang and Roshka): natural pictures, upscaled low-resolution pictures, and low-entropy
+glyphs. The ``world`` is the synthetic scene world (:mod:`vaelab.world`). A set is built in seconds, the same on every
+machine, as a ``datasets.Dataset`` with the columns ``image`` and ``label`` and the splits ``train`` and ``test``. The
+label of a world scene is the texture of its ground; :func:`vaelab.world.scenes.dataset` has all other factors, that is,
+attributes such as colour.
 """
 
 import functools
@@ -38,15 +39,15 @@ PHOTOGRAPHS = {
 CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789!?&@#%$+=<>"
 FONTS = ("DejaVuSans", "DejaVuSerif", "DejaVuSansMono", "STIXGeneral", "cmr10", "cmss10", "cmtt10", "cmb10")
 TEST_EVERY = 6
-"""Every sixth digit and glyph is in the split ``test``."""
+"""One digit or glyph in this number is in the split ``test``."""
 WORLD_SCENES = {"train": 3000, "test": 600}
 
 
 def load_split(name: str, split: str) -> "datasets.Dataset":
-    """One split of an embedded set.
+    """Load one split of an embedded set.
 
     Raises:
-        ValueError: an unknown set or split.
+        ValueError: the set or split is unknown.
     """
     one_of("dataset", name, NAMES)
     one_of(f"split (of {name!r})", split, SPLITS)
@@ -71,7 +72,7 @@ def _png(picture: PIL.Image.Image) -> dict[str, bytes | None]:
 
 
 def _photos(split: str) -> Iterator[tuple[PIL.Image.Image, str]]:
-    """Square crops of 48 to 320 pixels of the sample photographs; a photograph is in one split only."""
+    """Yield square crops of 48 to 320 pixels of the sample photographs; each photograph is in one split only."""
     for file in PHOTOGRAPHS[split]:
         photograph = _read_photograph(file)
         rng = np.random.default_rng([len(file), *file.encode()])
@@ -90,7 +91,7 @@ def _read_photograph(file: str) -> PIL.Image.Image:
 
 
 def _digits(split: str) -> Iterator[tuple[PIL.Image.Image, str]]:
-    """scikit-learn's handwritten digits at 8 x 8 pixels; the preprocessing upscales them."""
+    """Yield scikit-learn's handwritten digits at 8 x 8 pixels; the preprocessing upscales them."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -100,7 +101,8 @@ def _digits(split: str) -> Iterator[tuple[PIL.Image.Image, str]]:
 
 
 def _glyphs(split: str) -> Iterator[tuple[PIL.Image.Image, str]]:
-    """Dark characters on white, only from the fonts that come with matplotlib: the same on every machine."""
+    """Yield dark characters on white, in fonts that come with matplotlib, so that they are the same on every
+    machine."""
     rng = np.random.default_rng(0)
     number = 0
     for font in _font_files():
@@ -134,4 +136,4 @@ def _world(split: str) -> Iterator[tuple[PIL.Image.Image, str]]:
 
 
 NAMES = {"photos": _photos, "digits": _digits, "glyphs": _glyphs, "world": _world}
-"""How each embedded set is built."""
+"""The function that builds each embedded set."""

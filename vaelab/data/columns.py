@@ -1,4 +1,4 @@
-"""Which columns of a data set hold pictures and labels."""
+"""Find the columns of a data set that hold pictures and labels."""
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -14,14 +14,15 @@ if TYPE_CHECKING:
     import datasets
 
 SAMPLED_ROWS = 64
-"""How many rows are tried to see whether a column of bytes holds pictures."""
+"""Number of rows that are tried to find out whether a column of bytes holds pictures."""
 
 
 def find_images(rows: "datasets.Dataset", dataset: str, requested: str) -> str:
-    """The column of pictures.
+    """Find the column of pictures; ``asked`` is the requested column, or ``""`` to choose one.
 
     Raises:
-        ValueError: there is none, or several and none of them is called ``image``.
+        ValueError: there is no column of pictures, the requested column holds none, or there are several and none of
+            them is called ``image``.
     """
     import datasets
 
@@ -73,12 +74,12 @@ class Labels(NamedTuple):
     """The labels of a data set's rows."""
 
     numbers: np.ndarray | None
-    """Class numbers (rows,), -1 where a label is withheld; None where no column is chosen."""
+    """Class indices (rows,), -1 if a label is withheld; None if no column is chosen."""
     classes: list[str]
     column: str
     """The column of the labels, or ``""``."""
     choices: list[str]
-    """Columns that could be labels, where none is chosen."""
+    """Columns that could be labels, if none is chosen."""
 
 
 def find_labels(
@@ -128,7 +129,8 @@ def _may_be_labels(feature: Any) -> bool:
 
 
 def _numbered(values: Sequence[Any], every: Iterable[Any]) -> tuple[np.ndarray, list[str]]:
-    """Class numbers of text or whole numbers, and the classes of all splits, so that they agree in all."""
+    """Convert labels (text or whole numbers) to class indices; return them with the classes of all splits, so that the
+    indices agree in all splits."""
     found = {_class_name(value) for value in (*every, *values)} - {""}
     whole_numbers = all(name.removeprefix("-").isdecimal() for name in found)
     classes = sorted(found, key=int) if whole_numbers else sorted(found)
@@ -137,7 +139,7 @@ def _numbered(values: Sequence[Any], every: Iterable[Any]) -> tuple[np.ndarray, 
 
 
 def _class_name(value: Any) -> str:
-    """A label as text; empty where it is withheld."""
+    """Convert a label to text; empty if the label is withheld."""
     if value is None or value != value:
         return ""
     if isinstance(value, float):

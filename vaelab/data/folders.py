@@ -1,8 +1,8 @@
-"""What a local folder holds: pictures by split and class, the metadata beside them, or parquet files.
+"""Find what a local folder holds: pictures by split and class, the metadata beside them, or parquet files.
 
-The convention is that of Hugging Face's ``imagefolder``, with three differences. Folders are splits
-only where all of them have the name of a split, and names of files mean nothing. Links are followed.
-The folder is listed anew each time, without a cache. Whatever is left out is counted.
+The conventions are those of Hugging Face's ``imagefolder``, with three differences. Folders are splits only if all of
+them have the name of a split, and the names of picture files have no meaning. Links are followed. The folder is listed
+anew each time, without a cache. Files and rows that are not loaded are counted.
 """
 
 import csv
@@ -31,7 +31,7 @@ SPLITS = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
-"""The names a split may go by, as in the ``datasets`` library."""
+"""The names that each split may have, as in the ``datasets`` library."""
 SHARD = re.compile(r"(?P<split>.+?)-\d+-of-\d+")
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 NOT_DECODED = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
@@ -46,14 +46,14 @@ class Listing:
     metadata: list[str] = field(default_factory=list)
     parquet: list[str] = field(default_factory=list)
     left_out: Counter = field(default_factory=Counter)
-    """What is not loaded: how many of what kind."""
+    """The number of entries that are not loaded, by kind."""
 
 
 def list_files(folder: Path) -> Listing:
-    """List a folder and all folders in it; links are followed, hidden names are left out.
+    """List a folder and all folders in it; links are followed, hidden files and folders are left out.
 
     Raises:
-        OSError: a folder that cannot be read.
+        OSError: a folder cannot be read.
     """
     found = Listing()
     suffixes = picture_suffixes()
@@ -92,14 +92,14 @@ def list_files(folder: Path) -> Listing:
 
 
 def picture_suffixes() -> set[str]:
-    """Suffixes of the files that Pillow can decode, in lower case with their dot."""
+    """Return the suffixes of the files that Pillow can decode, in lower case with their dot."""
     PIL.Image.init()
     formats = PIL.Image.registered_extensions().items()
     return {suffix for suffix, name in formats if name in PIL.Image.OPEN and name not in NOT_DECODED}
 
 
 def _is_text(path: str) -> bool:
-    """Whether a file's name is UTF-8; Python marks other bytes by code points that cannot be encoded."""
+    """Whether a file's name is UTF-8; Python represents other bytes by code points that cannot be encoded."""
     return not any("\udc80" <= character <= "\udcff" for character in path)
 
 
@@ -108,10 +108,10 @@ def _raise(error: OSError) -> None:
 
 
 def find_split(parameter: str, name: str, available: Iterable[str]) -> str:
-    """The one of ``available`` that ``name`` means: of the same name, or another name of the same split.
+    """Find the split among ``available`` that ``name`` refers to: the same name, or another name of the same split.
 
     Raises:
-        ValueError: there is none, or several.
+        ValueError: there is no such split, or several match; the error begins with ``parameter``.
     """
     available = list(available)
     if name in available:
@@ -137,23 +137,24 @@ class PictureFolder:
     splits: dict[str, list[str]]
     """Paths relative to the folder, by split."""
     classes: list[str]
-    """Names of the folders that the pictures are sorted into, over all splits; empty for none."""
+    """Names of the folders that the pictures of all splits are sorted into; empty if they are not sorted."""
     labels: dict[str, int]
-    """By path, the class of the pictures of a split that is sorted into classes."""
+    """The class index of each picture that is sorted into a class, by path."""
     metadata: dict[str, list[dict[str, Any]]]
-    """By path, the rows that metadata files have on a picture; empty where there are no such files."""
+    """The rows of metadata files about each picture, by path; empty if there are no metadata files."""
     notes: list[str]
 
 
 def picture_folder(folder: Path, listing: Listing) -> PictureFolder:
-    """Splits, classes and metadata of a folder of pictures.
+    """Find the splits, classes and metadata of a folder of pictures.
 
     Raises:
-        ValueError: folders of several splits beside other pictures, or a metadata file that cannot be read.
+        ValueError: folders of several splits lie beside other pictures, a metadata file cannot be read or names no
+            picture, or a folder has several metadata files.
     """
     notes = []
     metadata, governed = {}, set()
-    # a file of metadata speaks for its folder and all below it that have none of their own
+    # a metadata file applies to its folder and to all folders below it that have none of their own
     for path in sorted(listing.metadata, key=lambda path: path.count("/"), reverse=True):
         beside = posixpath.dirname(path)
         alike = [other for other in listing.metadata if posixpath.dirname(other) == beside]
@@ -202,7 +203,8 @@ def picture_folder(folder: Path, listing: Listing) -> PictureFolder:
 
 
 def _only_folder(pictures: Sequence[str]) -> str:
-    """The chain of folders, each the only one in its parent, that leads to all pictures; ends with a slash."""
+    """Return the path of the innermost folder that holds all pictures, ending with a slash (empty for the top); it
+    stops above a folder with the name of a split."""
     base = ""
     while True:
         inside = {path[len(base) :].split("/")[0] for path in pictures if "/" in path[len(base) :]}
@@ -215,7 +217,7 @@ def _only_folder(pictures: Sequence[str]) -> str:
 def _folder_classes(
     splits: dict[str, list[str]], inner: dict[str, str], notes: list[str]
 ) -> tuple[dict[str, int], list[str]]:
-    """The class of each picture of the splits whose pictures all lie equally deep in folders."""
+    """Find the class of each picture in those splits whose pictures all lie at the same depth of folders."""
     sorted_into = {}
     for split, paths in splits.items():
         depths = {inner[path].count("/") for path in paths}
@@ -234,7 +236,7 @@ def _folder_classes(
 
 
 def _metadata_rows(folder: Path, path: str) -> list[dict[str, Any]]:
-    """The rows of a metadata file, each with a text ``file_name``. Text of a CSV file stays text."""
+    """Read the rows of a metadata file, each with a text ``file_name``; values of a CSV file stay text."""
     file = folder / path
     try:
         if file.suffix == ".csv":
@@ -262,10 +264,10 @@ def _metadata_rows(folder: Path, path: str) -> list[dict[str, Any]]:
 
 
 def parquet_splits(listing: Listing) -> tuple[dict[str, list[str]], list[str]]:
-    """The parquet files of a folder by split, from their names or their folders' names, and notes.
+    """Sort the parquet files of a folder into splits, by their names or their folders' names; return them with notes.
 
-    Files without the name of a split are the split ``train`` where no file has one, and are left out
-    where some have.
+    If no file has the name of a split, all files form the split ``train``. If some files have one, the others are left
+    out.
     """
     splits: dict[str, list[str]] = {}
     for path in listing.parquet:
@@ -287,13 +289,13 @@ def _split_of(path: str) -> str:
 
 
 def read_parquet(files: Sequence[Path], name: str) -> "datasets.Dataset":
-    """Parquet files one after the other, memory-mapped from the cache of ``datasets``.
+    """Read parquet files one after the other, memory-mapped from the cache of ``datasets``.
 
-    The cache goes by a file's name and time of change alone. Here a file's identity is added, so that
-    another file of the same name and time is read.
+    The library's cache identifies a file only by its name and time of change. Here the file's identity is added to the
+    cache key, so that another file of the same name and time is read anew.
 
     Raises:
-        ValueError: a damaged file, or a path with ``::``, by which the library joins protocols.
+        ValueError: a file is damaged, or a path contains ``::``, with which the library chains protocols.
     """
     import datasets
 
@@ -309,7 +311,8 @@ def read_parquet(files: Sequence[Path], name: str) -> "datasets.Dataset":
 
 @contextmanager
 def readable(dataset: str) -> Iterator[None]:
-    """Turn what ``datasets`` raises on an empty or damaged data set into one ValueError with its name."""
+    """Turn the errors of ``datasets`` for an empty or damaged data set into one ValueError with the data set's
+    name."""
     import datasets
 
     try:

@@ -1,7 +1,7 @@
-"""Pictures by one name: an embedded set, a hub id, a local folder or a parquet file.
+"""Load pictures by name: an embedded set (shipped with the package), a hub id, a local folder or a parquet file.
 
-The columns of pictures and of labels are found by what they hold, or named by the caller. Nothing is
-left out in silence: an :class:`Images` counts what it does not load and says it.
+The columns of pictures and of labels are found by their content, or named by the caller. Nothing is left out silently:
+an :class:`Images` counts and reports what it does not load.
 """
 
 import hashlib
@@ -32,27 +32,27 @@ MOVED = {
     "cifar10": "uoft-cs/cifar10",
     "rcugarte/genfonts_data": "any folder of glyph pictures, or the embedded glyphs",
 }
-"""What to use in the place of hub ids that ``datasets`` cannot load, or that have gone."""
+"""Replacements for hub ids that ``datasets`` cannot load, or that no longer exist."""
 
 
 class Part(NamedTuple):
-    """Rows of one split of one data set, before any are drawn."""
+    """Rows of one split of one data set, before pictures are sampled from them."""
 
     rows: "datasets.Dataset"
     """All rows of the split; pictures are not decoded."""
     image: str
     """The column of pictures."""
     labels: np.ndarray | None
-    """Class numbers (rows,), -1 where a label is withheld; None where the data set has no classes."""
+    """Class indices (rows,), -1 if a label is withheld; None if the data set has no classes."""
     classes: list[str]
     label_column: str
     """The column of the labels, or ``""``."""
     label_choices: list[str]
-    """Columns that could be labels, where none is chosen."""
+    """Columns that could be labels, if none is chosen."""
     roots: Callable[[int], Sequence[Path]]
-    """The folders in which the picture of a row may lie that is stored as a path."""
+    """Returns the folders that may hold the picture of a row, if the row stores a path."""
     identity: str
-    """What tells this split from every other: where two parts agree in it, equal rows are the same picture."""
+    """Identifies the split: if two parts have the same identity, equal rows are the same picture."""
     numbers: range
     """The requested rows of the split."""
     notes: list[str]
@@ -99,7 +99,7 @@ class Images:
         self.first_frames: set[int] = set()
         self.notes = [note for part in self._parts for note in part.notes]
         self.classes: list[str] = self._parts[0].classes
-        """The names of the classes; empty where the data set has none."""
+        """The names of the classes; empty if the data set has no classes."""
         self.label_choices = [choice for part in self._parts for choice in part.label_choices]
         if any(part.classes != self.classes for part in self._parts):
             self.classes = []
@@ -111,12 +111,12 @@ class Images:
 
     @property
     def labels(self) -> list[int]:
-        """The class numbers of all pictures, without reading any; -1 where a label is withheld."""
+        """The class indices of all pictures, found without reading pictures; -1 if a label is withheld."""
         return [int(self._parts[part].labels[row]) for part, row in self._where] if self.classes else []
 
     @property
     def summary(self) -> str:
-        """One sentence on what is loaded, and one on each thing that was left out or chosen."""
+        """One phrase on what is loaded, and one on everything that was left out or chosen."""
         names = ", ".join(sorted({part.label_column for part in self._parts} - {""}))
         classes = f" of {len(self.classes)} classes ({names})" if self.classes else ", no classes"
         return "; ".join([f"{self.name}: {len(self):,} pictures{classes}", *self.notes])
@@ -149,10 +149,10 @@ class Images:
         return {"pixels": pixels, "index": index, **label}
 
     def picture(self, index: int) -> Tensor:
-        """One picture (3, R, R), for a figure: number ``index``, or the next that can be read.
+        """Read one picture (3, R, R) for a figure: the picture ``index``, or the next one that can be read.
 
         Raises:
-            ValueError: there is no such picture, or none from there on can be read.
+            ValueError: there is no picture with this index, or neither it nor any later one can be read.
         """
         if not 0 <= index < len(self):
             raise ValueError(f"picture: {self.name} has pictures 0 to {len(self) - 1}, got {index}")
@@ -162,7 +162,7 @@ class Images:
         return item["pixels"]
 
     def batches(self, batch_size: int) -> Iterator[dict[str, Tensor]]:
-        """All readable pictures once, in order, in batches of tensors.
+        """Yield all readable pictures once, in order, in batches of tensors.
 
         Raises:
             ValueError: no picture can be read.
@@ -184,7 +184,7 @@ class Images:
         return len(self.skipped), len(self.composited), len(self.first_frames)
 
     def stack(self, count: int | None = None) -> Tensor:
-        """The first ``count`` readable pictures (all if None) as one tensor (N, 3, R, R)."""
+        """Stack the first ``count`` readable pictures (None means all) to one tensor (N, 3, R, R)."""
         readable = (item["pixels"] for item in map(self.__getitem__, range(len(self))) if item)
         pixels = [picture for picture, _ in zip(readable, range(count or len(self)), strict=False)]
         if not pixels:
@@ -192,7 +192,7 @@ class Images:
         return torch.stack(pixels)
 
     def shuffled(self, batch_size: int, seed: int) -> Batches:
-        """Endless shuffled batches for :func:`vaelab.training.loop.train`.
+        """Make endless shuffled batches for :func:`vaelab.training.loop.train`.
 
         A data set smaller than one batch gives batches of all its pictures.
 
@@ -210,7 +210,8 @@ class Images:
         return shuffled_batches(len(self), min(batch_size, len(self)), seed, take)
 
     def report(self) -> str:
-        """One line on the pictures read so far: how many were skipped, composited, or first of several frames."""
+        """Report in one line how many of the pictures read so far were skipped, were composited, or are the first of
+        several frames."""
         sentences = []
         if self.skipped:
             index, reason = next(iter(self.skipped.items()))
@@ -223,7 +224,8 @@ class Images:
 
     @property
     def source(self) -> dict[str, list[list[int]]]:
-        """Where the pictures were drawn from, for :func:`shared_pictures`: by split, ``[first, end]`` of its rows."""
+        """Which rows the pictures were sampled from, for :func:`shared_pictures`: for each split the ranges ``[first,
+        end]``, where ``end`` is exclusive."""
         source: dict[str, list[list[int]]] = {}
         for part in self._parts:
             source.setdefault(part.identity, []).append([part.numbers.start, part.numbers.stop])
@@ -231,7 +233,7 @@ class Images:
 
 
 def shared_pictures(source: dict[str, list[list[int]]], other: dict[str, list[list[int]]]) -> int:
-    """How many pictures two sources have in common; each is an :attr:`Images.source`, or was saved as one."""
+    """Count the pictures that two sources have in common; each is an :attr:`Images.source`, or was saved as one."""
     return sum(
         max(0, min(end, other_end) - max(first, other_first))
         for identity in source.keys() & other.keys()
@@ -305,10 +307,10 @@ def load_images(
 def load_pair(
     dataset: str, split: str, eval_split: str, *, max_images: int, eval_images: int, **options: Any
 ) -> tuple[Images, Images]:
-    """Pictures to train on, and others to evaluate on; ``options`` as in :func:`load_images`.
+    """Load pictures to train on, and other pictures to evaluate on; ``options`` are those of :func:`load_images`.
 
     Raises:
-        ValueError: the splits have pictures in common, besides what :func:`load_images` raises.
+        ValueError: the splits have pictures in common; also the errors of :func:`load_images`.
     """
     at_least("eval_images", eval_images or 0, 0)
     learning = load_images(dataset, split=split, max_images=max_images, **options)
@@ -322,12 +324,13 @@ def load_pair(
 
 
 def short_name(dataset: str) -> str:
-    """A data set's name for a label: a hub id without owner and subset, a path's last part."""
+    """Shorten a data set's name for a label: a hub id without owner and subset, a path's last part."""
     return "+".join(Path(part.split(":")[0]).stem for part in _parts(dataset))
 
 
 def _parts(dataset: str) -> list[str]:
-    """The data sets that ``a+b`` joins; a path that exists may have a plus in it."""
+    """Split ``a+b`` into the names of the joined data sets; the path of an existing file or folder may contain a
+    plus."""
     return [dataset] if local(dataset) is not None else dataset.split("+")
 
 
@@ -367,7 +370,7 @@ def _load_part(dataset: str, split: str, revision: str | None, image_column: str
 
 
 def _slice(split: str, base: str, total: int) -> range:
-    """The rows that ``split`` takes of a split of ``total`` rows."""
+    """Return the rows that the slice ``split`` takes of a split of ``total`` rows."""
     import datasets
 
     try:
@@ -452,7 +455,7 @@ def _folder_split(folder: Path, listing: folders.Listing, dataset: str, split: s
 
 
 def _local_identity(path: Path, split: str = "") -> str:
-    """Tells a split of a file or folder from all others, without naming this machine's folders."""
+    """Make a text that identifies a split of a file or folder, without naming this machine's folders."""
     return f"{path.name}[{split}] {hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]}"
 
 

@@ -1,7 +1,7 @@
-"""Pictures with their labels: a data set's classes, or every factor of the world's scenes.
+"""Pictures with their labels: a data set's classes, or the factors of scenes of the synthetic world.
 
-Of the world these are the scenes with a single thing, so that shape, colour, size, position, texture
-and ground are one label each.
+A factor is an attribute such as colour. Of the synthetic scene world (:mod:`vaelab.world`) only scenes with a single
+object are used, so that shape, colour, size, position, texture and ground have one label each.
 """
 
 import re
@@ -28,31 +28,31 @@ class LabelledPicture(NamedTuple):
     """A picture that could be read."""
 
     image: int
-    """Its number in the data set; of the world the scene's seed."""
+    """The picture's index in the data set; for the world, the scene's seed."""
     pixels: Tensor
     """(3, R, R) in [-1, 1]."""
     labels: dict[str, int]
-    """The number of its class, by factor; -1 where the label is withheld."""
+    """The picture's class index, by factor; -1 if the label is withheld."""
 
 
 @dataclass(frozen=True)
 class LabelledPictures:
-    """Labelled pictures; ``pictures[i]`` is a :class:`Picture`, or None where it cannot be read."""
+    """Labelled pictures; ``pictures[i]`` is a :class:`LabelledPicture`, or None if the picture cannot be read."""
 
     name: str
     resolution: int
     classes: dict[str, list[str]]
-    """The names of the classes, by factor; empty where the data set has none."""
+    """The names of the classes, by factor; empty if the data set has no classes."""
     numbers: Sequence[int]
-    """The pictures' numbers in the data set."""
+    """The pictures' indices in the data set; for the world, the scenes' seeds."""
     read: Callable[[int], tuple[Tensor, dict[str, int]] | None]
-    """Pixels and labels of the picture of a number."""
+    """Reads the pixels and labels of a picture, given an entry of ``numbers``."""
     read_mask: Callable[[int], Tensor] | None = None
-    """Where the picture of a number shows its thing, (64, 64) bool; None where that is unknown."""
+    """Returns the pixels in which a picture shows its object, (64, 64) bool; None if they are unknown."""
     read_labels: Callable[[], dict[str, list[int]]] | None = None
-    """The class numbers of all pictures, by factor, without reading any; None where they are unknown before."""
+    """Returns the class indices of all pictures, by factor, without reading pictures; None if they are unknown."""
     source: dict[str, list[list[int]]] = field(default_factory=dict)
-    """Where the pictures were drawn from, for :func:`vaelab.data.images.shared_pictures`."""
+    """Which pictures of which splits these are, for :func:`vaelab.data.images.shared_pictures`."""
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -63,15 +63,15 @@ class LabelledPictures:
         return None if content is None else LabelledPicture(number, *content)
 
     def stack(self, numbers: Sequence[int]) -> Tensor:
-        """Pixels (N, 3, R, R) of the pictures of these numbers in the data set, for a figure."""
+        """Read the pixels (N, 3, R, R) of some pictures for a figure; ``numbers`` are entries of ``self.numbers``."""
         return torch.stack([self.read(number)[0] for number in numbers])
 
     def masks(self, numbers: Sequence[int]) -> Tensor | None:
-        """Where the pictures of these numbers show their things, (N, 64, 64) bool; None where that is unknown."""
+        """Return the pixels in which some pictures show their objects, (N, 64, 64) bool; None if they are unknown."""
         return torch.stack([self.read_mask(number) for number in numbers]) if self.read_mask else None
 
     def class_names(self, labels: dict[str, int]) -> dict[str, str]:
-        """The names of class numbers, by factor; without the factors whose label is withheld."""
+        """Return the names of the classes of ``labels``, by factor; factors whose label is withheld are left out."""
         return {factor: self.classes[factor][label] for factor, label in labels.items() if label >= 0}
 
 
@@ -94,16 +94,17 @@ def load_labelled(
             ``label``.
         split: a split's name, or a slice such as ``train[200:400]``.
         resolution: side R of the square pictures, in pixels.
-        max_images: how many; of the world the first, of other data sets drawn by ``seed``; 0 takes all.
-        seed: fixes which pictures are drawn.
+        max_images: the number of pictures: of the world the first ones, of other data sets a random sample by
+            ``seed``; 0 takes all.
+        seed: determines which pictures are sampled.
         revision: a branch, tag or commit on the hub.
         labels: whether the data set must have labels.
         image_column: the column of pictures, as in :func:`vaelab.data.images.load_images`.
         label_column: the column of labels, as in :func:`vaelab.data.images.load_images`.
 
     Raises:
-        ValueError: no such data set, split or column; no labels, or several columns of them and none chosen; or all
-            of the world, which has no end.
+        ValueError: there is no such data set, split or column; labels are required and there are none, or several
+            columns of labels and none is chosen; or all pictures of the world, which has no end, were asked for.
     """
     if dataset == "world":
         if image_column or label_column:
@@ -138,10 +139,10 @@ def load_labelled(
 
 
 def validate_classes(pictures: LabelledPictures) -> None:
-    """Validate, before any picture is read, that classes can be learned and tested.
+    """Check, before any picture is read, that the classes can be learned and tested.
 
     Raises:
-        ValueError: a label is withheld, all pictures are of one class, or each is of another.
+        ValueError: a label is withheld, all pictures are of one class, or each picture is of another class.
     """
     for factor, labels in (pictures.read_labels() if pictures.read_labels else {}).items():
         if withheld := sum(label < 0 for label in labels):
@@ -191,13 +192,13 @@ def _scenes(split: str, resolution: int, max_images: int) -> LabelledPictures:
 
 
 def crop_and_flip(pixels: Tensor, rng: np.random.Generator, smallest: float, flip: bool) -> Tensor:
-    """A random square of a picture, resized to the picture's size, mirrored half of the time.
+    """Crop a random square of a picture, resize it to the picture's size, and mirror it with probability 1/2.
 
     Args:
-        pixels: (3, R, R) in [-1, 1].
-        rng: decides the square and whether it is mirrored.
-        smallest: side of the smallest square, as a share of R.
-        flip: whether to mirror at all.
+        pixels: the picture (3, R, R) in [-1, 1].
+        rng: determines the square and whether it is mirrored.
+        smallest: the side of the smallest square, as a fraction of R.
+        flip: whether squares may be mirrored.
 
     Returns:
         (3, R, R) in [-1, 1].

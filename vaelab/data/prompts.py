@@ -1,4 +1,5 @@
-"""Prompts by one name: the world, a hub id, a local text file or parquet files."""
+"""Load prompts by name: the synthetic scene world (:mod:`vaelab.world`), a hub id, a local text file or parquet
+files."""
 
 from itertools import islice
 from pathlib import Path
@@ -14,9 +15,9 @@ if TYPE_CHECKING:
     import datasets
 
 LIKELY = ("prompt", "caption", "text", "TEXT")
-"""Names of columns of prompts, the likeliest first."""
+"""Likely names of a column of prompts, the likeliest first."""
 MOVED = {"laion/laion-coco": "guangyil/laion-coco-aesthetic", "laion-coco": "guangyil/laion-coco-aesthetic"}
-"""What to use in the place of hub ids that have gone."""
+"""Replacements for ids that no longer exist on the hub."""
 
 
 class Prompts(NamedTuple):
@@ -24,13 +25,13 @@ class Prompts(NamedTuple):
 
     texts: list[str]
     rows: list[int]
-    """The number of each prompt in its data set; of the world the scene's seed."""
+    """The row of each prompt in its data set; for the world, the scene's seed."""
     name: str
     split: str
 
     @property
     def of_the_world(self) -> bool:
-        """Whether they describe scenes of the world, whose truth is known."""
+        """Whether the prompts describe scenes of the synthetic world, so that the described scene is known."""
         return self.name == "world"
 
     @property
@@ -38,7 +39,7 @@ class Prompts(NamedTuple):
         """The scenes that the prompts describe.
 
         Raises:
-            ValueError: prompts that are not of the world.
+            ValueError: the prompts are not from the world.
         """
         if not self.of_the_world:
             raise ValueError(f"dataset: {self.name!r} has no scenes; only the world's prompts have")
@@ -46,12 +47,12 @@ class Prompts(NamedTuple):
 
     @property
     def spelled_out(self) -> list[Scene]:
-        """The same scenes with every factor named."""
+        """The same scenes with every factor (attribute such as colour) named in the prompt."""
         return [scene.spelled_out() for scene in self.scenes]
 
 
 def from_list(texts: list[str]) -> Prompts | None:
-    """Prompts written by hand; None for an empty list."""
+    """Make prompts from a list of texts written by hand; None if the list is empty."""
     return Prompts(texts, list(range(len(texts))), "given", "given") if texts else None
 
 
@@ -110,7 +111,7 @@ def _lines(path: Path, dataset: str) -> list[str]:
 
 
 def _parquet_rows(path: Path, dataset: str, split: str) -> "datasets.Dataset":
-    """The rows of one split of a local parquet file or a folder of such files."""
+    """Read the rows of one split of a local parquet file or a folder of such files."""
     if path.is_file():
         files = [path] if path.suffix == ".parquet" else []
     else:

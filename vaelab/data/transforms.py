@@ -18,31 +18,31 @@ import torch
 from torch import Tensor
 
 BROKEN = (EOFError, OSError, RuntimeError, SyntaxError, ValueError, struct.error, PIL.Image.DecompressionBombError)
-"""What a damaged picture raises when it is read."""
+"""The errors that a damaged picture raises when it is read."""
 SIXTEEN_BITS = 2**16 - 1
 LEAST_WHITE = 2**14
-"""A 16-bit picture without a value this high uses 14 bits or fewer: it may be 10-, 12- or 14-bit data."""
+"""A 16-bit picture without a value of at least this uses 14 bits or fewer: it may be 10-, 12- or 14-bit data."""
 ELONGATED = 8
-"""From this aspect ratio on, only the part of a picture that is not cropped away is resized."""
+"""If the aspect ratio is at least this, only the part of a picture that is not cropped away is resized."""
 
 
 def preprocess(
     image: PIL.Image.Image, resolution: int, *, background: str = "white", white_level: float | None = None
 ) -> Tensor:
-    """A picture as the paper's section 3 prepares it: RGB; the shorter side resized to
-    ``resolution`` (bilinear); the centre cropped; (x - 0.5) / 0.5.
+    """Prepare a picture as in the paper's section 3: convert to RGB, resize the shorter side to ``resolution``
+    (bilinear), crop the centre, and normalise by (x - 0.5) / 0.5.
 
     Args:
         image: a picture of any mode.
-        resolution: side R of the result, in pixels.
-        background: see :func:`to_rgb`.
-        white_level: see :func:`to_rgb`.
+        resolution: the side R of the result, in pixels.
+        background: the colour behind transparent pixels, see :func:`to_rgb`.
+        white_level: the value that is white in deep greyscale pictures, see :func:`to_rgb`.
 
     Returns:
         (3, R, R) float32 in [-1, 1].
 
     Raises:
-        ValueError: a picture whose range of values is unknown.
+        ValueError: the range of the picture's values is unknown, or values lie outside it.
     """
     return square(to_rgb(image, background=background, white_level=white_level).image, resolution)
 
@@ -55,7 +55,7 @@ class Opaque(NamedTuple):
     composited: bool = False
     """Whether the original had transparent pixels."""
     several_frames: bool = False
-    """Whether the file holds more pictures than this, its first."""
+    """Whether the file holds several pictures, of which this is the first."""
 
 
 def to_rgb(image: PIL.Image.Image, *, background: str = "white", white_level: float | None = None) -> Opaque:
@@ -72,7 +72,7 @@ def to_rgb(image: PIL.Image.Image, *, background: str = "white", white_level: fl
         white_level: the value that is white in greyscale pictures of more than 8 bits.
 
     Raises:
-        ValueError: values outside the range, or a range that is neither declared nor plausible.
+        ValueError: values lie outside the range, or the range is neither declared nor plausible.
     """
     several_frames = getattr(image, "is_animated", False)
     depth = _depth(image)  # before the picture is loaded or turned, which loses what its file says
@@ -97,11 +97,11 @@ def to_rgb(image: PIL.Image.Image, *, background: str = "white", white_level: fl
 
 
 def square(image: PIL.Image.Image, resolution: int) -> Tensor:
-    """The shorter side resized to ``resolution`` (bilinear), the centre cropped, the values in [-1, 1].
+    """Resize the shorter side to ``resolution`` (bilinear), crop the centre, and scale the values to [-1, 1].
 
     Args:
-        image: mode RGB, or mode F with values in [0, 255].
-        resolution: side R, in pixels.
+        image: a picture of mode RGB, or of mode F with values in [0, 255].
+        resolution: the side R of the result, in pixels.
 
     Returns:
         (3, R, R) float32.
@@ -133,7 +133,7 @@ class _Depth(NamedTuple):
     inverted: bool = False
     """Whether 0 is white."""
     truncated: bool = False
-    """Whether Pillow reads 8 of 16 bits, as it does of colours."""
+    """Whether Pillow reads only 8 of 16 bits, as it does for colour pictures."""
 
 
 def _depth(image: PIL.Image.Image) -> _Depth:
@@ -163,7 +163,7 @@ def _first(tag: Any) -> float | None:
 
 
 def _scaled(image: PIL.Image.Image, depth: _Depth, white_level: float | None) -> PIL.Image.Image:
-    """A deep greyscale picture with values in [0, 255], mode F."""
+    """Scale a greyscale picture of more than 8 bits to values in [0, 255], mode F."""
     values = np.asarray(image, dtype=np.float64)
     low, high = float(values.min()), float(values.max())
     seen = f"a greyscale picture of mode {image.mode} with values from {low:g} to {high:g}"
@@ -183,16 +183,16 @@ def _scaled(image: PIL.Image.Image, depth: _Depth, white_level: float | None) ->
 
 
 def decode(value: Any, folders: Sequence[Path] = ()) -> PIL.Image.Image:
-    """A picture from what ``datasets`` stores of it.
+    """Open a picture from the value that ``datasets`` stores for it.
 
     Args:
-        value: ``{"bytes": ..., "path": ...}`` of which one may be None, or a picture.
-        folders: where a picture that is stored as a path may lie; a relative path starts at any of
-            them. Files elsewhere are not read.
+        value: ``{"bytes": ..., "path": ...}``, of which one may be None; or a picture.
+        folders: the folders that may hold a picture stored as a path; a relative path may start at any of them. Files
+            elsewhere are not read.
 
     Raises:
-        ValueError: there is no picture in it, or its path leads out of the folders. A damaged
-            picture raises one of ``BROKEN``, here or when it is loaded.
+        ValueError: the value holds no picture, or its path leads out of the folders. A damaged picture raises one of
+            the errors ``BROKEN``, here or when its pixels are loaded.
     """
     if isinstance(value, PIL.Image.Image):
         return value
@@ -206,7 +206,7 @@ def decode(value: Any, folders: Sequence[Path] = ()) -> PIL.Image.Image:
 
 
 def _inside(path: str, folders: Sequence[Path]) -> Path:
-    """The file that a row names, which lies in one of ``folders``."""
+    """Find the file that a row names, which must lie in one of ``folders``."""
     file = next((folder / path for folder in folders if (folder / path).is_file()), None)
     if file is None:
         raise ValueError(f"the row names the file {path!r}, which is not beside the data set")
@@ -216,13 +216,13 @@ def _inside(path: str, folders: Sequence[Path]) -> Path:
 
 
 def collate(items: list[dict[str, Any] | None]) -> dict[str, Tensor] | None:
-    """Stack the items of one batch. An item that is None is left out, its label with it.
+    """Stack the items of one batch; items that are None are left out.
 
     Args:
-        items: dicts with ``pixels`` (3, R, R) and numbers.
+        items: dicts with ``pixels`` (3, R, R) and numbers under other keys; or None for an unreadable picture.
 
     Returns:
-        ``pixels`` (N, 3, R, R) and (N,) for every other key; None where every item is None.
+        ``pixels`` (N, 3, R, R), and a tensor (N,) for every other key; None if every item is None.
     """
     items = [item for item in items if item is not None]
     if not items:
