@@ -1,4 +1,4 @@
-"""Sparse autoencoders on the updates of a denoiser's blocks."""
+"""Sparse autoencoders on the updates of a denoiser's blocks; an update is a block's output minus its input."""
 
 from vaelab.sae.formats import LoadedSAE, load_sae
 from vaelab.sae.model import SAE, Codes, Losses, SAEConfig

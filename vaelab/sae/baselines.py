@@ -1,5 +1,5 @@
-"""Baselines of a reconstruction that need no trained autoencoder: zero, the mean of the vectors, a random dictionary
-with the same top-k rule, and as many principal components as an autoencoder has active features.
+"""Baselines that reconstruct vectors without a trained autoencoder: by zero, by the mean of the vectors, by a random
+dictionary with the same top-k rule, and by as many principal components as an autoencoder has active features.
 """
 
 from collections.abc import Callable, Iterable
@@ -16,17 +16,17 @@ class Dictionary(Protocol):
     """Anything that encodes and decodes vectors: an autoencoder, or one of the baselines."""
 
     def encode(self, x: Tensor) -> Codes:
-        """The codes of vectors (N, d)."""
+        """Compute the codes of vectors (N, d)."""
 
     def decode(self, codes: Codes) -> Tensor:
-        """The vectors (N, d) that codes reconstruct."""
+        """Reconstruct vectors (N, d) from codes."""
 
     def features(self) -> Tensor:
         """The directions of the codes: (n_features, d)."""
 
 
 def reconstruction_function(dictionary: Dictionary) -> Callable[[Tensor], Tensor]:
-    """The function from vectors (N, d) to their reconstructions (N, d)."""
+    """Make the function from vectors (N, d) to their reconstructions (N, d)."""
     return lambda x: dictionary.decode(dictionary.encode(x))
 
 
@@ -41,10 +41,10 @@ class Moments(NamedTuple):
 
 
 def moments(batches: Iterable[Tensor]) -> Moments:
-    """Mean and covariance of the vectors of all batches (n, d), summed in float64.
+    """Compute mean and covariance of the vectors of all batches (n, d), summed in float64.
 
     Raises:
-        ValueError: no vector at all.
+        ValueError: there is no vector.
     """
     total, first, second, shift = 0, None, None, None
     for batch in batches:
@@ -65,19 +65,19 @@ class ConstantDictionary:
     """A dictionary without features, which reconstructs every vector as the same vector."""
 
     def __init__(self, vector: Tensor):
-        """Args: ``vector`` (d,)."""
+        """Args: the vector (d,) that every vector is reconstructed as."""
         self.vector = vector.float()
 
     def encode(self, x: Tensor) -> Codes:
-        """No codes: (N, 0)."""
+        """Return empty codes: (N, 0)."""
         return Codes(x.new_empty(len(x), 0), torch.empty(len(x), 0, dtype=torch.long, device=x.device))
 
     def decode(self, codes: Codes) -> Tensor:
-        """The vector, N times: (N, d)."""
+        """Return the vector N times: (N, d)."""
         return self.vector.to(codes.values.device).expand(len(codes.values), -1).contiguous()
 
     def features(self) -> Tensor:
-        """(0, d)."""
+        """Return no features: (0, d)."""
         return self.vector.new_empty(0, len(self.vector))
 
 
@@ -86,33 +86,33 @@ class RandomDictionary:
     of unit length for W and the mean of the vectors for b."""
 
     def __init__(self, mean: Tensor, k: int, n_features: int, seed: int = 0):
-        """Args: ``mean`` (d,), active features of a vector, size of the dictionary, and its seed."""
+        """Args: the mean (d,), the number of active features per vector, the size of the dictionary, and its seed."""
         _at_most("k", k, "n_features", n_features)
         rows = torch.randn(n_features, len(mean), generator=torch.Generator().manual_seed(seed))
         self.rows, self.mean, self.k = torch.nn.functional.normalize(rows).to(mean.device), mean.float(), k
 
     def encode(self, x: Tensor) -> Codes:
-        """Values and indices (N, k); a value is 0 where fewer than k products are positive."""
+        """Compute values and indices (N, k); if fewer than k products are positive, the other values are 0."""
         values, indices = ((x - self.mean.to(x)) @ self.rows.to(x).T).topk(self.k)
         return Codes(values.relu(), indices)
 
     def decode(self, codes: Codes) -> Tensor:
-        """(N, d)."""
+        """Reconstruct vectors (N, d) from codes."""
         values, rows = codes.values, self.rows.to(codes.values)
         sums = torch.nn.functional.embedding_bag(codes.indices, rows, per_sample_weights=values, mode="sum")
         return sums + self.mean.to(values)
 
     def features(self) -> Tensor:
-        """The rows of W: (n_features, d)."""
+        """Return the rows of W: (n_features, d)."""
         return self.rows
 
 
 class PrincipalComponents:
-    """The mean and the k directions of the largest variance: x' = V^T V (x - m) + m. No other k
-    directions that are the same for every vector explain more variance; an autoencoder selects its k for each
-    vector.
+    """The mean and the k directions of the largest variance: x' = V^T V (x - m) + m.
 
-    scikit-learn's PCA needs all vectors in memory; this one needs their moments only."""
+    Among k directions that are the same for all vectors, these explain the most variance; an autoencoder selects its k
+    features for each vector separately. scikit-learn's PCA needs all vectors in memory, this class only their moments.
+    """
 
     def __init__(self, measured: Moments, k: int):
         """Args: the vectors' moments, and the number of components."""
@@ -121,31 +121,31 @@ class PrincipalComponents:
         self.rows, self.mean = directions.T.flip(0)[:k].float().contiguous(), measured.mean.float()
 
     def encode(self, x: Tensor) -> Codes:
-        """The k coordinates: values and indices (N, k)."""
+        """Compute the k coordinates, as values and indices (N, k)."""
         values = (x - self.mean.to(x)) @ self.rows.to(x).T
         return Codes(values, torch.arange(len(self.rows), device=x.device).expand(len(x), -1))
 
     def decode(self, codes: Codes) -> Tensor:
-        """(N, d)."""
+        """Reconstruct vectors (N, d) from codes."""
         return codes.values @ self.rows.to(codes.values) + self.mean.to(codes.values)
 
     def features(self) -> Tensor:
-        """The components, the largest first: (k, d)."""
+        """Return the components, those with the largest variance first: (k, d)."""
         return self.rows
 
 
 def build_baselines(measured: Moments, k: int, n_features: int, seed: int = 0) -> dict[str, Dictionary]:
-    """The four baselines for an autoencoder of n_features of which k are active: ``zero``, ``mean``,
-    ``random`` and ``pca``.
+    """Build the four baselines (``zero``, ``mean``, ``random``, ``pca``) of an autoencoder with n_features features, k
+    of them active.
 
     Args:
-        measured: moments of the vectors that the autoencoder was trained on.
-        k: active features of a vector, and number of principal components.
-        n_features: size of the random dictionary.
-        seed: seed of the random dictionary.
+        measured: the moments of the vectors that the autoencoder was trained on.
+        k: the number of active features per vector, and of principal components.
+        n_features: the size of the random dictionary.
+        seed: the seed of the random dictionary.
 
     Raises:
-        ValueError: k above n_features or above the vectors' width.
+        ValueError: k is above n_features or above the width of the vectors.
     """
     return {
         "zero": ConstantDictionary(torch.zeros_like(measured.mean)),

@@ -18,15 +18,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 DENSE_FROM = 8
-"""If at least one in so many entries is selected, dense products are faster than sums over the entries."""
+"""If more than one entry in this many is selected, dense products are faster than sums over the selected entries."""
 ROWS_AT_ONCE = 2**14
-"""Pairs of rows that are copied at a time on devices without a kernel for their products."""
+"""Number of pairs of rows that are copied at a time on devices that have no kernel for their dot products."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (N, d) times weight (n, d) transposed, plus bias (n,), by the fastest available kernel.
+    """Compute x (N, d) times weight (n, d) transposed, plus bias (n,), with the fastest available kernel.
 
-    On a CPU in float32 that is oneDNN's, which torch itself uses for narrower formats only.
+    On a CPU in float32 this is the kernel of oneDNN, which torch itself uses only for narrower formats.
     """
     if x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
@@ -34,7 +34,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def row_products(left: Tensor, right: Tensor, indices: Tensor, rows: Tensor, offsets: Tensor) -> Tensor:
-    """Dot products (E,) of rows of left (N, d) and right (n, d): entry e is left[rows[e]] . right[indices[e]].
+    """Compute dot products (E,) of rows of left (N, d) and right (n, d): entry e is left[rows[e]] . right[indices[e]].
 
     The entries of left's row i begin at offsets[i].
     """
@@ -58,7 +58,7 @@ class SparseEntries:
 
     @cached_property
     def offsets(self) -> Tensor:
-        """The number (N,) of each row's first entry."""
+        """The index (N,) of each row's first entry, in the list of all entries."""
         if isinstance(self.counts, int):
             return torch.arange(0, self.examples * self.counts, self.counts, device=self.indices.device)
         return self.counts.cumsum(0) - self.counts
@@ -73,7 +73,8 @@ class SparseEntries:
 
     @cached_property
     def by_feature(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The entries sorted by column (E,), their rows (E,), and the number (n,) of each column's first entry."""
+        """The indices of the entries sorted by column (E,), their rows (E,), and the index (n,) of each column's first
+        entry in that order."""
         order = self.indices.sort().indices
         # not bincount, which makes a GPU synchronise to find the maximum
         counts = torch.zeros(self.features, dtype=torch.int64, device=self.indices.device)
@@ -81,31 +82,31 @@ class SparseEntries:
         return order, self.rows[order], counts.cumsum(0) - counts
 
     def matrix(self, values: Tensor) -> Tensor:
-        """The dense matrix (N, n) of the values (E,); values of the same position are added."""
+        """Make the dense matrix (N, n) of the values (E,); values at the same position are added."""
         out = values.new_zeros(self.examples * self.features)
         return out.index_add_(0, self.rows * self.features + self.indices, values).view(self.examples, -1)
 
     def times(self, values: Tensor, table: Tensor) -> Tensor:
-        """The product (N, d) of the matrix of the values (E,) and a table (n, d)."""
+        """Compute the product (N, d) of the matrix of the values (E,) and a table (n, d)."""
         if self.dense:
             return linear(self.matrix(values), table.T)
         return F.embedding_bag(self.indices, table, self.offsets, mode="sum", per_sample_weights=values)
 
     def transposed_times(self, values: Tensor, table: Tensor) -> Tensor:
-        """The product (n, d) of the transposed matrix of the values (E,) and a table (N, d)."""
+        """Compute the product (n, d) of the transposed matrix of the values (E,) and a table (N, d)."""
         if self.dense:
             return linear(self.matrix(values).T, table.T)
         order, rows, starts = self.by_feature
         return F.embedding_bag(rows, table, starts, mode="sum", per_sample_weights=values[order])
 
     def products(self, left: Tensor, right: Tensor) -> Tensor:
-        """The selected entries (E,) of left (N, d) times right (n, d) transposed."""
+        """Compute the selected entries (E,) of left (N, d) times right (n, d) transposed."""
         if self.dense:
             return linear(left, right)[self.rows, self.indices]
         return row_products(left, right, self.indices, self.rows, self.offsets)
 
     def by_column(self, values: Tensor) -> Tensor:
-        """The sum of the values (E,) in each column: (n,)."""
+        """Sum the values (E,) in each column: (n,)."""
         return values.new_zeros(self.features).index_add_(0, self.indices, values)
 
 
@@ -117,19 +118,19 @@ class DenseBlock:
         self.dtype = dtype
 
     def times(self, values: Tensor, table: Tensor) -> Tensor:
-        """The product (N, d) of the values (N, m) and a table (m, d)."""
+        """Compute the product (N, d) of the values (N, m) and a table (m, d)."""
         return self._linear(values, table.T)
 
     def transposed_times(self, values: Tensor, table: Tensor) -> Tensor:
-        """The product (m, d) of the transposed values (N, m) and a table (N, d)."""
+        """Compute the product (m, d) of the transposed values (N, m) and a table (N, d)."""
         return self._linear(values.T, table.T)
 
     def products(self, left: Tensor, right: Tensor) -> Tensor:
-        """The product (N, m) of left (N, d) and right (m, d) transposed."""
+        """Compute the product (N, m) of left (N, d) and right (m, d) transposed."""
         return self._linear(left, right)
 
     def by_column(self, values: Tensor) -> Tensor:
-        """The sum of the values (N, m) in each column: (m,)."""
+        """Sum the values (N, m) in each column: (m,)."""
         return values.sum(0)
 
     def _linear(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -155,14 +156,14 @@ class Encode(torch.autograd.Function):
         values: Tensor,
         where: SparseEntries | DenseBlock,
     ) -> Tensor:
-        """The values, unchanged."""
+        """Return the values, unchanged."""
         ctx.where = where
         ctx.save_for_backward(weight, centred)
         return values.view_as(values)
 
     @staticmethod
     def backward(ctx: Any, of_values: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradients of ``pre_bias``, ``weight`` and ``bias``."""
+        """Compute the gradients of ``pre_bias``, ``weight`` and ``bias``."""
         weight, centred = ctx.saved_tensors
         of_bias = ctx.where.by_column(of_values)
         of_weight = ctx.where.transposed_times(of_values, centred)
@@ -180,14 +181,14 @@ class Decode(torch.autograd.Function):
     def forward(
         ctx: Any, bias: Tensor | None, values: Tensor, weight: Tensor, target: Tensor, where: SparseEntries | DenseBlock
     ) -> Tensor:
-        """The error (N, d)."""
+        """Compute the error (N, d)."""
         ctx.where = where
         ctx.save_for_backward(values, weight)
         return where.times(values, weight).sub_(target)
 
     @staticmethod
     def backward(ctx: Any, of_error: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradients of ``bias``, ``values`` and ``weight``."""
+        """Compute the gradients of ``bias``, ``values`` and ``weight``."""
         values, weight = ctx.saved_tensors
         of_bias = of_error.sum(0) if ctx.needs_input_grad[0] else None
         of_values = ctx.where.products(of_error, weight) if ctx.needs_input_grad[1] else None
@@ -199,19 +200,19 @@ class SquaredNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        """The sum."""
+        """Compute the sum."""
         ctx.save_for_backward(x)
         return torch.dot(x.flatten(), x.flatten())
 
     @staticmethod
     def backward(ctx: Any, of_sum: Tensor) -> Tensor:
-        """The gradient of ``x``."""
+        """Compute the gradient of ``x``."""
         (x,) = ctx.saved_tensors
         return x * (2 * of_sum)
 
 
 def total_variance(x: Tensor) -> Tensor:
-    """The sum of squared distances of rows (N, d) from their mean."""
+    """Compute the sum of the squared distances of rows (N, d) from their mean."""
     return (SquaredNorm.apply(x) - len(x) * x.mean(0).square().sum()).clamp_min(0)
 
 
@@ -223,33 +224,35 @@ class JumpReLU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
-        """The values (E,) that pass, 0 for the others."""
+        """Return the values (E,), with 0 in place of those that are not above their threshold."""
         ctx.bandwidth = bandwidth
         ctx.save_for_backward(values, threshold)
         return values * (values > threshold)
 
     @staticmethod
     def backward(ctx: Any, of_out: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradients of ``values`` and ``threshold``."""
+        """Compute the gradients of ``values`` and ``threshold``."""
         values, threshold = ctx.saved_tensors
         window = (values - threshold).abs() < ctx.bandwidth / 2
         return of_out * (values > threshold), of_out * window * (-threshold / ctx.bandwidth), None
 
 
 class ActiveCount(torch.autograd.Function):
-    """1 where a value (E,) is above its threshold (E,), with the gradient of :class:`JumpReLU`'s window
-    (Rajamanoharan et al., 2024, equation 12)."""
+    """1 for each value (E,) above its threshold (E,), otherwise 0 (Rajamanoharan et al., 2024, equation 12).
+
+    A threshold's gradient is estimated in the same window as in :class:`JumpReLU`.
+    """
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
-        """0 or 1 for each value: (E,)."""
+        """Return 0 or 1 for each value: (E,)."""
         ctx.bandwidth = bandwidth
         ctx.save_for_backward(values, threshold)
         return (values > threshold).to(values.dtype)
 
     @staticmethod
     def backward(ctx: Any, of_out: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradient of ``threshold``."""
+        """Compute the gradient of ``threshold``."""
         values, threshold = ctx.saved_tensors
         window = (values - threshold).abs() < ctx.bandwidth / 2
         return None, -of_out * window / ctx.bandwidth, None

@@ -1,7 +1,7 @@
-"""Fidelity of reconstructions: explained variance, L0, dead and dense features, in one pass.
+"""Fidelity of reconstructions: explained variance, number of active features (L0), dead and dense features.
 
 From Surkov et al. ("Unpacking SDXL Turbo", appendix D, Table 2). Autoencoders and baselines are evaluated in the same
-way, each after its own selection of active features.
+way and in one pass over the vectors; each selects active features by its own rule.
 """
 
 from collections.abc import Iterable, Mapping
@@ -23,19 +23,19 @@ class Fidelity(NamedTuple):
     """Metrics of one dictionary over N vectors."""
 
     explained_variance: float
-    """1 - fvu, the paper's "ratio of variance explained to the total variance": 1 is perfect, 0 equals
-    the mean of these vectors, and there is no lower bound."""
+    """1 - fvu, the paper's "ratio of variance explained to the total variance": 1 is perfect, 0 is as good as
+    reconstructing every vector by the mean, and there is no lower bound."""
     fvu: float
-    """Fraction of variance unexplained: the sum of ||x - x'||^2 over that of ||x - mean(x)||^2."""
+    """Fraction of variance unexplained: the sum of ||x - x'||^2 over the sum of ||x - mean(x)||^2."""
     by_channel: float
-    """1 - Var(x_j - x'_j) / Var(x_j), the mean over channels j that vary: what the paper's code prints.
-    It ignores a constant error, and weak channels count as much as strong ones."""
+    """1 - Var(x_j - x'_j) / Var(x_j), averaged over the channels j that vary; the paper's code prints this value. It
+    ignores a constant error, and weak channels count as much as strong ones."""
     l0: float
-    """Mean number of active features of a vector."""
+    """Mean number of active features per vector."""
     dead_fraction: float
-    """Share of the features that are 0 for every vector; 0 where there are no features."""
+    """Fraction of the features that are 0 for every vector; 0 if there are no features."""
     dense_fraction: float
-    """Share of the features that are active in more than a tenth of the vectors."""
+    """Fraction of the features that are dense: active in more than ``dense`` of the vectors, by default a tenth."""
 
 
 class _Sums:
@@ -62,11 +62,11 @@ def evaluate_dictionaries(
 
     Args:
         dictionaries: the dictionaries by name.
-        batches: vectors (n, d), best held-out ones.
-        dense: the fraction of the vectors above which a feature is dense.
+        batches: batches of vectors (n, d), preferably held-out ones.
+        dense: a feature is dense if it is active in more than this fraction of the vectors.
 
     Raises:
-        ValueError: no vector, only equal vectors, or a vector that is not finite.
+        ValueError: there is no vector, all vectors are equal, or a vector is not finite.
     """
     at_least("dense", dense, 0)
     sums = {name: _Sums(dictionary) for name, dictionary in dictionaries.items()}
@@ -108,13 +108,14 @@ def _finite(batch: Tensor, before: int) -> None:
 
 
 def fidelity_table(measured: Mapping[tuple, Fidelity], names: Iterable[str]) -> pd.DataFrame:
-    """One row per dictionary: ``names``, whose values are the keys, and the fields of :class:`Fidelity`."""
+    """Make a table with one row per dictionary: the columns ``names``, filled from the keys, and the fields of
+    :class:`Fidelity`."""
     names = list(names)
     return pd.DataFrame([{**dict(zip(names, key, strict=True)), **row._asdict()} for key, row in measured.items()])
 
 
 def paper_layout(table: pd.DataFrame, value: str = "explained_variance") -> pd.DataFrame:
-    """The paper's layout: a row for each k and n_features, a column for each block.
+    """Arrange a table as in the paper: one row per pair of k and n_features, one column per block.
 
     Args:
         table: columns ``block``, ``k``, ``n_features`` and ``value``.

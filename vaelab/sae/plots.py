@@ -18,18 +18,18 @@ MEASURES = {
     "l0": "active features",
     "dead_fraction": "dead features",
 }
-"""Columns of a training's history, and their labels."""
+"""Columns of a training history, and their labels."""
 SMALL_CHANGE = 0.1
 """The Manhattan distance up to which the axis of :func:`manhattan_bars` is linear."""
 
 
 @plain_text
 def training_curves(history: pd.DataFrame, title: str = "") -> Figure:
-    """Loss, explained variance, L0 and dead fraction over steps: a row for each metric, a column for each block.
+    """Draw loss, explained variance, L0 and dead fraction over steps: one row per metric, one column per block.
 
     Args:
-        history: columns ``step``, ``block``, ``k``, ``n_features`` and those of :data:`MEASURES`;
-            each seed is drawn as a line.
+        history: columns ``step``, ``block``, ``k``, ``n_features``, ``seed`` and those of :data:`MEASURES`; each seed
+            is drawn as a line.
         title: the figure's title.
     """
     blocks = list(dict.fromkeys(history["block"]))
@@ -66,7 +66,8 @@ class LiveCurves:
     """
 
     def __init__(self, prepare: Callable[[pd.DataFrame], pd.DataFrame], every: float = 15.0):
-        """Args: the function from a history to the table of :func:`training_curves`, and seconds between drawings."""
+        """Args: the function that turns a history into the table for :func:`training_curves`, and the seconds between
+        drawings."""
         self._prepare, self._every, self._place = prepare, every, None
         self._drawn = time.perf_counter()
 
@@ -87,8 +88,8 @@ class LiveCurves:
 
 @plain_text
 def size_curves(table: pd.DataFrame, title: str = "") -> Figure:
-    """Explained variance and dead features against k: one panel per block, one line per n_features; several seeds are
-    shown as their mean and range.
+    """Draw explained variance and dead features against k: one column of panels per block, one line per n_features;
+    several seeds are shown as their mean and range.
 
     Args:
         table: columns ``block``, ``k``, ``n_features``, ``explained_variance`` and ``dead_fraction``.
@@ -126,15 +127,15 @@ def _colours(values: pd.Series) -> dict:
 
 @plain_text
 def manhattan_bars(outcomes: Mapping[tuple, Any], hue: str, title: str = "") -> Figure:
-    """Manhattan distance per pixel of every picture, and the means.
+    """Draw the Manhattan distance per pixel of every picture, and the means.
 
     The axis is linear up to ``SMALL_CHANGE`` and logarithmic beyond, because a few pictures change a hundred times as
     much as most.
 
     Args:
-        outcomes: outcomes whose table ``effects`` has a column ``manhattan``. A key is a pair of the group along the
-            axis and the value of ``hue``.
-        hue: name of the quantity that is shown as colour.
+        outcomes: outcomes whose table ``effects`` has a column ``manhattan``. Each key is a pair: the group along the
+            axis, and the value of the quantity shown as colour.
+        hue: the name of the quantity shown as colour.
         title: the figure's title.
     """
     parts = [

@@ -13,20 +13,20 @@ from vaelab.core.validate import at_least
 
 @dataclass(frozen=True)
 class SyntheticSparseData:
-    """Sparse sums of known features plus noise and a mean."""
+    """Random vectors that are sparse sums of known features, plus noise and a mean."""
 
     d: int = 128
     """Width of the vectors."""
     n_features: int = 512
-    """Features, of unit length and random direction."""
+    """Number of features; they have unit length and random directions."""
     active: int = 8
-    """Features in each vector, drawn without repetition, with activations uniform in [0.5, 1.5]."""
+    """Number of different features in each vector; their activations are uniform in [0.5, 1.5]."""
     noise: float = 0.01
     """Standard deviation of the noise."""
     length: float = 1.0
-    """Factor of all vectors."""
+    """A factor that all vectors are multiplied by."""
     seed: int = 0
-    """Fixes the dictionary and every batch."""
+    """Determines the dictionary and every batch."""
 
     def __post_init__(self) -> None:
         for name in ("d", "n_features", "active"):
@@ -36,15 +36,15 @@ class SyntheticSparseData:
             raise ValueError(f"active: {self.active} of {self.n_features} features")
 
     def features(self) -> Tensor:
-        """The dictionary: (n_features, d), rows of unit length."""
+        """Generate the dictionary: (n_features, d), rows of unit length."""
         return F.normalize(torch.randn(self.n_features, self.d, generator=self._generator(0)))
 
     def mean(self) -> Tensor:
-        """The vector that is added to every sample: (d,)."""
+        """Generate the vector (d,) that is added to every sample."""
         return self.length * torch.randn(self.d, generator=self._generator(1)) / self.d**0.5
 
     def vectors(self, count: int, number: int = 0) -> Tensor:
-        """Batch ``number`` of ``count`` vectors: (count, d)."""
+        """Generate the batch with index ``number``, of ``count`` vectors: (count, d)."""
         generator = self._generator(2 + number)
         which = torch.rand(count, self.n_features, generator=generator).topk(self.active).indices
         amounts = 0.5 + torch.rand(count, self.active, generator=generator)
@@ -58,7 +58,7 @@ class SyntheticSparseData:
         return torch.Generator().manual_seed(int(state >> 1))
 
     def batches(self, batch_size: int, block: str = "planted") -> Callable[..., Iterator[dict[str, Tensor]]]:
-        """Endless batches under the name of a block, for :func:`vaelab.sae.train.train_saes`."""
+        """Make endless batches under the name of a block, for :func:`vaelab.sae.train.train_saes`."""
 
         def batches(start: int = 0, rank: int = 0, world: int = 1) -> Iterator[dict[str, Tensor]]:
             number = start * world + rank
@@ -70,5 +70,5 @@ class SyntheticSparseData:
 
 
 def dictionary_recovery(truth: Tensor, found: Tensor) -> float:
-    """The mean, over the rows of ``truth`` (n, d), of the largest cosine with a row of ``found`` (m, d)."""
+    """Compute the mean, over the rows of ``truth`` (n, d), of the largest cosine with a row of ``found`` (m, d)."""
     return float((F.normalize(truth) @ F.normalize(found).T).amax(1).mean())

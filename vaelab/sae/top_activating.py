@@ -1,9 +1,10 @@
 """Statistics of each feature of a sparse autoencoder over a store: its top activating items and its density.
 
-One pass over the store, in memory that depends on the number of features and not on that of pictures: quantiles
-come from a histogram of each feature's activations, with eight bins between a power of two and the next. Codes
-are read after the choice of the active ones (:meth:`vaelab.sae.model.SAE.encode`), as in Kim et al. ("Revelio",
-equation 3 and section 4.2: the pictures that activate a feature most).
+An item of the store is a map or a vector of one picture. The statistics take one pass over the store, and memory that
+depends on the number of features but not on the number of items: quantiles come from a histogram of each feature's
+activations, with eight bins between a power of two and the next. Only features that the autoencoder selects as active
+count (:meth:`vaelab.sae.model.SAE.encode`), as in Kim et al. ("Revelio", equation 3 and section 4.2: the pictures that
+activate a feature most).
 """
 
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from vaelab.sae.model import SAE, Codes, wide_device
 from vaelab.store.reader import Store
 
 NO_ITEM = -1
-"""Placeholder in a list of top activating items that is not full."""
+"""Marks the unused places in a list of top activating items that is not full."""
 FINEST, OCTAVES, PARTS = -16, 32, 8
 """The histogram covers OCTAVES octaves from 2^FINEST on, each in PARTS bins of equal width. Values beyond either end
 are counted in the bin at that end. Positive and negative activations have bins of their own."""
@@ -41,38 +42,39 @@ class FeatureSummary(NamedTuple):
     active_items: Tensor
     """(n,) int64: number of items in which the feature is active at some position."""
     active_rows: Tensor
-    """(n,) int64: number of positions at which it is active."""
+    """(n,) int64: number of positions, over all items, at which the feature is active."""
     total: Tensor
-    """(n,) float64: sum of its activations."""
+    """(n,) float64: sum of the feature's activations."""
     squares: Tensor
-    """(n,) float64: sum of their squares."""
+    """(n,) float64: sum of the squares of the feature's activations."""
     histogram: Tensor
     """(n, BINS) int32: number of activations in each bin; bins are ordered by value."""
     item_count: int
-    """M."""
+    """Number of items, M."""
     row_count: int
-    """M P."""
+    """Number of positions over all items, M P."""
 
     def full(self) -> Tensor:
-        """(n,) bool: whether each feature is active in at least ``top`` items."""
+        """Say for each feature, (n,) bool, whether it is active in at least ``top`` items."""
         return self.items[:, -1] != NO_ITEM
 
     def most_active(self, count: int) -> Tensor:
-        """Numbers (at most ``count``,) of the features with the largest activations, in decreasing order, among those
-        that are active in at least ``top`` items."""
+        """Find the indices (at most ``count``,) of the features with the largest activations, in decreasing order;
+        only features that are active in at least ``top`` items count."""
         at_least("count", count, 1)
         largest = self.values[:, 0].masked_fill(~self.full(), -torch.inf)
         order = torch.sort(largest, descending=True, stable=True).indices
         return order[: min(count, int(self.full().sum()))]
 
     def quantile(self, share: float) -> Tensor:
-        """A quantile (n,) of each feature's activations, in float64 (numpy's ``inverted_cdf``); 0 for dead features.
+        """Compute a quantile (n,) of each feature's activations, in float64 (numpy's ``inverted_cdf``); 0 for dead
+        features.
 
-        It is the middle of the quantile's bin. For values between 2^-16 and 2^16 it is off by at most a sixteenth of
-        the value.
+        The result is the middle of the quantile's bin. For values between 2^-16 and 2^16 its error is at most a
+        sixteenth of the value.
 
         Raises:
-            ValueError: a share outside [0, 1].
+            ValueError: the share is outside [0, 1].
         """
         if not 0 <= share <= 1:
             raise ValueError(f"share: must lie between 0 and 1, got {share}")
@@ -82,9 +84,12 @@ class FeatureSummary(NamedTuple):
         return bin_centres()[bins].masked_fill(self.active_rows == 0, 0)
 
     def table(self) -> pd.DataFrame:
-        """One row per feature: ``feature``, the shares of items and of positions where it is active (``items``,
-        ``density``), and of its activations there ``mean``, standard ``deviation``, ``largest`` and
-        :data:`QUANTILES`."""
+        """Make a table with one row per feature.
+
+        Its columns are ``feature``; ``items`` and ``density``, the shares of items and of positions in which the
+        feature is active; and ``mean``, ``deviation`` (standard deviation), ``largest`` and :data:`QUANTILES` of its
+        activations there.
+        """
         count = self.active_rows.clamp_min(1).double()
         mean = self.total / count
         spread = (self.squares / count - mean.square()).clamp_min(0).sqrt()
@@ -119,7 +124,8 @@ class FeatureAccumulator:
 
         Args:
             codes: ``values`` and ``indices`` (B, P, K); a feature with value 0 is not active.
-            items: the B item numbers. Each is added once; if they increase, equal activations are listed in order.
+            items: the indices of the B items. Add each item once; if indices increase, items with equal activations are
+                listed in the order of their indices.
         """
         n = len(self._values)
         batch, places, _ = codes.values.shape
@@ -166,7 +172,7 @@ class FeatureAccumulator:
         self._positions[features] = torch.cat([self._positions[features], places], 1).gather(1, order)
 
     def summary(self) -> FeatureSummary:
-        """The statistics of all batches so far."""
+        """Return the statistics of all batches so far."""
         values = self._values.masked_fill(self._items == NO_ITEM, 0)
         tensors = (
             values, self._items, self._positions, self._active_items, self._active_rows, self._total, self._squares,
@@ -181,15 +187,15 @@ def summarise_features(
     """Summarise the features over a block of a store, in one pass.
 
     Args:
-        sae: the autoencoder; the work is done on its device.
+        sae: the autoencoder; the computation runs on its device.
         store: the store.
         block: the block whose vectors or maps are encoded.
-        top: number of top activating items per feature.
-        items: the items to read; None for all.
-        batch_items: items of a batch.
+        top: the number of top activating items per feature.
+        items: the indices of the items to read; None means all.
+        batch_items: the number of items per batch.
 
     Raises:
-        ValueError: an unknown block, or an autoencoder of vectors of another width.
+        ValueError: the block is unknown, or its vectors do not have the width that the autoencoder is for.
     """
     at_least("batch_items", batch_items, 1)
     numbers = range(len(store.items)) if items is None else list(items)
@@ -202,7 +208,7 @@ def summarise_features(
 
 
 def histogram_bins(values: Tensor) -> Tensor:
-    """The histogram's bin (N,) int64 of each value (N,), from 0 to BINS - 1 in the order of the values."""
+    """Compute the histogram's bin (N,) int64 of each value (N,), from 0 to BINS - 1; larger values have later bins."""
     mantissa, exponent = torch.frexp(values.abs().float())  # value = mantissa 2^exponent, mantissa in [0.5, 1)
     part = ((2 * mantissa - 1) * PARTS).long()
     place = ((exponent.long() - 1 - FINEST) * PARTS + part).clamp(0, BINS // 2 - 1)
@@ -210,7 +216,7 @@ def histogram_bins(values: Tensor) -> Tensor:
 
 
 def bin_centres() -> Tensor:
-    """The middle (BINS,) float64 of each bin."""
+    """Compute the middle (BINS,) float64 of each bin."""
     octaves = torch.arange(FINEST, FINEST + OCTAVES, dtype=torch.float64)
     parts = 1 + (torch.arange(PARTS, dtype=torch.float64) + 0.5) / PARTS
     positive = (2 ** octaves[:, None] * parts).flatten()
@@ -218,7 +224,7 @@ def bin_centres() -> Tensor:
 
 
 def _begins(ordered: Tensor) -> Tensor:
-    """Whether each entry (N,) of a sorted tensor is the first of its value: (N,) bool."""
+    """Say for each entry (N,) of a sorted tensor whether it is the first with its value: (N,) bool."""
     first = torch.ones(len(ordered), dtype=torch.bool, device=ordered.device)
     first[1:] = ordered[1:] != ordered[:-1]
     return first

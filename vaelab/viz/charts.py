@@ -13,7 +13,8 @@ SUPPRESSED_COLOUR = "#c8102e"
 SMALL_PERCENT = 0.1
 """The axis of :func:`forest` is linear up to this value, in percent."""
 PALETTE = {"baseline": "#555555", "nudge": "#3b76af", "control": "#e08e2b", "start": "#b8b8b8"}
-"""The colours of the conditions of fine-tuning; "nudge" is the one that raises GroupNorm scales (gamma)."""
+"""The colours of the conditions of fine-tuning, see :mod:`vaelab.vae.finetune`: "nudge" raises the GroupNorm scales
+(gamma) of suppressed channels, "control" those of as many active channels."""
 
 sns.set_theme(style="whitegrid", context="notebook", rc={"axes.spines.top": False, "axes.spines.right": False})
 
