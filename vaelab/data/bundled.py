@@ -39,7 +39,7 @@ PHOTOGRAPHS = {
 CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789!?&@#%$+=<>"
 FONTS = ("DejaVuSans", "DejaVuSerif", "DejaVuSansMono", "STIXGeneral", "cmr10", "cmss10", "cmtt10", "cmb10")
 TEST_EVERY = 6
-"""One digit or glyph in this number is in the split ``test``."""
+"""One in this number of digits and of glyphs is in the split ``test``."""
 WORLD_SCENES = {"train": 3000, "test": 600}
 
 

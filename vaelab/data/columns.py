@@ -18,7 +18,7 @@ SAMPLED_ROWS = 64
 
 
 def find_images(rows: "datasets.Dataset", dataset: str, requested: str) -> str:
-    """Find the column of pictures; ``asked`` is the requested column, or ``""`` to choose one.
+    """Find the column of pictures; ``requested`` is a column, or ``""`` to choose one.
 
     Raises:
         ValueError: there is no column of pictures, the requested column holds none, or there are several and none of
@@ -85,18 +85,18 @@ class Labels(NamedTuple):
 def find_labels(
     rows: "datasets.Dataset", every_value: Callable[[str], Iterable[Any]], dataset: str, image: str, requested: str
 ) -> Labels:
-    """The labels of the column ``requested``; else of ``label``, or of the only column of class labels.
+    """Find the labels of the column ``requested``; if none is requested, of ``label`` or the only column of class
+    labels.
 
     Args:
         rows: all rows of a split.
-        every_value: gives the values of a column in all splits, so that classes of text have the same
-            numbers in all.
-        dataset: the data set's name, for errors.
+        every_value: returns the values of a column in all splits, so that a class has the same index in all splits.
+        dataset: the data set's name, for error messages.
         image: the column of pictures.
-        requested: a column, or ``""``.
+        requested: the requested column, or ``""`` to choose one.
 
     Raises:
-        ValueError: there is no such column, or its values are no classes.
+        ValueError: there is no such column, or its values are not classes.
     """
     import datasets
 

@@ -62,16 +62,16 @@ class Images:
     """Preprocessed pictures of one split.
 
     ``images[i]`` is ``{"pixels": (3, R, R) float32 in [-1, 1], "index": i}``, with ``"label"``
-    where the data set has classes, or None where picture i cannot be read.
+    if the data set has classes; it is None if picture i cannot be read.
 
     Attributes:
-        resolution: R.
-        name: data set, split, and how the pictures were drawn.
-        notes: what was left out or chosen when the data set was loaded, a sentence each.
-        skipped: why a picture could not be read, by its index; once a picture.
+        resolution: the side R of the pictures, in pixels.
+        name: the data set, the split, and how the pictures were sampled.
+        notes: what was left out or chosen when the data set was loaded, one sentence each.
+        skipped: the reason why a picture could not be read, by the picture's index.
         composited: the indices of the pictures read so far that had transparent pixels.
         first_frames: the indices of the pictures read so far that are the first of several in their file.
-        label_choices: the columns that could be labels, where ``label_column`` must choose one.
+        label_choices: the columns among which ``label_column`` must choose one; empty if the labels are clear.
     """
 
     def __init__(
@@ -264,19 +264,19 @@ def load_images(
         split: a split's name; slices such as ``train[:90%]`` and sums such as ``train+test`` work
             too. A single parquet file is one split: the name is ignored.
         resolution: side R of the square pictures, in pixels.
-        max_images: how many to take, drawn without replacement by ``seed``; None or 0 takes all.
-        seed: fixes which pictures are drawn.
+        max_images: the number of pictures, sampled without replacement by ``seed``; None or 0 takes all.
+        seed: determines which pictures are sampled.
         revision: a branch, tag or commit on the hub.
-        image_column: the column of pictures; None or ``""`` for the only one, or ``image``.
-        label_column: the column of labels: class labels, text or whole numbers. None or ``""`` for
-            ``label``, or the only one of class labels; where there are several, the data set has no
+        image_column: the column of pictures; None or ``""`` takes the only column of pictures, or ``image``.
+        label_column: the column of labels: class labels, text or whole numbers. None or ``""`` takes
+            ``label``, or the only column of class labels; if there are several, the data set has no
             classes until one is chosen.
-        background: see :func:`vaelab.data.transforms.to_rgb`.
-        white_level: see :func:`vaelab.data.transforms.to_rgb`.
+        background: the colour behind transparent pixels, see :func:`vaelab.data.transforms.to_rgb`.
+        white_level: the value that is white in deep greyscale pictures, see :func:`vaelab.data.transforms.to_rgb`.
 
     Raises:
-        ValueError: no such data set, split or column, no picture column or several, no picture, or a revision of data
-            that are not on the hub.
+        ValueError: there is no such data set, split or column; there is no column of pictures, or several; the split
+            has no picture; or a revision was given for data that are not on the hub.
     """
     at_least("resolution", resolution, 8)
     at_least("max_images", max_images or 0, 0)

@@ -59,20 +59,21 @@ def from_list(texts: list[str]) -> Prompts | None:
 def load_prompts(
     dataset: str, *, split: str = "train", count: int = 0, column: str = "", revision: str | None = None
 ) -> Prompts:
-    """The first ``count`` prompts of a data set, without empty ones; prints how many, and from which column.
+    """Load the first ``count`` prompts of a data set, without empty ones; print how many, and from which column.
 
     Args:
-        dataset: ``world``, a hub id (``owner/name``, streamed), a local text file with a prompt a
+        dataset: ``world``, a hub id (``owner/name``, streamed), a local text file with one prompt per
             line, a local parquet file, or a folder of parquet files.
         split: a split's name. A single file is one split: the name is ignored.
-        count: how many; 0 takes all there are.
-        column: the column of prompts. Empty for the likeliest by name (prompt, caption, text), or the
-            only one of text.
+        count: the number of prompts; 0 takes all.
+        column: the column of prompts. Empty takes the column with the likeliest name (prompt, caption, text), or the
+            only column of text.
         revision: a branch, tag or commit on the hub.
 
     Raises:
-        ValueError: no such data set, split or column; several columns of text of which none is likely; no prompt; all
-            of the world, which has no end; a revision of data that are not on the hub; or a column for lines of text.
+        ValueError: there is no such data set, split or column; there are several columns of text and none has a likely
+            name; there is no prompt; all prompts of the world, which has no end, were asked for; a revision was
+            given for data that are not on the hub; or a column was given for a text file.
     """
     at_least("max_images", count, 0)
     path = local(dataset)

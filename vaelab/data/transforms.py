@@ -1,4 +1,4 @@
-"""From a stored picture to a tensor, as in Shi, Wang and Roshka (channel suppression), section 3.
+"""Convert stored pictures to tensors, as in Shi, Wang and Roshka (channel suppression), section 3.
 
 A picture is decoded (:func:`decode`), converted to RGB as it is meant to be displayed (:func:`to_rgb`:
 orientation, depth, transparency), and resized and cropped to a square (:func:`square`).
@@ -59,11 +59,11 @@ class Opaque(NamedTuple):
 
 
 def to_rgb(image: PIL.Image.Image, *, background: str = "white", white_level: float | None = None) -> Opaque:
-    """A picture as it is meant to be displayed: upright, 8 bits a channel, without transparency.
+    """Convert a picture to how it is meant to be displayed: upright, 8 bits per channel, without transparency.
 
     The orientation tag of a camera is followed. Transparent pixels are composited on ``background``.
-    A greyscale picture of more than 8 bits is scaled by ``white_level`` where that is given, else by
-    what the file declares, else by its format (1 for floating point, 65,535 for 16 bits).
+    A greyscale picture of more than 8 bits is scaled by ``white_level`` if it is given, otherwise by
+    what the file declares, otherwise by its format (1 for floating point, 65,535 for 16 bits).
 
     Args:
         image: a picture of any mode. Open it with :func:`decode`: a 16-bit colour picture that is
@@ -127,7 +127,7 @@ class _Depth(NamedTuple):
 
     black: float = 0.0
     white: float | None = None
-    """The value that is white; None where the file does not say."""
+    """The value that is white; None if the file does not say."""
     assumed: bool = False
     """Whether ``white`` comes from the number of bits alone."""
     inverted: bool = False

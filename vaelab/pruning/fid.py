@@ -1,9 +1,9 @@
 """Samples of a trained latent denoiser, and the Frechet distance between two sets of pictures.
 
-The Frechet inception distance (Heusel et al. 2017, eq. 6) depends on the network whose features are
-compared and on the number of pictures: both belong beside the number. ``inception`` is the usual network,
-whose weights torch-fidelity fetches; ``embedded`` is the encoder of the lab's own autoencoder, which is
-there without a download and whose distances are to be compared with each other only.
+The Frechet inception distance (Heusel et al. 2017, eq. 6) depends on the network whose features are compared and on the
+number of pictures, so both must be reported with it. ``inception`` is the usual network, whose weights torch-fidelity
+downloads. ``embedded`` is the encoder of the small autoencoder shipped with the package; it needs no download, but its
+distances can only be compared with each other.
 """
 
 from collections.abc import Callable, Iterable
@@ -20,23 +20,23 @@ FEATURES = ("embedded", "inception")
 LAYER = "encoder.conv_norm_out"
 
 Features = Callable[[Tensor], Tensor]
-"""From pictures (B, 3, R, R) in [-1, 1] to features (B, d)."""
+"""Maps pictures (B, 3, R, R) in [-1, 1] to features (B, d)."""
 
 
 @torch.no_grad()
 def ancestral_samples(
     unet: nn.Module, scheduler: Any, shape: tuple[int, int, int], count: int, *, steps: int, batch_size: int, seed: int
 ) -> Tensor:
-    """Latents (count, c, h, w) by ancestral sampling over the whole schedule, from its noisiest timestep.
+    """Sample latents (count, c, h, w) by ancestral sampling over the whole schedule, from its noisiest timestep.
 
     Args:
-        unet: predicts the noise.
+        unet: the denoiser, which predicts the noise.
         scheduler: a ``DDPMScheduler``; a copy of it is used.
-        shape: (c, h, w).
-        count: how many.
-        steps: to take; fewer than the schedule has are spread over all of it.
-        batch_size: latents at a time.
-        seed: fixes the samples.
+        shape: (c, h, w), the shape of one latent.
+        count: the number of latents.
+        steps: the number of sampling steps; if it is smaller than the schedule's, they are spread over all of it.
+        batch_size: latents per batch.
+        seed: determines the samples.
     """
     at_least("sampler_steps", steps, 1)
     sampler = type(scheduler).from_config(scheduler.config, timestep_spacing="trailing")
@@ -53,10 +53,10 @@ def ancestral_samples(
 
 
 def feature_network(name: str, device: str = "auto") -> Features:
-    """The feature network by name.
+    """Load the feature network of this name.
 
     Raises:
-        ValueError: an unknown name, or a network whose weights are not there.
+        ValueError: the name is unknown, or torch-fidelity, which the network needs, is not installed.
     """
     one_of("fid_features", name, FEATURES)
     return _embedded(device) if name == "embedded" else _inception(device)
@@ -65,16 +65,16 @@ def feature_network(name: str, device: str = "auto") -> Features:
 def fid_reference(
     name: str, batches: Iterable[dict[str, Tensor]], count: int, device: str = "auto"
 ) -> "FIDReference | None":
-    """Reference features of the ``pixels`` of ``batches`` by the network ``name``; None where no pictures are to be
-    compared (``count`` 0)."""
+    """Compute reference features of the ``pixels`` of ``batches`` with the network ``name``; None if no pictures will
+    be compared (``count`` is 0)."""
     return FIDReference(feature_network(name, device), (batch["pixels"] for batch in batches)) if count else None
 
 
 def feature_statistics(features: Features, batches: Iterable[Tensor]) -> tuple[np.ndarray, np.ndarray]:
-    """Mean (d,) and covariance (d, d) of the features of pictures, in float64.
+    """Compute the mean (d,) and covariance (d, d) of the features of pictures, in float64.
 
     Raises:
-        ValueError: not more pictures than features, so that the covariance would be singular.
+        ValueError: there are not more pictures than features, so the covariance would be singular.
     """
     with torch.no_grad():
         rows = torch.cat([features(batch).cpu() for batch in batches]).double().numpy()
@@ -84,20 +84,20 @@ def feature_statistics(features: Features, batches: Iterable[Tensor]) -> tuple[n
 
 
 def frechet_distance(first: tuple[np.ndarray, np.ndarray], second: tuple[np.ndarray, np.ndarray]) -> float:
-    """|mu1 - mu2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of two means (d,) and covariances (d, d)."""
+    """Compute |mu1 - mu2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) from two means (d,) and covariances (d, d)."""
     (mean, covariance), (other_mean, other_covariance) = first, second
-    # of (C1 C2)^(1/2) only the trace is needed, the sum of the roots of C1 C2's eigenvalues; those are real and
-    # not negative, but for rounding
+    # only the trace of (C1 C2)^(1/2) is needed: the sum of the square roots of the eigenvalues of C1 C2, which are
+    # real and not negative, up to rounding
     roots = np.sqrt(np.linalg.eigvals(covariance @ other_covariance).real.clip(0)).sum()
     spread = np.trace(covariance) + np.trace(other_covariance) - 2 * roots
     return float(max(0.0, np.square(mean - other_mean).sum() + spread))
 
 
 class FIDReference:
-    """One set of pictures as features of one network, to which Frechet distances are measured.
+    """The features of one set of pictures by one network, to which Frechet distances are measured.
 
     Args:
-        features: see :func:`features`.
+        features: the network, from :func:`feature_network`.
         batches: the reference pictures (B, 3, R, R) in [-1, 1].
         batch_size: pictures per pass of the network.
     """
@@ -107,7 +107,7 @@ class FIDReference:
         self._real = feature_statistics(features, batches)
 
     def distance(self, pictures: Tensor) -> float:
-        """The Frechet distance of pictures (N, 3, R, R) in [-1, 1] to the reference."""
+        """Compute the Frechet distance of pictures (N, 3, R, R) in [-1, 1] to the reference."""
         return frechet_distance(self._real, feature_statistics(self._features, pictures.split(self._size)))
 
 

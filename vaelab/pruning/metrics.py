@@ -1,7 +1,7 @@
-"""Evaluation of a trained VAE, mask and denoiser on held-out pictures.
+"""Evaluate a trained VAE, mask and denoiser on held-out pictures.
 
-PeLAP-A ("Adaptive Latent Pruning for Lightweight Latent Diffusion Models") reports two numbers, the diffusion loss and
-the reconstruction error. Beside these stand numbers that a latent scaled to zero does not improve.
+PeLAP-A ("Adaptive Latent Pruning for Lightweight Latent Diffusion Models") reports two measures: the diffusion loss and
+the reconstruction error. Further measures are added here that do not improve when the latent is scaled to zero.
 """
 
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class EvaluationConfig:
     loss_timesteps: int = 25
     """Number of timesteps, spread over the schedule, at which the denoiser is evaluated."""
     fid_images: int = 0
-    """Pictures drawn for the Frechet distance; 0 draws none."""
+    """Number of pictures sampled for the Frechet distance; 0 leaves the distance out."""
     sampler_steps: int = 1000
     """Steps of the sampler, spread over the whole schedule."""
 
@@ -40,44 +40,47 @@ class EvaluationConfig:
 
 
 class PruningMetrics(NamedTuple):
-    """Numbers of a trained objective on held-out pictures."""
+    """Measures of a trained objective on held-out pictures."""
 
     diffusion_loss: float
     """Mean squared error of the predicted noise, over the whole schedule."""
     closed_form_loss: float
-    """The error of the best linear prediction for channels of the same variances."""
+    """The diffusion loss of the best linear prediction for channels with the same variances."""
     recon_mse: float
     """Squared error of reconstructions from unmasked latents, summed over a picture's values."""
     masked_recon_mse: float
     """The same from masked latents."""
     psnr: float
-    """Of reconstructions from unmasked latents, in dB."""
+    """Peak signal-to-noise ratio of reconstructions from unmasked latents, in dB."""
     masked_psnr: float
+    """The same from masked latents."""
     ssim: float
+    """Structural similarity of reconstructions from unmasked latents."""
     masked_ssim: float
+    """The same from masked latents."""
     mean_mask: float
     """Mean over pictures and channels of the mask, its gain included."""
     inactive_channels: int
     """Channels whose signal is below the noise at every timestep; see
     :func:`vaelab.pruning.noise_loss.above_noise_floor`."""
     latent_scale: float
-    """Standard deviation of the latents before the mask, over pictures and places, root mean square
-    over channels."""
+    """Standard deviation of the latents before the mask, over pictures and positions (root mean square over
+    channels)."""
     scale: float
     """The same of the masked latents, which are the denoiser's input."""
     kl: float
-    """Of the posterior, summed over a latent's entries, in nats."""
+    """KL divergence of the posterior, summed over a latent's entries, in nats."""
     fid: float | None
-    """Frechet distance of decoded samples to held-out pictures."""
+    """Frechet distance of decoded samples to the reference pictures; None if it was not measured."""
 
 
 @torch.no_grad()
 def sample_latents(objective: PruningObjective, images: Images, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Latents of all ``images``, in evaluation mode, so that no running statistic changes.
+    """Sample the latents of all ``images``, in evaluation mode, so that no running statistic changes.
 
     Returns:
-        Samples of the posteriors (N, c, h, w), standardised if the objective does so; the same masked, as the
-        denoiser gets them; their masks (N, c).
+        Three tensors: samples of the posteriors (N, c, h, w), standardised if the objective does so; the same samples
+        masked, as the denoiser gets them; and their masks (N, c).
     """
     generator, device = torch.Generator().manual_seed(seed), next(objective.parameters()).device
     parts = []
@@ -96,11 +99,12 @@ def evaluate_pruning(
     seed: int,
     fid_reference: FIDReference | None = None,
 ) -> tuple[PruningMetrics, list[dict[str, float]]]:
-    """Evaluate a trained objective on held-out pictures; ``seed`` fixes the randomness, every module keeps its mode.
+    """Evaluate a trained objective on held-out pictures; ``seed`` determines the randomness, and every module keeps its
+    mode.
 
     Returns:
-        The metrics, and the loss over the signal-to-noise ratio: a row a timestep and channel with
-        ``timestep``, ``channel``, ``snr``, ``error``, ``closed_form``.
+        The metrics, and the loss by signal-to-noise ratio: one row per timestep and channel with ``timestep``,
+        ``channel``, ``snr``, ``error`` and ``closed_form``.
     """
     with evaluation_mode(objective):
         return _evaluated(objective, images, config, seed, fid_reference)
@@ -150,7 +154,7 @@ def _evaluated(
 def sample_pictures(
     objective: PruningObjective, config: EvaluationConfig, shape: tuple[int, ...], resolution: int, seed: int
 ) -> Tensor:
-    """``config.fid_images`` pictures (N, 3, R, R) decoded from samples of the denoiser, on the CPU."""
+    """Sample ``config.fid_images`` latents with the denoiser and decode them to pictures (N, 3, R, R) on the CPU."""
     with evaluation_mode(objective):
         latents = ancestral_samples(
             objective.unet, objective.scheduler, shape, config.fid_images, steps=config.sampler_steps,
@@ -164,7 +168,7 @@ def sample_pictures(
 
 
 class _MaskedVAE(nn.Module):
-    """An objective's VAE whose decoder gets the masked latents."""
+    """The VAE of an objective, with a decoder that gets the masked latents."""
 
     def __init__(self, objective: PruningObjective):
         super().__init__()

@@ -1,12 +1,12 @@
 """How the noise-prediction loss depends on the scale of the latent.
 
 The loss E||eps - eps_theta(z_t, t)||^2 with z_t = sqrt(abar) z + sqrt(1 - abar) eps (Ho et al. 2020, eq. 14) falls when
-z gets smaller, whatever the denoiser has learned: with z = 0 the input is the noise itself. For z of variance s^2 the
-best linear prediction has an error of abar s^2 / (abar s^2 + 1 - abar) per entry. No denoiser does better on a Gaussian
-latent with independent entries; only structure in the latent can lower the error.
+z gets smaller, whatever the denoiser has learned: with z = 0 the input is the noise itself, up to a known factor. If z
+has the variance s^2, the best linear prediction has an error of abar s^2 / (abar s^2 + 1 - abar) per entry. No denoiser
+does better on a Gaussian latent with independent entries; only structure in the latent can lower the error.
 
-Here are that closed form, the measured error over the signal-to-noise ratio, and the loss of one trained denoiser on
-rescaled latents, without any further training.
+This module computes that closed form, the measured error by signal-to-noise ratio, and the loss of one trained
+denoiser on rescaled latents without further training.
 """
 
 from collections.abc import Callable
@@ -21,19 +21,19 @@ from vaelab.core.validate import at_least
 BISECTIONS = 80
 
 NoisePredictor = Callable[[Tensor, Tensor], Tensor]
-"""From noisy latents (B, c, h, w) and a timestep (a scalar, not always whole) to the noise in them."""
+"""Predicts the noise in noisy latents (B, c, h, w) at a timestep (a scalar, not always a whole number)."""
 
 
 def noise_predictor(unet: nn.Module) -> NoisePredictor:
-    """A diffusers U-Net without conditioning as a :data:`Predict`."""
+    """Make a :data:`NoisePredictor` from a diffusers U-Net without conditioning."""
     return lambda noisy, timestep: unet(noisy, timestep).sample
 
 
 def spread_timesteps(scheduler: Any, count: int) -> Tensor:
-    """``count`` timesteps (count,) int64, the midpoints of equal parts of the whole schedule.
+    """Choose ``count`` timesteps (count,) int64: the midpoints of equal parts of the whole schedule.
 
     Raises:
-        ValueError: more timesteps than the schedule has.
+        ValueError: ``count`` is larger than the schedule's number of timesteps.
     """
     total = scheduler.config.num_train_timesteps
     at_least("loss_timesteps", count, 1)
@@ -43,33 +43,33 @@ def spread_timesteps(scheduler: Any, count: int) -> Tensor:
 
 
 def alpha_bar(scheduler: Any, timesteps: Tensor | None = None) -> Tensor:
-    """The schedule's cumulative product abar at given timesteps (T,), or at all of them; float64, on the CPU."""
+    """Return the schedule's cumulative product abar at given timesteps (T,) (None means all), in float64 on the CPU."""
     shares = scheduler.alphas_cumprod.double().cpu()
     return shares if timesteps is None else shares[timesteps.cpu()]
 
 
 def channel_variances(latents: Tensor) -> Tensor:
-    """The variance (c,) of every channel of latents (N, c, h, w) about its mean, in float64."""
+    """Compute the variance (c,) of every channel of latents (N, c, h, w) about its mean, in float64."""
     return _double(latents).var((0, 2, 3), correction=0)
 
 
 def closed_form_error(variance: Tensor, abar: Tensor) -> Tensor:
-    """The error of the best linear prediction of the noise, abar s^2 / (abar s^2 + 1 - abar).
+    """Compute the error of the best linear prediction of the noise, abar s^2 / (abar s^2 + 1 - abar).
 
     Args:
-        variance: (c,) s^2 of each channel; the mean does not matter, it can be taken away.
-        abar: (T,) below 1.
+        variance: (c,), s^2 of each channel; a channel's mean has no effect, since it can be subtracted.
+        abar: (T,), below 1.
 
     Returns:
-        (T, c) mean squared errors of an entry, between 0 and 1.
+        (T, c), mean squared errors per entry, between 0 and 1.
     """
     signal = abar[:, None] * variance
     return signal / (signal + 1 - abar[:, None])
 
 
 def above_noise_floor(variance: Tensor, scheduler: Any) -> Tensor:
-    """Which channels (c,) bool have more signal than noise at some timestep: s^2 abar / (1 - abar) > 1 at the least
-    noisy one. The other channels are inactive at every timestep, in whatever unit the latent is given."""
+    """Find which channels (c,) bool have more signal than noise at some timestep, that is, s^2 abar / (1 - abar) > 1 at
+    the least noisy timestep. The other channels are inactive at every timestep."""
     least_noisy = alpha_bar(scheduler).max()
     return variance * least_noisy > 1 - least_noisy
 
@@ -78,15 +78,15 @@ def above_noise_floor(variance: Tensor, scheduler: Any) -> Tensor:
 def noise_errors(
     predict: NoisePredictor, latents: Tensor, scheduler: Any, timesteps: Tensor, *, batch_size: int = 256, seed: int = 0
 ) -> Tensor:
-    """Mean squared error of the predicted noise for every timestep and channel: (T, c) float64.
+    """Measure the mean squared error of the predicted noise for every timestep and channel: (T, c) float64.
 
     Args:
-        predict: the denoiser, see :func:`predictor`.
-        latents: (N, c, h, w), clean.
-        scheduler: whose ``add_noise`` is the forward process.
+        predict: the denoiser, see :func:`noise_predictor`.
+        latents: clean latents (N, c, h, w).
+        scheduler: the scheduler whose ``add_noise`` is the forward process.
         timesteps: (T,) whole numbers; every latent is noised to each of them.
         batch_size: latents per pass.
-        seed: fixes the noise, which is the same for every denoiser and every scale of the latents.
+        seed: determines the noise, which is the same for every denoiser and every scale of the latents.
     """
     rows = []
     for timestep in timesteps.tolist():
@@ -124,11 +124,11 @@ def predictor_of_scaled_latents(predict: NoisePredictor, scheduler: Any, factor:
 
 
 def equivalent_scale(loss: float, scheduler: Any) -> float:
-    """The standard deviation of the latent, without structure, whose closed form is ``loss``, a mean
-    over the whole schedule.
+    """Find the standard deviation of the latent without structure whose closed-form loss, averaged over the whole
+    schedule, is ``loss``.
 
     Raises:
-        ValueError: a loss that no such latent has: it must lie between 0 and 1.
+        ValueError: ``loss`` is below 0, or not below 1, so that no such latent exists.
     """
     if not 0 <= loss < 1:
         raise ValueError(f"loss: a latent without structure has one from 0 to below 1, got {loss!r}")
@@ -136,8 +136,8 @@ def equivalent_scale(loss: float, scheduler: Any) -> float:
 
 
 def factor_for_loss(variance: Tensor, loss: float, abar: Tensor) -> float:
-    """The one factor on all channels of variance (c,) that brings the closed form's mean over abar (T,)
-    to ``loss``."""
+    """Find the common factor on all channels, which have the given variances (c,), for which the closed-form loss
+    averaged over abar (T,) is ``loss``."""
     low, high = -40.0, 40.0
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
@@ -147,5 +147,5 @@ def factor_for_loss(variance: Tensor, loss: float, abar: Tensor) -> float:
 
 
 def _double(values: Tensor) -> Tensor:
-    """In float64; from Apple's GPUs, which have none, on the CPU."""
+    """Convert to float64; values on Apple's GPUs, which have no float64, are moved to the CPU."""
     return (values.cpu() if values.device.type == "mps" else values).double()
