@@ -1,5 +1,5 @@
-"""Figures of masks on latents: the masks over training, the loss against the latent's scale and against the
-signal-to-noise ratio, and the quality against the number of kept channels."""
+"""Plot masks on latents: the masks over training, the loss against the latent's scale and against the signal-to-noise
+ratio, and the quality against the number of kept channels."""
 
 from collections.abc import Mapping, Sequence
 
@@ -22,13 +22,14 @@ QUALITY = {
 
 @plain_text
 def masks_over_steps(masks: pd.DataFrame, settings: Sequence[str], title: str = "") -> Figure:
-    """The mean mask over training: above, a line a channel; below, a line a class; a column a setting.
+    """Plot the mean mask over training, one column of axes per setting: above one line per channel, below one line per
+    class.
 
     Args:
-        masks: columns ``setting``, ``seed``, ``step``, ``class``, ``channel``, ``mask``; the class ``all``
-            is every picture. Drawn are means over seeds.
-        settings: which to show.
-        title: the figure's.
+        masks: columns ``setting``, ``seed``, ``step``, ``class``, ``channel``, ``mask``; the class ``all`` stands for
+            all pictures. The lines are means over seeds.
+        settings: the settings to show.
+        title: the figure's title.
     """
     size = (2.7 * len(settings) + 1.2, 4.8)
     figure, axes = plt.subplots(2, len(settings), figsize=size, sharex=True, sharey=True, squeeze=False,
@@ -60,14 +61,14 @@ def loss_over_scale(
     paper: Mapping[str, tuple[float, float]],
     title: str = "",
 ) -> Figure:
-    """The diffusion loss, and the error of decoded pictures, against the scale of the denoiser's input.
+    """Plot the diffusion loss, and the error of decoded pictures, against the scale of the denoiser's input.
 
     Args:
-        measured: a row a run: ``setting``, ``scale``, ``diffusion_loss``, ``masked_recon_mse``.
-        control: one denoiser on scaled latents: ``latent_scale``, ``matched_loss``.
-        closed_form: scales (N,) and the loss (N,) of a latent without structure of that scale.
-        paper: the paper's diffusion losses and errors by name; the losses are drawn as lines.
-        title: the figure's.
+        measured: one row per run: ``setting``, ``scale``, ``diffusion_loss``, ``masked_recon_mse``.
+        control: one denoiser on scaled latents, with the columns ``latent_scale`` and ``matched_loss``.
+        closed_form: scales (N,), and the losses (N,) of latents without structure that have these scales.
+        paper: the paper's diffusion losses and errors by name; the losses are shown as lines.
+        title: the figure's title.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     names = list(dict.fromkeys(measured["setting"]))
@@ -95,12 +96,13 @@ def loss_over_scale(
 
 @plain_text
 def spectrum(table: pd.DataFrame, settings: Sequence[str], title: str = "") -> Figure:
-    """The noise-prediction error against the signal-to-noise ratio, on which scaling only moves a latent.
+    """Plot the noise-prediction error against the signal-to-noise ratio; scaling a latent only moves it along this
+    axis.
 
     Args:
-        table: columns ``setting``, ``snr``, ``error``; a row a timestep, channel and seed.
-        settings: which to show.
-        title: the figure's.
+        table: columns ``setting``, ``snr``, ``error``; one row per timestep, channel and seed.
+        settings: the settings to show.
+        title: the figure's title.
     """
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
     shown = table[(table["snr"] > 0) & table["setting"].isin(settings)]
@@ -121,13 +123,13 @@ def spectrum(table: pd.DataFrame, settings: Sequence[str], title: str = "") -> F
 
 @plain_text
 def trade_off(by_kept: pd.DataFrame, unmasked: pd.DataFrame, title: str = "") -> Figure:
-    """Quality against the number of channels kept, a panel a measure, every run a point.
+    """Plot quality against the number of kept channels, one panel per measure and one point per run.
 
     Args:
-        by_kept: a row a run: ``kept`` and the columns of ``QUALITY``; one without numbers is left out, and
-            where there is no run the figure says so.
-        unmasked: the runs without a mask, drawn as a line at their mean.
-        title: the figure's.
+        by_kept: one row per run: ``kept`` and the columns of ``QUALITY``. A measure with missing values is left out; if
+            there are no runs, the figure says so.
+        unmasked: the runs without a mask, shown as a line at their mean.
+        title: the figure's title.
     """
     if by_kept.empty:
         figure, axis = plt.subplots(figsize=(3.6, 0.6))

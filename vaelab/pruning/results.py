@@ -1,5 +1,5 @@
-"""Results of a sweep of PeLAP-A's lambda over seeds: means with intervals, the paper's two runs beside these, and the
-findings as text.
+"""Summarise a sweep of PeLAP-A's lambda over seeds: means with intervals, a comparison with the paper's two runs, and
+the findings as text.
 
 "PeLAP-A: Adaptive Latent Pruning for Lightweight Latent Diffusion Models" compares two single runs.
 """
@@ -16,18 +16,19 @@ from vaelab.pruning import noise_loss
 from vaelab.pruning.sweep import KEEP, UNMASKED, lambda_name
 
 PAPER = {"lambda_0": (0.0240, 24.67), "lambda_0.01": (0.0236, 22.59)}
-"""Diffusion loss and reconstruction MSE, summed over a picture's 3,072 values, of the paper's abstract: one
-run each; what it calls the unpruned baseline stands under ``lambda_0``."""
+"""Diffusion loss, and reconstruction MSE summed over a picture's 3,072 values, from the paper's abstract: one run each.
+``lambda_0`` is what the paper calls the unpruned baseline."""
 PAPER_SCHEDULE = 1000
 
 
 def mean_interval(values: Sequence[float]) -> Interval:
-    """The mean over seeds with its 95 % interval by Student's t."""
+    """Compute the mean over seeds with its 95 % interval by Student's t."""
     return paired_interval(np.zeros(len(values)), values)
 
 
 def summarize_over_seeds(measured: pd.DataFrame) -> dict[str, float]:
-    """``<setting>.<measure>`` over seeds, with ``.low`` and ``.high``; measures that a run lacks are left out."""
+    """Compute the means ``<setting>.<measure>`` over seeds, with the ends of their intervals ``.low`` and ``.high``;
+    measures with missing values are left out."""
     metrics: dict[str, float] = {}
     measures = [name for name in measured.columns if name not in ("setting", "seed")]
     for setting, part in measured.groupby("setting", sort=False):
@@ -38,31 +39,33 @@ def summarize_over_seeds(measured: pd.DataFrame) -> dict[str, float]:
 
 
 def interval_entries(name: str, value: Interval) -> dict[str, float]:
-    """An interval as three numbers: ``name``, ``name.low`` and ``name.high``."""
+    """Return an interval as three entries: ``name`` (the mean), ``name.low`` and ``name.high``."""
     return {name: value.mean, f"{name}.low": value.low, f"{name}.high": value.high}
 
 
 def control_metrics(scaled: pd.DataFrame) -> dict[str, float]:
-    """``control.scale_<value>.<measure>`` over seeds, with ``.low`` and ``.high``."""
+    """Compute the means ``control.scale_<value>.<measure>`` over seeds, with the ends of their intervals ``.low`` and
+    ``.high``."""
     return summarize_over_seeds(scaled.assign(setting=[f"control.scale_{scale:g}" for scale in scaled["scale"]]))
 
 
 def closed_form_curve(smallest: float = 1e-3, largest: float = 3.0) -> tuple[np.ndarray, np.ndarray]:
-    """Scales (N,) and the diffusion loss (N,) of a latent without structure of each, over the paper's schedule."""
+    """Compute scales (N,), and the diffusion losses (N,) of latents without structure that have these scales, over the
+    paper's schedule."""
     scales = torch.logspace(np.log10(smallest), np.log10(largest), 100, dtype=torch.float64)
     abar = noise_loss.alpha_bar(_schedule())
     return scales.numpy(), noise_loss.closed_form_error(scales.square(), abar).mean(0).numpy()
 
 
 def topk_runs(measured: pd.DataFrame) -> pd.DataFrame:
-    """The runs of hard top-k, with the number of kept channels in a column ``kept``."""
+    """Select the runs of hard top-k, with the number of kept channels in a column ``kept``."""
     own = measured[measured["setting"].str.startswith(KEEP)]
     return own.assign(kept=own["setting"].str.removeprefix(KEEP).astype(int))
 
 
 def paper_comparison(measured: pd.DataFrame) -> pd.DataFrame:
-    """The paper's two runs beside ours, with the scale of a structureless latent of the same loss: a row for each
-    setting of the paper."""
+    """Compare the paper's two runs with ours, one row per setting of the paper. The table also has the scale of a
+    latent without structure that has the paper's loss."""
     scheduler, rows = _schedule(), []
     for setting, (loss, mse) in PAPER.items():
         own = measured[measured["setting"] == setting]
@@ -78,8 +81,8 @@ def paper_comparison(measured: pd.DataFrame) -> pd.DataFrame:
 
 
 def paper_differences(measured: pd.DataFrame) -> pd.DataFrame:
-    """The paper's comparison, lambda 0.01 with its baseline, as paired differences with 95 % intervals: a row for
-    each measure; no row where one of the two settings was not run."""
+    """Compare lambda 0.01 with the baseline as the paper does, by paired differences with 95 % intervals: one row per
+    measure, or no rows if one of the two settings was not run."""
     first, second = (measured[measured["setting"] == name].sort_values("seed") for name in PAPER)
     rows = []
     for place, measure in enumerate(("diffusion_loss", "recon_mse")):
@@ -91,7 +94,7 @@ def paper_differences(measured: pd.DataFrame) -> pd.DataFrame:
 
 
 def describe_results(measured: pd.DataFrame, parts: pd.DataFrame) -> Any:
-    """The findings in plain words, as Markdown.
+    """Describe the findings in plain words, as Markdown.
 
     Args:
         measured: the table of :func:`vaelab.pruning.sweep.metrics_table`.

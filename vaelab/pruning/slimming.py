@@ -1,7 +1,7 @@
-"""Removing channels of a latent for good, and what that saves in time and memory.
+"""Remove channels of a latent permanently, and measure what that saves in time and memory.
 
-A channel that is inactive for every picture need not be encoded, denoised or decoded: the convolutions that write and
-read the latent lose its weights. Everything between them stays.
+A channel that is inactive for every picture need not be encoded, denoised or decoded: its weights are removed from the
+convolutions that write and read the latent. All other layers stay unchanged.
 """
 
 import copy
@@ -24,25 +24,25 @@ from vaelab.training import evaluation_mode
 PARTS = ("denoise", "decode")
 TIMESTEP = 500
 TIMED = 16
-"""Latents that are denoised and decoded at a time."""
+"""Number of latents that are denoised and decoded at a time."""
 
 
 class Narrowed(NamedTuple):
-    """A VAE and a denoiser whose latent has the kept channels only."""
+    """A VAE and a denoiser whose latent has only the kept channels."""
 
     vae: nn.Module
     unet: nn.Module
 
 
 def remove_channels(vae: nn.Module, unet: nn.Module, kept: Sequence[int]) -> Narrowed:
-    """Copies of an ``AutoencoderKL`` and its ``UNet2DModel`` without the channels that are not ``kept``.
+    """Copy an ``AutoencoderKL`` and its ``UNet2DModel``, keeping only the latent channels ``kept``.
 
-    The narrow decoder gives of (B, k, h, w) what the whole one gives of the same with zeros in the other
-    channels, the narrow encoder's posterior is the whole one's in the kept channels, and so for the
-    denoiser.
+    The narrow models compute the same values as the whole ones: the narrow decoder and denoiser, given (B, k, h, w), as
+    the whole ones given zeros in the removed channels; and the narrow encoder's posterior equals the whole encoder's in
+    the kept channels.
 
     Raises:
-        ValueError: a channel there is not, or none kept.
+        ValueError: a channel does not exist or occurs twice, or no channel is kept.
     """
     channels = vae.config.latent_channels
     strange = [channel for channel in kept if not 0 <= channel < channels]
@@ -76,28 +76,28 @@ def _narrow(
 
 
 def measure_savings(objective: PruningObjective, images: Images, rounds: int, seed: int) -> pd.DataFrame:
-    """:func:`savings_table` of a trained objective on ``TIMED`` latents of ``images``, the least used channels
-    removed first, whether or not they are inactive."""
+    """Make the :func:`savings_table` of a trained objective on ``TIMED`` latents of ``images``; the channels with the
+    smallest mean mask are removed first, whether or not they are inactive."""
     _, seen, mask = sample_latents(objective, images, seed)
     order = mask.mean(0).argsort(descending=True).tolist()
     return savings_table(objective.vae, objective.unet, order, seen[:TIMED], rounds)
 
 
 def savings_table(vae: nn.Module, unet: nn.Module, order: Sequence[int], latents: Tensor, rounds: int) -> pd.DataFrame:
-    """One denoising step and one decoding, with fewer and fewer channels.
+    """Measure one denoising step and one decoding with fewer and fewer channels.
 
     Args:
         vae: an ``AutoencoderKL``.
-        unet: its denoiser, a ``UNet2DModel``.
-        order: the channels; the last is removed first.
-        latents: (B, c, h, w) that are denoised and decoded.
-        rounds: how often each is timed, in turns.
+        unet: the denoiser of its latents, a ``UNet2DModel``.
+        order: the channels; the last one is removed first.
+        latents: the latents (B, c, h, w) that are denoised and decoded.
+        rounds: how often each model is timed; the models take turns.
 
     Returns:
-        A row a ``part`` (``denoise``, ``decode``) and number of channels ``kept``, and one for the whole
-        model once more (``repeat``): ``parameters``, ``peak_bytes``, ``milliseconds`` (median), and ``saved`` with
-        ``saved_low`` and ``saved_high``, the time against the whole model in percent of it, median and
-        quartiles of the paired differences.
+        One row per ``part`` (``denoise``, ``decode``) and number of channels ``kept``, and a second row for the whole
+        model (``repeat``): ``parameters``, ``peak_bytes``, ``milliseconds`` (median), and ``saved`` with ``saved_low``
+        and ``saved_high``: the time saved in percent of the whole model's time, as median and quartiles of the paired
+        differences.
     """
     with evaluation_mode(vae, unet):
         return _compared(Narrowed(vae, unet), order, latents, rounds)
@@ -123,8 +123,8 @@ def _compared(whole: Narrowed, order: Sequence[int], latents: Tensor, rounds: in
 
 
 def peak_memory_bytes(action: Callable[[int], object], device: torch.device) -> int:
-    """The most memory that ``action`` holds at once beyond what was held before it: on a GPU as its
-    allocator counts, on a CPU what its tensors take."""
+    """Measure the peak memory of ``action`` in bytes, beyond what was in use before: on a GPU as counted by its
+    allocator, on a CPU the memory of its tensors."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -138,8 +138,8 @@ def peak_memory_bytes(action: Callable[[int], object], device: torch.device) -> 
 
 
 class _Held(TorchDispatchMode):
-    """Counts the bytes of all tensors that live at once, of those made inside it; what an operation needs
-    for itself is not seen."""
+    """Counts the bytes of all tensors made inside this context that exist at the same time; memory that an operation
+    uses internally is not counted."""
 
     def __init__(self):
         super().__init__()

@@ -1,7 +1,7 @@
-"""Sweeps of PeLAP-A's lambda and of the channels kept, and the controls on what they trained.
+"""Run sweeps of PeLAP-A's lambda and of the number of kept channels, and control experiments on the trained models.
 
-The paper ("PeLAP-A: Adaptive Latent Pruning for Lightweight Latent Diffusion Models") compares runs by a
-diffusion loss that a smaller latent lowers by itself. Here a fall of the loss is split into the part that
+The paper ("PeLAP-A: Adaptive Latent Pruning for Lightweight Latent Diffusion Models") compares runs by their diffusion
+loss, which already falls when the latent gets smaller. Here an improvement of the loss is split into the part that
 scaling alone explains and the rest.
 """
 
@@ -28,19 +28,20 @@ UNMASKED, KEEP = "unmasked", "keep_"
 
 
 def lambda_name(value: float) -> str:
-    """How a setting with this lambda is called."""
+    """Return the name of the setting with this lambda."""
     return f"lambda_{value:g}"
 
 
 def sweep_settings(
     config: PruningConfig, lambdas: Sequence[float] = (), kept: Sequence[int] = ()
 ) -> dict[str, PruningConfig]:
-    """The settings of a sweep by name: ``unmasked``, the same without a mask; ``lambda_<value>``, the
-    configuration with that lambda; ``keep_<k>``, hard top-k with one mask for all pictures and a decoder
-    that reads the masked latent.
+    """Make the settings of a sweep, by name.
+
+    ``unmasked`` is ``config`` without a mask; ``lambda_<value>`` is ``config`` with that lambda; ``keep_<k>`` is hard
+    top-k with one mask for all pictures and a decoder that reads the masked latent.
 
     Raises:
-        ValueError: a lambda below 0, or less than one channel kept.
+        ValueError: a lambda is below 0, or fewer than one channel is kept.
     """
     for value in lambdas:
         at_least("lambdas", value, 0)
@@ -51,7 +52,7 @@ def sweep_settings(
 
 
 def run_folder(folder: str | Path, setting: str, seed: int) -> Path:
-    """Where the run of a setting and seed lies."""
+    """Return the folder of the run of a setting and seed."""
     return Path(folder, f"{setting}-seed{seed}")
 
 
@@ -65,11 +66,14 @@ def sweep(
     fid_reference: FIDReference | None = None,
     revision: str | None = None,
 ) -> list[PrunedRun]:
-    """Train and evaluate every setting with every seed; runs of one seed share the initial weights of the
-    networks they have in common, the data's order and the noise.
+    """Train and evaluate every setting with every seed.
+
+    Runs with the same seed share the order of the data, the noise, and the initial weights of the networks that they
+    have in common.
 
     Raises:
-        ValueError: fewer than two seeds, or a setting that does not fit, before anything is trained.
+        ValueError: there are fewer than two seeds, a seed occurs twice, or a setting does not fit the model or the
+            pictures. This is checked before anything is trained.
     """
     if len(set(seeds)) < len(seeds) or len(seeds) < 2:
         raise ValueError(f"seeds: an interval needs two or more different seeds, got {list(seeds)}")
@@ -91,13 +95,13 @@ def sweep(
 
 
 def metrics_table(runs: Sequence[PrunedRun]) -> pd.DataFrame:
-    """A row a run: ``setting``, ``seed``, and all measures."""
+    """Make a table with one row per run: ``setting``, ``seed``, and all measures."""
     return pd.DataFrame([{"setting": run.setting, "seed": run.seed, **run.measures} for run in runs])
 
 
 def log_table(runs: Sequence[PrunedRun], part: str) -> pd.DataFrame:
-    """One of the logs of several runs (``history``, ``masks``, ``spectrum``), with ``setting``, the same as
-    ``condition``, and ``seed``."""
+    """Join one of the logs of several runs (``history``, ``masks`` or ``spectrum``) to a table, with the columns
+    ``setting``, ``condition`` (the same as ``setting``) and ``seed``."""
     return pd.DataFrame(
         [{"setting": run.setting, "condition": run.setting, "seed": run.seed, **row}
          for run in runs for row in getattr(run, part)]
@@ -113,12 +117,14 @@ def scaling_control(
     folder: str | Path,
     scales: Sequence[float],
 ) -> pd.DataFrame:
-    """The trained denoisers of one setting on latents multiplied by each of ``scales``, without any training.
+    """Evaluate the trained denoisers of one setting on latents multiplied by each of ``scales``, without further
+    training.
 
     Returns:
-        A row a seed and scale: ``seed``, ``scale``, ``latent_scale``, the standard deviation that it gives,
-        ``diffusion_loss`` of the denoiser as it is, ``matched_loss`` of the denoiser at the timestep of the same
-        signal-to-noise ratio (:func:`vaelab.pruning.noise_loss.predictor_of_scaled_latents`), and ``closed_form_loss``.
+        One row per seed and scale: ``seed``; ``scale``; ``latent_scale``, the standard deviation of the scaled latents;
+        ``diffusion_loss`` of the unchanged denoiser; ``matched_loss`` of the denoiser evaluated at the timestep with
+        the same signal-to-noise ratio (:func:`vaelab.pruning.noise_loss.predictor_of_scaled_latents`); and
+        ``closed_form_loss``.
     """
     rows = []
     for seed in seeds:
@@ -145,7 +151,7 @@ def scaling_control(
 def picture_rows(
     objectives: Mapping[str, PruningObjective], images: Images, config: PruningConfig, count: int = 8
 ) -> dict[str, Tensor]:
-    """Rows of pictures (count, 3, R, R) for a figure: held-out pictures, and for every trained objective their
+    """Make rows of pictures (count, 3, R, R) for a figure: held-out pictures and, for every trained objective, their
     reconstructions from the latents and from the masked latents, and samples of the denoiser."""
     shown = images.stack(count)
     rows = {"held out": shown}
@@ -172,13 +178,15 @@ def decompose_improvement(
     folder: str | Path,
     revision: str | None = None,
 ) -> pd.DataFrame:
-    """How much lower each setting's diffusion loss is than the reference's, and how much of that scaling
-    alone brings: the reference's own denoiser, untrained, on its own latents times the factor that gives
-    them the setting's closed-form loss.
+    """Split the improvement of each setting's diffusion loss over the reference into the part that scaling alone
+    explains and the rest.
+
+    To measure the effect of scaling, the reference's denoiser is evaluated, without further training, on its own
+    latents times the ``factor`` that gives them the setting's closed-form loss.
 
     Returns:
-        A row a run: ``setting``, ``seed``, ``factor``, ``improvement``, ``by_scaling`` and ``left``,
-        their difference.
+        One row per run: ``setting``, ``seed``, ``factor``, ``improvement`` (how much lower the loss is than the
+        reference's), ``by_scaling`` (the part that scaling explains) and ``left`` (their difference).
     """
     measured, rows = {(run.setting, run.seed): run.measures for run in runs}, []
     for seed in dict.fromkeys(run.seed for run in runs):
@@ -212,7 +220,7 @@ def load_sweep(
     folder: str | Path,
     revision: str | None = None,
 ) -> dict[str, PruningObjective]:
-    """What one seed of a sweep trained, by setting."""
+    """Load the objectives that a sweep trained with one seed, by setting."""
     return {
         name: load_pruned(model, config.with_seed(seed), resolution, run_folder(folder, name, seed), revision)
         for name, config in settings.items()

@@ -1,8 +1,8 @@
-"""Training VAE, importance predictor and latent denoiser together, and evaluating the result.
+"""Train VAE, importance predictor and latent denoiser together, and evaluate the result.
 
-From "PeLAP-A: Adaptive Latent Pruning for Lightweight Latent Diffusion Models". One call of
-:func:`train_pruned` is one setting and one seed; its measures are those that a latent scaled to zero
-cannot improve, beside the two that the paper reports.
+From "PeLAP-A: Adaptive Latent Pruning for Lightweight Latent Diffusion Models". One call of :func:`train_pruned` trains
+one setting with one seed. It measures what the paper reports (diffusion loss and reconstruction error), and measures
+that do not improve when the latent is scaled to zero.
 """
 
 import json
@@ -40,26 +40,26 @@ class PruningConfig:
     latent: LatentConfig = field(default_factory=LatentConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     batch_size: int = 16
-    """Pictures of a batch."""
+    """Pictures per batch."""
     autoencoder: str = "scratch"
     """Whether the VAE is trained from ``scratch``, ``finetuned`` or ``frozen``."""
     vae_channels: tuple[int, ...] = ()
-    """Channels of the blocks of a VAE from scratch; empty keeps the model's."""
+    """Numbers of channels of the blocks of a VAE from scratch; empty keeps the model's."""
     latent_channels: int = 0
-    """Channels of its latent; 0 keeps the model's."""
+    """Number of channels of the VAE's latent; 0 keeps the model's."""
     unet_channels: tuple[int, ...] = (32, 64)
-    """Channels of the denoiser's stages."""
+    """Numbers of channels of the denoiser's stages."""
     unet_layers: int = 1
-    """Residual blocks of a stage."""
+    """Residual blocks per stage."""
     timesteps: int = 1000
-    """Timesteps of the linear DDPM schedule."""
+    """Number of timesteps of the linear DDPM schedule."""
     track_every: int = 50
     """Steps between measurements of the masks."""
 
     @classmethod
     def of(cls, params: dict[str, Any], **changes: Any) -> "PruningConfig":
-        """The configuration that a notebook's parameters describe: each field takes the parameter
-        of its name, ``changes`` override, and what is in neither keeps its default."""
+        """Make the configuration from a notebook's parameters: each field takes the parameter of its name, ``changes``
+        override the parameters, and fields without a parameter keep their defaults."""
         parts = {"train": TrainConfig, "latent": LatentConfig, "evaluation": EvaluationConfig}
         return configured(cls, {**params, **changes}, **parts)
 
@@ -76,32 +76,33 @@ class PruningConfig:
             raise ValueError(f"vae_channels: a {self.autoencoder} autoencoder keeps its own, got {self.vae_channels}")
 
     def with_latent(self, **changes: Any) -> "PruningConfig":
-        """The same with other entries of ``latent``."""
+        """Return a copy with other entries of ``latent``."""
         return replace(self, latent=replace(self.latent, **changes))
 
     def with_seed(self, seed: int) -> "PruningConfig":
-        """The same with another seed."""
+        """Return a copy with another seed."""
         return replace(self, train=replace(self.train, seed=seed))
 
 
 class PrunedRun(NamedTuple):
-    """One training, as its ``run.json`` has it; the weights lie beside it."""
+    """One training run, as stored in its ``run.json``; the weights are in a file beside it."""
 
     setting: str
     seed: int
     history: list[dict[str, float]]
     """Training losses, see :class:`vaelab.training.loop.Trained`."""
     masks: list[dict[str, Any]]
-    """The mean mask of held-out pictures: a row a tracked step, class and channel: ``step``, ``class``,
-    ``channel``, ``mask``; the class ``all`` is every picture."""
+    """The mean mask of held-out pictures, one row per tracked step, class and channel: ``step``, ``class``,
+    ``channel``, ``mask``; the class ``all`` stands for all pictures."""
     spectrum: list[dict[str, float]]
-    """A row a timestep and channel: ``timestep``, ``channel``, ``snr``, ``error``, ``closed_form``."""
+    """The loss by signal-to-noise ratio, one row per timestep and channel: ``timestep``, ``channel``, ``snr``,
+    ``error``, ``closed_form``."""
     measures: dict[str, Any]
     """The fields of :class:`vaelab.pruning.metrics.PruningMetrics`."""
 
 
 class SparsitySchedule(Watcher):
-    """Sets lambda, and whether the mask is used, for every step."""
+    """Sets lambda, and whether the mask is used, before every step."""
 
     def __init__(self, objective: PruningObjective):
         self._objective = objective
@@ -115,8 +116,7 @@ class SparsitySchedule(Watcher):
 
 
 class MaskWatcher(Watcher):
-    """The mean mask of held-out pictures, for every channel and class, before training and then every so
-    many steps."""
+    """Measures the mean mask of held-out pictures for every channel and class, every ``every`` steps."""
 
     def __init__(self, objective: PruningObjective, images: Images, every: int):
         self._objective, self._every = objective, every
@@ -124,13 +124,13 @@ class MaskWatcher(Watcher):
         self.rows: list[dict[str, Any]] = []
 
     def after(self, step: int, optimizer: torch.optim.Optimizer) -> None:
-        """Measure the masks if the step is a tracked one."""
+        """Measure the masks if the step is a multiple of ``every``."""
         if step % self._every == 0:
             self.measure(step)
 
     @torch.no_grad()
     def measure(self, step: int) -> None:
-        """Measure the masks."""
+        """Measure the masks now, and add a row for each class and channel."""
         objective = self._objective
         device = next(objective.parameters()).device
         batch = next(self._images.batches(min(TRACKED_PICTURES, len(self._images))))
@@ -158,11 +158,12 @@ class MaskWatcher(Watcher):
 def build_objective(
     model: str, config: PruningConfig, resolution: int, revision: str | None = None
 ) -> PruningObjective:
-    """VAE, predictor, denoiser and schedule, untrained except for a VAE that is finetuned or frozen.
+    """Make VAE, importance predictor, denoiser and schedule. They are untrained, except that a VAE to be fine-tuned or
+    frozen has its pretrained weights.
 
     Raises:
-        ValueError: a VAE that does not say its latent's channels, or whose latent does not fit the resolution and
-            the denoiser.
+        ValueError: the VAE's configuration lacks ``latent_channels`` or has another number of them, or the VAE's latent
+            does not fit the resolution and the denoiser.
     """
     from diffusers import DDPMScheduler, UNet2DModel
 
@@ -214,16 +215,17 @@ def train_pruned(
     fid_reference: FIDReference | None = None,
     revision: str | None = None,
 ) -> PrunedRun:
-    """Train and evaluate one setting; an interrupted call is resumed from its checkpoint.
+    """Train and evaluate one setting; an interrupted run is resumed from its checkpoint.
 
     Args:
-        model: as in :func:`vaelab.models.loading.load_vae`.
-        setting: its name.
-        config: its ``train.seed`` is the run's seed.
-        pictures: to train on, and to evaluate on.
-        folder: where its checkpoint, ``run.json`` and ``weights.safetensors`` go.
-        fid_reference: pictures to which samples are compared; needed only where ``config.fid_images`` is not 0.
-        revision: of a model on the hub.
+        model: the model's name, as in :func:`vaelab.models.loading.load_vae`.
+        setting: the setting's name.
+        config: the settings; its ``train.seed`` is the run's seed.
+        pictures: the pictures to train on, and the pictures to evaluate on.
+        folder: the run's folder, for its checkpoint, ``run.json`` and ``weights.safetensors``.
+        fid_reference: the pictures with which samples are compared; needed only if ``config.evaluation.fid_images`` is
+            not 0.
+        revision: a branch, tag or commit of a model on the hub.
     """
     from accelerate import PartialState
 
@@ -261,10 +263,11 @@ def train_pruned(
 def load_pruned(
     model: str, config: PruningConfig, resolution: int, folder: str | Path, revision: str | None = None
 ) -> PruningObjective:
-    """The objective that :func:`train_pruned` trained, in evaluation mode.
+    """Load the objective that :func:`train_pruned` trained, in evaluation mode.
 
     Raises:
-        ValueError: naming the file of its weights: missing, damaged, of another setting, or not finite.
+        ValueError: the file of its weights is missing or damaged, belongs to another setting, or has values that are
+            not finite; the error names the file.
     """
     objective, file = build_objective(model, config, resolution, revision), Path(folder, WEIGHTS)
     weights, _ = read_tensors(file)
@@ -286,8 +289,8 @@ def _latent_side(vae: nn.Module, resolution: int) -> int:
 
 
 def _unit_scale(model: str, revision: str | None) -> dict[str, Any]:
-    """The changes to a VAE's configuration that leave its latents unscaled: the scale of trained weights means
-    nothing for untrained ones."""
+    """Make the changes to a VAE's configuration that leave its latents unscaled: the scale of trained weights has no
+    meaning for untrained ones."""
     entries = locate_vae(model, revision).config
     return {"scaling_factor": 1.0} | {
         name: None for name in ("shift_factor", "latents_mean", "latents_std") if entries.get(name) is not None
@@ -305,7 +308,7 @@ def _widths(channels: tuple[int, ...]) -> dict[str, Any]:
 def _settings(
     model: str, revision: str | None, setting: str, config: PruningConfig, pictures: tuple[Images, Images]
 ) -> dict[str, Any]:
-    """All that decides the outcome, as it comes back from JSON."""
+    """Everything that determines the result, as it is after a round trip through JSON."""
     decides = asdict(config)
     decides |= decides.pop("train") | decides.pop("latent") | decides.pop("evaluation")
     for name in EXECUTION_ONLY:
