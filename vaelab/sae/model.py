@@ -46,9 +46,11 @@ FORMAT, VERSION = "vaelab.sae.model", 2
 VARIANTS = ("topk", "k_sae", "batchtopk", "matryoshka", "jumprelu", "relu_l1")
 INPUT_NORMS = ("none", "layer_norm", "constant_norm")
 SCREEN_EXTRA = 6
-"""Candidates beyond k that are computed again in float32 where bfloat16 screens for the top-k."""
+"""If candidates for the top-k are found in bfloat16: the number of candidates beyond k. All candidates are computed
+again in float32."""
 DENSE_AUXILIARY_UP_TO = 16
-"""Up to k_aux times so many dead features, the auxiliary loss uses dense products; beyond, sums over the selected."""
+"""With up to this many times k_aux dead features, the auxiliary loss uses dense products; with more, sums over the
+selected features."""
 LAYER_NORM_EPSILON = 1e-5
 LEAST_THRESHOLD = torch.finfo(torch.float32).tiny
 """Stands for a JumpReLU threshold of 0, which has no logarithm."""
@@ -63,30 +65,31 @@ class SAEConfig:
     n_features: int
     """Size of the dictionary."""
     k: int = 10
-    """Active features of a vector: exactly for ``topk``, on average for ``batchtopk``, the target for ``jumprelu``,
-    the number at initialisation for ``relu_l1``."""
+    """Number of active features per vector: at most k for ``topk``, k on average for ``batchtopk``, the target for
+    ``jumprelu``, the number at initialisation for ``relu_l1``."""
     variant: str = "topk"
     """``topk``: the k largest, then ReLU (eq. 16). ``k_sae``: without ReLU (Revelio, eq. 3).
     ``batchtopk``: the k N largest of a batch of N (Bussmann et al., 2024). ``matryoshka``: topk in which nested
     prefixes of the dictionary reconstruct by themselves (Bussmann et al., 2025). ``jumprelu``: all above a
     learned threshold (Rajamanoharan et al., 2024). ``relu_l1``: all above 0, with an L1 penalty."""
     aux_weight: float = 1 / 32
-    """alpha of eq. 17; 0 leaves the auxiliary loss out."""
+    """alpha of eq. 17, the weight of the auxiliary loss; 0 means that there is no auxiliary loss."""
     k_aux: int = 256
-    """Dead features that reconstruct the error of each vector (eq. 17)."""
+    """Number of dead features that reconstruct the error of each vector (eq. 17)."""
     dead_after: int = 10_000_000
-    """A feature that was inactive for so many vectors is dead."""
+    """A feature is dead if it was inactive for this many vectors."""
     nested: tuple[float, ...] = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
     """``matryoshka``: the nested prefixes, as rising fractions of the dictionary that end with 1."""
     sparsity_weight: float = 0.1
-    """Weight of (L0 / k - 1)^2 for ``jumprelu``, of the mean L1 over the data's standard deviation for ``relu_l1``."""
+    """Weight of the sparsity loss: (L0 / k - 1)^2 for ``jumprelu``, and for ``relu_l1`` the mean L1 norm of the
+    activations divided by the data's standard deviation."""
     bandwidth: float = 0.5
     """``jumprelu``: width of the window around a threshold in which values contribute to the threshold's gradient, in
     units of the data's standard deviation."""
     input_norm: str = "none"
     """Normalisation of each vector before the autoencoder, undone after it. ``layer_norm``: (x - mean) / (std + 1e-5),
     SAELens' ``layer_norm`` and SAeUron's ``input_unit_norm``. ``constant_norm``: sqrt(d) x / |x|, SAELens'
-    ``constant_norm_rescale``. Autoencoders with one are read from other libraries, not trained here."""
+    ``constant_norm_rescale``. Autoencoders with a normalisation are read from other libraries, not trained here."""
 
     def __post_init__(self) -> None:
         kinds = {"int": numbers.Integral, "float": numbers.Real, "str": str}
@@ -111,15 +114,15 @@ class SAEConfig:
 
     @property
     def prefixes(self) -> list[int]:
-        """Sizes of the prefixes of the dictionary that reconstruct by themselves, rising."""
+        """The sizes, in rising order, of the prefixes of the dictionary that reconstruct by themselves."""
         if self.variant != "matryoshka":
             return [self.n_features]
         return sorted({max(1, round(share * self.n_features)) for share in self.nested})
 
 
 class Codes(NamedTuple):
-    """Active features of vectors (..., d). Where their numbers differ, K is the largest, and the others are
-    padded: an entry whose value is 0 is not active, whatever its index."""
+    """Active features of vectors (..., d). K is the largest number of active features of a vector; vectors with fewer
+    are padded: an entry whose value is 0 is not active, whatever its index."""
 
     values: Tensor
     """(..., K), in the units of the vectors; with ``input_norm``, of the normalised vectors."""
@@ -128,14 +131,14 @@ class Codes(NamedTuple):
     scale: Tensor | None = None
     """(..., 1): with ``input_norm``, the factor by which :meth:`SAE.decode` multiplies."""
     shift: Tensor | None = None
-    """(..., 1): with ``input_norm``, the number that :meth:`SAE.decode` then adds."""
+    """(..., 1): with ``input_norm``, the value that :meth:`SAE.decode` then adds."""
 
     def l0(self) -> Tensor:
-        """Number of active features of each vector: (...)."""
+        """Count the active features of each vector: (...)."""
         return (self.values != 0).sum(-1)
 
     def dense(self, n_features: int) -> Tensor:
-        """All activations, zeros included: (..., n_features)."""
+        """Return all activations, zeros included: (..., n_features)."""
         out = self.values.new_zeros(*self.values.shape[:-1], n_features)
         return out.scatter_add_(-1, self.indices, self.values)
 
@@ -148,8 +151,8 @@ class Losses(NamedTuple):
     unexplained: Tensor
     """|x - x'|^2 over the batch's variance around its mean: 1 - explained variance."""
     auxiliary: Tensor
-    """The part of x - x' that the dead features leave, over its variance around its mean; 0 where no feature is
-    dead, and where ``aux_weight`` is 0."""
+    """The squared error of the dead features' reconstruction of x - x', over the variance of x - x' around its mean; 0
+    if no feature is dead or ``aux_weight`` is 0."""
     l0: Tensor
     """Mean number of active features."""
     dead_fraction: Tensor
@@ -185,11 +188,13 @@ class SAE(nn.Module):
         return self.encoder.device
 
     def thresholds(self) -> Tensor:
-        """The largest pre-activation that is still inactive: (n_features,) for ``jumprelu``, whose thresholds are
-        exponentials of its parameter and therefore positive (Rajamanoharan et al., 2024); a scalar for ``batchtopk``.
+        """Return the thresholds; a feature is active if its pre-activation is above its threshold.
+
+        For ``jumprelu`` they are (n_features,), exponentials of a parameter and therefore positive (Rajamanoharan et
+        al., 2024); for ``batchtopk`` there is one scalar.
 
         Raises:
-            ValueError: another variant.
+            ValueError: the variant has no thresholds.
         """
         if self.config.variant == "jumprelu":
             return self.log_threshold.exp()
@@ -199,10 +204,10 @@ class SAE(nn.Module):
 
     @torch.no_grad()
     def set_thresholds(self, value: float | Tensor) -> None:
-        """Set the thresholds of ``jumprelu`` or ``batchtopk``; 0 becomes the least positive number.
+        """Set the thresholds of ``jumprelu`` or ``batchtopk``; for ``jumprelu``, 0 becomes the least positive number.
 
         Raises:
-            ValueError: a negative threshold, or another variant.
+            ValueError: a threshold is negative, or the variant has none.
         """
         value = widen(value) if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.float64)
         if not (value >= 0).all():
@@ -214,10 +219,10 @@ class SAE(nn.Module):
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> Codes:
-        """The active features of vectors (..., d); keeps no graph.
+        """Compute the active features of vectors (..., d), without an autograd graph.
 
         Raises:
-            ValueError: another width, or a vector with NaN or infinity; the error names its row.
+            ValueError: the vectors have another width, or a vector has NaN or infinity; the error names its row.
         """
         if not x.numel():
             none = torch.empty(*x.shape[:-1], 0, dtype=torch.int64, device=x.device)
@@ -240,10 +245,10 @@ class SAE(nn.Module):
 
     @torch.no_grad()
     def decode(self, codes: Codes) -> Tensor:
-        """The vectors (..., d) that codes reconstruct (eq. 3); keeps no graph.
+        """Reconstruct vectors (..., d) from codes (eq. 3), without an autograd graph.
 
         Raises:
-            ValueError: codes without scale and shift, where ``input_norm`` needs them.
+            ValueError: the codes have no scale and shift although ``input_norm`` needs them.
         """
         if self.config.input_norm != "none" and codes.scale is None:
             raise ValueError(
@@ -260,26 +265,26 @@ class SAE(nn.Module):
         return out if codes.scale is None else out.mul_(codes.scale).add_(codes.shift)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The reconstruction of vectors (..., d); keeps no graph."""
+        """Encode and reconstruct vectors (..., d), without an autograd graph."""
         return self.decode(self.encode(x))
 
     def features(self) -> Tensor:
-        """The dictionary: (n_features, d), rows of unit length."""
+        """Return the dictionary: (n_features, d), rows of unit length."""
         return F.normalize(self.decoder.detach())
 
     def losses(self, x: Tensor, *, screen: bool = False) -> Losses:
-        """The losses of a batch (N, d), with a graph; it also updates which features are dead.
+        """Compute the losses of a batch (N, d), with an autograd graph, and update which features are dead.
 
-        On a CPU a vector that is not finite is an error. On a GPU that question would stop the device in every step,
-        and such a vector shows as a loss that is not finite.
+        On a CPU a vector that is not finite raises an error. On a GPU this check would make the CPU wait for the device
+        in every step; there such a vector makes the loss not finite.
 
         Args:
             x: the batch.
-            screen: find the candidates of the top-k, and make the products of the auxiliary loss, in bfloat16; see
-                :func:`vaelab.sae.topk.select_topk`.
+            screen: whether the candidates of the top-k are found, and the dense products of the auxiliary loss made, in
+                bfloat16; see ``extra`` in :func:`vaelab.sae.topk.select_topk`.
 
         Raises:
-            ValueError: as :meth:`encode`.
+            ValueError: the vectors have another width, or on a CPU a vector has NaN or infinity.
         """
         config = self.config
         with torch.no_grad():
@@ -315,7 +320,8 @@ class SAE(nn.Module):
         return Losses(loss, whole, auxiliary.detach(), l0, dead_fraction)
 
     def _auxiliary(self, centred: Tensor, error: Tensor, screen: bool) -> tuple[Tensor, Tensor]:
-        """The auxiliary loss, and the fraction of dead features, without waiting for a GPU where none can be dead."""
+        """Compute the auxiliary loss and the fraction of dead features, without waiting for a GPU if no feature can be
+        dead."""
         none = centred.new_zeros(())
         if self._none_can_be_dead():
             return none, none
@@ -327,17 +333,18 @@ class SAE(nn.Module):
         return (self._auxiliary_loss(centred, error, dead, screen) if len(dead) else none), fraction
 
     def _none_can_be_dead(self) -> bool:
-        """Whether too few vectors have passed since the longest inactivity was read for any feature to be dead.
+        """Say whether no feature can be dead, because too few vectors have passed since the longest inactivity was
+        read from the device.
 
-        ``inactive_for`` grows by at most a batch's size in a step, so it is read from the device only when that
-        could matter, or when something else has changed it.
+        ``inactive_for`` grows by at most the size of a batch in a step, so it is read only when a feature could have
+        become dead, or when something else has changed it.
         """
         if self._none_dead_for <= 0 or self._counted_version != self.inactive_for._version:
             self._none_dead_for = self.config.dead_after - int(self.inactive_for.max())
         return self._none_dead_for > 0
 
     def _auxiliary_loss(self, centred: Tensor, error: Tensor, dead: Tensor, screen: bool) -> Tensor:
-        """Eq. 17's second term: the k_aux most active of the dead features reconstruct the error.
+        """Compute the second term of eq. 17: the k_aux most active of the dead features reconstruct the error.
 
         As in Gao et al. and in the paper's code, the error is x - x'; the equation as printed says x.
         """
@@ -358,7 +365,7 @@ class SAE(nn.Module):
         return SquaredNorm.apply(error) / total_variance(left).clamp_min(1e-30)
 
     def _normalised(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Vectors (N, d) under ``input_norm``, with the scale and shift (N, 1) that undo it."""
+        """Normalise vectors (N, d) by ``input_norm``; also return the scale and shift (N, 1) that undo it."""
         if self.config.input_norm == "none":
             return x, None, None
         x = x.to(self.encoder)
@@ -370,7 +377,7 @@ class SAE(nn.Module):
         return (x - shift) / (scale + LAYER_NORM_EPSILON), scale, shift
 
     def _centred(self, x: Tensor, *, check: bool = True) -> tuple[Tensor, Tensor]:
-        """x - pre_bias, and the sum of the squared distances from the mean."""
+        """Compute x - pre_bias, and the sum of the squared distances from the mean."""
         centred = (x.to(self.encoder) - self.pre_bias).contiguous()
         variance = total_variance(centred)
         if check and not variance.isfinite():
@@ -400,10 +407,11 @@ class SAE(nn.Module):
 
     @torch.no_grad()
     def rescale(self, factor: float | Tensor) -> None:
-        """Convert to an autoencoder of vectors that are ``factor`` times as long, whose codes are as much larger.
+        """Convert to an autoencoder of vectors that are ``factor`` times as long; its codes are larger by the same
+        factor.
 
         Raises:
-            ValueError: an autoencoder with ``input_norm``.
+            ValueError: the autoencoder has an ``input_norm``.
         """
         if self.config.input_norm != "none":
             raise ValueError(f"input_norm: {self.config.input_norm!r} takes the length of the vectors away already")
@@ -420,7 +428,7 @@ class SAE(nn.Module):
         self.decoder.div_(torch.linalg.vector_norm(self.decoder, dim=1, keepdim=True))
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write ``config.json`` and ``sae.safetensors`` to a folder; each holds the other's checksum."""
+        """Write ``config.json`` and ``sae.safetensors`` to a folder; each file holds the checksum of the other."""
         config = json.loads(json.dumps(dataclasses.asdict(self.config)))
         tensors = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
         del tensors["inactive_for"]
@@ -438,13 +446,13 @@ class SAE(nn.Module):
 
         Args:
             name: a local folder, or an id on the hub (owner/name).
-            device: where to put it.
+            device: the device to put the autoencoder on.
             revision: a branch, tag or commit on the hub.
-            subfolder: which part of the folder holds the two files.
+            subfolder: the part of the folder that holds the two files; empty means the folder itself.
 
         Raises:
-            ValueError: no such folder; files of another kind, of another version, damaged, edited, or not of each
-                other; weights that are not finite. The error names the file.
+            ValueError: there is no such folder; a file is of another kind or version, damaged or edited; the two files
+                do not belong together; or a weight is not finite. The error names the file.
         """
         files = ("config.json", "sae.safetensors")
         folder = find_folder(name, revision=revision, subfolder=subfolder, files=files)
@@ -488,12 +496,12 @@ class SAE(nn.Module):
 
 
 def config_checksum(config: Mapping[str, Any]) -> str:
-    """SHA-256 of a configuration as sorted JSON."""
+    """Compute the SHA-256 of a configuration as sorted JSON."""
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
 def weights_checksum(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of tensors on the CPU: their names, types, shapes and bytes, by name."""
+    """Compute the SHA-256 of tensors on the CPU: of their names, types, shapes and bytes, in the order of the names."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         value = tensors[name].contiguous()
@@ -503,7 +511,7 @@ def weights_checksum(tensors: Mapping[str, Tensor]) -> str:
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
-    """The JSON object of a file; a damaged or missing file is a ValueError with its path."""
+    """Read the JSON object in a file; a damaged or missing file is a ValueError with its path."""
     try:
         value = read_json(path)
     except (OSError, ValueError) as error:
@@ -514,19 +522,20 @@ def read_config_file(path: Path) -> dict[str, Any]:
 
 
 def require_finite_weights(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Raise ValueError, naming the tensor, where weights hold NaN or infinity."""
+    """Raise ValueError, naming the tensor, if a weight is NaN or infinite."""
     for name, value in tensors.items():
         if not value.isfinite().all():
             raise ValueError(f"{path}: {name} holds NaN or infinity")
 
 
 def wide_device(device: torch.device) -> torch.device:
-    """The device for sums in float64 over tensors of a device: the CPU for MPS, which has no float64."""
+    """Choose the device for sums in float64 over tensors on a device: the same one, but the CPU for MPS, which has no
+    float64."""
     return torch.device("cpu") if device.type == "mps" else device
 
 
 def widen(x: Tensor) -> Tensor:
-    """A tensor in float64, on :func:`wide_device`."""
+    """Convert a tensor to float64, on the device of :func:`wide_device`."""
     return x.to(wide_device(x.device)).double()
 
 

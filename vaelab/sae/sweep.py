@@ -1,7 +1,8 @@
-"""A sweep of autoencoders over blocks, k, n_features and seeds: the grid to train, held-out vectors, tables, and the
-saved sweep read back beside its baselines.
+"""A sweep of autoencoders over blocks, k, n_features and seeds.
 
-The paper's grid is that of Surkov et al. ("Unpacking SDXL Turbo", appendix D, Table 2).
+This module builds the grid to train, collects held-out vectors, makes tables, and loads a saved sweep together with its
+baselines. The paper is Surkov et al. ("Unpacking SDXL Turbo", appendix D, Table 2). A block's update is its output
+minus its input.
 """
 
 import itertools
@@ -30,20 +31,21 @@ from vaelab.sae.model import SAE, VARIANTS, SAEConfig, read_config_file
 from vaelab.sae.train import SAESpec
 
 SAE_KEY = ("block", "k", "n_features", "seed")
-"""Columns that identify an autoencoder of a sweep."""
+"""Columns that identify an autoencoder in a sweep."""
 METHODS = ("sae", "zero", "mean", "random", "pca")
 """The autoencoder, and the baselines of :func:`vaelab.sae.baselines.build_baselines`."""
 METHOD_KEY = ["block", "method", "k", "n_features"]
 """Columns that identify a replacement of a block's update; ``method`` is one of :data:`METHODS`."""
 MOMENT_VECTORS = 500_000
-"""The most vectors of a block that its mean and covariance are computed from."""
+"""The largest number of vectors of a block from which its mean and covariance are computed."""
 EVALUATION_BATCH = 4096
-"""Vectors of a batch in evaluation."""
+"""Number of vectors per batch in evaluation."""
 WEIGHTS = ("kind", "name", "variant", "sha256", "commit")
-"""Entries of :func:`vaelab.models.identity` that decide a model's weights; a model may be used in another precision."""
+"""Entries of :func:`vaelab.models.identity` that determine a model's weights. The precision is not among them: a model
+may be used in another precision."""
 SAME_MODEL = 0.1
-"""The largest relative difference between a stored item and the same item generated again: above what precisions and
-devices cause, below what further training of the weights causes."""
+"""The largest relative difference between a stored item and the same item generated again with the same model. Other
+precisions and devices cause smaller differences, further training of the weights larger ones."""
 
 
 def build_grid(
@@ -55,19 +57,19 @@ def build_grid(
     kind: str = "topk",
     **options: Any,
 ) -> dict[str, SAESpec]:
-    """The autoencoders to train, by the names of the folders in which they are saved.
+    """Specify the autoencoders to train, by the names of the folders in which they will be saved.
 
     Args:
         layout: the store's layout, which holds the width of each block's vectors.
         blocks: the blocks on whose vectors autoencoders are trained.
-        ks: numbers of active features.
-        sizes: dictionary sizes, n_features.
-        seeds: seeds of the initial dictionaries.
-        kind: the ``variant`` of :class:`vaelab.sae.model.SAEConfig`.
-        options: further fields of it.
+        ks: the numbers of active features.
+        sizes: the dictionary sizes, n_features.
+        seeds: the seeds of the initial dictionaries.
+        kind: the ``variant`` in :class:`vaelab.sae.model.SAEConfig`.
+        options: further fields of :class:`vaelab.sae.model.SAEConfig`.
 
     Raises:
-        ValueError: a block that the store does not have, no or repeated values, an unknown kind, or k
+        ValueError: the store does not have a block, a list is empty or repeats a value, the kind is unknown, or k is
             above n_features.
     """
     one_of("kind", kind, VARIANTS)
@@ -87,22 +89,23 @@ def build_grid(
 def held_out_prompts(
     source: Mapping[str, Any], dataset: str, split: str, count: int, column: str = "", revision: str = ""
 ) -> Prompts:
-    """``count`` prompts that a store was not collected from.
+    """Load ``count`` prompts that a store was not collected from.
 
     If the data set begins with the store's prompts, these are the prompts that follow. The prompts themselves are
     compared, so that the spelling of a path does not matter.
 
     Args:
         source: the store's settings.
-        dataset: see :func:`vaelab.data.prompts.load_prompts`.
-        split: split of the data set.
-        count: number of prompts.
-        column: column that holds the prompts.
-        revision: revision on the hub; empty for the main one.
+        dataset: the data set, see :func:`vaelab.data.prompts.load_prompts`.
+        split: the split of the data set.
+        count: the number of prompts.
+        column: the column that holds the prompts.
+        revision: the revision on the hub; empty means the main one.
 
     Raises:
-        ValueError: as :func:`vaelab.data.prompts.load_prompts`; a count below 1; no prompt left; or the store's data
-            set and split with another column or revision, whose prompts may be of the same rows.
+        ValueError: :func:`vaelab.data.prompts.load_prompts` cannot load the prompts, the count is below 1, no prompt is
+            left, or data set and split are the store's but the column or the revision is another, so that the prompts
+            may come from the same rows.
     """
     at_least("max_images", count, 1)
     used, same = source["prompts"], _same_split(source, dataset, split)
@@ -125,7 +128,7 @@ def held_out_prompts(
 
 
 def _same_split(source: Mapping[str, Any], dataset: str, split: str) -> bool:
-    """Whether a store was collected from this split; a single file is one split, whatever its name."""
+    """Say whether a store was collected from this split; a single file counts as one split, whatever its name."""
     here, there = _local_data(dataset), _local_data(source.get("dataset") or "")
     if here is None or there is None:
         return (dataset, split) == (source.get("dataset"), source.get("split"))
@@ -133,7 +136,7 @@ def _same_split(source: Mapping[str, Any], dataset: str, split: str) -> bool:
 
 
 def _local_data(dataset: str) -> Path | None:
-    """The local file or folder of a data set; None for the world and for data on the hub."""
+    """Find the local file or folder of a data set; None for the synthetic scene world and for data on the hub."""
     return None if dataset == "world" else local(dataset)
 
 
@@ -153,16 +156,17 @@ def collect_held_out(
     Args:
         activation_store: the store of the training vectors.
         pipeline: the model that it was collected from.
-        identity: the model's :func:`vaelab.models.identity`, which is signed: held-out vectors of other weights are
-            not resumed.
+        identity: the model's :func:`vaelab.models.identity`. It is one of the new store's settings, so that a
+            collection with other weights is not resumed.
         prompts: prompts that the store does not hold.
-        folder: folder of the new store.
-        blocks: blocks of the store to collect.
-        batch_size: prompts of a batch.
-        resolution: side of the pictures, pixels; 0 for the store's.
+        folder: the folder of the new store.
+        blocks: the blocks of the store to collect.
+        batch_size: the number of prompts per batch.
+        resolution: the side of the pictures in pixels; 0 means the store's.
 
     Raises:
-        ValueError: as :func:`require_same_model`; or the folder holds a store of other settings.
+        ValueError: the model is not the store's (see :func:`require_same_model`), or the folder holds a store with
+            other settings.
     """
     if resolution:
         validate_size(pipeline, Sampling(height=resolution, width=resolution))
@@ -194,7 +198,7 @@ def require_same_model(
         activation_store: the store.
         pipeline: the model.
         identity: its :func:`vaelab.models.identity`.
-        parameter: the notebook parameter that error messages name.
+        parameter: the notebook parameter that named the store; error messages begin with it.
     """
     source = activation_store.settings
     if not {"identity", "sampling", "side", "steps", "halves", "seed", "prompts"} <= source.keys() or not len(
@@ -224,14 +228,14 @@ def require_same_model(
 
 
 def _describe(identity: Mapping[str, str | None]) -> str:
-    """A model's identity in words: its name, the beginning of its checksum or commit, and its variant."""
+    """Describe a model's identity in words: its name, the beginning of its checksum or commit, and its variant."""
     digest = (identity.get("sha256") or identity.get("commit") or "unknown")[:12]
     variant = f", variant {identity['variant']}" if identity.get("variant") else ""
     return f"{identity.get('name')} ({digest}{variant})"
 
 
 def iterate_vectors(activation_store: store.Store, block: str, most: int = 0) -> Iterator[Tensor]:
-    """Shuffled batches (n, d) of a block's vectors; at most ``most`` vectors, 0 for all."""
+    """Yield shuffled batches (n, d) of a block's vectors, at most ``most`` vectors; 0 means all."""
     left = most or activation_store.rows(block)
     for batch in activation_store.batches(block, EVALUATION_BATCH, seed=0):
         yield batch[:left]
@@ -256,18 +260,19 @@ def evaluate_saes(saes: Mapping[str, SAE], specs: Mapping[str, SAESpec], held_ou
 
 
 def _sae_key(spec: SAESpec) -> dict[str, Any]:
-    """The values of :data:`SAE_KEY` of an autoencoder."""
+    """Return an autoencoder's values of :data:`SAE_KEY`."""
     return {"block": spec.block, "k": spec.config.k, "n_features": spec.config.n_features, "seed": spec.seed}
 
 
 def label_history(history: pd.DataFrame, specs: Mapping[str, SAESpec]) -> pd.DataFrame:
-    """The history of a training, whose column ``sae`` holds names, with the columns :data:`SAE_KEY` added."""
+    """Add the columns :data:`SAE_KEY` to a training history, whose column ``sae`` holds the autoencoders' names."""
     keys = pd.DataFrame([_sae_key(specs[name]) for name in history["sae"]], columns=list(SAE_KEY), index=history.index)
     return history.assign(**keys)
 
 
 def mean_over_seeds(table: pd.DataFrame, columns: Iterable[str]) -> pd.DataFrame:
-    """Means over seeds of ``columns``, with the number of ``seeds`` and the range of the first column (``spread``)."""
+    """Average ``columns`` over seeds; add the number of seeds (``seeds``) and the range of the first column
+    (``spread``)."""
     columns = list(columns)
     by_size = table.groupby(["block", "k", "n_features"], sort=False)
     first = by_size[columns[0]]
@@ -275,7 +280,7 @@ def mean_over_seeds(table: pd.DataFrame, columns: Iterable[str]) -> pd.DataFrame
 
 
 def sizes_metrics(means: pd.DataFrame) -> dict[str, float]:
-    """The metrics ``<block>.k<k>.n<n_features>.<measure>`` of a table of :func:`mean_over_seeds`."""
+    """Collect the metrics ``<block>.k<k>.n<n_features>.<measure>`` from a table of :func:`mean_over_seeds`."""
     return {
         f"{row['block']}.k{row['k']}.n{row['n_features']}.{name}": row[name]
         for row in means.to_dict("records")
@@ -298,10 +303,10 @@ def save_sweep(
 
 
 class SAESweep(NamedTuple):
-    """A finished run of notebook 31; made by :func:`load_sweep`."""
+    """A finished run of notebook 31, which trains autoencoders; made by :func:`load_sweep`."""
 
     folder: Path
-    """Folder of the autoencoders."""
+    """The folder of the autoencoders."""
     source: dict[str, Any]
     """The settings of the store that they were trained on."""
     names: dict[tuple, str]
@@ -320,24 +325,25 @@ class SAESweep(NamedTuple):
         return {block: shape.width for block, shape in self.held_out.layout.items()}
 
     def sizes(self) -> list[tuple[int, int]]:
-        """The pairs of k and n_features."""
+        """List the pairs of k and n_features."""
         return list(dict.fromkeys((k, size) for _, k, size, _ in self.names))
 
     def dictionaries(
         self, blocks: Sequence[str], size: tuple[int, int], *, others: bool, seed: int, device: Any = "cpu"
     ) -> dict[tuple[str, str, int, int], Dictionary]:
-        """Replacements of the blocks' updates, by :data:`METHOD_KEY`: for each block the autoencoder of one size with
-        its baselines, and the autoencoders of the other sizes; all of the first seed.
+        """Load the replacements of the blocks' updates, by :data:`METHOD_KEY`: for each block the autoencoder of one
+        size with its baselines, and the autoencoders of the other sizes. All autoencoders are those with the first
+        seed.
 
         Args:
-            blocks: short names.
+            blocks: the blocks' short names.
             size: k and n_features of the autoencoders that get baselines.
             others: whether to include the other sizes.
-            seed: seed of the random dictionaries.
-            device: device of the autoencoders.
+            seed: the seed of the random dictionaries.
+            device: the device of the autoencoders.
 
         Raises:
-            ValueError: no autoencoder of a block, or none of that size.
+            ValueError: the run has no autoencoder for a block, or none of that size.
         """
         if size not in self.sizes():
             there = ", ".join(f"{k} and {n}" for k, n in self.sizes())
@@ -363,12 +369,12 @@ def load_sweep(folder: str, identity: Mapping[str, str], pipeline: Any) -> SAESw
 
     Args:
         folder: the run's output folder.
-        identity: the :func:`vaelab.models.identity` of the model to use them on, which must be the model that they were
-            trained on.
-        pipeline: that model.
+        identity: the :func:`vaelab.models.identity` of ``pipeline``.
+        pipeline: the model to use the autoencoders on; it must be the model that they were trained on.
 
     Raises:
-        ValueError: an unfinished or damaged run; another model, or changed weights; or vectors other than updates.
+        ValueError: the run is unfinished or damaged, the model is another or its weights have changed, or the
+            autoencoders were not trained on updates.
     """
     place, results = resolve(folder), read_results(folder, "31_train_sae", "saes")
     if not (place / "saes" / "source.json").is_file():
@@ -400,10 +406,10 @@ def evaluate_methods(
 def select_methods(
     dictionaries: Mapping[tuple, Dictionary], methods: Iterable[str], size: tuple[int, int]
 ) -> dict[tuple, Dictionary]:
-    """The dictionaries of some methods and one size.
+    """Select the dictionaries of some methods and one size.
 
     Raises:
-        ValueError: a name that is not in :data:`METHODS`.
+        ValueError: a name is not in :data:`METHODS`.
     """
     methods = list(methods)
     for name in methods:
@@ -412,7 +418,7 @@ def select_methods(
 
 
 def methods_metrics(table: pd.DataFrame, size: tuple[int, int]) -> dict[str, float]:
-    """The metrics ``<block>.<measure>`` of the autoencoders of one size, and ``<block>.<baseline>.<measure>``.
+    """Collect the metrics ``<block>.<measure>`` of the autoencoders of one size, and ``<block>.<baseline>.<measure>``.
 
     Args:
         table: columns :data:`METHOD_KEY` and the measures.

@@ -29,17 +29,19 @@ from vaelab.store.shuffling import shuffle_stream
 from vaelab.training import Batches, TrainConfig, Watcher, train
 
 INITIALISATION_VECTORS = 2**14
-"""Vectors of a block, at most, from which medians, spreads and first thresholds are taken."""
+"""The largest number of vectors of a block from which median, spread and first thresholds are computed."""
 CURVES = ("loss", "explained_variance", "l0", "dead_fraction")
-"""Columns of a training's history."""
+"""Columns of a training history."""
 
 
 def store_batches(store: Store, blocks: Sequence[str], batch_size: int, seed: int) -> Batches:
-    """Endless shuffled batches (batch_size, d) of blocks of a store, for :func:`train_saes`, in the stored type: half
-    the bytes travel to a GPU, where they are widened exactly.
+    """Make endless shuffled batches (batch_size, d) of blocks of a store, for :func:`train_saes`.
+
+    They have the stored type. If that is a half precision, half the bytes are copied to a GPU, and they are converted
+    to float32 there, which is exact.
 
     Raises:
-        ValueError: no such block, a store that holds no item, or a batch size below 1.
+        ValueError: the store has no such block or holds no item, or the batch size is below 1.
     """
     at_least("vectors", batch_size, 1)
     if not len(store.items):
@@ -57,21 +59,21 @@ def store_batches(store: Store, blocks: Sequence[str], batch_size: int, seed: in
 def streaming_batches(
     pipeline: Any, prompts: Sequence[str], config: CollectConfig, *, batch_size: int, buffer_rows: int, seed: int
 ) -> Batches:
-    """Endless shuffled batches (batch_size, d) of blocks, generated while training and never stored.
+    """Make endless shuffled batches (batch_size, d) of blocks, generated during training and never stored.
 
-    The prompts are repeated with other seeds each time. The vectors depend on the seeds alone; a resumed training
+    The prompts are repeated with other seeds each time. The vectors depend only on the seeds; resumed training
     generates the vectors that it has already used once more, and skips them.
 
     Args:
         pipeline: a diffusers pipeline.
         prompts: the prompts of one pass.
-        config: the blocks to capture, which must have maps of one size, and the sampling.
-        batch_size: vectors of each block.
-        buffer_rows: vectors of each block that are shuffled together.
-        seed: fixes the shuffling.
+        config: the sampling, and the blocks to capture, whose maps must have the same size.
+        batch_size: the number of vectors of each block per batch.
+        buffer_rows: the number of vectors of each block that are shuffled together.
+        seed: determines the order of the vectors.
 
     Raises:
-        ValueError: no prompt; when batches are taken, blocks with maps of different sizes.
+        ValueError: there is no prompt; or, when batches are taken, the blocks' maps differ in size.
     """
     if not prompts:
         raise ValueError("prompts: expected at least one, got none")
@@ -110,21 +112,21 @@ class TrainedSAEs(NamedTuple):
     """The result of :func:`train_saes`."""
 
     saes: dict[str, SAE]
-    """By name, in evaluation mode, on the training device, in the units of the data."""
+    """The autoencoders by name, in evaluation mode, on the training device, in the units of the data."""
     history: pd.DataFrame
-    """``step``, ``sae`` and, as means over the steps since the row before, ``loss``,
+    """``step``, ``sae`` (the name) and, as means over the steps since the row before, ``loss``,
     ``explained_variance`` (1 - |x - x'|^2 / variance), ``l0`` and ``dead_fraction``."""
     seconds: float
-    """Time spent in this process."""
+    """Seconds of training in this process."""
     resumed_at: int
-    """The step of the checkpoint that training resumed from, 0 for none."""
+    """The step of the checkpoint that training resumed from; 0 means that it started anew."""
 
 
 class SAEObjective(nn.Module):
     """The sum of the losses of several autoencoders on a batch of their blocks, for :func:`vaelab.training.loop.train`.
 
-    The gradients of each autoencoder are its own, so each is trained as if alone. The component of a decoder's gradient
-    that would change the lengths of the features is removed as the gradient is made.
+    An autoencoder's gradients do not depend on the others, so each is trained as if alone. The component of a decoder's
+    gradient that would change the lengths of the features is removed when the gradient is computed.
     """
 
     scales: Tensor
@@ -133,7 +135,7 @@ class SAEObjective(nn.Module):
         """Args: the autoencoders to train, by name.
 
         Raises:
-            ValueError: an ``input_norm``, with which autoencoders are read from other libraries but not trained.
+            ValueError: an autoencoder has an ``input_norm``; such ones are read from other libraries but not trained.
         """
         super().__init__()
         self.specs = dict(specs)
@@ -148,12 +150,13 @@ class SAEObjective(nn.Module):
 
     @torch.no_grad()
     def initialise(self, sample: Mapping[str, Tensor]) -> None:
-        """Set the parameters that depend on the data from vectors (N, d) of each block: the unit of each block, every
-        ``pre_bias``, and, for variants with a variable number of active features, the thresholds (for ``relu_l1`` the
-        encoder's bias) such that this number is k on average.
+        """Set the parameters that depend on the data, from vectors (N, d) of each block.
+
+        These are the unit of each block, every ``pre_bias``, and for variants with a variable number of active features
+        the thresholds (for ``relu_l1`` the encoder's bias), such that this number is k on average.
 
         Raises:
-            ValueError: a vector with NaN or infinity, vectors of another width, or vectors that are all the same.
+            ValueError: a vector has NaN or infinity, the vectors have another width, or all of them are the same.
         """
         for number, block in enumerate(self.blocks):
             x = sample[block].to(self.scales)
@@ -177,12 +180,12 @@ class SAEObjective(nn.Module):
                             sae.set_thresholds(least)
 
     def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The summed ``loss`` and, for each autoencoder, ``<name>.loss`` and so on, see :data:`CURVES`.
+        """Compute the summed ``loss`` and, for each autoencoder, ``<name>.loss`` and so on, see :data:`CURVES`.
 
-        Under autocast, bfloat16 screens for the candidates of each top-k; everything else is computed in float32.
+        Under autocast, ``screen`` of :meth:`vaelab.sae.model.SAE.losses` is on; everything else is computed in float32.
 
         Raises:
-            ValueError: a block that is not in the batch, or as :meth:`vaelab.sae.model.SAE.losses`.
+            ValueError: the batch lacks a block, or :meth:`vaelab.sae.model.SAE.losses` cannot use its vectors.
         """
         device = self.scales.device.type
         screen = torch.is_autocast_enabled(device)
@@ -201,7 +204,7 @@ class SAEObjective(nn.Module):
         return out
 
     def rescaled(self) -> dict[str, SAE]:
-        """The autoencoders by name, rescaled in place to the units of the data."""
+        """Rescale the autoencoders in place to the units of the data, and return them by name."""
         scales = dict(zip(self.blocks, self.scales, strict=True))
         for sae, spec in zip(self.saes, self.specs.values(), strict=True):
             sae.rescale(scales[spec.block])
@@ -250,22 +253,22 @@ def train_saes(
     live: Callable[[pd.DataFrame], None] | None = None,
     title: str = "autoencoders",
 ) -> TrainedSAEs:
-    """Train autoencoders in one pass.
+    """Train autoencoders in one pass over the batches.
 
     Args:
-        specs: the autoencoders by name; a name goes into the history.
-        batches: gives dicts of a batch (N, d) for each block: :func:`store_batches`, :func:`streaming_batches`,
-            or any other resumable source, see :mod:`vaelab.training.batches`.
-        config: the optimisation; ``clip_norm`` must be 0, because clipping would let the gradient of one
-            autoencoder shrink another's step. With ``precision: bfloat16`` the selection is faster, see
-            :class:`SAEObjective`.
-        folder: where checkpoints are written, and training resumes from.
+        specs: the autoencoders by name; the names appear in the history.
+        batches: the source of batches, each a dict with vectors (N, d) for each block: :func:`store_batches`,
+            :func:`streaming_batches`, or any other resumable source, see :mod:`vaelab.training.batches`.
+        config: the optimisation; ``clip_norm`` must be 0, because clipping would let the gradient of one autoencoder
+            shrink another's step. With ``precision: bfloat16`` the selection is faster, see
+            :meth:`SAEObjective.forward`.
+        folder: the folder for checkpoints, from which training resumes; None means that no checkpoint is written.
         settings: further settings, as plain JSON, that must be equal for a checkpoint to be resumed.
-        live: called with the history whenever it has grown.
-        title: the progress bar's.
+        live: a function that is called with the history whenever it has grown; None means no function.
+        title: the title of the progress bar.
 
     Raises:
-        ValueError: no autoencoder, a ``clip_norm``, or a batch that cannot be trained on.
+        ValueError: there is no autoencoder, ``clip_norm`` is not 0, or a batch cannot be trained on.
     """
     if not specs:
         raise ValueError("specs: no autoencoder to train")
@@ -294,7 +297,7 @@ def train_saes(
 
 
 def _by_name(history: Sequence[Mapping[str, float]], names: Iterable[str]) -> pd.DataFrame:
-    """A row for each step and autoencoder."""
+    """Make the history, with one row per step and autoencoder."""
     rows = [
         {"step": row["step"], "sae": name, **{curve: row[f"{name}.{curve}"] for curve in CURVES}}
         for row, name in product(history, names)
@@ -303,7 +306,7 @@ def _by_name(history: Sequence[Mapping[str, float]], names: Iterable[str]) -> pd
 
 
 def _first_batches(stream: Iterator[Mapping[str, Tensor]], blocks: Sequence[str]) -> list[Mapping[str, Tensor]]:
-    """The batches that the autoencoders are initialised from."""
+    """Take the batches from which the autoencoders are initialised."""
     held, seen = [], 0
     for batch in stream:
         for block in blocks:
@@ -317,12 +320,12 @@ def _first_batches(stream: Iterator[Mapping[str, Tensor]], blocks: Sequence[str]
 
 
 def geometric_median(x: Tensor, *, iterations: int = 100, tolerance: float = 1e-6) -> Tensor:
-    """The point with the least sum of distances to the rows of x (N, d), by Weiszfeld's iteration: (d,).
+    """Compute the point (d,) with the least sum of distances to the rows of x (N, d), by Weiszfeld's iteration.
 
-    It stops where a step is below ``tolerance`` times the mean distance.
+    The iteration ends when a step is at most ``tolerance`` times the mean distance.
 
     Raises:
-        ValueError: no row.
+        ValueError: x has no row.
     """
     if not len(x):
         raise ValueError("x: a median needs at least one vector")
