@@ -3,8 +3,8 @@
 ====================== ============================================ ===============================================
 format                 files                                        architectures
 ====================== ============================================ ===============================================
-``sdxl-unbox``         ``config.json``, ``state_dict.pth``          top-k; ``mean.pt`` and ``std.pt`` of each
-                                                                    feature's activation are read with it
+``sdxl-unbox``         ``config.json``, ``state_dict.pth``          top-k; ``mean.pt`` and ``std.pt``, of each
+                                                                    feature's activation, are read too
 ``sae-lens``           ``cfg.json``, ``sae_weights.safetensors``    standard, topk, jumprelu (as which SAELens also
                                                                     saves batchtopk)
 ``sparsify``           ``cfg.json``, ``sae.safetensors``            top-k, also SAeUron's
@@ -14,9 +14,9 @@ format                 files                                        architecture
 ``gemma-scope``        ``params.npz``                               JumpReLU
 ====================== ============================================ ===============================================
 
-The codes stay those of the other library up to rounding, except that the features of architectures which choose
-without a top-k are scaled to unit length, and their activations accordingly. Every key of a configuration and every
-tensor is used, listed here as irrelevant to the codes, or refused by its name.
+The codes are the same as in the other library up to rounding, with one exception: in architectures that select features
+without a top-k, the features are scaled to unit length and their activations accordingly. Every key of a configuration
+and every tensor is either used, or listed here as irrelevant to the codes, or refused with an error that names it.
 """
 
 import io
@@ -39,7 +39,7 @@ from vaelab.core.validate import at_least
 from vaelab.sae.model import FORMAT, SAE, SAEConfig, read_config_file
 
 REQUIRED: Any = object()
-"""Default of a key that must be there."""
+"""Stands for the default of a key that has none, because it must be there."""
 OF_TRAINING = {
     "sparsify": ("normalize_decoder", "multi_topk"),
     "sdxl-unbox": ("dead_steps_threshold",),
@@ -66,20 +66,21 @@ OF_TRAINING = {
         "l1_coeff", "use_ghost_grads", "reinit_blend", "reinit_enc_dec_tranpose",
     ),
 }  # fmt: skip
-"""Keys of each format's configuration that say how or on what it was trained, and change no code."""
+"""Keys of each format's configuration that say how or on what an autoencoder was trained; they do not affect its
+codes."""
 
 
 class LoadedSAE(NamedTuple):
     """An autoencoder with the format that it was read from; made by :func:`load_sae`."""
 
     sae: SAE
-    """In evaluation mode, in float32."""
+    """The autoencoder, in evaluation mode and in float32."""
     format: str
-    """One of :data:`READERS`, or :data:`vaelab.sae.model.FORMAT`."""
+    """The name of the format: one of :data:`READERS`, or :data:`vaelab.sae.model.FORMAT`."""
     mean: Tensor | None = None
-    """(n_features,) mean activations, where the folder has them."""
+    """(n_features,) mean activations of the features; None if the folder has none."""
     std: Tensor | None = None
-    """(n_features,) their standard deviations."""
+    """(n_features,) standard deviations of the activations; None if the folder has none."""
 
 
 def load_sae(
@@ -94,16 +95,17 @@ def load_sae(
 
     Args:
         name: a local folder, or an id on the hub (owner/name).
-        device: where to put it.
+        device: the device to put the autoencoder on.
         revision: a branch, tag or commit on the hub.
-        subfolder: which part of the folder, such as a hookpoint.
-        input_scale: the factor by which vectors are multiplied before the autoencoder sees them. SAELens'
-            ``normalize_activations: expected_average_only_in`` needs it, because the factor (the square root of
-            the width over the mean length of the vectors) is not in the folder.
+        subfolder: the part of the folder to read, such as a hookpoint; empty means the folder itself.
+        input_scale: the factor by which vectors are multiplied before they are encoded. SAELens'
+            ``normalize_activations: expected_average_only_in`` needs it, because the factor (the square root of the
+            width over the mean length of the vectors) is not in the folder. None means no factor.
 
     Raises:
-        ValueError: no such folder, an unknown or damaged format, weights that are not finite, or a configuration
-            that :class:`vaelab.sae.model.SAE` cannot follow. The error names the file and the key or tensor.
+        ValueError: there is no such folder, its format is unknown, a file is damaged, a weight is not finite, or
+            :class:`vaelab.sae.model.SAE` does not support the configuration. The error names the file and the key or
+            tensor.
     """
     files = [] if local(name) else hub_files(str(name), revision, subfolder)
     folder = find_folder(name, revision=revision, subfolder=subfolder, files=files)
@@ -119,22 +121,23 @@ def load_sae(
 
 
 def detect_format(folder: Path) -> str:
-    """The format of a folder, by its files.
+    """Detect the format of a folder by the names of its files.
 
     Raises:
-        ValueError: no known format; the error lists the folder's files, or its parts that hold autoencoders.
+        ValueError: the format is unknown; the error lists the folder's files, or its subfolders that hold autoencoders.
     """
     levels = (folder.glob(pattern) for pattern in ("*", "*/*", "*/*/*"))
     return _detect([path.relative_to(folder).as_posix() for level in levels for path in level], folder.name)
 
 
 def hub_files(name: str, revision: str | None, subfolder: str) -> list[str]:
-    """The files of an autoencoder on the hub, by which its format is detected before anything is downloaded.
+    """List the files to download for an autoencoder on the hub; its format is detected before anything is downloaded.
 
-    Without the hub the format is not known: then these are the files of all formats, which may be in the cache.
+    If the hub cannot be reached, the format is not known. Then the list has the files of all formats, because they may
+    be in the cache.
 
     Raises:
-        ValueError: no known format; the error lists the files, or the parts that hold autoencoders.
+        ValueError: the format is unknown; the error lists the files, or the subfolders that hold autoencoders.
     """
     from huggingface_hub import list_repo_files
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -151,7 +154,7 @@ def hub_files(name: str, revision: str | None, subfolder: str) -> list[str]:
 
 
 def _detect(files: Collection[str], name: str) -> str:
-    """The format of the folder of some files, by their paths inside it."""
+    """Detect the format of a folder, by the paths of its files inside it."""
     parts: dict[str, set[str]] = {}
     for path in files:
         folder, _, file = path.rpartition("/")
@@ -168,7 +171,7 @@ def _detect(files: Collection[str], name: str) -> str:
 
 
 def read_sdxl_unbox(folder: Path) -> LoadedSAE:
-    """A folder of sdxl-unbox's ``SparseAutoencoder.save_to_disk`` (Surkov et al.)."""
+    """Read a folder that sdxl-unbox's ``SparseAutoencoder.save_to_disk`` wrote (Surkov et al.)."""
     config = Fields(folder / "config.json", read_config_file(folder / "config.json"))
     d, n, k = (config.take(name, int) for name in ("d_model", "n_dirs_local", "k"))
     settings = SAEConfig(
@@ -195,10 +198,10 @@ def read_sdxl_unbox(folder: Path) -> LoadedSAE:
 
 
 def read_sparsify(folder: Path) -> LoadedSAE:
-    """A folder of sparsify's ``SparseCoder.save_to_disk``, or of SAeUron's ``Sae``.
+    """Read a folder that sparsify's ``SparseCoder.save_to_disk`` or SAeUron's ``Sae`` wrote.
 
-    SAeUron's ``input_unit_norm`` becomes ``input_norm: layer_norm``. Its ``batch_topk`` chooses in training only:
-    SAeUron itself switches it off before it uses an autoencoder, and takes the k largest of each vector.
+    SAeUron's ``input_unit_norm`` becomes ``input_norm: layer_norm``. Its ``batch_topk`` affects only training: before
+    SAeUron itself uses an autoencoder it switches this off, and takes the k largest pre-activations of each vector.
     """
     path = folder / "cfg.json"
     config = Fields(path, read_config_file(path))
@@ -221,11 +224,11 @@ def read_sparsify(folder: Path) -> LoadedSAE:
 
 
 def read_sae_lens(folder: Path, input_scale: float | None = None) -> LoadedSAE:
-    """A folder of SAELens's ``SAE.save_model``, or of one of its training autoencoders.
+    """Read a folder that SAELens's ``SAE.save_model`` or one of its training autoencoders wrote.
 
     Args:
         folder: the folder.
-        input_scale: see :func:`load_sae`.
+        input_scale: the factor for the vectors, see :func:`load_sae`.
     """
     path = folder / "cfg.json"
     config = Fields(path, read_config_file(path))
@@ -279,8 +282,11 @@ def read_sae_lens(folder: Path, input_scale: float | None = None) -> LoadedSAE:
 
 
 def read_dictionary_learning(folder: Path) -> LoadedSAE:
-    """A folder with dictionary-learning's ``ae.pt``, which needs ``config.json`` only where two of its classes have
-    the same tensors (``AutoEncoderTopK`` and ``BatchTopKSAE``)."""
+    """Read a folder with dictionary-learning's ``ae.pt``.
+
+    ``config.json`` is needed only for the two classes that have the same tensors, ``AutoEncoderTopK`` and
+    ``BatchTopKSAE``.
+    """
     path, stated = folder / "ae.pt", None
     state = Tensors(path, read_torch_file(path))
     width = features = k = None
@@ -345,10 +351,11 @@ def read_dictionary_learning(folder: Path) -> LoadedSAE:
 
 
 def read_saev(folder: Path) -> LoadedSAE:
-    """A folder with saev's ``sae.pt``: a line of JSON, then a state dict.
+    """Read a folder with saev's ``sae.pt``: a line of JSON, then a state dict.
 
-    saev subtracted ``b_dec`` from its input until after it wrote a schema into its files, and not since it calls
-    the width ``d_model``. Files from in between do not say which, and are refused.
+    Early versions of saev subtracted ``b_dec`` from the input; their files have no schema. Versions that call the width
+    ``d_model`` do not subtract it. Files from in between have a schema but call the width ``d_vit``; they do not say
+    whether ``b_dec`` is subtracted, and are refused.
     """
     path = folder / "sae.pt"
     line, _, rest = path.read_bytes().partition(b"\n")
@@ -403,7 +410,7 @@ def read_saev(folder: Path) -> LoadedSAE:
 
 
 def read_gemma_scope(folder: Path) -> LoadedSAE:
-    """A folder with Gemma Scope's ``params.npz`` (Lieberum et al., 2024)."""
+    """Read a folder with Gemma Scope's ``params.npz`` (Lieberum et al., 2024)."""
     path = folder / "params.npz"
 
     def arrays() -> dict[str, Tensor]:
@@ -432,7 +439,7 @@ FILES = {
 }
 """The files by which a folder of each format is recognised."""
 OPTIONAL_FILES = {"sdxl-unbox": ("mean.pt", "std.pt"), "dictionary-learning": ("config.json",)}
-"""Files that a folder of a format may hold besides, and that are read with it."""
+"""Further files that a folder of a format may hold; they are read too."""
 READERS: Mapping[str, Callable[[Path], LoadedSAE]] = {
     "sdxl-unbox": read_sdxl_unbox,
     "sae-lens": read_sae_lens,
@@ -455,20 +462,20 @@ def build_sae(
     subtracted: bool = True,
     unit_length: bool = False,
 ) -> SAE:
-    """An autoencoder of given weights.
+    """Build an autoencoder with given weights.
 
     Args:
-        config: its configuration.
-        encoder: (n_features, d).
-        decoder: (n_features, d).
-        latent_bias: (n_features,).
+        config: the autoencoder's configuration.
+        encoder: (n_features, d), the rows of the encoder.
+        decoder: (n_features, d), the rows of the decoder.
+        latent_bias: (n_features,), added to the pre-activations.
         pre_bias: (d,), added to reconstructions.
-        threshold: (n_features,) for ``jumprelu``, a scalar for ``batchtopk``. A negative one acts as 0, because the
-            libraries apply ReLU before they compare.
-        subtracted: whether ``pre_bias`` is subtracted from the input too; otherwise what that adds to the
-            pre-activations is taken out of ``latent_bias``.
-        unit_length: scale the features to unit length and their activations accordingly, which changes no
-            reconstruction where features are chosen one by one.
+        threshold: (n_features,) for ``jumprelu``, a scalar for ``batchtopk``. A negative threshold acts as 0, because
+            the libraries apply ReLU before they compare.
+        subtracted: whether the library also subtracts ``pre_bias`` from the input. If not, ``latent_bias`` is changed
+            such that the subtraction, which this lab always does, has no effect on the pre-activations.
+        unit_length: scale the features to unit length and their activations accordingly. If each feature is selected
+            independently of the others, this changes no reconstruction.
     """
     weights = {"encoder": encoder, "decoder": decoder, "latent_bias": latent_bias, "pre_bias": pre_bias}
     weights = {name: value.double() for name, value in weights.items()}
@@ -493,7 +500,7 @@ def build_sae(
 
 
 class Fields:
-    """A JSON object of which every key must be taken, ignored by name, or refused."""
+    """A JSON object whose keys must all be taken or ignored by name; a key that is left is an error."""
 
     def __init__(self, path: Path, values: Any):
         if not isinstance(values, dict):
@@ -501,11 +508,11 @@ class Fields:
         self.path, self._values = path, dict(values)
 
     def holds(self, name: str) -> bool:
-        """Whether a key is there and not taken yet."""
+        """Say whether a key is there and not taken yet."""
         return name in self._values
 
     def take(self, name: str, kind: Any, default: Any = REQUIRED) -> Any:
-        """A value of a type, or of one of several; ``default`` where the key is missing or null."""
+        """Take a value, which must be of a type or one of several types; ``default`` if the key is missing or null."""
         value = self._values.pop(name, None)
         if value is None:
             if default is REQUIRED:
@@ -520,24 +527,24 @@ class Fields:
         return value
 
     def require(self, name: str, expected: Any) -> None:
-        """Raise ValueError where the key has another value than the one that can be read."""
+        """Raise ValueError if the key is there with another value than ``expected``."""
         value = self._values.pop(name, None)
         if value is not None and value != expected:
             raise ValueError(f"{self.path}: its {name} is {value!r}; only {expected!r} can be read")
 
     def ignore(self, *names: str) -> None:
-        """Drop keys that do not change the codes."""
+        """Drop keys that do not affect the codes."""
         for name in names:
             self._values.pop(name, None)
 
     def require_empty(self) -> None:
-        """Raise ValueError for a key that was neither taken nor ignored."""
+        """Raise ValueError if a key was neither taken nor ignored."""
         for name, value in self._values.items():
             raise ValueError(f"{self.path}: has the key {name!r} ({value!r}), which this lab does not understand")
 
 
 class Tensors:
-    """Named tensors of which every one must be taken, ignored by name, or refused."""
+    """Named tensors that must all be taken or ignored by name; a tensor that is left is an error."""
 
     def __init__(self, path: Path, values: Any):
         if not isinstance(values, Mapping) or not all(isinstance(value, Tensor) for value in values.values()):
@@ -546,21 +553,21 @@ class Tensors:
 
     @property
     def names(self) -> list[str]:
-        """Of the tensors that are left."""
+        """The names of the tensors that are left."""
         return list(self._values)
 
     def holds(self, name: str) -> bool:
-        """Whether a tensor is there and not taken yet."""
+        """Say whether a tensor is there and not taken yet."""
         return name in self._values
 
     def shape(self, name: str) -> tuple[int, int]:
-        """The shape of a matrix."""
+        """Return the shape of a matrix."""
         if name not in self._values or self._values[name].ndim != 2:
             raise ValueError(f"{self.path}: has no matrix {name!r}")
         return tuple(self._values[name].shape)
 
     def take(self, name: str, *shape: int) -> Tensor:
-        """A finite tensor of a shape, in float64."""
+        """Take a tensor in float64, which must have a shape and be finite."""
         if name not in self._values:
             raise ValueError(f"{self.path}: has no tensor {name!r}")
         value = self._values.pop(name)
@@ -572,27 +579,27 @@ class Tensors:
         return value
 
     def ignore(self, *names: str) -> None:
-        """Drop tensors that do not change the codes."""
+        """Drop tensors that do not affect the codes."""
         for name in names:
             self._values.pop(name, None)
 
     def require_empty(self, reason: str = "which this lab does not understand") -> None:
-        """Raise ValueError for a tensor that was neither taken nor ignored."""
+        """Raise ValueError if a tensor was neither taken nor ignored."""
         for name in self._values:
             raise ValueError(f"{self.path}: holds the tensor {name!r}, {reason}")
 
 
 def read_safetensors_file(path: Path) -> Tensors:
-    """The tensors of a safetensors file; a damaged one is a ValueError with its path."""
+    """Read the tensors of a safetensors file; a damaged file is a ValueError with its path."""
     return Tensors(path, _parsed(path, lambda: load_file(path)))
 
 
 def read_torch_file(path: Path, data: bytes | None = None) -> Any:
-    """What ``torch.save`` wrote, weights only: no code is run. A damaged file is a ValueError with its path.
+    """Read a file that ``torch.save`` wrote, weights only (no code runs). A damaged file is a ValueError with its path.
 
     Args:
-        path: the file, and the name in errors.
-        data: the bytes to read instead of the file's.
+        path: the file; errors name it.
+        data: the bytes to read instead of the file; None means that the file is read.
     """
     source = path if data is None else io.BytesIO(data)
     return _parsed(path, lambda: torch.load(source, map_location="cpu", weights_only=True))
