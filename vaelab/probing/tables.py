@@ -60,7 +60,7 @@ def matching_layers(layers: Sequence[str], patterns: Sequence[str]) -> list[str]
 
 
 def at_best_layers(rows: pd.DataFrame) -> pd.DataFrame:
-    """For each factor, keep the layers on which some classifier reaches its best validation accuracy, and return the
+    """Keep for each factor the layers on which some classifier reaches its best validation accuracy, and return the
     rows of all classifiers on those layers.
 
     Args:

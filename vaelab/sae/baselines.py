@@ -22,7 +22,7 @@ class Dictionary(Protocol):
         """Reconstruct vectors (N, d) from codes."""
 
     def features(self) -> Tensor:
-        """The directions of the codes: (n_features, d)."""
+        """Return the directions that the codes are coefficients of: (n_features, d)."""
 
 
 def reconstruction_function(dictionary: Dictionary) -> Callable[[Tensor], Tensor]:
