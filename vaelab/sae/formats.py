@@ -8,7 +8,7 @@ format                 files                                        architecture
 ``sae-lens``           ``cfg.json``, ``sae_weights.safetensors``    standard, topk, jumprelu (as which SAELens also
                                                                     saves batchtopk)
 ``sparsify``           ``cfg.json``, ``sae.safetensors``            top-k, also SAeUron's
-``dictionary-learning`` ``ae.pt``, ``config.json`` if it exists    AutoEncoder, AutoEncoderNew, AutoEncoderTopK,
+``dictionary-learning`` ``ae.pt``, ``config.json`` if it exists     AutoEncoder, AutoEncoderNew, AutoEncoderTopK,
                                                                     BatchTopKSAE, MatryoshkaBatchTopKSAE, JumpReLU
 ``saev``               ``sae.pt``                                   Relu, TopK, BatchTopK
 ``gemma-scope``        ``params.npz``                               JumpReLU
