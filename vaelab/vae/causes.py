@@ -1,7 +1,8 @@
-"""Why channels become suppressed: an ablation study that changes one setting at a time.
+"""Find out why channels become suppressed, by an ablation study that changes one setting at a time.
 
-Shi, Wang and Roshka leave open why suppression emerges (their sections 5.2 and 6). Here a VAE is
-trained from scratch once for each :class:`Variant` of a reference setting, with several seeds.
+Shi, Wang and Roshka ("Investigating the Functional Role of Learned Channel Suppression in Diffusion VAEs") leave open
+why suppression emerges (their sections 5.2 and 6). Here a VAE is trained from scratch for each :class:`Variant` of a
+reference setting, with several seeds.
 """
 
 from collections.abc import Callable
@@ -29,9 +30,9 @@ class Variant:
     width: float = 1.0
     """Factor on the reference's numbers of channels."""
     length: float = 1.0
-    """Factor on the reference's training steps."""
+    """Factor on the reference's number of training steps."""
     dataset: str = ""
-    """The data set to train on; empty for the reference's."""
+    """The data set to train on; empty means the reference's data set."""
 
 
 VARIANTS = {
@@ -63,13 +64,14 @@ def train_variant(
         model: the model whose configuration is the reference architecture; its weights are not used.
         name: a key of ``VARIANTS``.
         config: the reference setting.
-        pictures: returns, for a data set's name, the pictures to train on and those to evaluate on.
+        pictures: a function that returns, for a data set's name, the pictures to train on and the pictures to evaluate
+            on.
         dataset: the reference's data set.
-        folder: the training's folder, see :func:`vaelab.vae.finetune.train_vae`.
-        revision: of a model on the hub.
+        folder: the run's folder, see :func:`vaelab.vae.finetune.train_vae`.
+        revision: a branch, tag or commit of a model on the hub.
 
     Raises:
-        ValueError: an unknown variant, besides what :func:`vaelab.vae.finetune.train_vae` raises.
+        ValueError: the variant is unknown; also the errors of :func:`vaelab.vae.finetune.train_vae`.
     """
     one_of("variants", name, VARIANTS)
     variant = VARIANTS[name]
@@ -100,12 +102,13 @@ def train_variants(
     """Train every variant with every seed; the arguments are those of :func:`train_variant`.
 
     Returns:
-        A row for every validation of every training, with the columns ``variant``, ``seed``, ``step``,
-        the fields of :class:`vaelab.vae.objective.Reconstruction`, ``suppressed`` (a count of channels),
-        ``share`` (that count over all GroupNorm channels) and ``final`` (whether it is the last).
+        One row per validation of each training run, with the columns ``variant``, ``seed``, ``step``, the fields of
+        :class:`vaelab.vae.objective.Reconstruction`, ``suppressed`` (the number of suppressed channels), ``share``
+        (this number divided by the number of GroupNorm channels) and ``final`` (whether it is the run's last
+        validation).
 
     Raises:
-        ValueError: an unknown variant, before anything is trained.
+        ValueError: a variant is unknown; this is checked before anything is trained.
     """
     for name in names:
         one_of("variants", name, VARIANTS)
@@ -130,12 +133,12 @@ def train_variants(
 
 
 def _width_changes(model: str, width: float, revision: str | None) -> dict[str, Any]:
-    """The changes to the model's configuration that multiply its numbers of channels by ``width``."""
+    """Make the changes to the model's configuration that multiply its numbers of channels by ``width``."""
     at_least("width", width, 0, exclusive=True)
     if width == 1:
         return {}
     config = models.load_vae(model, device="cpu", revision=revision, changes={}).config
-    # the number of groups changes too, so that the number of channels in a group does not
+    # the number of groups changes too, so that the number of channels per group stays the same
     return {
         "block_out_channels": [round(channels * width) for channels in config["block_out_channels"]],
         "norm_num_groups": max(1, round(config["norm_num_groups"] * width)),

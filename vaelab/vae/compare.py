@@ -1,7 +1,7 @@
-"""Comparison of fine-tuning runs: tables over seeds and conditions, beside the paper's numbers.
+"""Compare fine-tuning runs: tables over seeds and conditions, together with the paper's values.
 
-Shi, Wang and Roshka compare single runs (section 5, Table 1). Here the differences to the baseline
-are paired by seed and have 95 % intervals.
+Shi, Wang and Roshka ("Investigating the Functional Role of Learned Channel Suppression in Diffusion VAEs") compare
+single runs (section 5, Table 1). Here the differences to the baseline are paired by seed and have 95 % intervals.
 """
 
 from pathlib import Path
@@ -24,14 +24,14 @@ PAPER_TABLE_1 = {
     "CIFAR-10": {"baseline": (2.879e-3, 994.63, 31.429, 0.9195), "nudge": (2.826e-3, 997.53, 31.509, 0.9210)},
     "Google Fonts": {"baseline": (2.451e-3, 6363.02, 32.138, 0.9917), "nudge": (2.470e-3, 6313.26, 32.105, 0.9916)},
 }
-"""MSE, KL, PSNR and SSIM of Shi, Wang and Roshka, Table 1: one run each."""
+"""MSE, KL, PSNR and SSIM from Table 1 of Shi, Wang and Roshka: one run each."""
 PAPER_DATASETS = {
     **dict.fromkeys(("imagenette", "photos"), "ImageNette-256"),
     **dict.fromkeys(("cifar10", "digits"), "CIFAR-10"),
     **dict.fromkeys(("genfonts_data", "glyphs"), "Google Fonts"),
 }
-"""The row of ``PAPER_TABLE_1`` that a data set is compared with, by short name. The embedded data sets
-are compared with the paper's data set of the same kind."""
+"""The row of ``PAPER_TABLE_1`` with which a data set is compared, by its short name. The embedded data sets, which are
+shipped with the package, are compared with the paper's data set of the same kind."""
 
 
 class Comparison(NamedTuple):
@@ -44,10 +44,10 @@ class Comparison(NamedTuple):
     folder: Path
     """The notebook's output folder."""
     runs: list[VAERun]
-    """The trainings, by seed and then by condition."""
+    """The training runs, ordered by seed and then by condition."""
 
     def weights(self, condition: str) -> Path:
-        """The diffusers folder of the model that was trained under a condition with the first seed."""
+        """Return the diffusers folder of the model that was trained under a condition with the first seed."""
         return self.folder / "runs" / f"{condition}-seed{self.params['seeds'][0]}" / "vae"
 
 
@@ -55,7 +55,7 @@ def read_comparison(folder: str) -> Comparison:
     """Read a finished run of notebook 10 from its output folder.
 
     Raises:
-        ValueError: the run has not finished, is damaged, or has a single seed.
+        ValueError: the run has not finished, is damaged, or has only one seed.
     """
     params = runner.read_results(folder, NOTEBOOK, "runs")["params"]
     names = [f"{condition}-seed{seed}" for seed in params["seeds"] for condition in params["conditions"]]
@@ -69,7 +69,7 @@ def read_comparisons(folders: list[str]) -> list[Comparison]:
     """Read several finished runs of notebook 10, one for each data set.
 
     Raises:
-        ValueError: see :func:`read_comparison`; or two runs are of the same data set.
+        ValueError: two runs are of the same data set, or there is no run; also the errors of :func:`read_comparison`.
     """
     comparisons = [read_comparison(folder) for folder in folders]
     names = [comparison.dataset for comparison in comparisons]
@@ -79,11 +79,11 @@ def read_comparisons(folders: list[str]) -> list[Comparison]:
 
 
 def run_log_table(runs: list[VAERun], part: str) -> pd.DataFrame:
-    """A log of several runs as one table.
+    """Join one of the logs of several runs to a table.
 
     Args:
-        runs: the trainings.
-        part: which log: ``history``, ``tracked``, ``validation`` or ``interventions``, see
+        runs: the training runs.
+        part: the name of the log: ``history``, ``tracked``, ``validation`` or ``interventions``, see
             :class:`vaelab.vae.finetune.VAERun`.
 
     Returns:
@@ -95,7 +95,7 @@ def run_log_table(runs: list[VAERun], part: str) -> pd.DataFrame:
 
 
 def near_zero_table(runs: list[VAERun]) -> pd.DataFrame:
-    """The share of near-zero weights in several runs: a row for every run, tracked step and layer.
+    """Make a table of the fraction of near-zero weights in several runs: one row per run, tracked step and layer.
 
     Returns:
         Columns ``condition``, ``seed``, ``step``, ``layer`` and ``fraction``, from 0 to 1.
@@ -111,17 +111,17 @@ def near_zero_table(runs: list[VAERun]) -> pd.DataFrame:
 
 
 def paired_differences(runs: list[VAERun], dataset: str) -> pd.DataFrame:
-    """The paper's Table 1 as differences to the baseline that are paired by seed.
+    """Compute the measures of the paper's Table 1 as differences to the baseline, paired by seed.
 
     Args:
-        runs: the trainings of one data set, with the condition ``baseline`` among them.
+        runs: the training runs of one data set, including those of the condition ``baseline``.
         dataset: the data set's name, for the table.
 
     Returns:
-        A row for every condition and measure: ``dataset``, ``condition``, ``measure``, ``seeds`` (their
-        number), ``baseline`` and ``value`` (means over seeds), ``difference`` with the 95 % interval from
-        ``low`` to ``high`` (Student's t over seeds; NaN where there is one seed), and ``percent``,
-        ``percent_low``, ``percent_high``, the same three in percent of the baseline.
+        One row per condition and measure: ``dataset``, ``condition``, ``measure``, ``seeds`` (the number of seeds),
+        ``baseline`` and ``value`` (means over seeds), ``difference`` with its 95 % interval from ``low`` to ``high``
+        (Student's t over seeds; NaN if there is only one seed), and the same three in percent of the baseline:
+        ``percent``, ``percent_low``, ``percent_high``.
     """
     values = {(run.condition, run.seed): run.validation[-1] for run in runs}
     seeds = sorted({run.seed for run in runs})
@@ -144,12 +144,12 @@ def paired_differences(runs: list[VAERun], dataset: str) -> pd.DataFrame:
 
 
 def condition_means(runs: list[VAERun]) -> dict[str, float]:
-    """Means over seeds, by name.
+    """Compute means over seeds, by name.
 
     Returns:
-        ``suppressed.start``, the suppressed channels before training; and for every condition
-        ``<condition>.<measure>`` and ``<condition>.suppressed`` after training, and
-        ``<condition>.touched``, how many times a channel's scale was changed.
+        ``suppressed.start``, the number of suppressed channels before training; and for every condition
+        ``<condition>.<measure>`` and ``<condition>.suppressed`` after training, and ``<condition>.touched``, the number
+        of changes of a channel's scale during training.
     """
     values = {"suppressed.start": float(np.mean([run.validation[0]["suppressed"] for run in runs]))}
     for condition in dict.fromkeys(run.condition for run in runs):
@@ -166,11 +166,11 @@ def _without_interval(first: list[float], second: list[float]) -> Interval:
 
 
 def suppressed_counts(comparisons: list[Comparison]) -> pd.DataFrame:
-    """Counts of suppressed channels before and after training.
+    """Count the suppressed channels before and after training.
 
     Returns:
-        A row for every data set, seed and moment: ``dataset``, ``seed``, ``when`` (``start``, or the
-        condition of the training that has ended) and ``suppressed``.
+        One row per data set, seed and point in time: ``dataset``, ``seed``, ``when`` (``start`` before training, or the
+        condition of a finished run) and ``suppressed``.
     """
     return pd.DataFrame(
         [
@@ -189,7 +189,7 @@ def suppressed_counts(comparisons: list[Comparison]) -> pd.DataFrame:
 
 
 def suppressed_means(comparisons: list[Comparison]) -> dict[str, float]:
-    """Suppressed channels of the baseline, means over seeds: ``<dataset>.suppressed.start`` before
+    """Compute the baseline's mean numbers of suppressed channels over seeds: ``<dataset>.suppressed.start`` before
     training and ``<dataset>.suppressed.end`` after it."""
     counts = suppressed_counts(comparisons).groupby(["dataset", "when"])["suppressed"].mean()
     names = [comparison.dataset for comparison in comparisons]
@@ -200,15 +200,16 @@ def suppressed_means(comparisons: list[Comparison]) -> dict[str, float]:
 
 
 def beside_paper(table: pd.DataFrame) -> pd.DataFrame:
-    """The nudge's differences to the baseline beside those of the paper's Table 1, in percent of the baseline.
+    """Compare the differences between ``nudge`` and ``baseline`` with those in the paper's Table 1, in percent of the
+    baseline.
 
     Args:
-        table: from :func:`paired_differences`.
+        table: the table of :func:`paired_differences`.
 
     Returns:
-        A row for every data set and measure: ``dataset``, ``measure``, ``paper's data`` (see
-        ``PAPER_DATASETS``; None where the paper has no such data), ``paper %``, and ``here %`` with its
-        interval ``here % low`` and ``here % high``.
+        One row per data set and measure: ``dataset``, ``measure``, ``paper's data`` (see ``PAPER_DATASETS``; None if
+        the paper has no such data), ``paper %``, and ``here %`` with its interval from ``here % low`` to
+        ``here % high``.
     """
     rows = []
     for row in table[(table["condition"] == "nudge") & table["measure"].isin(MEASURES)].to_dict("records"):
@@ -224,7 +225,8 @@ def beside_paper(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def describe_differences(table: pd.DataFrame) -> Any:
-    """The measures that differ from the baseline, by :func:`paired_differences`, as a Markdown list for a notebook."""
+    """List the measures that differ from the baseline in the table of :func:`paired_differences`, as Markdown for a
+    notebook."""
     from IPython.display import Markdown
 
     table = table[table["measure"].isin(MEASURES)]

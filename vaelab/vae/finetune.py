@@ -36,7 +36,7 @@ from vaelab.vae.objective import VAEObjective, evaluate_reconstruction
 
 CONDITIONS = ("baseline", "nudge", "control")
 Source = dict[str, list[list[int]]]
-"""Where pictures were drawn from, see :attr:`vaelab.data.images.Images.source`."""
+"""Which rows of which splits the pictures are from, see :attr:`vaelab.data.images.Images.source`."""
 LOGS = ("history", "ChannelWatcher 0: tracked", "ChannelWatcher 0: interventions", "Validator 1: validation")
 """The lists of rows in the log of a training run, in the order of the fields of :class:`VAERun`."""
 
@@ -149,7 +149,7 @@ class Validator(Watcher):
             self.validate(step)
 
     def validate(self, step: int) -> None:
-        """Validate now, and add a row for ``step``."""
+        """Validate now, and add one row for ``step``."""
         config = self._config
         tracker = channels.ActivityTracker(self._vae, config.layers)
         with tracker.track():

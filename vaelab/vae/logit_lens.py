@@ -1,10 +1,10 @@
 """The logit lens: a layer's activation decoded to a picture.
 
-From Shi, Wang and Roshka, section 4.5, after nostalgebraist's lens for language models. An untrained
-decoder would show its own random weights, so here a small decoder is trained for the layer that it
-reads (:func:`train_lens`). It is scored on held-out pictures, beside a control: the same decoder trained
-and scored on activations that are paired with the wrong pictures. :func:`decode_single_channel` needs no
-training: it runs the model's own remaining layers.
+From Shi, Wang and Roshka ("Investigating the Functional Role of Learned Channel Suppression in Diffusion VAEs"),
+section 4.5, after nostalgebraist's lens for language models. An untrained decoder would show its own random weights, so
+here a small decoder is trained for the layer that it reads (:func:`train_lens`). It is scored on held-out pictures and
+compared with a control: the same decoder trained and scored on activations that are paired with the wrong pictures.
+:func:`decode_single_channel` needs no training: it runs the model's own remaining layers.
 """
 
 import json
@@ -30,7 +30,7 @@ from vaelab.training.evaluation import evaluation_mode
 from vaelab.training.loop import EXECUTION_ONLY, TrainConfig, train
 
 LENS = "lens.safetensors"
-"""The file of a trained lens in its folder."""
+"""Name of the file of a trained lens in its folder."""
 EPSILON = 1e-12
 
 
@@ -41,13 +41,13 @@ class MiniDecoder(nn.Module):
     the full map; as many groups as channels decode each channel by itself.
 
     Args:
-        channels: input channels of each decoder.
-        upsampling: side of the picture over side of the map, a power of two.
-        width: hidden channels of each decoder.
-        groups: how many decoders.
+        channels: the number of input channels of each decoder.
+        upsampling: the side of the picture divided by the side of the map, a power of two.
+        width: the number of hidden channels of each decoder.
+        groups: the number of decoders.
 
     Raises:
-        ValueError: a width below 1, or an ``upsampling`` that is no power of two.
+        ValueError: ``width`` is below 1, or ``upsampling`` is not a power of two.
     """
 
     def __init__(self, channels: int, upsampling: int, *, width: int = 32, groups: int = 1):
@@ -73,19 +73,19 @@ class MiniDecoder(nn.Module):
     def fit_standardization(self, activations: Tensor) -> None:
         """Standardize each channel by its mean and standard deviation in activations (N, groups x channels, H, W).
 
-        Without it the decoder could not read a channel of small scale, whatever information it holds.
+        Without it the decoder could not read a channel with small values, whatever information the channel holds.
         """
         std, mean = torch.std_mean(activations, dim=(0, 2, 3), keepdim=True, correction=0)
         self.shift.copy_(mean)
         self.scale.copy_(1 / std.clamp(min=EPSILON))
 
     def forward(self, activation: Tensor) -> Tensor:
-        """Pictures (N, groups, 3, R, R) in [0, 1] from activations (N, groups x channels, H, W)."""
+        """Decode activations (N, groups x channels, H, W) to pictures (N, groups, 3, R, R) in [0, 1]."""
         return self.layers((activation - self.shift) * self.scale).unflatten(1, (self.groups, 3))
 
 
 class LensScore(NamedTuple):
-    """How well held-out pictures are decoded; each (groups,)."""
+    """How well held-out pictures are decoded; each field has the shape (groups,)."""
 
     r2: np.ndarray
     """1 - squared error / squared error of the mean training picture: 0 is the score without any information."""
@@ -101,7 +101,7 @@ class Lens(NamedTuple):
     shuffled: LensScore
     """The control: the same decoder trained and scored on activations paired with the wrong pictures."""
     channels: list[int] | None
-    """The channel that each decoder reads; None for one decoder of the full map."""
+    """The channel that each decoder reads; None means one decoder of the full map."""
 
 
 class _LensObjective(nn.Module):
@@ -117,19 +117,19 @@ class _LensObjective(nn.Module):
 
 @torch.no_grad()
 def layer_activations(vae: nn.Module, layer: str, images: Images, batch_size: int) -> tuple[Tensor, Tensor]:
-    """A layer's activations for a data set, with its pictures.
+    """Capture a layer's activations for a data set, with the pictures.
 
     Args:
         vae: an autoencoder.
-        layer: path of a layer in it whose output is (B, C, H, W).
+        layer: the path of one of its layers, whose output is (B, C, H, W).
         images: the data set.
-        batch_size: pictures at a time.
+        batch_size: pictures per batch.
 
     Returns:
         float32 activations (N, C, H, W) and pictures (N, 3, R, R) in [0, 1], on the CPU.
 
     Raises:
-        ValueError: a layer that runs more than once, or whose output has another shape.
+        ValueError: the layer runs more than once, or its output has another shape.
     """
     activations, pictures = [], []
     parameter = next(vae.parameters())
@@ -160,16 +160,16 @@ def train_lens(
     Args:
         learning: activations (N, C, H, W) and pictures (N, 3, R, R) in [0, 1] from
             :func:`layer_activations`; those of several models, concatenated, train a shared lens.
-        held_out: the same of other pictures, to score on.
+        held_out: activations and pictures of held-out pictures, in the same form, to score on.
         config: how to train each of the two decoders.
-        channels: decode each of these channels by itself; None decodes the full map.
-        width: hidden channels of a decoder.
-        batch_size: pictures in a batch.
-        folder: where the lens is saved. A lens that was saved there from the same activations, pictures
-            and settings is loaded instead of trained. None saves nothing.
+        channels: decode each of these channels separately; None decodes the full map.
+        width: the number of hidden channels of a decoder.
+        batch_size: pictures per batch.
+        folder: where the lens is saved. If a lens trained on the same activations and pictures with the same settings
+            is there, it is loaded and nothing is trained. None saves nothing.
 
     Raises:
-        ValueError: a channel that the layer does not have; or the lens in ``folder`` is damaged, has a NaN or
+        ValueError: the layer does not have one of the channels; or the lens in ``folder`` is damaged, has a NaN or
             infinite weight, or was trained on other data or with other settings.
         FloatingPointError: the loss, or a weight that would be saved, is not finite.
     """
@@ -206,7 +206,7 @@ def save_lens(lens: Lens, folder: str | Path, settings: dict[str, Any] | None = 
     Args:
         lens: a trained lens.
         folder: where to save it.
-        settings: plain JSON that decides the lens, for :func:`load_lens` to compare.
+        settings: everything that determines the lens, as plain JSON; :func:`load_lens` compares it.
 
     Raises:
         FloatingPointError: a weight or score is NaN or infinite; nothing is written.
@@ -225,10 +225,11 @@ def load_lens(folder: str | Path, settings: dict[str, Any] | None = None) -> Len
 
     Args:
         folder: where the lens was saved.
-        settings: the settings it must have been saved with; None accepts any.
+        settings: the settings with which the lens must have been saved; None accepts any settings.
 
     Raises:
-        ValueError: a missing, damaged or foreign file, other settings, or a NaN or infinite weight.
+        ValueError: the file is missing, damaged or foreign, was saved with other settings, or has a NaN or infinite
+            weight.
     """
     path = Path(folder, LENS)
     tensors, documents = read_tensors(path)
@@ -251,8 +252,8 @@ def load_lens(folder: str | Path, settings: dict[str, Any] | None = None) -> Len
 
 
 def extreme_channels(maps: Tensor, count: int) -> list[int]:
-    """The ``count`` most active and the ``count`` least active channels of activations (N, C, H, W), by
-    mean absolute activation, in descending order; fewer where the layer has fewer than 2 ``count``."""
+    """Find the ``count`` most active and the ``count`` least active channels of activations (N, C, H, W) by mean
+    absolute activation, in descending order; all channels if the layer has fewer than 2 ``count``."""
     order = maps.abs().mean(dim=(0, 2, 3)).argsort(descending=True).tolist()
     return list(dict.fromkeys([*order[:count], *order[-count:]]))
 
@@ -262,8 +263,8 @@ def apply_lens(lens: Lens, activation: Tensor) -> Tensor:
     """Decode an activation with a lens.
 
     Args:
-        lens: from :func:`train_lens` or :func:`load_lens`.
-        activation: (N, C, H, W), all channels of the layer.
+        lens: a lens from :func:`train_lens` or :func:`load_lens`.
+        activation: the activation of all channels of the layer, (N, C, H, W).
 
     Returns:
         Pictures (N, groups, 3, R, R) in [-1, 1], on the CPU: one group, or a group for each of the lens's channels.
@@ -275,21 +276,21 @@ def apply_lens(lens: Lens, activation: Tensor) -> Tensor:
 
 @torch.no_grad()
 def decode_single_channel(vae: nn.Module, layer: str, pixels: Tensor, channel: int | None, *, keep: bool) -> Tensor:
-    """A lens without training: one channel of a layer decoded by the model's own remaining layers.
+    """Decode one channel of a layer by the model's own remaining layers: a lens that needs no training.
 
     Args:
         vae: an autoencoder.
-        layer: path of a layer in it whose output is (B, C, H, W).
-        pixels: (B, 3, R, R) in [-1, 1].
-        channel: which channel; None decodes all channels, which gives the reconstruction.
+        layer: the path of one of its layers, whose output is (B, C, H, W).
+        pixels: pictures (B, 3, R, R) in [-1, 1].
+        channel: the index of the channel; None decodes all channels, which gives the reconstruction.
         keep: True replaces every other channel by its mean over batch and positions (mean ablation);
-            False replaces this channel only.
+            False replaces only this channel.
 
     Returns:
         Pictures (B, 3, R, R).
 
     Raises:
-        ValueError: a channel that the layer does not have.
+        ValueError: the layer does not have this channel.
     """
 
     def ablate(activation: Tensor) -> Tensor:
@@ -315,7 +316,7 @@ def _lens_settings(
     width: int,
     batch_size: int,
 ) -> dict[str, Any]:
-    """Everything that decides a lens, as plain JSON; of activations and pictures a checksum."""
+    """Everything that determines a lens, as plain JSON; activations and pictures are represented by checksums."""
     settings = {name: value for name, value in asdict(config).items() if name not in EXECUTION_ONLY}
     settings |= {"channels": channels, "width": width, "batch_size": batch_size}
     for name, (maps, pictures) in (("learning", learning), ("held_out", held_out)):

@@ -1,8 +1,8 @@
-"""Interventions on suppressed channels: GroupNorm scales are nudged, reset, or raised adaptively.
+"""Intervene on suppressed channels: their GroupNorm scales gamma are raised (nudged), reset to 1, or raised adaptively.
 
-From Shi, Wang and Roshka, section 4.4. The adaptive strategy is their future work (section 6). The
-control is ours: the same nudge on as many active channels. Without it a difference between runs may
-come from changing scales at all.
+From Shi, Wang and Roshka ("Investigating the Functional Role of Learned Channel Suppression in Diffusion VAEs"),
+section 4.4. They leave the adaptive strategy to future work (section 6). The control condition is ours: the same nudge
+on as many active channels. Without it, a difference between runs could be due to changing any scales at all.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from vaelab.vae.channels import Activity, Suppressed, folded_normal_mean
 STRATEGIES = ("multiply", "add", "reset", "adaptive")
 MOMENTS = ("keep", "reset")
 HEADROOM = 1.01
-"""``adaptive`` aims this much above the threshold, so that rounding leaves no channel just below."""
+"""``adaptive`` aims at this factor times the threshold, so that rounding leaves no channel just below it."""
 
 
 @dataclass(frozen=True)
@@ -83,17 +83,19 @@ def nudge_scales(
 
     Args:
         model: the model whose parameters are changed in place.
-        targets: from :func:`vaelab.vae.channels.classify` or :func:`random_active_channels`.
+        targets: the channels, from :func:`vaelab.vae.channels.classify` or :func:`random_active_channels`.
         config: the strategy and its settings.
-        activity: the statistics the targets were classified by; required by ``adaptive``.
+        activity: the moments by which the targets were classified; required by ``adaptive``.
         threshold: theta_act, above which ``adaptive`` raises m_c; required by ``adaptive``.
-        optimizer: the optimizer whose moments are set to 0 with ``moments="reset"``; None for none.
+        optimizer: the optimizer whose moments are set to 0 with ``moments="reset"``; None means that no moments are
+            changed.
 
     Returns:
-        A record for each channel, with its scale before and after.
+        One record per channel, with its scale before and after the change.
 
     Raises:
-        ValueError: a target that names no parameter, or ``adaptive`` without ``activity`` or ``threshold``.
+        ValueError: the model does not have a target's parameter, or the strategy is ``adaptive`` and ``activity`` or
+            ``threshold`` is missing.
     """
     if config.strategy == "adaptive" and (activity is None or threshold is None):
         raise ValueError("strategy: adaptive needs the activity and the threshold it was classified by")
@@ -121,15 +123,15 @@ def nudge_scales(
 def random_active_channels(
     activity: Activity, suppressed: dict[str, Suppressed], rng: np.random.Generator
 ) -> dict[str, Suppressed]:
-    """The control's targets: in each layer as many active channels, drawn at random, as are suppressed.
+    """Sample the targets of the control condition: in each layer as many active channels as are suppressed.
 
-    Where a layer has fewer active channels than suppressed ones, the rest is drawn from the other
-    active channels of all layers, as far as there are any.
+    If a layer has fewer active channels than suppressed ones, the rest is sampled from the other active channels of all
+    layers, as far as there are any.
 
     Args:
-        activity: the statistics of all channels.
-        suppressed: from :func:`vaelab.vae.channels.classify`.
-        rng: draws the channels.
+        activity: the moments of all channels, by layer.
+        suppressed: the suppressed channels, from :func:`vaelab.vae.channels.classify`.
+        rng: the random generator that samples the channels.
     """
     active = {
         layer: np.setdiff1d(np.arange(len(moments.mean_abs)), suppressed[layer].indices if layer in suppressed else ())
@@ -172,12 +174,11 @@ def _signed(scale: Tensor, size: Tensor) -> Tensor:
 def _adaptive(
     scale: Tensor, beta: np.ndarray, moments: object, indices: tuple[int, ...], threshold: float, config: NudgeConfig
 ) -> Tensor:
-    """The smallest |gamma|, never below the present one, that brings m_c just above the threshold.
+    """Find, by bisection, the smallest |gamma|, never below the present one, that brings m_c just above the threshold.
 
-    m_c is predicted as s E|gamma z + beta|. The normalized channel z is taken as normal, with its
-    measured mean and standard deviation; the factor s makes the prediction at the present gamma equal
-    to the measured m_c. Where gamma is 0 or the channel is constant, z cannot be measured: it is taken
-    as standard normal, and s as 1. Solved by bisection.
+    m_c is predicted as s E|gamma z + beta|. The normalized channel z is assumed to be normal, with its measured mean
+    and standard deviation; the factor s makes the prediction at the present gamma equal to the measured m_c. If gamma
+    is 0 or the channel is constant, z cannot be measured: it is assumed to be standard normal, and s to be 1.
     """
     gamma = scale.numpy()
     chosen = list(indices)

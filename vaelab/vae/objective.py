@@ -1,4 +1,4 @@
-"""A VAE's training objective and the measures of its reconstructions.
+"""The training objective of a VAE, and measures of its reconstructions.
 
 From Shi, Wang and Roshka ("Investigating the Functional Role of Learned Channel Suppression in
 Diffusion VAEs"), sections 4.1 and 5.
@@ -31,7 +31,7 @@ class Reconstruction(NamedTuple):
 
 
 class VAEObjective(nn.Module):
-    """L = MSE + kl_weight KL (section 4.1), with one sample of the posterior a picture."""
+    """Computes L = MSE + kl_weight KL (section 4.1), with one sample of the posterior per picture."""
 
     def __init__(self, vae: nn.Module, kl_weight: float):
         super().__init__()
@@ -39,7 +39,7 @@ class VAEObjective(nn.Module):
         self.vae, self.kl_weight = vae, kl_weight
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Losses of a batch with ``pixels`` (B, 3, R, R) in [-1, 1]."""
+        """Compute the losses of a batch with ``pixels`` (B, 3, R, R) in [-1, 1]."""
         pixels = batch["pixels"]
         posterior = models.posterior(self.vae, pixels)
         decoded = models.decode_latents(self.vae, posterior.sample(), pixels.shape)
@@ -82,8 +82,8 @@ def evaluate_reconstruction(vae: nn.Module, batches: Iterable[dict[str, Tensor]]
 
 @torch.no_grad()
 def latent_scale(vae: nn.Module, batches: Iterable[dict[str, Tensor]]) -> float:
-    """diffusers' ``scaling_factor``: one over the latents' standard deviation, so that scaled
-    latents have unit variance (Rombach et al. 2022, section G of the supplement)."""
+    """Compute diffusers' ``scaling_factor``: 1 / (standard deviation of the latents), so that scaled latents have unit
+    variance (Rombach et al. 2022, section G of the supplement)."""
     parameter = next(vae.parameters())
     with evaluation_mode(vae):
         posteriors = [models.posterior(vae, batch["pixels"].to(parameter.device, parameter.dtype)) for batch in batches]
@@ -91,5 +91,5 @@ def latent_scale(vae: nn.Module, batches: Iterable[dict[str, Tensor]]) -> float:
         torch.cat([getattr(posterior, moment).cpu().double().flatten() for posterior in posteriors])
         for moment in ("mean", "var")
     )
-    # Var z = Var E[z|x] + E Var[z|x]: no sample, so no seed
+    # Var z = Var E[z|x] + E Var[z|x] needs no sample and therefore no seed
     return float((means.var() + variances.mean()) ** -0.5)

@@ -1,6 +1,7 @@
-"""Figures of a VAE's channels: activation maps, suppressed channels, scales, and near-zero weights.
+"""Plot a VAE's channels: activation maps, suppressed channels, scales, and near-zero weights.
 
-After Figures 1, 2 and 5 of Shi, Wang and Roshka.
+After Figures 1, 2 and 5 of Shi, Wang and Roshka ("Investigating the Functional Role of Learned Channel Suppression in
+Diffusion VAEs").
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,16 +30,16 @@ def activation_grids(
     columns: int = 8,
     title: str = "",
 ) -> Figure:
-    """One picture's activation maps under several models, with suppressed channels framed (paper, Figure 2).
+    """Plot one picture's activation maps in several models, with suppressed channels framed (paper, Figure 2).
 
     Each tile is scaled to its own range, as in the paper. A suppressed channel can therefore show a
     pattern whose values are too small to have an effect; the frame marks it.
 
     Args:
-        maps: for each model (C, H, W), the layer's activation for ``picture``.
-        suppressed: for each model the indices of its suppressed channels.
-        picture: (3, R, R) in [-1, 1].
-        columns: tiles in a row.
+        maps: the layer's activation (C, H, W) for ``picture``, by model.
+        suppressed: the indices of the suppressed channels, by model.
+        picture: the picture (3, R, R) in [-1, 1].
+        columns: the number of tiles per row.
         title: the figure's title.
     """
     channels, height, width = next(iter(maps.values())).shape
@@ -64,7 +65,7 @@ def activation_grids(
 
 
 def _mosaic(maps: np.ndarray, columns: int) -> np.ndarray:
-    """Maps (C, H, W) as tiles of one picture, each scaled to [0, 1]; a flat one is grey, gaps are white."""
+    """Arrange maps (C, H, W) as tiles of one picture, each scaled to [0, 1]; constant maps are grey, gaps white."""
     channels, height, width = maps.shape
     canvas = np.ones((-(-channels // columns) * (height + GAP) - GAP, columns * (width + GAP) - GAP))
     for channel, values in enumerate(maps):
@@ -76,10 +77,10 @@ def _mosaic(maps: np.ndarray, columns: int) -> np.ndarray:
 
 @plain_text
 def suppressed_over_steps(tracked: pd.DataFrame, interventions: Sequence[int], title: str = "") -> Figure:
-    """Suppressed channels over training, with a tick for each intervention (paper, Figure 5).
+    """Plot the number of suppressed channels over training, with a tick for each intervention (paper, Figure 5).
 
     Args:
-        tracked: columns ``step``, ``condition``, ``seed``, ``suppressed``.
+        tracked: a table with the columns ``step``, ``condition``, ``seed``, ``suppressed``.
         interventions: the steps at which scales were changed.
         title: the figure's title.
     """
@@ -95,11 +96,11 @@ def suppressed_over_steps(tracked: pd.DataFrame, interventions: Sequence[int], t
 
 @plain_text
 def near_zero_weights(table: pd.DataFrame, top: int = 8, title: str = "") -> Figure:
-    """The share of near-zero weights over training, of the layers where it is largest (paper, Figure 1).
+    """Plot the fraction of near-zero weights over training, for the layers with the largest fraction (paper, Figure 1).
 
     Args:
-        table: columns ``step``, ``layer``, ``fraction``.
-        top: how many layers to show.
+        table: a table with the columns ``step``, ``layer``, ``fraction``.
+        top: the number of layers to show.
         title: the figure's title.
     """
     largest = table.groupby("layer")["fraction"].max().nlargest(top).index
@@ -114,11 +115,11 @@ def near_zero_weights(table: pd.DataFrame, top: int = 8, title: str = "") -> Fig
 
 @plain_text
 def layer_bars(table: pd.DataFrame, threshold: float, title: str = "") -> Figure:
-    """The mean absolute activation m_c of every channel, by layer, with the suppressed channels marked.
+    """Plot the mean absolute activation m_c of every channel, by layer, with the suppressed channels marked.
 
     Args:
-        table: from :func:`vaelab.vae.channels.channel_table`.
-        threshold: theta_act, drawn as a line.
+        table: the table of :func:`vaelab.vae.channels.channel_table`.
+        threshold: theta_act, shown as a line.
         title: the figure's title.
     """
     layers = list(dict.fromkeys(table["layer"]))
@@ -144,11 +145,11 @@ def layer_bars(table: pd.DataFrame, threshold: float, title: str = "") -> Figure
 
 @plain_text
 def scale_scatter(table: pd.DataFrame, threshold: float, title: str = "") -> Figure:
-    """m_c against |gamma|, coloured by |beta|: whether the scale is the mechanism of suppression.
+    """Plot m_c against |gamma|, coloured by |beta|, to show whether the scale is the mechanism of suppression.
 
     Args:
-        table: from :func:`vaelab.vae.channels.channel_table`.
-        threshold: theta_act, drawn for both axes.
+        table: the table of :func:`vaelab.vae.channels.channel_table`.
+        threshold: theta_act, shown as a line.
         title: the figure's title.
     """
     figure, axis = plt.subplots(figsize=(6, 4.4), layout="constrained")
