@@ -1,4 +1,4 @@
-"""Where tensors live and in which number format: the ``device`` and ``precision`` parameters."""
+"""Resolve the ``device`` and ``precision`` parameters: where tensors are stored, and in which number format."""
 
 import torch
 

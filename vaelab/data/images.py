@@ -294,7 +294,7 @@ def load_images(
     if not sum(len(part.numbers) for part in parts):
         raise ValueError(f"dataset: {dataset!r} has no picture in its split {split!r}")
     name = f"{dataset}[{split}]" + (f"@{revision}" if revision else "")
-    # the name is part of what stores and checkpoints are resumed by: it holds all that decides the pictures and labels
+    # stores and checkpoints compare this name when they are resumed: it holds all that determines pictures and labels
     chosen = {"image_column": image_column, "label_column": label_column, "white_level": white_level}
     chosen["background"] = background if background != "white" else None
     name += "".join(f", {parameter} {value}" for parameter, value in chosen.items() if value)

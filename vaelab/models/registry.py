@@ -32,7 +32,7 @@ WEIGHTS = re.compile(r"(?P<stem>[\w-]*?model)(\.(?P<variant>\w+))?(-\d{5}-of-\d{
 
 
 class VAELocation(NamedTuple):
-    """Where an autoencoder lies."""
+    """Where an autoencoder is stored."""
 
     path: str
     """A local folder or file, or an id on the hub."""

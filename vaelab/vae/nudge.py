@@ -31,15 +31,15 @@ class NudgeConfig:
     """
 
     strategy: str = "multiply"
-    """``multiply``: |gamma| f; ``add``: |gamma| + a; ``reset``: gamma = 1; ``adaptive``: the smallest
-    |gamma| with which m_c is predicted to pass the threshold (so that the control, whose channels are
-    above the threshold, is not changed)."""
+    """``multiply`` sets |gamma| to |gamma| f; ``add`` sets it to |gamma| + a; ``reset`` sets gamma to 1; ``adaptive``
+    takes the smallest |gamma| with which m_c is predicted to exceed the threshold. Under ``adaptive`` the control
+    condition changes nothing, because its channels are above the threshold."""
     nudge_factor: float = 1.1
-    """f of ``multiply``."""
+    """f, the factor of ``multiply``."""
     nudge_amount: float = 0.01
-    """a of ``add``."""
+    """a, the amount that ``add`` adds."""
     gamma_max: float = 2.0
-    """gamma_max, the upper bound of ``multiply``, ``add`` and ``adaptive``."""
+    """Upper bound of |gamma| for ``multiply``, ``add`` and ``adaptive``."""
     gamma_floor: float = 1e-4
     """``multiply`` starts from at least this magnitude: a scale of exactly 0 would stay 0."""
     interval: int = 200
