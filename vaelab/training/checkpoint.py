@@ -197,9 +197,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], documents: Mapping[
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what :func:`write_tensors` wrote: tensors on the CPU, and documents.
 
-    The checksum is always verified. For 340 MB (the SDXL-VAE in float32) this takes 0.07 to 0.1 s of one core; the whole
-    read takes 0.1 s if the file is cached and 0.5 s if it is not (measured on two busy cores). That is more than 5 % of
-    the read, but little compared with the training run, which reads its checkpoint once.
+    The checksum is always verified. For 340 MB (the SDXL-VAE in float32) this takes 0.07 to 0.1 s of one core; the
+    whole read takes 0.1 s if the file is cached and 0.5 s if it is not (measured on two busy cores). That is more than
+    5 % of the read, but little compared with the training run, which reads its checkpoint once.
 
     Raises:
         ValueError: the file is missing, damaged or foreign.
