@@ -303,7 +303,7 @@ def _entries(value: Any) -> dict[Any, Tensor]:
 def _tensor(layer: str, value: Any, entry: int = 0) -> Tensor:
     tensors = list(_entries(value).values())
     if not -len(tensors) <= entry < len(tensors):
-        content = "no tensor" if not tensors else f"{len(tensors)} tensors, no number {entry}"
+        content = "no tensor" if not tensors else f"{len(tensors)} tensors, none with index {entry}"
         raise RuntimeError(f"layers: {layer} returned a {type(value).__name__} with {content} in it")
     return tensors[entry]
 

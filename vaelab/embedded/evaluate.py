@@ -71,7 +71,7 @@ def _class_scene(label: str) -> Scene:
     try:
         thing = Thing(shape, colour, "large", "centre", named=("shape", "colour"))
     except ValueError as error:
-        raise ValueError(f"class_model: its class {label!r} is no colour and shape of the world ({error})") from error
+        raise ValueError(f"class_model: its class {label!r} is no colour and shape of scenes ({error})") from error
     return Scene((thing,), "plain", "grey", named=())
 
 

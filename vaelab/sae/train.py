@@ -273,7 +273,7 @@ def train_saes(
     if not specs:
         raise ValueError("specs: no autoencoder to train")
     if config.clip_norm:
-        raise ValueError(f"clip_norm: must be 0 where several autoencoders are trained, got {config.clip_norm}")
+        raise ValueError(f"clip_norm: must be 0 if several autoencoders are trained, got {config.clip_norm}")
     objective = SAEObjective(specs)
     stream = batches(start=0, rank=0, world=1)
     first: list[Mapping[str, Tensor]] = []

@@ -90,7 +90,7 @@ class Thing:
         for cell, shift in zip(POSITIONS[self.position], self.offset, strict=True):
             first = CENTRES[cell] - SIZES[self.size] // 2 + shift
             if not 0 <= first <= SIDE - SIZES[self.size]:
-                raise ValueError(f"offset: {self.offset} moves a {self.size} thing at {self.position} off the picture")
+                raise ValueError(f"offset: {self.offset} moves a {self.size} object at {self.position} off the picture")
 
     @property
     def phrase(self) -> str:
