@@ -700,7 +700,7 @@ class TestEntry:
     @pytest.mark.parametrize("side", ["output", "update"])
     def test_one_that_is_not_there_is_an_error_naming_it(self, side, entry):
         model = nn.Sequential(Giving(lambda x: (x, "a", x + 1)))
-        message = f"layers: 0 returned a tuple with 2 tensors, no number {entry}"
+        message = f"layers: 0 returned a tuple with 2 tensors, none with index {entry}"
         with pytest.raises(RuntimeError, match=message), capture(model, "0", side=side, entry=entry):
             model(torch.ones(1))
         with pytest.raises(RuntimeError, match=message), edit(model, {"0": doubled}, side=side, entry=entry):
