@@ -213,6 +213,7 @@ def test_processes_share_the_scenes_and_are_at_the_same_step_of_the_curriculum(p
 def test_latents_are_scaled_as_the_autoencoders_configuration_says(pipeline):
     """(z - shift_factor) x scaling_factor; scaling by ``scaling_factor`` alone would train on the wrong latents."""
     pixels = world.render([world.sample(0)])
-    vae = type(pipeline.vae).from_config({**pipeline.vae.config, "shift_factor": 0.25, "scaling_factor": 3.0})
+    vae = type(pipeline.vae).from_config(pipeline.vae.config)
+    vae.register_to_config(shift_factor=0.25, scaling_factor=3.0)
     expected = (models.posterior(vae, pixels).mode() - 0.25) * 3
     torch.testing.assert_close(curriculum.scaled_latents(vae, pixels), expected.detach())

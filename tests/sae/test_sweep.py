@@ -317,8 +317,8 @@ def test_vectors_are_iterated_once_each_up_to_a_number(stored):
     rows = stored.rows(BLOCK)
     whole = torch.cat(list(sweep.iterate_vectors(stored, BLOCK)))
     assert whole.shape == (rows, stored.layout[BLOCK].width)
-    stored = stored.maps(BLOCK, range(len(stored.items))).flatten(0, -2)
-    assert torch.equal(whole.sort(0).values, stored.sort(0).values)
+    expected = stored.maps(BLOCK, range(len(stored.items))).flatten(0, -2)
+    assert torch.equal(whole.sort(0).values, expected.sort(0).values)
     assert torch.equal(torch.cat(list(sweep.iterate_vectors(stored, BLOCK, 7))), whole[:7])
 
 
