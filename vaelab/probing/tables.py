@@ -12,10 +12,9 @@ from pathlib import PurePath
 
 import pandas as pd
 
-from vaelab.core.io import read_json
-from vaelab.core.paths import resolve
 from vaelab.core.validate import unknown
 from vaelab.probing.layer_features import with_block_and_timestep
+from vaelab.runner.run import read_results
 
 CLASSIFIERS = {"probe": "linear probe,\ntest accuracy", "diffc": "Diff-C,\ntest accuracy"}
 PURITY = "purity: share of the\nmost frequent class"
@@ -113,21 +112,8 @@ def read_table(folder: str, notebook: str, table: str, parameter: str) -> pd.Dat
         ValueError: the folder holds no finished run of that notebook, the run's results are damaged, or they have no
             such table.
     """
-    file = resolve(folder) / "results.json"
-    try:
-        results = read_json(file) if file.exists() else {}
-        found, tables, model = (
-            results.get("notebook"),
-            results.get("tables", {}),
-            results.get("params", {}).get("model"),
-        )
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{parameter}: {str(file)!r} is damaged: it is not the results of a run ({error})") from error
-    if found != notebook:
-        raise ValueError(
-            f"{parameter}: {folder!r} holds no finished run of {notebook}; run it first "
-            f"(make run P={folder.replace('outputs/', 'params/', 1)}.yaml)"
-        )
+    results = read_results(folder, notebook, parameter)
+    tables, model = results.get("tables", {}), results.get("params", {}).get("model")
     if table not in tables:
         raise unknown(f"{parameter} (tables of {folder!r})", table, tables)
     return pd.DataFrame(tables[table]).assign(model=model)
