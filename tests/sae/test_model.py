@@ -4,36 +4,14 @@ import dense_sae
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small_sae import FEATURES, D, K, relative, shaken, vectors
 
 from vaelab.sae import topk
 from vaelab.sae.model import SAE, VARIANTS, Codes, SAEConfig
 
-D, FEATURES, K = 24, 256, 3
-
 
 def config(**changes):
     return SAEConfig(**{"d": D, "n_features": FEATURES, "k": K, "k_aux": 5, "dead_after": 100, **changes})
-
-
-def shaken(seed=0, **changes):
-    """An autoencoder with no symmetry left, and thresholds that most values do not pass."""
-    sae, generator = SAE(config(**changes), seed), torch.Generator().manual_seed(seed + 100)
-    with torch.no_grad():
-        for weight in sae.parameters():
-            weight.add_(0.05 * torch.randn(weight.shape, generator=generator))
-        if changes.get("variant") == "jumprelu":
-            sae.set_thresholds(1.5 + 0.05 * torch.randn(FEATURES, generator=generator))
-        if changes.get("variant") == "batchtopk":
-            sae.set_thresholds(1.5)
-    return sae
-
-
-def vectors(count=40, seed=0):
-    return torch.randn(count, D, generator=torch.Generator().manual_seed(seed)) + 0.3
-
-
-def relative(found, expected):
-    return float((found.double() - expected).norm() / expected.norm())
 
 
 @pytest.mark.parametrize("dead", [0, 12, 150], ids=["none dead", "a block of dead", "many dead"])
