@@ -86,6 +86,28 @@ def test_links_are_not_followed(tmp_path):
         OutputFolder(other)
 
 
+@pytest.mark.parametrize("name", ["new", "old"])
+def test_private_folder_that_is_a_link_is_not_followed(tmp_path, name):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "curve").write_text("precious")
+    folder = make(tmp_path / "run", curve="old")
+    (folder / ".run" / name).symlink_to(elsewhere)
+    (folder / ".run" / "staged.json").write_text("{}")
+    replace(folder, {}, curve="new").commit(replace_all=True)
+    assert (folder / "curve").read_text() == "new"
+    assert [path.name for path in elsewhere.iterdir()] == ["curve"]
+    assert (elsewhere / "curve").read_text() == "precious"
+
+
+def test_damaged_record_of_a_killed_overwrite_starts_it_again(tmp_path):
+    make(tmp_path, curve="old")
+    replace(tmp_path, {"k": 1}, curve="half").release()
+    (tmp_path / ".run" / "staged.json").write_text("{")
+    replace(tmp_path, {"k": 1}).release()
+    assert not (tmp_path / ".run" / "new" / "curve").exists()
+
+
 def test_what_a_killed_overwrite_left_is_used_again_by_the_same_run_only(tmp_path):
     make(tmp_path, curve="old")
     replace(tmp_path, {"k": 1}, curve="half").release()

@@ -111,8 +111,8 @@ class OutputFolder:
                 used again; files of another identity are removed.
         """
         marker = self._private / "staged.json"
-        if not marker.is_file() or read_json(marker) != identity:
-            _remove(self._private / "new")
+        if self._new.is_symlink() or not _holds(marker, identity):
+            _remove(self._new)
         self._new.mkdir(exist_ok=True)
         write_json(marker, identity)
 
@@ -122,8 +122,7 @@ class OutputFolder:
 
     def begun_as(self, identity: dict[str, Any]) -> bool:
         """Whether an unfinished run of this identity began in the folder."""
-        file = self._private / "identity.json"
-        return file.is_file() and not file.is_symlink() and read_json(file) == identity
+        return _holds(self._private / "identity.json", identity)
 
     def place(self, name: str, *, staged: bool) -> Path:
         """The path to write an entry of the folder to.
@@ -200,6 +199,8 @@ def complete_swap(folder: Path) -> None:
     new, old, made = ([name for name in swap[key] if _plain(name)] for key in ("new", "old", "made"))
     write_json(private / "made.json", made)
     replaced = private / "old"
+    if replaced.is_symlink():
+        replaced.unlink()
     replaced.mkdir(exist_ok=True)
     # results.json goes first and comes last: a reader in between sees a run that has not finished
     for name in sorted([*new, *old], key=lambda name: name != RESULTS):
@@ -228,6 +229,16 @@ def _names(path: Path) -> list[str]:
     except json.JSONDecodeError:
         return []
     return [name for name in names if _plain(name)] if isinstance(names, list) else []
+
+
+def _holds(path: Path, value: Any) -> bool:
+    """Whether a JSON file that is no link holds a value; a damaged file holds none."""
+    if not path.is_file() or path.is_symlink():
+        return False
+    try:
+        return read_json(path) == value
+    except ValueError:
+        return False
 
 
 def _own_folder(path: Path, *, links: bool = True) -> None:
