@@ -264,8 +264,8 @@ def couple_noise_to_positions(noise: Tensor, unnamed: Tensor) -> Tensor:
     whose position the prompt does not name. The scene is kept, and patches of the noise are exchanged: afterwards the
     first object without a named position stands at the free position whose central patch of noise has the highest mean,
     the second at the next highest. Patches of white noise are interchangeable, so the noise stays white if all free
-    positions are equally likely; in a split, which leaves some combinations out, this holds nearly. The paths from
-    noise to picture become straighter, and a deterministic sampler can follow them.
+    positions are equally likely. The training split leaves out some combinations of factors, so there this holds only
+    approximately. The paths from noise to picture become straighter, and a deterministic sampler can follow them.
 
     Args:
         noise: (B, c, h, w), white noise in the latent space.

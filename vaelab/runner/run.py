@@ -146,8 +146,8 @@ def start(notebook: str, namespace: Mapping[str, Any], *, execution_only: Iterab
     """Begin a run: validate the parameters and open the output folder.
 
     A finished run is replaced only if ``overwrite`` is true, and then in :meth:`Run.save`, when the new run is
-    complete. In an output folder called ``interactive`` results and figures are replaced by every run; a workspace is
-    used again. Tables are shown with four digits from here on, and stored with all.
+    complete. In an output folder called ``interactive`` every run replaces results and figures, and
+    workspaces are used again. Tables are shown with four digits from here on, and stored with all.
 
     Args:
         notebook: the notebook's name without its ending.
@@ -156,9 +156,9 @@ def start(notebook: str, namespace: Mapping[str, Any], *, execution_only: Iterab
             besides :data:`vaelab.runner.parameters.EXECUTION_ONLY`.
 
     Raises:
-        ValueError: a parameter the notebook does not have, one of the wrong type or size, a device or precision that
-            does not exist, a finished run without ``overwrite``, or another process that uses the folder.
-        OSError: an output folder that cannot be written to.
+        ValueError: the notebook has no such parameter; a value has the wrong type or size; a device or precision does
+            not exist; the folder holds a finished run and ``overwrite`` is false; or another process uses the folder.
+        OSError: the output folder cannot be written to.
     """
     declared = namespace["__annotations__"]
     validate("output_dir", namespace["output_dir"], str)
