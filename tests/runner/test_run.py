@@ -45,6 +45,34 @@ def test_results_have_what_the_front_page_reads(tmp_path):
     assert results["seconds"] >= 0
 
 
+def test_results_have_the_key_numbers_the_finding_and_the_thumbnail_of_the_front_page(tmp_path):
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    run = runner.start(NAME, namespace(tmp_path / "out"))
+    run.key_number("change of the error", -0.4, unit="%", interval=(-1, 0.2))
+    run.key_number("channels", 12)
+    assert run.finding("Nothing changed.") == "Nothing changed."
+    run.thumbnail(Figure(figsize=(20, 20)))
+    run.save()
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["key_numbers"] == [
+        {"label": "change of the error", "value": -0.4, "unit": "%", "interval": [-1.0, 0.2]},
+        {"label": "channels", "value": 12.0, "unit": "", "interval": None},
+    ]
+    assert results["finding"] == "Nothing changed."
+    assert results["files"] == ["thumbnail.png"]
+    assert Image.open(tmp_path / "out" / "thumbnail.png").size == (480, 300)
+    assert set(results["embedded_weights"]) == {"vae", "pipeline", "dit"}
+
+
+@pytest.mark.parametrize("interval", [None, (0.0, math.inf)])
+def test_a_key_number_that_is_not_finite_is_refused(tmp_path, interval):
+    run = runner.start(NAME, namespace(tmp_path / "out"))
+    with pytest.raises(ValueError, match=r"'error' is (nan|inf)"):
+        run.key_number("error", math.nan if interval is None else 1.0, interval=interval)
+
+
 def test_results_name_no_folder_of_this_machine(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     places = {"dataset": f"photos+{tmp_path.parent}/pictures", "output_dir": str(tmp_path / "outputs" / "a")}

@@ -5,11 +5,7 @@ shows its results, and ends with ``run.save()``.
 """
 
 import ast
-import importlib.metadata
 import math
-import os
-import platform
-import sys
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -23,11 +19,11 @@ from vaelab.core.paths import resolve
 from vaelab.core.validate import unknown
 from vaelab.runner.output import RESULTS, OutputFolder
 from vaelab.runner.parameters import changed, fingerprints, portable, validate
+from vaelab.runner.provenance import embedded_weights, environment
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-REPORTED = ("vaelab", "torch", "diffusers", "accelerate", "datasets", "transformers", "torchmetrics", "numpy")
 RECORDED = ".run/recorded.json"
 """What an unfinished run has recorded so far, in its output folder."""
 INTERACTIVE = "interactive"
@@ -45,6 +41,9 @@ class Run:
         self._execution_only, self._output = sorted(execution_only), output
         self._stage_all, self._stage_results = stage_all, stage_results or stage_all
         self._files: list[str] = []
+        self._key_numbers: list[dict[str, Any]] = []
+        self._finding = ""
+        self._embedded_weights = embedded_weights()
         self._started = time.perf_counter()
 
     @property
@@ -80,6 +79,30 @@ class Run:
         self._note()
         return table
 
+    def key_number(self, label: str, value: float, *, unit: str = "",
+                   interval: tuple[float, float] | None = None) -> None:  # fmt: skip
+        """Name one of the two to four numbers that answer the notebook's question, for the front page.
+
+        Args:
+            label: what the number is, in plain words.
+            value: the number.
+            unit: its unit, such as ``%`` or ``s``.
+            interval: lower and upper end of its 95 % interval, in the same unit.
+
+        Raises:
+            ValueError: a number is not finite.
+        """
+        for number in (value, *(interval or ())):
+            if not math.isfinite(number):
+                raise ValueError(f"key number {label!r} is {number}; a result must be a finite number")
+        ends = None if interval is None else [float(end) for end in interval]
+        self._key_numbers.append({"label": label, "value": float(value), "unit": unit, "interval": ends})
+
+    def finding(self, sentence: str) -> str:
+        """State what the run found in one plain sentence, for the front page; returns the sentence."""
+        self._finding = sentence
+        return sentence
+
     def figure(self, name: str, figure: "Figure") -> "Figure":
         """Save a figure as ``name.png`` beside the results, and return it to be shown."""
         import matplotlib.pyplot as plt
@@ -90,6 +113,20 @@ class Run:
             self._files += [path.name] if path.name not in self._files else []
         plt.close(figure)
         return figure
+
+    def thumbnail(self, figure: "Figure") -> None:
+        """Save a figure as ``thumbnail.png``, which the front page shows at its own size, 480 by 300 pixels.
+
+        The figure is resized to 4.8 by 3 inches, so its text must be readable at that size.
+        """
+        import matplotlib.pyplot as plt
+
+        if not self.dry:
+            path = self._output.place("thumbnail.png", staged=self._stage_results)
+            figure.set_size_inches(4.8, 3.0)
+            figure.savefig(path, dpi=100)
+            self._files += [path.name] if path.name not in self._files else []
+        plt.close(figure)
 
     def workspace(self, name: str) -> Path:
         """A folder for files that must survive a kill, such as checkpoints and stores.
@@ -136,8 +173,11 @@ class Run:
             "execution_only": self._execution_only,
             "metrics": self.metrics,
             "tables": {name: rows(table) for name, table in self.tables.items()},
+            "key_numbers": self._key_numbers,
+            "finding": self._finding,
             "seconds": round(time.perf_counter() - self._started, 3),
             "environment": environment(self.params.get("device", "auto")),
+            "embedded_weights": self._embedded_weights,
             "files": self._files,
         }
 
@@ -194,25 +234,6 @@ def start(notebook: str, namespace: Mapping[str, Any], *, execution_only: Iterab
 def rows(table: pd.DataFrame) -> list[dict[str, Any]]:
     """A table as plain JSON rows; a value that is not a finite number is null."""
     return [{str(key): _plain(value) for key, value in row.items()} for row in table.to_dict("records")]
-
-
-def environment(device: str) -> dict[str, Any]:
-    """Versions and device, without a path or a host's name."""
-    import torch
-
-    from vaelab.core import devices
-
-    chosen = devices.pick(device)
-    versions = {name: _version(name) for name in REPORTED}
-    return {
-        "python": platform.python_version(),
-        "machine": f"{platform.system()} {platform.machine()}",
-        "device": chosen.type,
-        "device_name": devices.name(chosen),
-        "threads": torch.get_num_threads(),
-        "cores": os.cpu_count(),
-        **versions,
-    }
 
 
 def read_results(folder: str | Path, notebook: str = "", parameter: str = "") -> dict[str, Any]:
@@ -286,12 +307,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, np.generic):
         value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _version(package: str) -> str | None:
-    if package == "vaelab":
-        return sys.modules["vaelab"].__version__
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
