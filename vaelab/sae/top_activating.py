@@ -7,7 +7,7 @@ count (:meth:`vaelab.sae.model.SAE.encode`), as in Kim et al. ("Revelio", equati
 activate a feature most).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -102,83 +102,149 @@ class FeatureSummary(NamedTuple):
         })  # fmt: skip
 
 
+class BestEntries:
+    """Keeps for each of n features the ``size`` entries with the largest keys, with the columns of each entry.
+
+    The entries are in decreasing order of their keys; among equal keys the earlier one comes first.
+    """
+
+    def __init__(self, n_features: int, size: int, kind: torch.dtype, columns: Mapping[str, Tensor]):
+        """Make empty lists.
+
+        Args:
+            n_features: the number of lists, n.
+            size: the length of each list.
+            kind: the type of the keys.
+            columns: the value () of each column in an unused place; its type and device are those of the column. A
+                column with several numbers per entry has a value (w,).
+        """
+        device = next(iter(columns.values())).device
+        self.lowest = torch.iinfo(kind).min if not kind.is_floating_point else -torch.inf
+        self.keys = torch.full((n_features, size), self.lowest, dtype=kind, device=device)
+        self.columns = {name: value.expand(n_features, size, *value.shape).clone() for name, value in columns.items()}
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the tensors that hold the entries."""
+        return {"keys": self.keys, **self.columns}
+
+    def add(self, feature: Tensor, key: Tensor, **columns: Tensor) -> None:
+        """Add entries: their features (N,) int64, their keys (N,), and the columns (N,) or (N, w)."""
+        size = self.keys.shape[1]
+        enters = (key > self.keys[feature, -1]).nonzero().flatten()  # the others cannot be among the best
+        if not len(enters):
+            return
+        feature, key = feature[enters], key[enters]
+        order = torch.sort(key, descending=True, stable=True).indices
+        order = order[torch.sort(feature[order], stable=True).indices]
+        feature, key, enters = feature[order], key[order], enters[order]
+        begins = _begins(feature)
+        group = begins.cumsum(0) - 1
+        rank = torch.arange(len(feature), device=feature.device) - begins.nonzero().flatten()[group]
+        top = rank < size
+        features, place = feature[begins], (group[top], rank[top])
+        keys = torch.full((len(features), size), self.lowest, dtype=self.keys.dtype, device=self.keys.device)
+        keys, order = torch.cat([self.keys[features], keys.index_put_(place, key[top])], 1).sort(
+            dim=1, descending=True, stable=True
+        )
+        order = order[:, :size]
+        self.keys[features] = keys[:, :size]
+        for name, values in columns.items():
+            mine = self.columns[name]
+            fresh = torch.zeros(len(features), *mine.shape[1:], dtype=mine.dtype, device=mine.device)
+            fresh.index_put_(place, values[enters[top]])
+            both = torch.cat([mine[features], fresh], 1)
+            index = order.view(*order.shape, *[1] * (both.ndim - 2)).expand(-1, -1, *both.shape[2:])
+            # a place that is still unused keeps the value that marks it
+            used = (keys[:, :size] != self.lowest).view(*order.shape, *[1] * (both.ndim - 2))
+            mine[features] = torch.where(used, both.gather(1, index), mine[features])
+
+
+class ItemActivations(NamedTuple):
+    """The active pairs of an item and a feature of a batch, in the order of items and features; each (N,)."""
+
+    item: Tensor
+    """int64: the index of the item in the batch."""
+    feature: Tensor
+    """int64."""
+    largest: Tensor
+    """float32: the largest activation in the item."""
+    position: Tensor
+    """int64: the flat position of that activation; among equal activations the first."""
+    total: Tensor
+    """float32: the sum of the activations over the item's positions."""
+    count: Tensor
+    """int64: the number of positions at which the feature is active."""
+
+
 class FeatureAccumulator:
     """Accumulates a :class:`FeatureSummary` batch by batch."""
 
     def __init__(self, n_features: int, top: int = 10, device: Any = "cpu"):
         at_least("top", top, 1)
-        self.top, self.device = top, torch.device(device)
-        self._values = torch.full((n_features, top), -torch.inf, device=self.device)
-        self._items = torch.full((n_features, top), NO_ITEM, device=self.device)
-        self._positions = torch.zeros_like(self._items)
+        self.device = torch.device(device)
+        whole, real = (torch.zeros((), dtype=kind, device=self.device) for kind in (torch.int64, torch.float32))
+        self._best = BestEntries(n_features, top, real.dtype, {"item": whole + NO_ITEM, "position": whole})
         self._active_items, self._active_rows = (
             torch.zeros(n_features, dtype=torch.int64, device=self.device) for _ in range(2)
         )
         wide = wide_device(self.device)
         self._total, self._squares = (torch.zeros(n_features, dtype=torch.float64, device=wide) for _ in range(2))
         self._histogram = torch.zeros((n_features, BINS), dtype=torch.int32, device=self.device)
-        self._item_count = self._row_count = 0
+        self.item_count = self.row_count = 0
 
-    def add(self, codes: Codes, items: Sequence[int]) -> None:
-        """Add the codes of B items.
+    def state(self) -> dict[str, Tensor]:
+        """Return the tensors that hold the statistics; the two counts are the only other state."""
+        own = {name: getattr(self, f"_{name}") for name in ("active_items", "active_rows", "total", "squares")}
+        best = {f"best.{name}": value for name, value in self._best.state().items()}
+        return {**own, "histogram": self._histogram, **best}
+
+    def add(self, codes: Codes, items: Sequence[int]) -> ItemActivations:
+        """Add the codes of B items, and return the activations of each item.
 
         Args:
             codes: ``values`` and ``indices`` (B, P, K); a feature with value 0 is not active.
             items: the indices of the B items. Add each item once; if indices increase, items with equal activations are
                 listed in the order of their indices.
         """
-        n = len(self._values)
+        n = len(self._total)
         batch, places, _ = codes.values.shape
-        self._item_count, self._row_count = self._item_count + batch, self._row_count + batch * places
+        self.item_count, self.row_count = self.item_count + batch, self.row_count + batch * places
         where = codes.values != 0
         item, position, _ = where.nonzero(as_tuple=True)
         feature, value = codes.indices[where], codes.values[where].float()
-        if not len(value):
-            return
         self._active_rows += torch.bincount(feature, minlength=n)
         place, wide = feature.to(self._total.device), value.to(self._total.device).double()
         self._total.index_add_(0, place, wide)
         self._squares.index_add_(0, place, wide.square())
         one = torch.ones((), dtype=torch.int32, device=self.device).expand(len(value))
         self._histogram.view(-1).index_add_(0, feature * BINS + histogram_bins(value), one)
-        # keep each feature's largest activation in each item; among equal ones the first position
-        order = torch.sort(value, descending=True, stable=True).indices
-        order = order[torch.sort(item[order] * n + feature[order], stable=True).indices]
-        first = _begins(item[order] * n + feature[order])
-        item, position, feature, value = (column[order][first] for column in (item, position, feature, value))
-        self._active_items += torch.bincount(feature, minlength=n)
-        # sort each feature's items by activation; equal ones stay in the items' order
-        order = torch.sort(value, descending=True, stable=True).indices
-        order = order[torch.sort(feature[order], stable=True).indices]
-        item, position, feature, value = (column[order] for column in (item, position, feature, value))
-        begins = _begins(feature)
-        group = begins.cumsum(0) - 1
-        rank = torch.arange(len(feature), device=self.device) - begins.nonzero().flatten()[group]
-        top = rank < self.top
-        self._merge(feature[begins], (group[top], rank[top]), value[top], _numbers(items, item[top]), position[top])
-
-    def _merge(
-        self, features: Tensor, where: tuple[Tensor, Tensor], value: Tensor, item: Tensor, place: Tensor
-    ) -> None:
-        """Merge a batch's top items into the lists of some features."""
-        shape = (len(features), self.top)
-        values = self._values.new_full(shape, -torch.inf).index_put_(where, value)
-        items = self._items.new_full(shape, NO_ITEM).index_put_(where, item)
-        places = self._positions.new_zeros(shape).index_put_(where, place)
-        values, order = torch.cat([self._values[features], values], 1).sort(dim=1, descending=True, stable=True)
-        order = order[:, : self.top]
-        self._values[features] = values[:, : self.top]
-        self._items[features] = torch.cat([self._items[features], items], 1).gather(1, order)
-        self._positions[features] = torch.cat([self._positions[features], places], 1).gather(1, order)
+        active = by_item(item, position, feature, value, n)
+        self._active_items += torch.bincount(active.feature, minlength=n)
+        numbers = torch.tensor(list(items), dtype=torch.int64, device=self.device)
+        self._best.add(active.feature, active.largest, item=numbers[active.item], position=active.position)
+        return active
 
     def summary(self) -> FeatureSummary:
         """Return the statistics of all batches so far."""
-        values = self._values.masked_fill(self._items == NO_ITEM, 0)
+        items = self._best.columns["item"]
         tensors = (
-            values, self._items, self._positions, self._active_items, self._active_rows, self._total, self._squares,
-            self._histogram,
+            self._best.keys.masked_fill(items == NO_ITEM, 0), items, self._best.columns["position"],
+            self._active_items, self._active_rows, self._total, self._squares, self._histogram,
         )  # fmt: skip
-        return FeatureSummary(*(part.to("cpu", copy=True) for part in tensors), self._item_count, self._row_count)
+        return FeatureSummary(*(part.to("cpu", copy=True) for part in tensors), self.item_count, self.row_count)
+
+
+def by_item(item: Tensor, position: Tensor, feature: Tensor, value: Tensor, n_features: int) -> ItemActivations:
+    """Combine the active entries (N,) of a batch, in the order of items and positions, into one entry per pair of an
+    item and a feature."""
+    order = torch.sort(value, descending=True, stable=True).indices
+    pair = item * n_features + feature
+    order = order[torch.sort(pair[order], stable=True).indices]
+    first = _begins(pair[order])
+    group, best = first.cumsum(0) - 1, order[first]
+    total = value.new_zeros(len(best)).index_add_(0, group, value[order])
+    count = torch.bincount(group, minlength=len(best))
+    return ItemActivations(item[best], feature[best], value[best], position[best], total, count)
 
 
 def summarise_features(
@@ -228,7 +294,3 @@ def _begins(ordered: Tensor) -> Tensor:
     first = torch.ones(len(ordered), dtype=torch.bool, device=ordered.device)
     first[1:] = ordered[1:] != ordered[:-1]
     return first
-
-
-def _numbers(items: Sequence[int], places: Tensor) -> Tensor:
-    return torch.tensor(list(items), device=places.device)[places]

@@ -109,6 +109,21 @@ class Store:
         state = "" if self.complete else ", not complete"
         return f"Store({self.url!r}: {len(self.items)} items of {', '.join(self.layout)} in {self.precision}{state})"
 
+    @property
+    def identity(self) -> str:
+        """A hash of the layout, the precision and the settings."""
+        return self._spec.identity
+
+    def shard_checksums(self, block: str) -> list[tuple[int, str]]:
+        """List for each finished shard the number of its items and a checksum of the items and the block's vectors.
+
+        Raises:
+            ValueError: the store has no such block.
+        """
+        self._shape(block)
+        names = ((shard, (items_file(number), data_file(number, block))) for number, shard in enumerate(self._shards))
+        return [(shard.items, "-".join(shard.files[name].xxh128 for name in files)) for shard, files in names]
+
     def rows(self, block: str) -> int:
         """Return the number of rows (vectors) of a block."""
         return len(self.items) * self._shape(block).count
