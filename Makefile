@@ -8,7 +8,7 @@ export PYTHONPATH := $(CURDIR)
 export HF_HUB_DISABLE_TELEMETRY := 1
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
 
-.PHONY: help setup demo test test-cuda lint run bench peers index lab
+.PHONY: help setup demo test test-cuda lint run bench peers report index lab
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -42,6 +42,9 @@ bench: $(READY) .peers/ready ## the whole of 90_benchmarks
 	$(PYTHON) -m vaelab.runner.cli run params/90_benchmarks/full.yaml --overwrite
 
 peers: $(READY) .peers/ready ## the libraries that autoencoders are timed beside
+
+report: $(READY) ## docs/results.md anew, from the finished full and study runs
+	$(PYTHON) -m vaelab.runner.cli run params/99_report/full.yaml --overwrite
 
 index: $(READY) ## outputs/index.html anew, from what has been run
 	$(PYTHON) -m vaelab.runner.cli index

@@ -1,0 +1,225 @@
+"""The results page on "Unpacking SDXL Turbo: Interpreting Text-to-Image Models with Sparse Autoencoders" (Surkov et
+al.)."""
+
+import pandas as pd
+
+from vaelab import viz
+from vaelab.core.stats import wilson
+from vaelab.report.markdown import Chart, Picture, listed, number, percent, percent_between, span, table
+from vaelab.report.models import FACTORS
+from vaelab.report.page import Absent, Entry, Section, Shown
+from vaelab.report.runs import FinishedRun
+from vaelab.sae.interventions import PAPER_TABLE_2, PAPER_WIDTH
+
+STRONG = 0.1
+"""A block matters for a factor where switching it off costs so much accuracy."""
+METHODS = {
+    "sae": "the autoencoder",
+    "pca": "as many principal components",
+    "random": "a random dictionary, same top-k",
+    "mean": "its mean",
+    "zero": "zero",
+}
+SOURCES = {
+    "sae": "trained SAE", "neurons": "neurons", "pca": "PCA", "ica": "ICA", "random": "random",
+    "untrained": "untrained", "frozen_decoder": "frozen decoder", "soft_frozen": "soft-frozen",
+    "frozen_encoder": "frozen encoder",
+    "mean_difference": "class means", "probe": "linear probe",
+}  # fmt: skip
+"""Where directions for a factor come from."""
+
+
+def figure_3(run: FinishedRun) -> Shown:
+    """Show what is lost when one block's update is switched off."""
+    effects = run.table("blocks", "block", "manhattan", *FACTORS).set_index("block")
+    factors = list(FACTORS[:-1])
+    worst = effects[factors].min(axis=1)
+    strong = [block for block in effects.index if worst[block] <= -STRONG]
+    weak = effects.drop(strong)[factors]
+    owners = [
+        f"{factor} on `{effects[factor].idxmin()}` ({100 * effects[factor].min():+.0f} points)" for factor in factors
+    ]
+    rest = f" Of the other {len(weak)}, none costs more than {-100 * weak.min().min():.0f} points." if len(weak) else ""
+    ordered = effects.loc[strong, [*factors, "manhattan"]]
+    rows = [(f"`{block}`", *(f"{100 * row[factor]:+.0f}" for factor in factors), number(row["manhattan"]))
+            for block, row in ordered.iterrows()]  # fmt: skip
+    return Shown(
+        f"{len(strong)} of {len(effects)} blocks do the drawing: {listed([f'`{block}`' for block in strong])}.{rest}",
+        [
+            "A block's **update** is what it adds to its input. It is set to zero at every step, and the table shows "
+            f"the change of the share of pictures with the factor correct, in points, over {run.params['max_images']} "
+            "prompts; the last column is the mean change of a pixel, of at most 765. Each factor depends most on one "
+            f"block: {listed(owners)}.",
+            table(("without", *factors, "change of a pixel"), rows),
+            Chart("blocks", lambda: viz.matrix(100 * effects[factors], "points", "without the block's update",
+                                               diverging=True),
+                  "Change of accuracy without each block, in points; red is lost, blank is unchanged. Most blocks "
+                  "change nothing."),
+            *_pictures(run, "pictures", "The same prompts without each block in turn."),
+        ],
+    )  # fmt: skip
+
+
+def table_2(collected: FinishedRun, trained: FinishedRun) -> Shown:
+    """Show how much of an update's variance k features explain, beside the paper's."""
+    widths = collected.table("blocks", "block", "width").set_index("block")["width"]
+    means = trained.table("sizes", "block", "k", "n_features", "explained_variance", "dead_fraction")
+    blocks, rows = list(dict.fromkeys(means["block"])), []
+    for (k, size), part in means.groupby(["k", "n_features"]):
+        own = part.set_index("block")
+        ratio = size / widths[blocks[0]]
+        paper = [values[3] for (_, *key), values in PAPER_TABLE_2.items() if key == [k, round(ratio * PAPER_WIDTH)]]
+        cells = [f"{percent(own.loc[block, 'explained_variance'], 1)} ({percent(own.loc[block, 'dead_fraction'])})"
+                 for block in blocks]  # fmt: skip
+        rows.append((k, f"{ratio:g} d", span(paper, "{:.0f} %".format) if paper else "", *cells))
+    explained = means.groupby(["n_features", "k"])["explained_variance"].mean().unstack()
+    larger_k = explained.iloc[:, -1] - explained.iloc[:, 0]
+    larger_size = explained.iloc[-1] - explained.iloc[0]
+    more = (larger_k > 0).all() and (larger_size > 0).all()
+    stronger = "a larger k" if larger_k.mean() > larger_size.mean() else "a larger dictionary"
+    return Shown(
+        ("As in the paper, more active features and larger dictionaries explain more" if more
+         else "Unlike in the paper, more features do not always explain more")
+        + f": {span(means['explained_variance'], percent)} of an update's variance; {stronger} helps most. "
+        f"{span(means['dead_fraction'], percent)} of the features are dead.",
+        [
+            "A sparse autoencoder (**SAE**) writes an update as a sum of **k** of its features, of which it has **n**; "
+            "d is the update's width. A feature is **dead** where no held-out vector activates it. Explained variance "
+            "on held-out prompts, in brackets the dead features; the paper's column is the range of its four blocks.",
+            table(("k", "n", "paper", *(f"here, `{block}`" for block in blocks)), rows),
+        ],
+    )  # fmt: skip
+
+
+def replaced(run: FinishedRun) -> Shown:
+    """Show what a picture loses when an update is replaced by its reconstruction."""
+    size = (run.params["k"], run.params["n_features"])
+    rows = run.table("table2", "block", "method", "k", "n_features", "manhattan_mean", "manhattan_median",
+                     "oracle_agreement", "explained_variance")  # fmt: skip
+    own = rows[(rows["k"] == size[0]) & (rows["n_features"] == size[1])].set_index(["method", "block"])
+    blocks, count = list(dict.fromkeys(rows["block"])), int(run.metric("prompts"))
+    cells = [
+        (METHODS[method], *(_replaced(own.loc[(method, block)], count) for block in blocks))
+        for method in METHODS
+        if method in own.index.get_level_values("method")
+    ]
+    distances = own["manhattan_mean"].unstack("block")
+    agreement, explained = own["oracle_agreement"].unstack("block"), own["explained_variance"].unstack("block")
+    quotients = distances.loc["zero"] / distances.loc["sae"]
+    equalled = [f"`{block}`" for block in blocks if agreement.loc["pca", block] >= agreement.loc["sae", block]]
+    last = _last_step(run, blocks)
+    return Shown(
+        f"With the autoencoder in place of the update the pixels move {span(quotients, lambda q: number(q, 2))} times "
+        f"less than without the update, and {span(agreement.loc['sae'], percent)} of the pictures show the same scene. "
+        + (f"But as many principal components preserve as many scenes or more in {listed(equalled)}."
+           if equalled else "It preserves more scenes than as many principal components in every block."),
+        [
+            f"k = {size[0]}, n = {size[1]}, {count} prompts. Cells: mean / median change of a pixel (of at most 765), "
+            "the share of pictures in which the oracle still reads the same scene with its 95 % interval, and the "
+            "explained variance.",
+            table(("update replaced by", *(f"`{block}`" for block in blocks)), cells),
+            f"A random dictionary explains {span(explained.loc['random'], percent)} of the variance and still "
+            f"preserves {span(agreement.loc['random'], percent)} of the scenes, so neither number means much without "
+            f"such a comparison. {last}",
+        ],
+    )  # fmt: skip
+
+
+def figure_4(run: FinishedRun) -> Shown:
+    """Show pictures with the update replaced."""
+    pictures = run.pictures("pictures-*")[-1:]
+    block = pictures[0].stem.removeprefix("pictures-") if pictures else ""
+    return Shown(
+        "",
+        [Picture(path, f"Rows: the original, then the update of {block} replaced by each method. A good reconstruction "
+                 "looks like the first row; zero and the mean show what the block does.") for path in pictures],
+    )  # fmt: skip
+
+
+def truth(run: FinishedRun) -> Shown:
+    """Show how well single directions find the factors of the world, by where the directions come from."""
+    names = [name for name in run.results["metrics"] if ".truth.f1." in name and name.split(".")[-1] in SOURCES]
+    blocks = list(dict.fromkeys(name.split(".truth.")[0] for name in names))
+    sources = [source for source in SOURCES if any(name.endswith(f".{source}") for name in names)]
+    rows = [
+        (f"`{block}`", *(number(run.metric(f"{block}.truth.f1.{source}"), 2) for source in sources)) for block in blocks
+    ]
+    return Shown(run.results["finding"], [
+        "Mean F1 over the values of all factors, of the best single direction of each source, chosen on one half of "
+        "the scenes and measured on the other. Class means and the linear probe know the labels and are the ceiling.",
+        table(("block", *(SOURCES[source] for source in sources)), rows),
+    ])  # fmt: skip
+
+
+def _replaced(row: pd.Series, count: int) -> str:
+    share = row["oracle_agreement"]
+    ends = percent_between(*wilson(round(share * count), count))
+    return (f"{row['manhattan_mean']:.2f} / {row['manhattan_median']:.2f}; {percent(share)} ({ends}); "
+            f"{percent(row['explained_variance'])}")  # fmt: skip
+
+
+def _last_step(run: FinishedRun, blocks: list[str]) -> str:
+    """How much of the distance arises where the update is replaced at the last step alone."""
+    rows = run.table("steps", "block", "method", "step", "manhattan_mean")
+    own = rows[rows["method"] == "sae"].assign(step=rows["step"].astype(str)).set_index(["block", "step"])
+    last = max(step for step in own.index.get_level_values("step") if step.isdigit())
+    parts = [f"{own.loc[(block, last), 'manhattan_mean']:.1f} of {own.loc[(block, 'all'), 'manhattan_mean']:.1f}"
+             for block in blocks]  # fmt: skip
+    return f"Replaced at the last step alone, the autoencoder moves the pixels by {listed(parts)}."
+
+
+def _pictures(run: FinishedRun, name: str, caption: str) -> list[Picture]:
+    return [Picture(path, caption) for path in run.pictures(name)]
+
+
+def _paper_span(column: int) -> str:
+    return span((values[column] for values in PAPER_TABLE_2.values()), lambda value: number(value, 2))
+
+
+GALLERY, SCORES = "34_feature_gallery/full", "35_feature_scores/full"
+SECTION = Section(
+    "Paper 3: features of a text-to-image model",
+    "\"Unpacking SDXL Turbo: Interpreting Text-to-Image Models with Sparse Autoencoders\" (Surkov et al.) trains "
+    "sparse autoencoders on what single blocks of SDXL Turbo add to a picture in the making. Blocks have the paper's "
+    "short names: `up.1.2` is the third cross-attention block of the second stage on the way up.",
+    (
+        Entry(
+            "Figure 3: which block does what", ("33_block_ablation/full",), figure_3,
+            paper="pictures without each block: `down.2.1` seems to determine the composition and `up.0.1` the "
+                  "colours.",
+            differs="the embedded model, which has eleven blocks of other widths; blocks of the same name need not "
+            "have the same part.",
+            paper_runs=("33_block_ablation/paper-sdxl-turbo",), headline=True,
+        ),
+        Entry(
+            "Table 2, explained variance: what k features keep", ("30_collect_activations/full", "31_train_sae/full"),
+            table_2,
+            paper="explained variance of `down.2.1`, `mid.0`, `up.0.0` and `up.0.1`; no dead features.",
+            differs="another model, other blocks, d 64 instead of 1,280; k and n / d are the paper's.",
+            paper_runs=("31_train_sae/paper-sdxl-turbo-down", "31_train_sae/paper-sdxl-turbo-up"),
+        ),
+        Entry(
+            "Table 2, distances: pictures with the update replaced", ("32_evaluate_sae/full",), replaced,
+            paper=f"mean change of a pixel {_paper_span(0)}, median {_paper_span(1)}, LPIPS {_paper_span(2)}; no "
+                   "baseline.",
+            differs="another model's pictures, of 64 x 64: distances in pixels cannot be compared with the paper's, so "
+            "baselines stand beside them. LPIPS needs a network that is not shipped.",
+            paper_runs=("32_evaluate_sae/paper-sdxl-turbo-down", "32_evaluate_sae/paper-sdxl-turbo-mid",
+                        "32_evaluate_sae/paper-sdxl-turbo-up0", "32_evaluate_sae/paper-sdxl-turbo-up"),
+            headline=True,
+        ),
+        Entry("Figure 4: such pictures", ("32_evaluate_sae/full",), figure_4,
+              paper="pictures of `down.2.1` replaced by its reconstruction, k = 10, n = 5,120."),
+        Entry("Features against the truth: beyond the paper", (SCORES,), truth, headline=True),
+    ),
+    (
+        Absent("Table 1", "specificity, texture, colour, locality", "35_feature_scores/paper-sdxl-turbo"),
+        Absent("Figures 1, 5 to 8", "features: heat map, modulation, empty prompt, top examples", GALLERY),
+        Absent("Figures 9 and 10", "features switched on in unrelated prompts, everywhere or under a mask", GALLERY),
+        Absent("Tables 3 to 5", "the prompts of the top examples in Figures 6 to 8", GALLERY),
+        Absent("Table 6, Figure 11", "captions of features by GPT-4o, and the pictures shown to it",
+               "36_annotate_features/full"),
+        Absent("Figure 2", "a diagram of SDXL's U-Net", why="not a result"),
+        Absent("Footnote 4", "linear probes for the position", "35_feature_scores/paper-sdxl-turbo"),
+    ),
+)  # fmt: skip
