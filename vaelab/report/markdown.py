@@ -1,6 +1,7 @@
 """Markdown: tables, numbers and intervals, always formatted alike."""
 
 from collections.abc import Iterable, Sequence
+from math import floor, log10
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,11 +50,10 @@ def number(value: float, digits: int = 3) -> str:
     """A number with some significant digits and without an exponent."""
     if value == 0:
         return "0"
-    from math import floor, log10
 
-    places = digits - 1 - floor(log10(abs(value)))
-    rounded = round(value, places)
-    return f"{rounded:,.{max(0, places)}f}" if rounded else "0"
+    rounded = float(f"{value:.{digits - 1}e}")
+    places = digits - 1 - floor(log10(abs(rounded)))
+    return f"{rounded:,.{max(0, places)}f}"
 
 
 def signed(value: float, digits: int = 2) -> str:

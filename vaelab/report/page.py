@@ -148,8 +148,8 @@ def summary(sections: Sequence[Section], runs: Mapping[str, FinishedRun]) -> str
     """One sentence on what the page shows."""
     count = counts(sections, runs)
     return (
-        f"{count['entries.shown']} of {count['entries']} results are shown from {count['runs']} finished runs, of which "
-        f"{count['runs.stale']} are stale."
+        f"{count['entries.shown']} of {count['entries']} results are shown, from {count['runs']} finished runs; "
+        f"{count['runs.stale']} of the runs are stale."
     )
 
 

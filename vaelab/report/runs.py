@@ -40,7 +40,7 @@ PICTURES = {
     "43_pca_maps": ("jointly",),
 }
 """Figures, by notebook, that cannot be drawn from a run's tables."""
-WIDEST, COLOURS = 1000, 128
+WIDEST, COLOURS = 1400, 128
 """Size in pixels and number of colours of a copied picture."""
 DEPENDS = {"0": ("pipeline", "dit"), "1": ("vae",), "2": ("vae",), "3": ("pipeline",), "9": ("pipeline", "vae")}
 """The embedded models that a run on ``embedded`` depends on, by the first digit of its notebook."""

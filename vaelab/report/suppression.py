@@ -134,9 +134,8 @@ def held_out_losses(runs: dict[str, FinishedRun]) -> Any:
             axis.plot(part["step"], part["loss"], color=PALETTE[condition], linewidth=0.6, alpha=0.5)
         last = axis is axes[-1]
         sns.lineplot(rows, x="step", y="loss", hue="condition", palette=PALETTE, ax=axis, errorbar=None, legend=last)
-        axis.set(xlabel="step", ylabel="held-out total loss" if total else "held-out MSE", yscale="log", title=name)
-        axis.yaxis.set_minor_formatter("{x:.3g}")
-        axis.tick_params(axis="y", which="both", labelsize=8)
+        axis.set(xlabel="step", ylabel="held-out total loss" if total else "held-out MSE", title=name)
+        axis.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
     axes[-1].legend(fontsize=9)
     return figure
 
@@ -168,7 +167,7 @@ def figure_5(run: FinishedRun) -> Shown:
         f"On glyphs {start:.0f} channels are suppressed at the start; at the end {end['nudge']:.0f} are with the nudge "
         f"and {end['baseline']:.0f} without it.",
         _pictures(run, "suppressed", "Suppressed channels over fine-tuning; the ticks at the bottom mark the steps at "
-                  "which scales were raised. After each tick the count drops, and then climbs again."),
+                  "which scales were raised. Look whether the count falls after a tick."),
     )  # fmt: skip
 
 
@@ -209,8 +208,8 @@ def mechanism(run: FinishedRun) -> Shown:
         if run.metric("spearman.gamma") > 0.5 and both > low / 2
         else f"The scale explains only a part: rank correlation {number(run.metric('spearman.gamma'), 2)}, and "
         f"{both:.0f} of {low:.0f} suppressed channels have a small |gamma|.",
-        _pictures(run, "mechanism", "Every channel by its scale |gamma| and its activity m_c, on a log scale. Points "
-                  "on the diagonal are as active as their scale allows."),
+        _pictures(run, "mechanism", "Every channel by its scale |gamma| and its activity m_c, on log scales. The line "
+                  "is what a channel would have whose normalised input is normally distributed and whose shift is 0."),
     )  # fmt: skip
 
 

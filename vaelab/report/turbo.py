@@ -51,10 +51,10 @@ def figure_3(run: FinishedRun) -> Shown:
             "prompts; the last column is the mean change of a pixel, of at most 765. Each factor depends most on one "
             f"block: {listed(owners)}.",
             table(("without", *factors, "change of a pixel"), rows),
-            Chart("blocks", lambda: viz.matrix(100 * effects[factors], "points", "without the block's update",
+            Chart("blocks", lambda: viz.matrix(effects[factors], "change of accuracy", "without the block's update",
                                                diverging=True),
-                  "Change of accuracy without each block, in points; red is lost, blank is unchanged. Most blocks "
-                  "change nothing."),
+                  "Change of the share of pictures with the factor correct, without each block's update; the "
+                  "darker the blue, the more is lost."),
             *_pictures(run, "pictures", "The same prompts without each block in turn."),
         ],
     )  # fmt: skip

@@ -1,0 +1,258 @@
+"""The committed page is what the committed results give, and each of its findings follows its numbers."""
+
+import copy
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from vaelab.report import page, pelap, runs, suppression, turbo
+from vaelab.report.markdown import Chart, Picture, number, percent, signed
+from vaelab.report.sections import SECTIONS
+from vaelab.runner.provenance import embedded_weights
+
+DOCS = Path(__file__).parent.parent.parent / "docs"
+TODAY = embedded_weights()
+
+
+@pytest.fixture(scope="module")
+def finished():
+    return runs.read_runs(DOCS / "results")
+
+
+@pytest.fixture(scope="module")
+def built(finished):
+    return page.build_page(SECTIONS, finished)
+
+
+def planted(label, metrics=(), tables=(), params=(), *, weights=TODAY):
+    """A finished run with these results."""
+    results = {
+        "notebook": label.split("/")[0], "params": {"model": "embedded", **dict(params)}, "metrics": dict(metrics),
+        "tables": dict(tables), "key_numbers": [], "finding": "", "seconds": 1.0, "embedded_weights": weights,
+        "environment": {"device": "cpu", "device_name": "cpu", "processor": "a processor", "threads": 1},
+    }  # fmt: skip
+    changed = tuple(n for n in runs.depends_on(label, results["params"]) if weights.get(n) != TODAY.get(n))
+    return runs.FinishedRun(label, Path("results", label), results, changed)
+
+
+def save(run, folder):
+    path = folder / run.label / "results.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(runs.as_text(run.results))
+    return path
+
+
+def differences(low, high):
+    rows = []
+    for condition, ends in (("nudge", (low, high)), ("control", (10.0, 14.0))):
+        for measure in ("mse", "kl", "psnr", "ssim"):
+            row = {"dataset": "photos", "condition": condition, "measure": measure, "seeds": 5}
+            rows.append({**row, "percent": sum(ends) / 2, "percent_low": ends[0], "percent_high": ends[1]})
+    return planted("11_compare_interventions/study", tables={"differences": rows})
+
+
+def test_the_committed_page_is_what_the_committed_results_give(built):
+    assert (DOCS / "results.md").read_text() == built.text, "make report writes docs/results.md anew"
+
+
+def test_an_edited_number_is_noticed(finished, built):
+    edited = {label: copy.deepcopy(run.results) for label, run in finished.items()}
+    edited["33_block_ablation/full"]["tables"]["blocks"][-1]["shape"] -= 0.1
+    again = {
+        label: runs.FinishedRun(label, run.folder, edited[label], run.changed_weights)
+        for label, run in finished.items()
+    }
+    assert page.build_page(SECTIONS, again).text != built.text
+
+
+def test_every_picture_and_link_of_the_page_exists(built):
+    anchors = {page.anchor(title) for title in re.findall(r"^#+ (.*)$", built.text, re.MULTILINE)}
+    for link in re.findall(r"\]\(([^)]+)\)", built.text):
+        assert link[1:] in anchors if link.startswith("#") else (DOCS / link).is_file(), link
+    for run in re.findall(r"P=params/(\S+)\.yaml`", built.text):
+        assert (DOCS.parent / "params" / f"{run}.yaml").is_file() or run.split("/")[0] not in {
+            path.stem for path in (DOCS.parent / "notebooks").glob("*.ipynb")
+        }, run
+
+
+def test_no_heading_stands_twice(built):
+    headings = re.findall(r"^##+ (.*)$", built.text, re.MULTILINE)
+    linked = [heading for heading in headings if heading != "The paper's other tables and figures"]
+    assert len(set(linked)) == len(linked)
+
+
+def test_charts_are_the_same_bytes_when_drawn_again(built, tmp_path):
+    chart = next(chart for chart in built.charts if chart.name == "differences")
+    for name in ("a.png", "b.png"):
+        page.save_chart(chart, tmp_path / name)
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_a_page_without_runs_names_the_commands():
+    text = page.build_page(SECTIONS, {}).text
+    assert "*Not run:* `make run P=params/11_compare_interventions/study.yaml`" in text
+    assert "No run has been made yet" in text
+
+
+def test_changed_weights_make_a_run_stale():
+    run = differences(-1.0, 1.0)
+    small = (page.Section("Small", "", suppression.SECTION.entries[:1]),)
+    current = page.build_page(small, {run.label: run}).text
+    old = planted(run.label, tables=run.results["tables"], weights={**TODAY, "vae": "another"})
+    stale = page.build_page(small, {run.label: old}).text
+    assert "stale" not in current.split("## Contents")[1]
+    assert "(**stale**: vae changed since)" in stale and "**stale** (vae)" in stale
+    assert "*Stale*: 11_compare_interventions/study" in stale
+
+
+@pytest.mark.parametrize(
+    ("label", "params", "models"),
+    [
+        ("10_finetune_vae/a", {"model": "embedded"}, ("vae",)),
+        ("13_logit_lens/a", {"model": "outputs/10_finetune_vae/study-glyphs/runs/x/vae"}, ("vae",)),
+        ("13_logit_lens/a", {"model": "outputs/10_finetune_vae/paper-fonts/runs/x/vae"}, ()),
+        ("10_finetune_vae/a", {"model": "stabilityai/sdxl-vae"}, ()),
+        ("33_block_ablation/a", {"model": "embedded"}, ("pipeline",)),
+        ("42_diffc/a", {"model": "embedded"}, ("pipeline",)),
+        ("42_diffc/a", {"model": "embedded-dit"}, ("dit",)),
+        ("43_pca_maps/a", {"model": "embedded", "other_model": "embedded-dit"}, ("pipeline", "dit")),
+    ],
+)
+def test_a_run_depends_on_the_models_that_it_used(label, params, models):
+    assert runs.depends_on(label, params) == models
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "sentence"),
+    [
+        (-1.0, 1.0, "all 4 intervals of its effect contain zero"),
+        (1.0, 3.0, "4 of the 4 intervals of its effect exclude zero"),
+    ],
+)
+def test_the_finding_on_the_nudge_follows_its_intervals(low, high, sentence):
+    assert sentence in suppression.table_1(differences(low, high)).finding
+
+
+@pytest.mark.parametrize(
+    ("alone", "penalised", "sentence"),
+    [
+        (0.02, 0.01, "needs no penalty"),
+        (1.5, 0.01, "needs the penalty"),
+        (1.5, 1.2, "does not collapse"),
+    ],
+)
+def test_the_finding_on_the_collapse_follows_the_scales(alone, penalised, sentence):
+    scales = {"unmasked": 2.0, "lambda_0": alone, "lambda_0.01": penalised}
+    metrics = {
+        f"{setting}.{measure}{end}": scale if measure == "scale" else 1.0
+        for setting, scale in scales.items()
+        for measure in pelap.MEASURES
+        for end in ("", ".low", ".high")
+    }
+    differences = [{"measure": "diffusion_loss", "paper": -0.1, "here": 0.2, "low": -1.0, "high": 1.0}]
+    measured = [{"setting": "unmasked", "seed": 0}]
+    run = planted("21_sparsity_collapse/cifar10", metrics, {"measures": measured, "paper_differences": differences})
+    assert sentence in pelap.collapse(run).finding
+
+
+def test_blocks_that_draw_are_told_from_the_others():
+    rows = [
+        {"block": block, "manhattan": 1.0, **dict.fromkeys(turbo.FACTORS, 0.0), "shape": shape}
+        for block, shape in (("up.0.0", -0.04), ("up.0.1", -0.5))
+    ]
+    shown = turbo.figure_3(planted("33_block_ablation/full", {}, {"blocks": rows}, {"max_images": 9}))
+    assert shown.finding == "1 of 2 blocks do the drawing: `up.0.1`. Of the other 1, none costs more than 4 points."
+
+
+def test_features_are_scored_by_where_their_directions_come_from():
+    metrics = {f"up.1.2.truth.f1.{source}": 0.1 * place for place, source in enumerate(("sae", "neurons", "probe"), 1)}
+    (_, table) = turbo.truth(planted("35_feature_scores/full", metrics)).blocks
+    assert table.splitlines() == [
+        "| block | trained SAE | neurons | linear probe |",
+        "| --- | --- | --- | --- |",
+        "| `up.1.2` | 0.10 | 0.20 | 0.30 |",
+    ]
+
+
+def test_a_missing_number_is_one_sentence():
+    run = planted("33_block_ablation/full", {}, {"blocks": [{"block": "up.0.0", "manhattan": 1.0}]})
+    with pytest.raises(
+        ValueError, match=r"^columns of the table 'blocks' of 33_block_ablation/full: unknown name 'shape'"
+    ):
+        page.build_page(SECTIONS, {run.label: run})
+
+
+def test_damaged_and_incomplete_results_are_one_sentence(tmp_path):
+    path = save(planted("33_block_ablation/full"), tmp_path)
+    path.write_text(path.read_text()[:-20])
+    with pytest.raises(ValueError, match=r"results\.json' is damaged"):
+        runs.read_runs(tmp_path)
+    path.write_text(json.dumps({"notebook": "33_block_ablation", "params": {}, "metrics": {}, "tables": {}}))
+    with pytest.raises(ValueError, match=r"have no key_numbers, finding, seconds, .*; run it again"):
+        runs.read_runs(tmp_path)
+
+
+def test_finished_runs_are_copied_and_read_back_alike(tmp_path):
+    outputs, folder = tmp_path / "outputs", tmp_path / "results"
+    long = [{"channel": number} for number in range(runs.LONGEST_TABLE + 1)]
+    run = planted("33_block_ablation/full", {"a": 0.1}, {"blocks": [{"x": 1.5, "y": None}], "channels": long})
+    save(run, outputs)
+    save(planted("33_block_ablation/demo"), outputs)
+    save(planted("33_block_ablation/mine"), outputs)
+    assert runs.copy_runs(outputs, folder) == ["33_block_ablation/full: copied"]
+    assert runs.copy_runs(outputs, folder) == []
+    (read,) = runs.read_runs(folder).values()
+    assert read.results == {**run.results, "tables": {"blocks": [{"x": 1.5, "y": None}]}}
+
+
+def test_a_stale_run_does_not_replace_a_current_one(tmp_path):
+    outputs, folder = tmp_path / "outputs", tmp_path / "results"
+    save(planted("33_block_ablation/full", {"a": 1.0}), folder)
+    save(planted("33_block_ablation/full", {"a": 2.0}, weights={**TODAY, "pipeline": "another"}), outputs)
+    (line,) = runs.copy_runs(outputs, folder)
+    assert "stale" in line
+    assert runs.read_runs(folder)["33_block_ablation/full"].metric("a") == 1.0
+    shutil.rmtree(folder)
+    assert runs.copy_runs(outputs, folder) == ["33_block_ablation/full: copied"]
+
+
+def test_copying_needs_export_and_a_folder(tmp_path):
+    with pytest.raises(ValueError, match=r"^outputs_folder: runs are copied only with export: true"):
+        runs.require_export("outputs", False)
+    with pytest.raises(ValueError, match=r"^outputs_folder: no folder"):
+        runs.require_export(str(tmp_path / "none"), True)
+
+
+def test_copied_pictures_are_small_and_the_same_every_time(tmp_path):
+    from PIL import Image
+
+    Image.effect_noise((3000, 60), 50).save(tmp_path / "large.png")
+    for name in ("a.png", "b.png"):
+        runs.copy_picture(tmp_path / "large.png", tmp_path / name)
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.size == (runs.WIDEST, 28)
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_pictures_are_linked_where_they_lie(tmp_path):
+    charts = []
+    picture = Picture(tmp_path / "43_pca_maps" / "full" / "jointly.png", "First. Second.")
+    assert page._block(picture, "results", charts).startswith("![First](results/43_pca_maps/full/jointly.png)")
+    page._block(Chart("drawn", None, "A chart."), "results", charts)
+    assert [chart.name for chart in charts] == ["drawn"]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.0476, "0.0476"), (1234.5, "1,230"), (0.9999, "1.00"), (0, "0"), (-2.345, "-2.35"), (12.0, "12.0")],
+)
+def test_numbers_have_three_digits(value, text):
+    assert number(value) == text
+
+
+def test_signs_and_shares():
+    assert [signed(value) for value in (0.5, -0.5, 0.0)] == ["+0.50", "-0.50", "0"]
+    assert [percent(share) for share in (0.984, -0.001, 1)] == ["98 %", "0 %", "100 %"]
