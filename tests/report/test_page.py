@@ -158,6 +158,23 @@ def test_the_finding_on_the_collapse_follows_the_scales(alone, penalised, senten
     assert sentence in pelap.collapse(run).finding
 
 
+@pytest.mark.parametrize(
+    ("share", "sentence"), [(0.0, "suppresses the channels here"), (0.15, "does not explain the suppression")]
+)
+def test_the_finding_on_causes_follows_the_shares(share, sentence):
+    rows = [
+        {"variant": variant, "seed": 0, "final": True, "mse": 1.0, "share": own}
+        for variant, own in (
+            ("reference", 0.2),
+            ("no weight decay", 0.0),
+            ("scales not decayed", share),
+            ("photos", 0.3),
+        )
+    ]
+    run = planted("15_causes_of_suppression/study", {}, {"validation": rows}, {"threshold": 0.01})
+    assert sentence in suppression.causes(run).finding
+
+
 def test_blocks_that_draw_are_told_from_the_others():
     rows = [
         {"block": block, "manhattan": 1.0, **dict.fromkeys(turbo.FACTORS, 0.0), "shape": shape}

@@ -83,7 +83,7 @@ def layers(run: FinishedRun) -> Shown:
     rows = []
     for block in dict.fromkeys([*blocks, *LAYERS]):
         paper = [f"{by[LOWEST][LAYERS.index(block)]:.1f} %" if block in LAYERS else "" for by in TABLES_6_TO_8.values()]
-        here = [_accuracy(own.loc[(factor, block)]) if block in blocks else "" for factor in factors]
+        here = [_accuracy(own.loc[(factor, block)], layer=False) if block in blocks else "" for factor in factors]
         rows.append((f"`{block}`", *paper, *here))
     best = {factor: own.loc[factor]["accuracy"].idxmax() for factor in factors}
     same = [factor for factor in factors if best[factor] == "up_ft1"]
@@ -154,8 +154,8 @@ def purity(run: FinishedRun) -> Shown:
     return Shown(
         f"The paper's sigma_label depends on how classes are numbered: another numbering of the same {factor}s changes "
         f"it by up to {number(change, 2)} for one layer, "
-        + ("more than" if change > apart else "and")
-        + f" the {number(apart, 2)} that lie between all {len(own)} layers and timesteps.",
+        + ("more than" if change > apart else "beside")
+        + f" the range of {number(apart, 2)} over all {len(own)} layers and timesteps.",
         [
             "A **k-SAE** is an autoencoder with k active features for a picture. **sigma_label** is the standard "
             "deviation of the class numbers of the ten pictures that activate a feature most, averaged over features; "
@@ -238,16 +238,18 @@ def zero_shot(colour: FinishedRun, ground: FinishedRun | None) -> Shown:
         rows.append((f"here, {denoiser['factor']} ({int(denoiser['count'])} scenes)", _accuracy(denoiser, layer=False),
                      percent(diffc["accuracy_on_these"]), f"{denoiser['seconds_per_image']:.2g}",
                      f"{diffc['seconds_per_image']:.2g}", f"{quotient:.0f}"))  # fmt: skip
-        finding.append(f"{percent(denoiser['accuracy'])} of the {denoiser['factor']}s against "
-                       f"{percent(diffc['accuracy_on_these'])}, and takes {quotient:.0f} times as long")  # fmt: skip
+        finding.append(
+            f"of the {denoiser['factor']}s {percent(denoiser['accuracy'])}, "
+            f"Diff-C {percent(diffc['accuracy_on_these'])} in a time {quotient:.0f} times shorter"
+        )
     paper = [
         (f"paper, {name}", f"{first:g} %", f"{second:g} %", f"{SECONDS[0]:g}", f"{SECONDS[1]:g}",
          f"{SECONDS[0] / SECONDS[1]:.0f}")
         for name, (first, second) in TABLE_5.items()
     ]  # fmt: skip
     return Shown(
-        f"The denoiser as a zero-shot classifier names {'; '.join(finding)}. Diff-C was trained for these classes, the "
-        "denoiser was not.",
+        f"The denoiser as a zero-shot classifier names correctly {'; '.join(finding)}. Diff-C was trained for these "
+        "classes, the denoiser was not.",
         [
             "The **diffusion classifier** (Li et al.) prompts the denoiser with each class in turn and chooses the "
             "class whose noise it predicts best.",
@@ -284,8 +286,8 @@ def cifar(run: FinishedRun, pure: FinishedRun | None) -> Shown:
                 f"{few['accuracy'] * few['count']:.0f} of {int(few['count'])} pictures.")  # fmt: skip
     above = best["low"] > best["chance"]
     return Shown(
-        f"The U-Net {'encodes something' if above else 'encodes nothing that a classifier finds'} of photographs, "
-        f"though it was never trained on one: the best layer classifies {_accuracy(best)} of CIFAR-10, where always "
+        f"{'The U-Net encodes something of photographs' if above else 'No classifier finds anything of photographs'}, "
+        f"on which the U-Net was never trained: the best layer classifies {_accuracy(best)} of CIFAR-10, where always "
         f"naming the most frequent class is correct in {percent(best['chance'])}.",
         [
             f"Accuracy at t = {listed([str(step) for step in steps])} (separated by a stroke), "

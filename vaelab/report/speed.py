@@ -59,7 +59,7 @@ def tracking(run: FinishedRun) -> Shown:
     return Shown(
         f"Measuring every GroupNorm on each {every}th step adds {signed(overhead)} % to a training step.",
         [f"Two untracked steps differ by {signed(run.metric('tracking.repeat_percent'))} %, which is the noise of this "
-         f"machine. A tracked step alone takes {_quartiles(run, 'tracking.tracked_step_percent')} longer."],
+         f"machine. The time of a tracked step alone changes by {_quartiles(run, 'tracking.tracked_step_percent')}."],
     )  # fmt: skip
 
 
