@@ -109,3 +109,13 @@ def test_every_lesson_needs_its_steps_before_anything_is_trained(tmp_path):
     with pytest.raises(ValueError, match="lesson_steps: expected one for each of placing, outlines, practice"):
         train_unet.train_pipeline(tmp_path, lesson_steps=(2, 2), device="cpu")
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("instructions", "precision"),
+    [({"avx2": True}, "float32"), ({"avx512_bf16": True}, "bfloat16"), ({"bf16": True}, "bfloat16")],
+    ids=lambda value: str(value),
+)
+def test_a_cpu_trains_in_bfloat16_only_if_it_has_instructions_for_it(monkeypatch, instructions, precision):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: instructions)
+    assert train_unet.training_precision("cpu") == precision

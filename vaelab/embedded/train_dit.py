@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vaelab.core import devices
 from vaelab.core.validate import at_least
 from vaelab.embedded.curriculum import pixel_weights, scaled_latents, scene_batches, weighted_mse, without_offsets
-from vaelab.embedded.train_unet import new_scheduler, unfused_attention_on_cpu
+from vaelab.embedded.train_unet import new_scheduler, training_precision, unfused_attention_on_cpu
 from vaelab.training.batches import Batches
 from vaelab.training.loop import TrainConfig, Trained, train
 from vaelab.world.scenes import COLOURS, SHAPES, Scene, allowed_combinations, render
@@ -98,7 +98,7 @@ def train_dit(
     pipeline = new_dit(vae.requires_grad_(False).to(devices.pick(device)), model, seed)
     config = TrainConfig(
         steps=steps, learning_rate=1e-3, weight_decay=0.01, warmup=min(200, steps // 10), schedule="cosine",
-        log_every=50, precision="bfloat16", device=device, seed=seed, checkpoint_every=100,
+        log_every=50, precision=training_precision(device), device=device, seed=seed, checkpoint_every=100,
     )  # fmt: skip
     settings = {"model": asdict(model), "scaling_factor": round(vae.config.scaling_factor, 4), "batch_size": BATCH_SIZE,
                 "class_dropout": CLASS_DROPOUT, "thing_pixel_weight": THING_PIXEL_WEIGHT}  # fmt: skip
