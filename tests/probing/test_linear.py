@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from vaelab.probing.linear import class_share, fit_linear_probe, measure_accuracy
+from vaelab.probing.linear import class_share, fit_linear_probe, logistic_path, measure_accuracy
 
 
 def test_a_score_counts_and_chance_is_the_most_frequent_class_of_the_training_examples():
@@ -41,6 +41,34 @@ def test_the_strength_is_the_best_on_the_validation_examples_and_of_equals_the_m
     assert found.validation == max(alone.values())
     assert found.strength == min(c for c, accuracy in alone.items() if accuracy == found.validation)
     assert len(set(alone.values())) > 1
+
+
+@pytest.mark.parametrize("classes", [2, 7])
+def test_fits_along_the_strengths_are_those_of_scikit_learn(classes):
+    """Strongly correlated vectors: the same objective, and the same predictions but for a picture or two."""
+    from sklearn.linear_model import LogisticRegression
+
+    rng = np.random.default_rng(0)
+    labels = rng.integers(classes, size=300)
+    mixing = rng.normal(size=(20, 20)) * np.logspace(0, -3, 20)[:, None]
+    vectors = (rng.normal(size=(300, 20)) + 0.7 * np.eye(20)[labels]) @ mixing
+    vectors = (vectors - vectors.mean(0)) / vectors.std(0)
+    strengths = [1e-3, 1e-1, 10.0]
+    for strength, fit in zip(strengths, logistic_path(vectors, labels, strengths), strict=True):
+        reference = LogisticRegression(C=strength, max_iter=20_000, tol=1e-8).fit(vectors, labels)
+        weights, offsets = fit.weights, fit.offsets
+        if classes == 2:
+            weights, offsets = weights[:, [1]] - weights[:, [0]], offsets[[1]] - offsets[[0]]
+        expected = _objective(vectors, labels, reference.coef_.T, reference.intercept_, strength)
+        assert _objective(vectors, labels, weights, offsets, strength) == pytest.approx(expected, rel=1e-4)
+        assert (fit.predict(vectors) != reference.predict(vectors)).sum() <= 2
+
+
+def _objective(vectors, labels, weights, offsets, strength):
+    logits = vectors @ weights + offsets
+    logits = np.hstack([np.zeros_like(logits), logits]) if logits.shape[1] == 1 else logits
+    loss = np.log(np.exp(logits).sum(1)) - logits[np.arange(len(labels)), labels]
+    return strength * loss.sum() + (weights**2).sum() / 2
 
 
 def test_wrong_input_is_refused():
