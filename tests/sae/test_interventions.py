@@ -294,16 +294,16 @@ def test_pictures_that_the_oracle_does_not_read_are_refused_before_any_is_drawn(
         )
 
 
-def test_the_table_says_why_there_is_no_lpips():
+def test_the_table_has_lpips_only_where_it_was_measured():
     one = pd.DataFrame({"manhattan": [1.0, 3.0], "median": [1.0, 2.0], "lpips": [float("nan")] * 2})
     table = interventions.effects_table(
-        {("mid.0", "sae"): interventions.ReplacementOutcome(None, one)}, ["block", "method"], NO_LPIPS
+        {("mid.0", "sae"): interventions.ReplacementOutcome(None, one)}, ["block", "method"]
     )
     assert table.to_dict("records") == [
-        {"block": "mid.0", "method": "sae", "manhattan_mean": 2.0, "manhattan_median": 1.5, "lpips": NO_LPIPS.why}
+        {"block": "mid.0", "method": "sae", "manhattan_mean": 2.0, "manhattan_median": 1.5}
     ]
     measured = interventions.ReplacementOutcome(None, one.assign(lpips=[0.1, 0.3]))
-    there = interventions.effects_table({("mid.0",): measured}, ["block"], LPIPS(object(), None))
+    there = interventions.effects_table({("mid.0",): measured}, ["block"])
     assert there["lpips"].tolist() == [pytest.approx(0.2)]
 
 

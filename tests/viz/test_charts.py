@@ -63,3 +63,10 @@ def test_bars_and_distributions_show_every_value():
     assert sum(len(points.get_offsets()) for points in axis.collections) == len(STUDY)
     axis = charts.distributions(STUDY, "condition", "suppressed").axes[0]
     assert sum(len(points.get_offsets()) for points in axis.collections) == len(STUDY)
+
+
+def test_thumbnails_show_every_value_and_at_most_three_rows_of_four():
+    figure = charts.summary_bars({"up.1.0": 31.0, "mid.0": 0.5}, "points")
+    assert [bar.get_width() for bar in figure.axes[0].patches] == [31.0, 0.5]
+    figure = grids.summary_pictures({str(i): torch.zeros(6, 3, 4, 4) for i in range(5)})
+    assert len(figure.axes) == 12 and all(axis.images for axis in figure.axes)

@@ -319,23 +319,19 @@ def mean_effects(effects: pd.DataFrame) -> dict[str, float]:
     return {name: value for name, value in means.items() if not np.isnan(value)}
 
 
-def effects_table(
-    outcomes: Mapping[tuple, ReplacementOutcome], names: Sequence[str], perceptual: LPIPS
-) -> pd.DataFrame:
+def effects_table(outcomes: Mapping[tuple, ReplacementOutcome], names: Sequence[str]) -> pd.DataFrame:
     """Tabulate outcomes as in the paper's Table 2.
 
     Args:
         outcomes: the outcomes; each key is a tuple with one value for each of ``names``.
         names: the names of the first columns, such as ``block`` and ``method``.
-        perceptual: the LPIPS that the outcomes were measured with.
 
     Returns:
-        One row per outcome: ``names`` and the means over pictures of :func:`mean_effects`. Without the LPIPS network,
-        whose values are NaN for each picture, the column ``lpips`` holds the reason why it is missing.
+        One row per outcome: ``names`` and the means over pictures of :func:`mean_effects`, among them ``lpips`` only
+        if the network was there.
     """
     rows = [{**dict(zip(names, key, strict=True)), **mean_effects(each.effects)} for key, each in outcomes.items()]
-    table = pd.DataFrame(rows)
-    return table if perceptual.why is None else table.assign(lpips=perceptual.why)
+    return pd.DataFrame(rows)
 
 
 def compare_with_paper(table: pd.DataFrame, widths: Mapping[str, int]) -> pd.DataFrame:

@@ -1,7 +1,7 @@
 """Charts and picture grids: tables and tensors in, figures out."""
 
-from vaelab.viz.charts import SUPPRESSED_COLOUR, bars, curves, distributions, forest, losses
-from vaelab.viz.grids import captioned, displayable, masked, matrix, picture_grid, strength
+from vaelab.viz.charts import SUPPRESSED_COLOUR, bars, curves, distributions, forest, losses, summary_bars
+from vaelab.viz.grids import captioned, displayable, masked, matrix, picture_grid, strength, summary_pictures
 
 __all__ = [
     "SUPPRESSED_COLOUR",
@@ -16,4 +16,6 @@ __all__ = [
     "matrix",
     "picture_grid",
     "strength",
+    "summary_bars",
+    "summary_pictures",
 ]

@@ -1,5 +1,7 @@
 """Charts of tables: curves, bars, intervals, distributions. Every function returns a matplotlib figure."""
 
+from collections.abc import Mapping
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -159,3 +161,25 @@ def _palette(conditions: pd.Series) -> dict[str, str]:
     spare = sns.color_palette("deep").as_hex()
     names = list(dict.fromkeys(conditions))
     return {name: PALETTE.get(name, spare[i % len(spare)]) for i, name in enumerate(names)}
+
+
+@plain_text
+def summary_bars(values: Mapping[str, float] | pd.Series, label: str, title: str = "") -> Figure:
+    """Draw a few values as horizontal bars with large text, for a thumbnail of 480 by 300 pixels.
+
+    Args:
+        values: the values by name; at most eight are readable.
+        label: the name and unit of the values.
+        title: the figure's title, at most 40 characters.
+    """
+    figure, axis = plt.subplots(figsize=(4.8, 3.0), layout="constrained")
+    values = pd.Series(values, dtype=float)
+    bars = axis.barh(values.index, values, color=PALETTE["nudge"])
+    axis.bar_label(bars, fmt="{:.3g}", padding=3, fontsize=10)
+    axis.margins(x=0.18)
+    axis.invert_yaxis()
+    axis.grid(axis="y", visible=False)
+    axis.tick_params(labelsize=10)
+    axis.set_xlabel(label, fontsize=10)
+    axis.set_title(title, fontsize=11)
+    return figure

@@ -136,6 +136,28 @@ def picture_grid(rows: Mapping[str, Tensor], title: str = "", captions: Sequence
     return figure
 
 
+@plain_text
+def summary_pictures(rows: Mapping[str, Tensor], title: str = "") -> Figure:
+    """Show a few pictures in labelled rows with large text, for a thumbnail of 480 by 300 pixels.
+
+    Args:
+        rows: the pictures (N, 3, H, W) in [-1, 1] of each row, by the row's label of at most 12 characters; the first
+            four of at most three rows are shown.
+        title: the figure's title, at most 40 characters.
+    """
+    shown = dict(list(rows.items())[:3])
+    columns = min(4, max(len(pictures) for pictures in shown.values()))
+    figure, axes = plt.subplots(len(shown), columns, figsize=(4.8, 3.0), squeeze=False, layout="constrained")
+    for line, (label, pictures) in zip(axes, shown.items(), strict=True):
+        for axis, picture in zip(line, displayable(pictures[:columns]), strict=False):
+            axis.imshow(picture, interpolation="nearest")
+        for axis in line:
+            axis.axis("off")
+        line[0].text(-0.1, 0.5, label, transform=line[0].transAxes, ha="right", va="center", fontsize=10)
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
 def displayable(pictures: Tensor) -> np.ndarray:
     """Convert pictures (N, 3, H, W) in [-1, 1] to (N, H, W, 3) in [0, 1], for matplotlib."""
     return ((pictures.detach().float().cpu().clamp(-1, 1) + 1) / 2).permute(0, 2, 3, 1).numpy()

@@ -1,0 +1,5 @@
+"""Widgets for JupyterLab: what a notebook draws once, with controls."""
+
+from vaelab.browser.tour import BlockSwitch, ChannelViewer
+
+__all__ = ["BlockSwitch", "ChannelViewer"]
