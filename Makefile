@@ -18,7 +18,7 @@ setup: $(READY) ## the environment alone
 
 demo: export HF_HUB_OFFLINE := 1
 demo: $(READY) ## every notebook on the embedded models that is not finished, then outputs/index.html
-	$(PYTHON) -m vaelab.runner.cli all demo --jobs $(JOBS)
+	@$(PYTHON) -m vaelab.runner.cli all demo --jobs $(JOBS)
 
 test: export HF_HUB_OFFLINE := 1
 test: export OMP_NUM_THREADS := 1

@@ -15,7 +15,7 @@ import yaml
 from notebook_cells import ROOT, execute_cells
 
 from vaelab import store
-from vaelab.runner import cli
+from vaelab.runner import execute
 from vaelab.runner.output import OutputFolder
 
 NAME = "30_collect_activations"
@@ -81,13 +81,13 @@ def project(collected, monkeypatch):
                                     {"dataset": "{root}/prompts.txt"}], ids=str)  # fmt: skip
 def test_edit_that_decides_no_result_leaves_the_run_finished(project, change):
     given = {name: value.format(root=project) if isinstance(value, str) else value for name, value in change.items()}
-    assert cli.run(write_params(project, **given)) is False
+    assert execute.run(write_params(project, **given)) is False
     write_params(project)
 
 
 def test_edit_that_decides_results_is_refused(project):
     with pytest.raises(ValueError, match="is finished, but was made with another max_images than"):
-        cli.run(write_params(project, max_images=80))
+        execute.run(write_params(project, max_images=80))
     write_params(project)
 
 
@@ -104,7 +104,7 @@ def test_run_that_reads_it_does_not_run_it_again(project):
     path.parent.mkdir(exist_ok=True)
     path.write_text(f"output_dir: outputs/31_reads/test\nactivations: outputs/{NAME}/test/activations\n")
     write_params(project, device="auto")
-    assert cli.run(path) is True
+    assert execute.run(path) is True
     write_params(project)
 
 

@@ -16,7 +16,7 @@ from helpers import picture_folder
 from notebook_cells import code, execute_cells
 from papermill.exceptions import PapermillExecutionError
 
-from vaelab.runner import cli
+from vaelab.runner import execute
 from vaelab.world.scenes import FACTORS
 
 ROOT = Path(__file__).parent.parent
@@ -274,6 +274,6 @@ def test_a_run_reads_finished_runs_only(tmp_path):
 
 def test_a_params_file_names_the_runs_it_needs(monkeypatch):
     monkeypatch.chdir(ROOT)
-    params = cli.load_params(Path("params/11_compare_interventions/demo.yaml"))
-    names = [cli.label(path) for path in cli.needs(params)]
+    params = execute.load_params(Path("params/11_compare_interventions/demo.yaml"))
+    names = [execute.label(path) for path in execute.needs(params)]
     assert names == ["10_finetune_vae/demo-photos", "10_finetune_vae/demo-digits", "10_finetune_vae/demo"]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from vaelab.runner import cli
+from vaelab.runner import execute
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "params").glob("*/*.yaml"))
@@ -18,12 +18,12 @@ def in_the_project(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
-@pytest.mark.parametrize("path", FILES, ids=cli.label)
+@pytest.mark.parametrize("path", FILES, ids=execute.label)
 def test_every_key_is_known_to_the_notebook_and_of_its_type(path):
-    assert cli.load_params(path)
+    assert execute.load_params(path)
 
 
-@pytest.mark.parametrize("path", FILES, ids=cli.label)
+@pytest.mark.parametrize("path", FILES, ids=execute.label)
 def test_no_machine_path_and_a_first_line_that_says_what_it_is(path):
     text = path.read_text()
     assert text.startswith("# ")
@@ -36,12 +36,12 @@ def test_every_notebook_has_a_demo_and_a_smoke_run(notebook, run):
     assert (ROOT / "params" / notebook.stem / f"{run}.yaml").exists()
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if p.stem.startswith("paper")], ids=cli.label)
+@pytest.mark.parametrize("path", [p for p in FILES if p.stem.startswith("paper")], ids=execute.label)
 def test_paper_runs_name_real_checkpoints_and_the_offline_runs_none(path):
     assert any("/" in str(value) for key, value in yaml.safe_load(path.read_text()).items() if key != "output_dir")
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if p.stem.startswith(("demo", "smoke"))], ids=cli.label)
+@pytest.mark.parametrize("path", [p for p in FILES if p.stem.startswith(("demo", "smoke"))], ids=execute.label)
 def test_demo_and_smoke_runs_need_no_hub(path):
     params = yaml.safe_load(path.read_text())
     assert params.get("device", "cpu") == "cpu" and ("device" in params or path.parent.name == "99_report")
@@ -65,7 +65,7 @@ def test_a_wrong_params_file_is_refused_before_anything_runs(tmp_path, change, m
     wrong.parent.mkdir()
     wrong.write_text(yaml.safe_dump({"output_dir": "outputs/10_finetune_vae/wrong", **change}))
     with pytest.raises(ValueError, match=re.escape(message)):
-        cli.load_params(wrong)
+        execute.load_params(wrong)
 
 
 def test_yaml_reads_an_exponent_without_a_point_as_text():
@@ -75,4 +75,4 @@ def test_yaml_reads_an_exponent_without_a_point_as_text():
 
 def test_a_missing_params_file_lists_the_nearest():
     with pytest.raises(ValueError, match=re.escape("params/12_channel_census/demo.yaml")):
-        cli.load_params(Path("params/12_channel_census/demoo.yaml"))
+        execute.load_params(Path("params/12_channel_census/demoo.yaml"))

@@ -53,6 +53,24 @@ def declared(notebook: Path) -> dict[str, Any]:
     }
 
 
+def defaults(notebook: Path) -> dict[str, Any]:
+    """The parameters of a notebook file and their default values."""
+    import nbformat
+
+    cells = nbformat.read(notebook, as_version=4).cells
+    statements = [
+        statement
+        for cell in cells
+        if "parameters" in cell.metadata.get("tags", [])
+        for statement in ast.parse(cell.source).body
+    ]
+    return {
+        statement.target.id: ast.literal_eval(statement.value)
+        for statement in statements
+        if isinstance(statement, ast.AnnAssign) and statement.value is not None
+    }
+
+
 def validate(name: str, value: Any, kind: Any) -> None:
     """Raise ValueError unless ``value`` has the type ``kind``; an int is accepted as a float.
 
