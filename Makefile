@@ -49,8 +49,8 @@ report: $(READY) ## docs/results.md anew, from the finished full and study runs
 index: $(READY) ## outputs/index.html anew, from what has been run
 	$(PYTHON) -m vaelab.runner.cli index
 
-lab: $(READY) ## JupyterLab on the notebooks
-	$(PYTHON) -m jupyterlab notebooks
+lab: $(READY) ## JupyterLab on copies of the notebooks, in outputs/lab
+	@$(PYTHON) -m vaelab.runner.cli lab
 
 .venv/ready: requirements.lock pyproject.toml
 	$(or $(shell command -v python3.11),python3) -m venv .venv

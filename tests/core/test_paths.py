@@ -24,6 +24,13 @@ def test_from_the_notebooks_they_begin_one_folder_up(repository, monkeypatch):
     assert paths.resolve("pictures") == repository / "pictures"
 
 
+def test_from_the_copies_for_jupyterlab_they_begin_two_folders_up(repository, monkeypatch):
+    (repository / "outputs" / "lab").mkdir(parents=True)
+    monkeypatch.chdir(repository / "outputs" / "lab")
+    assert paths.project_root() == repository
+    assert paths.resolve("outputs/10_finetune_vae") == repository / "outputs" / "10_finetune_vae"
+
+
 def test_another_folder_called_notebooks_is_its_own_root(tmp_path, monkeypatch):
     (tmp_path / "notebooks").mkdir()
     monkeypatch.chdir(tmp_path / "notebooks")

@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -235,3 +236,148 @@ def test_the_front_page_says_what_a_notebook_asks_and_folds_its_smoke_run(projec
 
 def test_an_empty_front_page_says_what_to_do(tmp_path):
     assert "make demo" in index.write(tmp_path).read_text()
+
+
+@pytest.mark.parametrize("words", [["run", "params/10_one/slow.yaml"], ["all", "slow", "--jobs", "1"]])
+def test_a_stopped_command_leaves_no_process_and_says_one_line(project, words):
+    import signal
+    import time
+
+    import psutil
+
+    write_params(project, "10_one", "slow", "")
+    nb = nbformat.read(project / "notebooks" / "10_one.ipynb", as_version=4)
+    nb.cells.insert(1, nbformat.v4.new_code_cell('open("begun", "w").close()\nimport time; time.sleep(60)'))
+    nbformat.write(nb, project / "notebooks" / "10_one.ipynb")
+    line = [sys.executable, "-m", "vaelab.runner.cli", *words]
+    process = subprocess.Popen(line, cwd=project, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                               text=True)  # fmt: skip
+    while not (project / "begun").exists():
+        assert process.poll() is None
+        time.sleep(0.1)
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert children
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=20)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert said.splitlines()[-1] == "stopped by SIGTERM; every process was ended, and finished runs are kept"
+    assert "Traceback" not in said
+    assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [1", "not valid YAML in line"),
+        ("- 1\n- 2", "expected lines of the form 'name: value', got a list"),
+        ("just words", "expected lines of the form 'name: value', got a str"),
+    ],
+)
+def test_a_params_file_that_is_no_mapping_is_one_sentence(project, text, message):
+    path = write_params(project, "10_one", "wrong", "")
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message) as raised:
+        execute.load_params(path)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("path", ["outputs/10_one/demo", "outputs/10_one/demo.ipynb", "params/10_one/dmo.yaml"])
+def test_a_path_that_is_no_params_file_names_the_nearest(project, path):
+    with pytest.raises(ValueError, match=r"the nearest: params/10_one/demo\.yaml"):
+        execute.load_params(project / path)
+
+
+def test_a_full_disk_in_a_cell_is_one_sentence_about_the_machine(project):
+    failure = execute._failure(
+        project / "params/10_one/demo.yaml",
+        "OSError",
+        "[Errno 28] No space left on device: 'a.png'",
+        Path("demo.ipynb"),
+    )
+    assert failure.by_input
+    assert str(failure).startswith("10_one/demo failed: the disk is full (")
+    assert "\n" not in str(failure) and "demo.ipynb" in str(failure)
+
+
+def test_outside_of_a_project_the_error_says_what_is_missing(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    ran = command(tmp_path / "elsewhere", "all", "demo")
+    assert ran.returncode == 2 and "no folders 'notebooks' and 'params'" in ran.stderr
+    assert len(ran.stderr.splitlines()) == 1
+
+
+def test_the_page_of_a_notebook_needs_no_network_and_folds_its_code(tmp_path):
+    from vaelab.runner.page import to_html
+
+    display = nbformat.v4.new_output(
+        "display_data",
+        {"application/vnd.jupyter.widget-view+json": {"model_id": "x"}, "text/plain": "the widget as text"},
+    )
+    bar = [nbformat.v4.new_output("stream", name="stdout", text=f"\rbar {n}0%") for n in range(5)]
+    cells = [nbformat.v4.new_markdown_cell("# 10 · Why?"), nbformat.v4.new_code_cell("x = 1", outputs=[*bar, display])]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "a.ipynb")
+    page = to_html(tmp_path / "a.ipynb", front_page=tmp_path.parent / "index.html").read_text()
+    assert "<script" not in page and "https://" not in page
+    assert "<title>10 · Why?</title>" in page and 'href="../index.html"' in page
+    assert page.count("bar ") == 1 and "bar 40%" in page
+    assert "the widget as text" in page
+    assert re.search(r"<details class=\"code\"><summary>show code</summary>.*x", page, re.DOTALL)
+
+
+def finish(project, folder, **results):
+    (project / "outputs" / folder).mkdir(parents=True)
+    stored = {"notebook": folder.split("/")[0], "metrics": {}, "seconds": 1, "environment": {}, **results}
+    (project / "outputs" / folder / "results.json").write_text(json.dumps(stored))
+
+
+def test_the_front_page_shows_findings_key_numbers_and_changed_parameters(project):
+    (project / "notebooks" / "10_one.ipynb").rename(project / "notebooks" / "11_compare_interventions.ipynb")
+    key = [{"label": "error", "value": -0.4, "unit": "%", "interval": [-1.0, 0.2]}]
+    finish(project, "11_compare_interventions/demo", key_numbers=key, finding="Of the demo.")
+    finish(project, "11_compare_interventions/study", key_numbers=key, finding="Of the study.", params={"fail": True},
+           files=["a.png", "thumbnail.png"])  # fmt: skip
+    page = index.write(project / "outputs").read_text()
+    cards = page[page.index("Main findings") : page.index("<nav")]
+    assert "Of the study." in cards and "Of the demo." not in cards
+    assert "-0.4 %" in cards and "-1 to 0.2" in cards
+    assert "fail: True" in page
+    assert re.findall('src="([^"]+)"', page) == ["11_compare_interventions/study/thumbnail.png"]
+
+
+def test_the_front_page_lists_ones_own_runs_with_their_notebooks(project):
+    finish(project, "own/deeper/train")
+    (project / "outputs" / "own" / "deeper" / "train.ipynb").write_text("{}")
+    finish(project, "10_one/mine")
+    executed = nbformat.v4.new_notebook(metadata={"papermill": {"parameters": {"output_dir": "outputs/10_one/mine"}}})
+    nbformat.write(executed, project / "outputs" / "10_one" / "by-papermill.ipynb")
+    page = index.write(project / "outputs").read_text()
+    assert 'href="own/deeper/train.ipynb"' in page and 'href="10_one/by-papermill.ipynb"' in page
+    assert "Your own runs" in page
+
+
+def test_the_front_page_reloads_only_while_runs_are_left(project):
+    progress = index.Progress(
+        running=["10_one/demo"], waiting=["20_two/demo"], ended=1, time_left="about 2 minutes left"
+    )
+    page = index.write(project / "outputs", progress).read_text()
+    assert "location.reload" in page and "1 of 3 runs have ended" in page and "About 2 minutes left" in page
+    assert "location.reload" not in index.write(project / "outputs").read_text()
+
+
+def test_copies_for_jupyterlab_are_made_once_and_change_no_tracked_file(project):
+    from vaelab.runner import lab
+
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    (project / ".gitignore").write_text("outputs/*\n")
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "all"]):
+        subprocess.run([*git, *words], cwd=project, check=True)
+    folder = lab.copy_notebooks(project)
+    copy = folder / "10_one.ipynb"
+    nb = nbformat.read(copy, as_version=4)
+    nb.cells[0].source = "edited"
+    nbformat.write(nb, copy)
+    assert lab.copy_notebooks(project) == project / "outputs" / "lab"
+    assert nbformat.read(copy, as_version=4).cells[0].source == "edited"
+    assert (folder / "20_two.ipynb").read_bytes() == (project / "notebooks" / "20_two.ipynb").read_bytes()
+    assert not subprocess.run([*git, "status", "--porcelain"], cwd=project, capture_output=True).stdout
+    assert "edited" not in index.write(project / "outputs").read_text()

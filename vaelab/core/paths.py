@@ -7,11 +7,14 @@ def project_root() -> Path:
     """Return the folder that relative paths start from.
 
     papermill's kernels run in the caller's folder, but JupyterLab's kernels run in the notebook's folder. In
-    ``notebooks/`` the project root is therefore the parent folder.
+    ``notebooks/`` and in ``outputs/lab/``, which holds copies of the notebooks, the project root is therefore above.
     """
     here = Path.cwd()
-    beside_package = here.name == "notebooks" and (here.parent / "vaelab").is_dir()
-    return here.parent if beside_package else here
+    if here.name == "notebooks" and (here.parent / "vaelab").is_dir():
+        return here.parent
+    if here.parts[-2:] == ("outputs", "lab") and (here.parents[1] / "notebooks").is_dir():
+        return here.parents[1]
+    return here
 
 
 def resolve(path: str | Path) -> Path:

@@ -7,6 +7,7 @@ starts, the runs that a run reads, an HTML page beside the notebook, and the fro
     vaelab run params/10_finetune_vae/demo.yaml --overwrite
     vaelab all demo --jobs 2
     vaelab index
+    vaelab lab
 """
 
 import argparse
@@ -19,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from vaelab.core.paths import project_root
-from vaelab.runner import index
+from vaelab.runner import index, lab
 from vaelab.runner.execute import RunFailed, label, run
 from vaelab.runner.schedule import Schedule
 
@@ -30,6 +31,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         os.chdir(_root())
         _show_output()
+        if chosen.verb == "lab":
+            lab.start(project_root())
         return _stoppable(lambda: _execute(chosen))
     except (RunFailed, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -47,6 +50,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     for verb in (one, everything):
         verb.add_argument("--overwrite", action="store_true", help="replace what is finished")
     verbs.add_parser("index", help="write the front page")
+    verbs.add_parser("lab", help="open JupyterLab on copies of the notebooks")
     chosen = parser.parse_args(arguments)
     if chosen.verb == "run" and chosen.params.exists():  # a path from the caller's folder
         chosen.params = chosen.params.absolute()

@@ -171,7 +171,7 @@ def _execute(params_file: Path, params: dict[str, Any], show_output: bool) -> No
         ) from error
     if not (output_of(params_file) / RESULTS).exists():
         return  # a dry run
-    page = to_html(target)
+    page = to_html(target, front_page=project_root() / "outputs" / "index.html")
     os.replace(page, output.with_suffix(".html"))
     os.replace(target, output)
 
