@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from small_sae import D, FEATURES, shaken, vectors
+from small_sae import FEATURES, D, shaken, vectors
 
 from vaelab import store
 from vaelab.sae import feature_statistics
@@ -77,7 +77,7 @@ def test_quantiles_of_the_active_items_are_sampled():
     found.add(codes, range(100), records)
     assert found.sample_items(0, 0.95, 1, 10) == ([99, 98, 97, 96, 95], [99, 98, 97, 96, 95])
     tenths = [found.sample_items(0, low / 10, (low + 1) / 10, 99)[0] for low in range(10)]
-    assert sorted(set(sum(tenths, []))) == list(range(1, 100)) and all(9 <= len(one) <= 11 for one in tenths)
+    assert sorted(set().union(*tenths)) == list(range(1, 100)) and all(9 <= len(one) <= 11 for one in tenths)
     assert all(min(one) > max(other) - 2 for one, other in zip(tenths[1:], tenths, strict=False))
     few, again = (found.sample_items(0, 0, 1, 10, seed=s)[0] for s in (1, 2))
     assert len(few) == 10 and few == sorted(few, reverse=True) and few != again

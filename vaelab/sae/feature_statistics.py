@@ -15,6 +15,7 @@ If the store has grown, only the new shards are read.
 
 import dataclasses
 import hashlib
+import itertools
 import re
 import sys
 import time
@@ -116,7 +117,7 @@ class FeatureStatistics:
             items: the indices of the B items in the store, in rising order; each item is added once.
             records: what the store says about each item; its ``prompt`` and ``timestep`` are used if it has them.
         """
-        batch, places, _ = codes.values.shape
+        places = codes.values.shape[1]
         active = self._peaks.add(codes, items)
         numbers = torch.tensor(list(items), dtype=torch.int64, device=self.device)
         mean = active.total / places  # equation 9
@@ -171,9 +172,9 @@ class FeatureStatistics:
         if not self.words:
             return
         found = [self._words_of(prompt) for prompt in prompts]
-        self._items_with += torch.bincount(torch.tensor(sum(found, []), dtype=torch.int64), minlength=len(self.words))
-        counts = torch.tensor([len(words) for words in found], device=self.device)
-        flat = torch.tensor(sum(found, []), dtype=torch.int64, device=self.device)
+        flat = torch.tensor(list(itertools.chain.from_iterable(found)), dtype=torch.int64)
+        self._items_with += torch.bincount(flat, minlength=len(self.words))
+        counts, flat = torch.tensor([len(words) for words in found], device=self.device), flat.to(self.device)
         begins = counts.cumsum(0) - counts
         # one entry for each pair of an active feature and a word of its item's prompt
         repeats = counts[active.item]
