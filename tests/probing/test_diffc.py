@@ -173,6 +173,20 @@ def test_killed_after_the_best_weights_were_written_and_before_the_checkpoint(pi
     assert again.epoch <= 2 and all(torch.equal(value, saved[name]) for name, value in again.model.state_dict().items())
 
 
+def test_a_size_that_is_0_fits_the_pictures_and_a_given_one_is_kept(capsys):
+    chosen = diffc.choose_size(0, 0, 0.0, pictures=800, batch_size=16, device="cpu")
+    assert chosen == (32, 20, 1e-3) and "width 32, 20 epochs" in capsys.readouterr().out
+    assert diffc.choose_size(0, 0, 0.0, pictures=30, batch_size=16, device="cpu")[1] == 120
+    assert diffc.choose_size(1024, 30, 1e-4, pictures=9, batch_size=16, device="cpu") == (1024, 30, 1e-4)
+    assert diffc.choose_size(1024, 30, 0.0, pictures=9, batch_size=16, device="cpu")[2] == pytest.approx(1e-4, rel=0.03)
+
+
+def test_the_time_of_a_training_is_estimated_from_a_step(capsys):
+    config = DiffCConfig(**SMALL)
+    seconds = diffc.estimate_training(planted_pictures.LAYOUT[BLOCK], 3, 60, config, 2)
+    assert 0 < seconds < 60 and "2 Diff-Cs" in (shown := capsys.readouterr().out) and "64 steps" in shown
+
+
 def test_logits_that_are_not_finite_are_no_prediction(pictures):
     test = dataset.load_examples(pictures[2])
     model = DiffC(planted_pictures.WIDTH, 3, width=4)

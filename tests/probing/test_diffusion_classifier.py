@@ -181,6 +181,20 @@ def test_prompts_of_classes(small_pipeline):
         class_prompts(small_pipeline("sd"), names, "a photo")
 
 
+def test_a_model_is_not_asked_words_it_never_learned(small_pipeline, capsys):
+    from vaelab.models import load_pipeline
+
+    embedded = load_pipeline("embedded", device="cpu")
+    known = diffusion_classifier.known_class_prompts(embedded, ["red", "blue"], "a {} thing")
+    assert known == class_prompts(embedded, ["red", "blue"], "a {} thing")
+    assert diffusion_classifier.known_class_prompts(embedded, ["red", "dandelion"], "a {} thing") is None
+    assert (
+        "left out: the text model never learned 1 words" in (shown := capsys.readouterr().out) and "dandelion" in shown
+    )
+    with pytest.raises(ValueError, match=r"^template: "):
+        diffusion_classifier.known_class_prompts(embedded, ["dandelion"], "a thing")
+
+
 LABELS = {"red circle": 0, "red star": 1, "blue circle": 4, "cat": 7, "tabby": 7}
 
 

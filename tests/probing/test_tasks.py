@@ -1,5 +1,6 @@
 from types import SimpleNamespace
 
+import numpy as np
 import planted_pictures
 import pytest
 from helpers import picture_folder
@@ -76,6 +77,33 @@ def test_what_would_be_no_test_is_refused(folders, by_factor, tmp_path):
         classifiers.train_diffcs(
             {"shape": by_factor["shape"]}, {"shape": ["mid.t25"]}, DiffCConfig(device="cpu"), tmp_path
         )
+
+
+def test_one_store_is_split_by_class_and_equal_pictures_stay_together(tmp_path, capsys):
+    truth = [{"shape": number % 3, "colour": number % 2} for number in range(60)]
+    stored = planted_pictures.fill(tmp_path / "one", truth)
+    made = tasks.split_tasks(stored, ["shape"], test_share=0.25, validation_share=0.25, seed=1)["shape"]
+    parts = [{views[0] for views in part.items} for part in made]
+    assert set.union(*parts) == set(range(60)) and sum(map(len, parts)) == 60
+    assert len(made.test) == 15 and set(made.test.labels.tolist()) == {0, 1, 2}
+    labels, pairs = made.test.labels.numpy()[:1].repeat(60), [number // 2 for number in range(60)]
+    for part in tasks._stratified(np.arange(60), labels, pairs, 0.25, 0, "test_share"):
+        assert len(part) in (16, 44) and all(number ^ 1 in part for number in part)
+    assert "split by seed 1" in capsys.readouterr().out
+    again = tasks.split_tasks(stored, ["shape"], test_share=0.25, validation_share=0.25, seed=1)["shape"]
+    assert again.test.items == made.test.items
+    with pytest.raises(ValueError, match=r"^test_share: 0.0 of 60 pictures"):
+        tasks.split_tasks(stored, test_share=0.0)
+
+
+def test_classes_without_training_pictures_are_named(by_factor, capsys):
+    task = by_factor["shape"]
+    without = task._replace(training=task.training.take((task.training.labels != 2).nonzero().flatten().numpy()))
+    tasks.require_known_classes(without, "shape")
+    count = int((task.test.labels == 2).sum())
+    assert (
+        f"shape: {count} of 60 test pictures are of 1 classes that no training picture has" in capsys.readouterr().out
+    )
 
 
 def made_of(dataset, digests, images=None):

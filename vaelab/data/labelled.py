@@ -86,6 +86,8 @@ def load_labelled(
     labels: bool = True,
     image_column: str | None = None,
     label_column: str | None = None,
+    background: str = "white",
+    white_level: float | None = None,
 ) -> LabelledPictures:
     """Load labelled pictures.
 
@@ -101,6 +103,8 @@ def load_labelled(
         labels: whether the data set must have labels.
         image_column: the column of pictures, as in :func:`vaelab.data.images.load_images`.
         label_column: the column of labels, as in :func:`vaelab.data.images.load_images`.
+        background: the colour behind transparent pixels, as in :func:`vaelab.data.images.load_images`.
+        white_level: the value that is white in deep greyscale pictures, likewise.
 
     Raises:
         ValueError: there is no such data set, split or column; labels are required and there are none, or several
@@ -114,7 +118,7 @@ def load_labelled(
         return _scenes(split, resolution, max_images)
     images = load_images(
         dataset, split=split, resolution=resolution, max_images=max_images, seed=seed, revision=revision,
-        image_column=image_column, label_column=label_column,
+        image_column=image_column, label_column=label_column, background=background, white_level=white_level,
     )  # fmt: skip
     if labels and images.label_choices:
         raise ValueError(f"label_column: {dataset!r} needs one of {', '.join(images.label_choices)}")
@@ -138,12 +142,19 @@ def load_labelled(
     )
 
 
-def validate_classes(pictures: LabelledPictures) -> None:
+def validate_classes(pictures: LabelledPictures, factors: Sequence[str] = ()) -> None:
     """Check, before any picture is read, that the classes can be learned and tested.
 
+    Args:
+        pictures: the pictures.
+        factors: names of factors, which must exist.
+
     Raises:
-        ValueError: a label is withheld, all pictures are of one class, or each picture is of another class.
+        ValueError: a factor is unknown, a label is withheld, all pictures are of one class, or each picture is of
+            another class.
     """
+    for factor in factors:
+        one_of("factors", factor, pictures.classes)
     for factor, labels in (pictures.read_labels() if pictures.read_labels else {}).items():
         if withheld := sum(label < 0 for label in labels):
             raise ValueError(f"split: {withheld} of {len(labels)} pictures of {pictures.name!r} have no label")

@@ -117,7 +117,7 @@ def train_diffcs(
 
 
 def compare_classifiers(
-    classifier: DiffusionClassifier,
+    classifier: DiffusionClassifier | None,
     diffcs: pd.DataFrame,
     models: Mapping[tuple[str, str], DiffC],
     pictures: LabelledPictures,
@@ -128,12 +128,13 @@ def compare_classifiers(
     clip: str = "",
     clip_revision: str = "",
     template: str = "{}",
+    pipeline: Any = None,
 ) -> pd.DataFrame:
     """Compare accuracy and seconds per picture of the diffusion classifier, of the factor's best Diff-C and, if a model
     is given, of CLIP.
 
     Args:
-        classifier: the diffusion classifier, with a prompt for each class of the factor.
+        classifier: the diffusion classifier, with a prompt for each class of the factor; None leaves it out.
         diffcs: the table from :func:`train_diffcs`.
         models: the trained classifiers from :func:`train_diffcs`.
         pictures: the test pictures; all classifiers get the readable ones among the first ``count``.
@@ -143,6 +144,7 @@ def compare_classifiers(
         clip: id or folder of a CLIP model; empty means that CLIP is not compared.
         clip_revision: the revision of the CLIP model on the hub.
         template: CLIP's text for a class, with ``{}`` in place of its name.
+        pipeline: the pipeline that made the features; needed only without a diffusion classifier.
 
     Returns:
         One row per classifier: ``classifier``, ``factor``, the fields of :class:`vaelab.probing.linear.Accuracy` (for
@@ -156,14 +158,17 @@ def compare_classifiers(
     if not few:
         raise ValueError(f"dataset: none of the first {count} pictures of {pictures.name!r} can be read")
     truth = [picture.labels[factor] for picture in few]
-    labels, device = task.training.labels, find_denoiser(classifier.pipeline).device
-    results, seconds = time_each(lambda picture: classifier.classify(picture.pixels[None])[0], few, device)
-    accuracy = measure_accuracy([result.predicted for result in results], truth, labels)
-    passes = sum(result.passes for result in results) / len(results)
-    rows = [_timed_row("diffusion_classifier", factor, accuracy, accuracy.accuracy, passes, seconds)]
+    pipeline = classifier.pipeline if classifier else pipeline
+    labels, device, rows = task.training.labels, find_denoiser(pipeline).device, []
+    whole = measure_accuracy(task.test.labels, task.test.labels, labels).chance  # of all test pictures, not of the few
+    if classifier:
+        results, seconds = time_each(lambda picture: classifier.classify(picture.pixels[None])[0], few, device)
+        accuracy = measure_accuracy([result.predicted for result in results], truth, labels)._replace(chance=whole)
+        passes = sum(result.passes for result in results) / len(results)
+        rows.append(_timed_row("diffusion_classifier", factor, accuracy, accuracy.accuracy, passes, seconds))
     layer = best_layer(diffcs, factor)
     own = diffcs[(diffcs["layer"] == layer) & (diffcs["factor"] == factor)].iloc[0]
-    predicted, seconds = classify_from_pixels(classifier.pipeline, models[layer, factor], layer, pictures, task, few)
+    predicted, seconds = classify_from_pixels(pipeline, models[layer, factor], layer, pictures, task, few)
     on_these = measure_accuracy(predicted, truth, labels).accuracy
     accuracy = Accuracy(*(own[name] for name in Accuracy._fields))
     rows.append(_timed_row("diffc", factor, accuracy, on_these, 1.0, seconds))
@@ -171,7 +176,7 @@ def compare_classifiers(
         texts = {factor: class_texts(pictures.classes[factor], template)}
         model = load_clip(clip, texts, device=str(device), revision=clip_revision or None)
         predicted, seconds = time_each(lambda picture: model.classify(picture.pixels[None])[0][factor], few, device)
-        accuracy = measure_accuracy(predicted, truth, labels)
+        accuracy = measure_accuracy(predicted, truth, labels)._replace(chance=whole)
         rows.append(_timed_row("clip", factor, accuracy, accuracy.accuracy, 0.0, seconds))
     return pd.DataFrame(rows)
 

@@ -25,6 +25,7 @@ from vaelab.models.conditioning import (
     last_timestep,
     predict,
 )
+from vaelab.models.vocabulary import TOKENIZERS, unknown_words
 
 SHARED_CONDITIONS = ("txt_ids",)
 """Conditions of the denoiser that have no batch dimension."""
@@ -284,6 +285,36 @@ def class_prompts(pipeline: Any, names: Sequence[str], template: str) -> ClassPr
         return ClassPrompts(list(numbers), list(classes))
     prompts = list(range(len(names))) if is_class_conditional(pipeline) else class_texts(names, template)
     return ClassPrompts(prompts, list(range(len(names))))
+
+
+def known_class_prompts(pipeline: Any, names: Sequence[str], template: str) -> ClassPrompts | None:
+    """Make the prompts as :func:`class_prompts` does, unless the model cannot know the classes by their names.
+
+    Returns:
+        The prompts; None, with a printed reason, if a class's name has words that no text model of the pipeline knows,
+        or if a class-conditional model has no class of that name.
+
+    Raises:
+        ValueError: the template has no ``{}``.
+    """
+    texts = class_texts(names, template)
+    if is_class_conditional(pipeline):
+        try:
+            return class_prompts(pipeline, names, template)
+        except ValueError as error:
+            print(f"The diffusion classifier is left out: {str(error).removeprefix('model: ')}")
+            return None
+    tokenizers = [part for name in TOKENIZERS if (part := getattr(pipeline, name, None)) is not None]
+    plain = [name.replace("_", " ") for name in names]
+    missing = set.intersection(*(set(unknown_words(each, plain)) for each in tokenizers)) if tokenizers else set()
+    if missing:
+        some = ", ".join(map(repr, sorted(missing)[:5])) + (", ..." if len(missing) > 5 else "")
+        print(
+            f"The diffusion classifier is left out: the text model never learned {len(missing)} words of the classes' "
+            f"names ({some})"
+        )
+        return None
+    return ClassPrompts(list(texts), list(range(len(texts))))
 
 
 def _names(name: str, label: str) -> bool:

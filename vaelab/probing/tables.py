@@ -165,7 +165,7 @@ def accuracy_metrics(rows: pd.DataFrame, compared: pd.DataFrame) -> Mapping[str,
     Returns:
         For each row ``<layer>.<classifier>.<factor>.accuracy`` and ``.chance``. For each compared classifier
         ``<classifier>.seconds_per_image`` and ``<classifier>.accuracy_on_these``, its accuracy on those few pictures.
-        For the denoiser as a classifier also ``diffusion_classifier.accuracy`` and
+        For the denoiser as a classifier, if it was asked, also ``diffusion_classifier.accuracy`` and
         ``diffusion_classifier.times_diffc``, a ratio of times: its seconds per picture divided by those of Diff-C.
     """
     metrics = {
@@ -177,5 +177,7 @@ def accuracy_metrics(rows: pd.DataFrame, compared: pd.DataFrame) -> Mapping[str,
     seconds = by_name["seconds_per_image"]
     metrics |= {f"{name}.seconds_per_image": seconds[name] for name in by_name.index}
     metrics |= {f"{name}.accuracy_on_these": by_name.loc[name, "accuracy_on_these"] for name in by_name.index}
+    if "diffusion_classifier" not in by_name.index:
+        return metrics
     metrics["diffusion_classifier.accuracy"] = by_name.loc["diffusion_classifier", "accuracy"]
     return {**metrics, "diffusion_classifier.times_diffc": seconds["diffusion_classifier"] / seconds["diffc"]}

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from vaelab import store
@@ -91,13 +92,83 @@ def build_tasks(
     return tasks
 
 
+def split_tasks(
+    features: Store,
+    factors: Sequence[str] = (),
+    *,
+    test_share: float = 0.2,
+    validation_share: float = 0.2,
+    seed: int = 0,
+) -> dict[str, Task]:
+    """Build a task for each factor from one store, whose pictures are split by seed into training, validation and test.
+
+    The split is stratified by the classes of the first factor. Equal pictures go into the same part. The numbers of
+    pictures are printed.
+
+    Args:
+        features: the store.
+        factors: the names of the factors; empty means all.
+        test_share: the fraction of the pictures that is held out for the test.
+        validation_share: the fraction of the remaining pictures that is held out for validation.
+        seed: determines the parts.
+
+    Raises:
+        ValueError: a share leaves a part empty, or the store has no such factor.
+    """
+    names = list(dict.fromkeys(factors or features.settings.get("classes", {}))) or [""]
+    examples = {factor: load_examples(features, factor) for factor in names}
+    first = examples[names[0]]
+    digests = [features.items[views[0]].get("digest", place) for place, views in enumerate(first.items)]
+    rest, test = _stratified(np.arange(len(first)), first.labels.numpy(), digests, test_share, seed, "test_share")
+    training, validation = _stratified(rest, first.labels.numpy(), digests, validation_share, seed, "validation_share")
+    print(
+        f"split by seed {seed}, in equal shares of each class: {len(training)} pictures for training, "
+        f"{len(validation)} for validation, {len(test)} for the test"
+    )
+    tasks = {}
+    for factor, each in examples.items():
+        tasks[factor] = Task(each.take(training), each.take(validation), each.take(test))
+        require_known_classes(tasks[factor], factor)
+    return tasks
+
+
+def _stratified(
+    pictures: np.ndarray, labels: np.ndarray, digests: Sequence[Any], share: float, seed: int, parameter: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Split pictures into a part that is kept and a part that is held out, class by class; equal pictures stay
+    together."""
+    rng, held_out, carried = np.random.default_rng(seed), [], 0.0
+    groups: dict[Any, list[int]] = {}
+    for picture in pictures:
+        groups.setdefault(digests[picture], []).append(int(picture))
+    by_class: dict[int, list[list[int]]] = {}
+    for group in groups.values():
+        by_class.setdefault(int(labels[group[0]]), []).append(group)
+    for _, members in sorted(by_class.items()):
+        carried += share * len(members)  # what a class rounds away is owed by the next
+        count = min(int(carried + 0.5), len(members) - 1)
+        carried -= count
+        held_out += [picture for i in rng.permutation(len(members))[: max(count, 0)] for picture in members[i]]
+    if not 0 < len(held_out) < len(pictures):
+        raise ValueError(f"{parameter}: {share} of {len(pictures)} pictures leaves one of the two parts empty")
+    chosen = np.sort(np.array(held_out))
+    return np.setdiff1d(pictures, chosen), chosen
+
+
 def require_known_classes(task: Task, factor: str) -> None:
-    """Raise ValueError if most test pictures are of classes that no training picture has."""
+    """Raise ValueError if most test pictures are of classes that no training picture has; print the classes if some
+    are."""
     unknown = ~torch.isin(task.test.labels, task.training.labels)
     if unknown.float().mean() > MOST_UNKNOWN:
         raise ValueError(
             f"test_activations: {int(unknown.sum())} of {len(unknown)} pictures have a {factor} that no training "
             "picture has; if both are slices of pictures sorted by class, take a train and a test split instead"
+        )
+    if unknown.any():
+        names = sorted({task.test.classes[label] for label in task.test.labels[unknown].tolist()})
+        print(
+            f"{factor}: {int(unknown.sum())} of {len(unknown)} test pictures are of {len(names)} classes that no "
+            f"training picture has, and count as wrong: {', '.join(names)}"
         )
 
 
