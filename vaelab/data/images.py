@@ -15,6 +15,7 @@ import PIL.ImageColor
 import torch
 from torch import Tensor
 
+from vaelab.core import hub
 from vaelab.core.paths import local
 from vaelab.core.validate import at_least, nearest
 from vaelab.data import bundled, columns, folders
@@ -467,25 +468,26 @@ def _undecoded(column: str) -> "datasets.Features":
 
 def _hub_split(dataset: str, split: str, revision: str | None) -> _Split:
     name, _, subset = dataset.partition(":")
-    moved = f" Use {MOVED[name]}." if name in MOVED else ""
+    moved = f"; use {MOVED[name]}" if name in MOVED else ""
     if dataset.count("/") != 1 or dataset.startswith((".", "/", "~")):
         known = [*bundled.NAMES, "frgfm/imagenette:320px", "uoft-cs/cifar10"]
         raise ValueError(
             f"dataset: {dataset!r} is neither embedded ({', '.join(bundled.NAMES)}), a local folder or "
-            "file, nor a hub id (owner/name)." + (moved or f" Did you mean {nearest(dataset, known, 1)[0]!r}?")
+            "file, nor a hub id (owner/name)" + (moved or f"; did you mean {nearest(dataset, known, 1)[0]!r}?")
         )
     import datasets
     import huggingface_hub
 
     # the hub's parquet conversions keep each subset in a folder of its name
     part = {"data_dir" if revision == PARQUET_CONVERSION else "name": subset} if subset else {}
-    try:
-        rows = datasets.load_dataset(name, split=split, revision=revision, **part)
-    except (OSError, RuntimeError, ValueError, datasets.exceptions.DatasetsError) as error:
-        if "scripts are no longer supported" in str(error):
-            script = "It needs a loading script, which the datasets library no longer runs."
-            moved = f" {script}" + (moved or f" Try the revision {PARQUET_CONVERSION}, or {AS_FOLDER}.")
-        raise ValueError(f"dataset: {dataset!r} could not be loaded from the hub.{moved} ({error})") from error
+    with hub.reading(name, revision=revision, dataset=True, parameter="dataset", hint=moved):
+        try:
+            rows = datasets.load_dataset(name, split=split, revision=revision, **part)
+        except (OSError, RuntimeError, ValueError, datasets.exceptions.DatasetsError) as error:
+            if "scripts are no longer supported" in str(error):
+                script = "; it needs a loading script, which the datasets library no longer runs"
+                moved = script + (moved or f"; try the revision {PARQUET_CONVERSION}, or {AS_FOLDER}")
+            raise ValueError(f"dataset: {dataset!r} could not be read from the hub{moved} ({error})") from error
     caches = [datasets.config.HF_DATASETS_CACHE, datasets.config.DOWNLOADED_DATASETS_PATH]
     roots = tuple(Path(cache) for cache in [*caches, huggingface_hub.constants.HF_HUB_CACHE])
 

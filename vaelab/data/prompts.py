@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from vaelab import world
+from vaelab.core import hub
 from vaelab.core.paths import local
 from vaelab.core.validate import at_least, nearest, one_of
 from vaelab.data import folders
@@ -133,11 +134,12 @@ def _hub_rows(dataset: str, split: str, revision: str | None) -> "datasets.Itera
             f"dataset: {dataset!r} is neither the world, a local file, nor a hub id (owner/name). "
             f"Did you mean {nearest(dataset, known, 1)[0]!r}?"
         )
-    try:
-        return datasets.load_dataset(dataset, split=split, revision=revision, streaming=True)
-    except (OSError, RuntimeError, ValueError, datasets.exceptions.DatasetsError) as error:
-        moved = f" It is now {MOVED[dataset]!r}." if dataset in MOVED else ""
-        raise ValueError(f"dataset: {dataset!r} could not be loaded from the hub.{moved} ({error})") from error
+    moved = f"; it is now {MOVED[dataset]!r}" if dataset in MOVED else ""
+    with hub.reading(dataset, revision=revision, dataset=True, parameter="dataset", hint=moved):
+        try:
+            return datasets.load_dataset(dataset, split=split, revision=revision, streaming=True)
+        except (OSError, RuntimeError, ValueError, datasets.exceptions.DatasetsError) as error:
+            raise ValueError(f"dataset: {dataset!r} could not be read from the hub{moved} ({error})") from error
 
 
 def _column(rows: "datasets.Dataset | datasets.IterableDataset", dataset: str, column: str) -> str:

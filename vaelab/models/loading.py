@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from vaelab.core import devices
+from vaelab.core.hub import network_errors
 from vaelab.core.validate import one_of, unknown
 from vaelab.models.block_names import DENOISERS, EXAMPLES, architecture
 from vaelab.models.checksums import save_with_checksums, verify_checksums
@@ -30,9 +31,10 @@ from vaelab.models.registry import (
     embedded_dit_path,
     embedded_path,
     embedded_vae_path,
-    hub_hint,
     locate_vae,
     pipeline_folder,
+    reading,
+    refuse_config,
     variants,
 )
 
@@ -59,6 +61,7 @@ def load_pipeline(
     precision: str = "float32",
     revision: str | None = None,
     variant: str | None = None,
+    parameter: str = "model",
 ) -> Any:
     """Load a text-to-image or class-conditional pipeline.
 
@@ -70,16 +73,22 @@ def load_pipeline(
         precision: the precision of all weights: ``float32``, ``bfloat16`` or ``float16``.
         revision: a branch, tag or commit on the hub.
         variant: the variant of the weight files, such as ``fp16``.
+        parameter: the notebook parameter that gave ``name``; error messages about the model begin with it.
 
     Returns:
         The diffusers pipeline, with its progress bar switched off. If the pipeline ignores ``latents_mean`` of its
         autoencoder, this is printed (see :func:`uses_latent_statistics`).
 
     Raises:
-        ValueError: there is no such pipeline or variant; a revision was given for a model that is not on the hub; the
-            denoiser is not supported, or needs more than a prompt (an inpainting or editing model); or weights are
-            damaged, missing, unused, NaN or infinite.
+        ValueError: there is no such pipeline or variant; the hub cannot be reached; a revision was given for a model
+            that is not on the hub; the denoiser is not supported, or needs more than a prompt (an inpainting or editing
+            model); or weights are damaged, missing, unused, NaN or infinite.
     """
+    with reading(name, revision, parameter):
+        return _load_pipeline(name, device, precision, revision, variant)
+
+
+def _load_pipeline(name: str, device: str, precision: str, revision: str | None, variant: str | None) -> Any:
     from diffusers import DiffusionPipeline
 
     path, dtype, device = pipeline_folder(name, revision), devices.dtype(precision), devices.pick(device)
@@ -123,6 +132,7 @@ def load_vae(
     groupnorm: bool = False,
     changes: dict[str, Any] | None = None,
     seed: int = 0,
+    parameter: str = "model",
 ) -> nn.Module:
     """Load an autoencoder in evaluation mode.
 
@@ -138,6 +148,7 @@ def load_vae(
         changes: if a dict, make a randomly initialised model of this configuration with these entries replaced, such
             as ``block_out_channels`` (``{}`` for no change); if None, load the pretrained weights.
         seed: determines the weights of a randomly initialised model.
+        parameter: the notebook parameter that gave ``name``; error messages about the model begin with it.
 
     Returns:
         The diffusers autoencoder. Use :func:`encode_latents` and :func:`decode_latents` on pictures (B, 3, H, W) in
@@ -149,23 +160,27 @@ def load_vae(
             float16 for the SDXL-VAE, whose activations exceed float16's largest value (65,504); or weights are
             damaged, missing, unused, NaN or infinite.
     """
-    path, subfolder, entries = locate_vae(name, revision, config)
-    _refuse_overflow(entries, precision, name)
-    kind, dtype = _autoencoder_class(entries, name), devices.dtype(precision)
-    single_file = Path(path).is_file()
-    if variant is not None and (single_file or changes is not None):
-        what = "a single file" if single_file else "an untrained model (changes)"
-        raise ValueError(f"variant: {variant!r} was given for {name!r}, {what}; only folders of weights have variants")
-    if changes is not None:
-        vae = nn.Module.to(_untrained(kind, {**entries, **changes}, seed), dtype)
-    elif single_file:
-        vae = _load_single_file(kind, path, config or str(Path(path).parent), name, dtype)
-    else:
-        options = {"revision": revision, "variant": variant, "dtype": dtype}
-        vae = _load_module(kind, path, name, subfolder or "", options)
-    if groupnorm:
-        require_groupnorm(vae, name)
-    return vae.to(devices.pick(device)).eval()
+    refuse_config(name, config)
+    with reading(name, revision, parameter):
+        path, subfolder, entries = locate_vae(name, revision, config)
+        _refuse_overflow(entries, precision, name)
+        kind, dtype = _autoencoder_class(entries, name), devices.dtype(precision)
+        single_file = Path(path).is_file()
+        if variant is not None and (single_file or changes is not None):
+            what = "a single file" if single_file else "an untrained model (changes)"
+            raise ValueError(
+                f"variant: {variant!r} was given for {name!r}, {what}; only folders of weights have variants"
+            )
+        if changes is not None:
+            vae = nn.Module.to(_untrained(kind, {**entries, **changes}, seed), dtype)
+        elif single_file:
+            vae = _load_single_file(kind, path, config or str(Path(path).parent), name, dtype)
+        else:
+            options = {"revision": revision, "variant": variant, "dtype": dtype}
+            vae = _load_module(kind, path, name, subfolder or "", options)
+        if groupnorm:
+            require_groupnorm(vae, name)
+        return vae.to(devices.pick(device)).eval()
 
 
 def posterior(vae: nn.Module, pixels: Tensor) -> Any:
@@ -325,7 +340,8 @@ def validate_precision(name: str, precision: str, revision: str | None = None) -
     It is recognized by ``force_upcast`` in its configuration or, if the configuration has no such entry, by the
     scaling factor of its latents. (``sdxl-vae-fp16-fix`` has the entry, set to false.)
     """
-    _refuse_overflow(locate_vae(name, revision).config, precision, name)
+    with reading(name, revision):
+        _refuse_overflow(locate_vae(name, revision).config, precision, name)
 
 
 def save_in_float16(model: Any, folder: Path) -> None:
@@ -525,17 +541,16 @@ def _file_names(path: str, part: str, revision: str | None) -> list[str]:
     if Path(path).exists():
         return [file.name for file in (Path(path) / part).glob("*")]
     from huggingface_hub import list_repo_files
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
     try:
         files = list_repo_files(path, revision=revision)
-    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError):
+    except network_errors():
         return []
     return [file for file in files if str(Path(file).parent) == (part or ".")]
 
 
 def _could_not_be_read(name: str, error: Exception) -> str:
-    return f"model: {name!r} could not be read.{hub_hint(name)} ({error})"
+    return f"model: {name!r} could not be read ({error})"
 
 
 def _refuse_overflow(config: dict[str, Any], precision: str, name: str) -> None:

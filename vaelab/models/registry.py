@@ -9,10 +9,12 @@ text-to-image pipeline that was trained on the synthetic scene world (:mod:`vael
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from vaelab.core import hub
 from vaelab.core.paths import local
 from vaelab.core.validate import nearest, one_of
 from vaelab.models.checksums import CHECKSUMS
@@ -75,7 +77,7 @@ def pipeline_folder(name: str, revision: str | None = None) -> str:
 
 
 def locate_vae(name: str, revision: str | None = None, config: str | None = None) -> VAELocation:
-    """Find the autoencoder with this name; of a pipeline, its ``vae``.
+    """Find the autoencoder with this name; of a pipeline, its ``vae``. Call it within :func:`reading`.
 
     Args:
         name: ``embedded``, ``embedded-dit``, an id on the hub, a local diffusers folder, or a ``.safetensors`` file.
@@ -83,13 +85,10 @@ def locate_vae(name: str, revision: str | None = None, config: str | None = None
         config: for a single file, the folder of its config.json; None means the file's own folder.
 
     Raises:
-        ValueError: there is no such model; a single file has no configuration; the configuration is not JSON; a
-            revision was given for a model that is not on the hub; or ``config`` was given for a model that is not a
-            single file.
+        ValueError: there is no such model; a single file has no configuration; the configuration is not JSON;
+            or a revision was given for a model that is not on the hub.
     """
     path = {"embedded": embedded_vae_path(), "embedded-dit": embedded_dit_path()}.get(name) or local(name)
-    if config and (path is None or path.is_dir()):
-        raise ValueError(f"config: {config!r} was given for {name!r}, which has its own; only single files need one")
     if path is None:
         _validate_hub_id(name)
         return _locate_vae_on_hub(name, revision)
@@ -102,6 +101,13 @@ def locate_vae(name: str, revision: str | None = None, config: str | None = None
     if folder is None or not folder.is_dir():
         raise ValueError(f"config: {config!r} is no folder; expected the folder of the autoencoder's config.json")
     return VAELocation(str(path), None, _vae_config(folder, config or str(Path(name).parent))[1])
+
+
+def refuse_config(name: str, config: str | None) -> None:
+    """Raise ValueError if the folder of a config.json was given for a model that is not a single file."""
+    path = local(name)
+    if config and (name in EMBEDDED or path is None or path.is_dir()):
+        raise ValueError(f"config: {config!r} was given for {name!r}, which has its own; only single files need one")
 
 
 def identity(
@@ -134,13 +140,14 @@ def identity(
             be reached.
     """
     one_of("kind", kind, KINDS)
-    path, subfolder = locate_vae(name, revision)[:2] if kind == "vae" else (pipeline_folder(name, revision), None)
-    place = Path(path)
     known = {"kind": kind, "variant": variant or "", "precision": precision}
-    if place.exists():
-        label = name if name in EMBEDDED else "local"
-        return {**known, "name": label, "sha256": files_digest(place / subfolder if subfolder else place)}
-    return {**known, "name": name, "commit": _hub_commit(name, revision)}
+    with reading(name, revision) as described:
+        path, subfolder = locate_vae(name, revision)[:2] if kind == "vae" else (pipeline_folder(name, revision), None)
+        place = Path(path)
+        if place.exists():
+            label = name if name in EMBEDDED else "local"
+            return {**known, "name": label, "sha256": files_digest(place / subfolder if subfolder else place)}
+        return {**known, "name": name, "commit": described.sha if described else _cached_commit(name, revision)}
 
 
 def files_digest(path: Path) -> str:
@@ -166,10 +173,25 @@ def variants(names: Iterable[str]) -> list[str]:
     return sorted({match["variant"] or "none" for match in matches if match})
 
 
-def hub_hint(name: str) -> str:
-    """Return what to add to the error for a hub id that could not be read."""
-    renamed = f" It is now {RENAMED[name]!r}." if name in RENAMED else ""
-    return f"{renamed} For a model behind a licence, set HF_TOKEN."
+@contextmanager
+def reading(name: str, revision: str | None, parameter: str = "model") -> Iterator[Any]:
+    """Read a model in this context; error messages begin with the notebook parameter that gave its name.
+
+    Yields:
+        The hub's description of the repository; None for a model that is not on the hub, or if the hub is out of reach.
+
+    Raises:
+        ValueError: the hub cannot be reached or refuses the model, see :func:`vaelab.core.hub.reading`.
+    """
+    on_hub = name not in EMBEDDED and local(name) is None and _is_hub_id(name)
+    renamed = f"; it is now {RENAMED[name]!r}" if name in RENAMED else ""
+    try:
+        with hub.reading(name, revision=revision, hint=renamed) if on_hub else nullcontext() as info:
+            yield info
+    except ValueError as error:
+        if parameter == "model" or not str(error).startswith("model: "):
+            raise
+        raise ValueError(parameter + str(error).removeprefix("model")) from error
 
 
 def read_config(file: Path, name: str) -> dict[str, Any]:
@@ -195,8 +217,12 @@ def _require_no_revision(name: str, revision: str | None) -> None:
         )
 
 
+def _is_hub_id(name: str) -> bool:
+    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
+
+
 def _validate_hub_id(name: str) -> None:
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+    if not _is_hub_id(name):
         raise ValueError(
             f"model: {name!r} is neither an embedded model ({', '.join(EMBEDDED)}), a local folder, "
             f"nor a hub id (owner/name); did you mean {nearest(name, [*EMBEDDED, *RENAMED.values()], 1)[0]!r}?"
@@ -222,21 +248,20 @@ def _locate_vae_on_hub(name: str, revision: str | None) -> VAELocation:
             errors.append(error)
         else:
             return VAELocation(name, subfolder, _without_provenance(config))
-    raise ValueError(f"model: {name!r} could not be read from the hub.{hub_hint(name)} ({errors[0]})") from errors[0]
+    raise ValueError(f"model: {name!r} could not be read from the hub ({errors[0]})") from errors[0]
 
 
-def _hub_commit(name: str, revision: str | None) -> str:
+def _cached_commit(name: str, revision: str | None) -> str:
     """Find the commit that a revision refers to: the hub's cache keeps a file's snapshot in a folder of that name."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     errors = []
     for file in ("model_index.json", "config.json"):
         try:
             return Path(hf_hub_download(name, file, revision=revision)).parent.name
-        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        except OSError as error:
             errors.append(error)
-    raise ValueError(f"model: {name!r} could not be read from the hub.{hub_hint(name)} ({errors[0]})") from errors[0]
+    raise ValueError(f"model: {name!r} could not be read from the hub ({errors[0]})") from errors[0]
 
 
 def _without_provenance(config: dict[str, Any]) -> dict[str, Any]:
