@@ -99,6 +99,8 @@ def test_a_failed_run_is_told_and_never_taken_for_a_finished_one(project):
     ran = command(project, "run", "params/10_one/wrong.yaml")
     assert ran.returncode == 1
     assert "AssertionError: it was to fail" in ran.stderr
+    assert ran.stderr.splitlines()[-1].endswith("the executed notebook is outputs/10_one/wrong.ipynb")
+    assert "Traceback" not in ran.stdout + ran.stderr
     assert not (project / "outputs" / "10_one" / "wrong" / "results.json").exists()
     assert not (project / "outputs" / "10_one" / "wrong.html").exists()
     assert "no results" in (project / "outputs" / "index.html").read_text()

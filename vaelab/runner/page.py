@@ -4,6 +4,7 @@ Results come first; the code of each cell is folded below them. The page's layou
 beside this module.
 """
 
+import logging
 import os
 import re
 from pathlib import Path
@@ -32,6 +33,7 @@ def to_html(notebook: Path, *, front_page: Path | None = None) -> Path:
         cell.outputs = _shown(cell.get("outputs", [])) if cell.cell_type == "code" else []
     nb.metadata.pop("widgets", None)
     exporter = HTMLExporter(raw_template=CELLS, template_name="basic", embed_images=True)
+    exporter.log.setLevel(logging.ERROR)  # it warns of missing alternative texts, which are added below
     body, _ = exporter.from_notebook_node(nb)
     body = body.replace('alt="No description has been provided for this image"', 'alt="figure of this cell"')
     template = Environment(autoescape=True).from_string(Path(__file__).with_name("notebook.html").read_text())
