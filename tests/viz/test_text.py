@@ -53,6 +53,8 @@ FIGURES = {
     "strength": lambda: viz.strength(PICTURES, {name: torch.zeros(4, 2, 2, 3) for name in NAMES}, TITLE),
     "matrix": lambda: viz.matrix(pd.DataFrame(np.eye(4), index=NAMES, columns=NAMES), TITLE, TITLE),
     "picture_grid": lambda: viz.picture_grid(dict.fromkeys(CAPTIONS, PICTURES), TITLE, CAPTIONS),
+    "summary_bars": lambda: viz.summary_bars(dict.fromkeys(NAMES, 0.5), TITLE, TITLE),
+    "summary_pictures": lambda: viz.summary_pictures(dict.fromkeys(CAPTIONS, PICTURES), TITLE),
     "activation_grids": lambda: vae_plots.activation_grids(
         {name: torch.zeros(2, 4, 4) for name in NAMES}, {name: [1] for name in NAMES}, PICTURES[0], title=TITLE
     ),
