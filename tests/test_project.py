@@ -59,7 +59,7 @@ def test_make_run_without_a_params_file_says_what_to_name():
 
 @pytest.mark.parametrize("pattern", [r"\.cuda\(", r"trust_remote_code=True", r"pickle\.load", r"except Exception"])
 def test_what_the_package_never_does(pattern):
-    for path in [*(ROOT / "vaelab").glob("*.py"), *(ROOT / "notebooks").glob("*.ipynb")]:
+    for path in [*(ROOT / "vaelab").rglob("*.py"), *(ROOT / "notebooks").glob("*.ipynb")]:
         assert not re.search(pattern, path.read_text()), path
 
 

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from vaelab.report import page, pelap, runs, suppression, turbo
+from vaelab.report import SECTIONS, page, pelap, runs, suppression, turbo
 from vaelab.report.markdown import Chart, Picture, number, percent, signed
-from vaelab.report.sections import SECTIONS
 from vaelab.runner.provenance import embedded_weights
 
 DOCS = Path(__file__).parent.parent.parent / "docs"

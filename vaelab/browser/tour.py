@@ -27,7 +27,10 @@ def png(figure: Figure) -> bytes:
 
 
 class _Viewer(widgets.VBox):
-    """Controls above one image, whose bytes are replaced when a control changes, and a line for an error."""
+    """Controls above one image, whose bytes are replaced when a control changes, and a line for an error.
+
+    A subclass has a method ``draw``, which returns the figure that the controls ask for.
+    """
 
     def __init__(self, controls: Sequence[widgets.Widget]):
         self.image = widgets.Image(format="png", layout={"max_width": "100%"})
@@ -37,10 +40,6 @@ class _Viewer(widgets.VBox):
         for control in controls:
             control.observe(self._changed, names="value")
         self.show()
-
-    def draw(self) -> Figure:
-        """Draw what the controls say."""
-        raise NotImplementedError
 
     def show(self) -> None:
         """Replace the image; if the controls cannot be used as they are, keep it and show the reason."""

@@ -56,7 +56,7 @@ def reading(
     with _cache_only() if obstacle else nullcontext():
         try:
             yield info
-        except Exception as error:
+        except (OSError, RuntimeError, ValueError, *network_errors()) as error:
             causes = [error]
             while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
                 causes.append(cause)
