@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from vaelab.core import hub
 from vaelab.sae import formats
 from vaelab.sae.model import SAE, SAEConfig
 
@@ -361,6 +362,7 @@ def hub_repository(monkeypatch, folder):
         return str(snapshot)
 
     paths = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    monkeypatch.setattr(hub, "_describe", lambda *given: None)
     monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda name, revision: paths)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     return downloaded
@@ -395,9 +397,11 @@ def test_a_hub_that_cannot_be_listed_leaves_what_the_cache_holds(tmp_path, monke
     hub_repository(monkeypatch, tmp_path / "repository")
     for error in (OfflineModeIsEnabled, HfHubHTTPError.__bases__[0]):  # no network: an error of the transport alone
 
-        def unreachable(name, revision, error=error):
+        def unreachable(name, revision, dataset=False, error=error):
             raise error("no route to the hub")
 
+        monkeypatch.setattr(hub, "_describe", unreachable)
+        monkeypatch.setattr(hub, "_in_cache", lambda name: True)
         monkeypatch.setattr(huggingface_hub, "list_repo_files", unreachable)
         assert formats.load_sae("some/sae").format == "sparsify"
 

@@ -6,6 +6,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from small_sae import FEATURES, D, K, relative, shaken, vectors
 
+from vaelab.core import hub
 from vaelab.sae import topk
 from vaelab.sae.model import SAE, VARIANTS, Codes, SAEConfig
 
@@ -138,6 +139,7 @@ def test_from_the_hub_as_a_folder_of_a_repository(tmp_path, monkeypatch):
 
     shaken().save_pretrained(tmp_path / "up.0.1")
     downloads = []
+    monkeypatch.setattr(hub, "_describe", lambda *given: None)
     monkeypatch.setattr(
         huggingface_hub, "snapshot_download", lambda name, **more: downloads.append((name, more)) or str(tmp_path)
     )
