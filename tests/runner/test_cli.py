@@ -86,6 +86,7 @@ def environment():
 def test_the_path_is_the_name_and_what_is_read_is_run_first(ran):
     project, process = ran
     assert process.returncode == 0, process.stderr
+    assert "IPKernelApp" not in process.stdout + process.stderr
     assert "running it first" in process.stdout
     for name in ("10_one", "20_two"):
         for made in ("demo.ipynb", "demo.html", "demo/results.json"):

@@ -13,6 +13,9 @@ from vaelab.runner.output import RESULTS, Lock, recover
 from vaelab.runner.parameters import changed, declared, portable, validate
 from vaelab.runner.run import read_results
 
+QUIET = ["--log-level=CRITICAL"]
+"""Arguments of the kernel, whose own log would stand between the lines of the terminal; it has no errors of cells."""
+
 
 class RunFailed(Exception):
     """A run stopped before its end; the message is one sentence."""
@@ -161,7 +164,9 @@ def _execute(params_file: Path, params: dict[str, Any], show_output: bool) -> No
     # relative, since papermill writes both paths into the executed notebook
     source, place = (path.relative_to(project_root()) for path in (notebook_of(params_file), target))
     try:
-        papermill.execute_notebook(source, place, params, progress_bar=False, log_output=show_output)
+        papermill.execute_notebook(
+            source, place, params, progress_bar=False, log_output=show_output, extra_arguments=QUIET
+        )
     except PapermillExecutionError as error:
         raise _failure(params_file, error.ename, error.evalue, place) from error
     except DeadKernelError as error:
