@@ -16,10 +16,10 @@ OFFLINE = "HF_HUB_OFFLINE is set"
 def reading(
     name: str, *, revision: str | None = None, dataset: bool = False, parameter: str = "model", hint: str = ""
 ) -> Iterator[Any]:
-    """Read a repository of the hub in this context: failures to reach it become one ValueError.
+    """Wrap code that loads a repository of the hub, so that the hub's errors become one ValueError.
 
-    The repository is asked for once beforehand. If the hub cannot be reached, the context reads only its local cache,
-    which is printed; otherwise each file would be tried six times, for half a minute.
+    The hub is asked for the repository once beforehand. If it cannot be reached, a line says so, and only its local
+    cache is used. Without this check the libraries would try each file six times, for about half a minute.
 
     Args:
         name: an id on the hub (owner/name).
@@ -34,7 +34,7 @@ def reading(
 
     Raises:
         ValueError: the hub cannot be reached and its local cache lacks the files, access is denied, or there is no such
-            repository or revision. Other errors of the context are passed on.
+            repository or revision. Other errors of the wrapped code are raised unchanged.
     """
     from huggingface_hub.errors import HFValidationError
 

@@ -100,20 +100,25 @@ def split_tasks(
     validation_share: float = 0.2,
     seed: int = 0,
 ) -> dict[str, Task]:
-    """Build a task for each factor from one store, whose pictures are split by seed into training, validation and test.
+    """Build one classification task for each factor from one store of features.
 
-    The split is stratified by the classes of the first factor. Equal pictures go into the same part. The numbers of
-    pictures are printed.
+    All tasks share one random split of the store's pictures into training, validation and test pictures. Each class of
+    the first factor has the same share in all three; classes of other factors are not balanced. Identical pictures
+    always go into the same part. The numbers of pictures are printed.
 
     Args:
         features: the store.
-        factors: the names of the factors; empty means all.
+        factors: the names of the factors; empty means all, in the store's order.
         test_share: the fraction of the pictures that is held out for the test.
         validation_share: the fraction of the remaining pictures that is held out for validation.
-        seed: determines the parts.
+        seed: the random seed of the split.
+
+    Returns:
+        The task of each factor, by the factor's name.
 
     Raises:
-        ValueError: a share leaves a part empty, or the store has no such factor.
+        ValueError: a share is so small or so large that a part would be empty, the store has no such factor, or most
+            test pictures are of classes that no training picture has.
     """
     names = list(dict.fromkeys(factors or features.settings.get("classes", {}))) or [""]
     examples = {factor: load_examples(features, factor) for factor in names}

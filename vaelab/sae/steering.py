@@ -1,20 +1,21 @@
 """Steering: features turned up, down or on while pictures are generated.
 
-A block's update is its output minus its input (Surkov et al., "Unpacking SDXL Turbo", equation 6). With S_ij the
-activation of a feature at position (i, j), f its vector, mu its mean positive activation and k the number of active
-features, an amount a is given as a multiple (the strength) of S_ij, of mu or of k mu, and the update D becomes
+A block's update D is its output minus its input (Surkov et al., "Unpacking SDXL Turbo", equation 6). S is the
+activation of a feature at a position, f its decoder vector, mu its mean positive activation, and k the number of
+active features at each position. The amount a is the strength times a unit: S, mu or k mu. The strength is the paper's
+beta (equation 10) or gamma (equation 11; not the scale of a GroupNorm). The new update is
 
 ======== =================================== ==========================================================
 way      new update                          use
 ======== =================================== ==========================================================
 add      D + a f                             with a = beta S: activation modulation (equation 10)
 replace  D - S f + a f                       what the feature wrote is removed, the new amount is written
-clamp    D - S f + min(a, largest seen) f    the same, and the amount stays within those seen in data
+clamp    D - S f + min(a, largest seen) f    the same, and the amount is at most the largest seen in data
 only     a f                                 with a = gamma k mu: activation on the empty prompt (equation 11)
 ======== =================================== ==========================================================
 
-Vectors are added to the update itself; the autoencoder's reconstruction is never used. A feature whose amount is not
-changed leaves the pictures as they are, bit for bit.
+Vectors are added to the update itself; the autoencoder's reconstruction is never used. Steering that adds nothing
+(``add`` with strength 0, or ``replace`` with S itself) leaves the pictures as they are, bit for bit.
 """
 
 import contextlib
@@ -63,14 +64,15 @@ class Steering:
     """``add``, ``replace``, ``clamp`` or ``only``; see the module."""
     unit: str = "activation"
     """``activation``: the feature's own activation at each position. ``mean``: its mean positive activation mu.
-    ``k_mean``: k mu, which makes up for all other features being off."""
+    ``k_mean``: k mu, since this feature stands in for the usual k."""
     mask: Tensor | None = None
-    """(H, W) in [0, 1]: how much of the change is made where; resized to the block's positions. None means
-    everywhere."""
+    """(H, W): the weight of the change at each position, from 0 (none) to 1 (full); resized to the block's
+    positions. None means 1 everywhere."""
     steps: tuple[int, ...] = ()
     """Passes of the denoiser, counted from 0; empty means all."""
     half: str = "both"
-    """With classifier-free guidance: ``guided``, the half of the batch with the prompt, ``unguided`` or ``both``."""
+    """Which half of the batch is steered with classifier-free guidance: ``guided`` (with the prompt), ``unguided``
+    or ``both``."""
 
     def __post_init__(self) -> None:
         one_of("way", self.way, WAYS)
