@@ -9,7 +9,9 @@ from vaelab.activations import denoiser
 from vaelab.data.labelled import LabelledPicture, LabelledPictures
 from vaelab.models import loading
 from vaelab.models.block_names import blocks
-from vaelab.probing import classifiers, clip, dataset, layer_features, tasks
+from vaelab.models.clip import load_clip
+from vaelab.probing import classifiers, dataset, layer_features, tasks
+from vaelab.probing.clip import ZeroShotClip, prompt_texts
 from vaelab.probing.diffc import DiffC, DiffCConfig, classify_stored
 from vaelab.probing.diffusion_classifier import DiffusionClassifier, Stages
 from vaelab.probing.layer_features import LayerConfig
@@ -93,7 +95,7 @@ def test_the_zero_shot_classifier_and_diffc_are_scored_and_timed_on_the_same_pic
     assert (second["passes"], second["accuracy"], second["count"]) == (1, 0.7, 60)
     on_stored = classify_stored(model, task.test, "up_ft0.t25.maps")
     assert second["accuracy_on_these"] == (on_stored == 0).float().mean()
-    names = clip.load_clip(str(clip_folder), {"colour": prompts}, device="cpu")
+    names = ZeroShotClip(load_clip(str(clip_folder), device="cpu"), {"colour": prompts})
     assert third["accuracy"] == sum(one["colour"] == 0 for one in names.classify(readable)) / 2
     assert (third["classifier"], third["passes"]) == ("clip", 0) and third["seconds_per_image"] > 0
 
@@ -105,7 +107,7 @@ def test_diffc_is_timed_with_what_the_denoiser_was_told(small_pipeline, shown, c
         denoiser, "from_pictures", lambda *args, **kwargs: calls.append((args, kwargs)) or plain(*args, **kwargs)
     )
     model, place = DiffC(blocks(pipeline)["up_ft0"].shape[-1], 2, width=4), str(clip_folder)
-    names = clip.load_clip(place, clip.prompt_texts("a {colour} thing", planted_pictures.CLASSES), device="cpu")
+    names = ZeroShotClip(load_clip(place, device="cpu"), prompt_texts("a {colour} thing", planted_pictures.CLASSES))
     inferred = planted_pictures.CLASSES["colour"][names.classify(shown[0].pixels[None])[0]["colour"]]
     for options, expected in (
         ({}, None), ({"prompt": "a {colour} thing"}, ["a red thing"]),
@@ -138,8 +140,9 @@ def test_each_picture_is_timed_once_by_itself_after_one_that_is_not():
     assert seen == [0, 0, 1, 2, 3] and answers == [10, 11, 12, 13] and seconds >= 0
 
 
-def test_no_readable_test_picture_is_refused(small_pipeline, shown):
+def test_no_readable_test_picture_is_refused(small_pipeline, shown, tmp_path):
     classifier = DiffusionClassifier(small_pipeline("sd"), ["a red thing", "a blue thing"], Stages((2,), (1,)))
+    task = stored_task(small_pipeline("sd"), shown, tmp_path)
     unreadable = replace(shown, read=lambda image: None)
     with pytest.raises(ValueError, match=r"^dataset: none of the first 3 pictures of .* can be read"):
-        classifiers.compare_classifiers(classifier, pd.DataFrame(), {}, unreadable, None, "colour", 3)
+        classifiers.compare_classifiers(classifier, pd.DataFrame(), {}, unreadable, task, "colour", 3)

@@ -10,7 +10,9 @@ from vaelab import models, store
 from vaelab.activations import denoiser
 from vaelab.data.labelled import load_labelled
 from vaelab.models.block_names import find_denoiser
-from vaelab.probing import clip, dataset, layer_features
+from vaelab.models.clip import load_clip
+from vaelab.probing import dataset, layer_features
+from vaelab.probing.clip import ZeroShotClip
 from vaelab.probing.layer_features import LayerConfig, collect_layer_features, feature_batches
 from vaelab.probing.linear import class_share
 
@@ -168,7 +170,7 @@ def test_with_clip_the_prompt_names_what_it_infers(small_pipeline, pictures, cli
     told = config(prompt="a photo of a {label}", clip=str(clip_folder), timesteps=(25,), blocks=("up_ft0",), views=2)
     stored = collect_layer_features(small_pipeline("sd"), pictures, told, tmp_path)
     texts = {"label": ["a photo of a cat", "a photo of a dog"]}
-    names = clip.load_clip(str(clip_folder), texts, device="cpu")
+    names = ZeroShotClip(load_clip(str(clip_folder), device="cpu"), texts)
     whole = {item["image"]: names.classify(pictures[item["image"]].pixels[None])[0] for item in stored.items}
     assert [item["inferred"] for item in stored.items] == [whole[item["image"]] for item in stored.items]
     said = [text for texts in used_prompts[1:] for text in texts]  # the first batch is seen twice, for its shapes

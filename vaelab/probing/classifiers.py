@@ -21,7 +21,8 @@ from vaelab.activations import denoiser as denoiser_features
 from vaelab.core import devices
 from vaelab.data.labelled import LabelledPicture, LabelledPictures
 from vaelab.models.block_names import find_denoiser
-from vaelab.probing.clip import load_clip
+from vaelab.models.clip import load_clip
+from vaelab.probing.clip import ZeroShotClip
 from vaelab.probing.diffc import DiffC, DiffCConfig, classify_stored, train_diffc
 from vaelab.probing.diffusion_classifier import DiffusionClassifier, class_texts
 from vaelab.probing.layer_features import (
@@ -174,7 +175,7 @@ def compare_classifiers(
     rows.append(_timed_row("diffc", factor, accuracy, on_these, 1.0, seconds))
     if clip:
         texts = {factor: class_texts(pictures.classes[factor], template)}
-        model = load_clip(clip, texts, device=str(device), revision=clip_revision or None)
+        model = ZeroShotClip(load_clip(clip, device=str(device), revision=clip_revision or None), texts)
         predicted, seconds = time_each(lambda picture: model.classify(picture.pixels[None])[0][factor], few, device)
         accuracy = measure_accuracy(predicted, truth, labels)._replace(chance=whole)
         rows.append(_timed_row("clip", factor, accuracy, accuracy.accuracy, 0.0, seconds))

@@ -31,9 +31,10 @@ from vaelab.data.labelled import LabelledPicture, LabelledPictures, crop_and_fli
 from vaelab.hooks import SIDES
 from vaelab.models import block_names
 from vaelab.models.block_names import find_denoiser
+from vaelab.models.clip import load_clip
 from vaelab.models.conditioning import is_class_conditional
 from vaelab.models.registry import files_digest
-from vaelab.probing.clip import ZeroShotClip, load_clip, prompt_texts
+from vaelab.probing.clip import ZeroShotClip, prompt_texts
 from vaelab.probing.dataset import Examples
 from vaelab.probing.linear import class_share
 
@@ -132,7 +133,7 @@ def load_prompt_clip(pipeline: Any, pictures: LabelledPictures, config: LayerCon
         return None
     texts = prompt_texts(config.prompt, pictures.classes)
     device = str(find_denoiser(pipeline).device)
-    return load_clip(config.clip, texts, device=device, revision=config.clip_revision or None)
+    return ZeroShotClip(load_clip(config.clip, device=device, revision=config.clip_revision or None), texts)
 
 
 def feature_batches(
