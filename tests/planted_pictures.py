@@ -25,8 +25,9 @@ def planted_maps(truth, noise=0.1, seed=0):
     return maps
 
 
-def fill(folder, truth, *, noise=0.1, seed=0, views=1, images=None, **more):
-    """Write a complete store with ``views`` items of every picture, each with its own noise."""
+def fill(folder, truth, *, noise=0.1, seed=0, views=1, images=None, digests=None, **more):
+    """Write a complete store with ``views`` items of every picture, each with its own noise; ``digests`` are the
+    checksums of the pictures' contents."""
     images = list(range(len(truth))) if images is None else images
     drawn = [planted_maps(truth, noise, 100 * seed + view) for view in range(views)]
     maps = torch.stack(drawn, 1).flatten(0, 1)
@@ -34,6 +35,8 @@ def fill(folder, truth, *, noise=0.1, seed=0, views=1, images=None, **more):
         {"image": image, "view": view, "seed": seed, "timestep": [25], "labels": classes}
         for image, classes in zip(images, truth, strict=True) for view in range(views)
     ]  # fmt: skip
+    for item in items if digests else ():
+        item["digest"] = digests[item["image"]]
     settings = {"classes": CLASSES, "model": "planted", "timesteps": [25], "blocks": ["up"], **more}
     with store.create(folder, LAYOUT, precision="float32", items_per_shard=7, settings=settings) as writer:
         writer.add({"up.t25": maps.mean((1, 2)), "up.t25.maps": maps}, items)

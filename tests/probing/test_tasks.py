@@ -8,7 +8,7 @@ from helpers import picture_folder
 from vaelab.data.labelled import LabelledPictures, load_labelled
 from vaelab.probing import classifiers, layer_features, tasks
 from vaelab.probing.diffc import DiffCConfig
-from vaelab.probing.tasks import build_tasks, require_disjoint
+from vaelab.probing.tasks import build_tasks, find_duplicates
 
 MODEL = {"model": "planted"}
 PICTURES = LabelledPictures("world[train][90:150]", 32, planted_pictures.CLASSES, range(60), lambda image: None)
@@ -117,20 +117,38 @@ def made_of(dataset, digests, images=None):
 def test_the_same_pictures_under_other_numbers_names_or_splits_are_found():
     """A number is a place in a drawn selection, so other selections may hold the same picture under another one."""
     first = made_of("pets[train[0:100]]", [str(i) for i in range(100)])
-    for name in ("pets[train[99:200]]", "pets[train], 101 drawn by seed 3"):
-        with pytest.raises(ValueError, match=r"^test_activations: 1 of their 101 pictures are also training pictures"):
-            require_disjoint(first, made_of(name, [str(i) for i in range(99, 200)]))
+    for name in ("pets[train[90:190]]", "pets[train], 100 drawn by seed 3"):
+        with pytest.raises(ValueError, match=r"^test_activations: 10 of their 100 pictures are also training pictures"):
+            find_duplicates(first, made_of(name, [str(i) for i in range(90, 190)]))
     copied = made_of("folder/of/copies[test]", [str(i) for i in range(90, 190)])
     with pytest.raises(ValueError, match=r"^test_activations: 10 of their 100 pictures"):
-        require_disjoint(first, copied)
-    require_disjoint(first, made_of("pets[test]", [str(i) for i in range(100, 200)]))
-    require_disjoint(made_of("world[train][0:9]", list("abc")), made_of("world[test][0:9]", list("def")))
+        find_duplicates(first, copied)
+    assert not find_duplicates(first, made_of("pets[test]", [str(i) for i in range(100, 200)]))
+    assert not find_duplicates(made_of("world[train][0:9]", list("abc")), made_of("world[test][0:9]", list("def")))
+    with pytest.raises(ValueError, match=r"^test_activations: 1 of their 100 pictures are also training pictures"):
+        numbers = [str(i) for i in range(100, 200)]
+        find_duplicates(
+            made_of("world[train][0:9]", list("abcdefghi")), made_of("world[train][8:108]", numbers, range(8, 108))
+        )
 
 
-def test_a_duplicate_between_published_splits_is_a_warning():
-    first = made_of("pets[train]", [str(i) for i in range(300)])
-    with pytest.warns(UserWarning, match=r"1 of 200 test pictures equal a training picture \(pets"):
-        require_disjoint(first, made_of("pets[test]", [str(i) for i in range(299, 499)]))
+def test_test_pictures_that_equal_a_training_picture_are_left_out(tmp_path, capsys):
+    """Three of the 60 test pictures get the content of a training picture."""
+    digests = {image: f"content {image}" for image in range(150)}
+    duplicates = {100: digests[10], 101: digests[11], 140: digests[11]}
+    stores = [
+        planted_pictures.fill(
+            tmp_path / str(begin), planted_pictures.labels(end - begin, begin), images=list(range(begin, end)),
+            digests=digests | duplicates, dataset=f"world[train][{begin}:{end}]", resolution=32,
+        )
+        for begin, end in ((0, 90), (90, 150))
+    ]  # fmt: skip
+    built = build_tasks(*(each.url for each in stores), PICTURES, MODEL, validation_share=0.25)
+    assert "3 of 60 test pictures equal a training picture and are left out of the test" in capsys.readouterr().out
+    truth = planted_pictures.labels(60, 90)
+    for factor, task in built.items():
+        assert task.test.images() == [image for image in range(90, 150) if image not in duplicates]
+        assert task.test.labels.tolist() == [truth[image - 90][factor] for image in task.test.images()]
 
 
 def test_the_same_files_in_another_folder_are_found(small_pipeline, tmp_path):
@@ -146,7 +164,7 @@ def test_the_same_files_in_another_folder_are_found(small_pipeline, tmp_path):
     ]
     assert [item["digest"] for item in stores[0].items] == [item["digest"] for item in stores[1].items]
     with pytest.raises(ValueError, match=r"^test_activations: 6 of their 6 pictures are also training pictures"):
-        require_disjoint(*stores)
+        find_duplicates(*stores)
 
 
 def test_a_store_of_the_same_model_in_another_precision_is_refused(folders):

@@ -9,6 +9,7 @@ test picture is classified once. The tasks come from :func:`vaelab.probing.tasks
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +139,7 @@ def compare_classifiers(
         classifier: the diffusion classifier, with a prompt for each class of the factor; None leaves it out.
         diffcs: the table from :func:`train_diffcs`.
         models: the trained classifiers from :func:`train_diffcs`.
-        pictures: the test pictures; all classifiers get the readable ones among the first ``count``.
+        pictures: the pictures; all classifiers get the first ``count`` of them that are in the task's test part.
         task: the factor's task.
         factor: the factor's name.
         count: the number of test pictures.
@@ -155,7 +156,9 @@ def compare_classifiers(
     Raises:
         ValueError: none of the pictures can be read, or the model does not reproduce the stored features.
     """
-    few = [picture for picture in map(pictures.__getitem__, range(min(count, len(pictures)))) if picture]
+    tested = set(task.test.images())
+    first = islice((place for place, number in enumerate(pictures.numbers) if number in tested), count)
+    few = [picture for picture in map(pictures.__getitem__, first) if picture]
     if not few:
         raise ValueError(f"dataset: none of the first {count} pictures of {pictures.name!r} can be read")
     truth = [picture.labels[factor] for picture in few]

@@ -32,6 +32,10 @@ class Examples:
     def __len__(self) -> int:
         return len(self.items)
 
+    def images(self) -> list[int]:
+        """Return the pictures' indices in their data set; for the world, the scenes' seeds."""
+        return [self.store.items[views[0]]["image"] for views in self.items]
+
     def take(self, chosen: np.ndarray) -> "Examples":
         """Return the examples with these indices."""
         return replace(self, items=[self.items[i] for i in chosen], labels=self.labels[torch.from_numpy(chosen)])

@@ -1,12 +1,12 @@
 """Classification tasks on a store of features: training, validation and test pictures for each factor.
 
 A factor is a set of classes, such as the colours. Two stores are needed: one of training pictures, a fraction of which
-is held out for validation, and one of test pictures. Everything that would make the test meaningless is refused: test
-pictures that are also training pictures, stores made with different prompts, or classes that were never learned.
+is held out for validation, and one of test pictures. Test pictures that equal a training picture are left out.
+Everything that would make the test meaningless is refused: stores that overlap, stores made with different prompts, or
+classes that were never learned.
 """
 
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -27,9 +27,9 @@ SPLIT = re.compile(r"[^\[]*(\[[^\[\],]*)?")
 ``photos[train[:90%]], 50 drawn by seed 0``."""
 MOST_UNKNOWN = 0.5
 """Largest share of test pictures whose class no training picture has."""
-MOST_DUPLICATES = 0.01
-"""Largest share of test pictures that may equal training pictures from another data set or split: published data sets
-hold a few duplicates."""
+MOST_DUPLICATES = 0.05
+"""Largest share of test pictures that may equal training pictures: data sets hold a few duplicates, more are an
+overlap."""
 
 
 class Task(NamedTuple):
@@ -53,6 +53,8 @@ def build_tasks(
 ) -> dict[str, Task]:
     """Build a task for each factor; all tasks have the same pictures in each part.
 
+    Test pictures that equal a training picture are left out, and their number is printed.
+
     Args:
         activations: the folder of the store of training and validation pictures.
         test_activations: the folder of the store of test pictures.
@@ -66,8 +68,8 @@ def build_tasks(
 
     Raises:
         ValueError: a store does not exist, was made with another model, with other settings or from other pictures, or
-            has no maps although Diff-C needs them; test pictures are also training pictures; or most test pictures are
-            of classes that no training picture has.
+            has no maps although Diff-C needs them; test and training pictures overlap; or most test pictures are of
+            classes that no training picture has.
     """
     training = store.open(activations, parameter="activations")
     tested = store.open(test_activations, parameter="test_activations")
@@ -80,14 +82,16 @@ def build_tasks(
         there, here = (each.settings.get(setting) or "" for each in (training, tested))
         if there != here:
             raise ValueError(f"test_activations: made with {setting} {here!r}, activations with {there!r}")
-    require_disjoint(training, tested)
+    duplicates = find_duplicates(training, tested)
     if diffc_layers is not None:
         layers = pooled_layers(training)
         require_maps(training, matching_layers(layers, diffc_layers) or layers)
     tasks = {}
     for factor in dict.fromkeys(factors or pictures.classes):
         parts = load_examples(training, factor).split(validation_share, seed)
-        tasks[factor] = Task(*parts, load_examples(tested, factor))
+        test = load_examples(tested, factor)
+        kept = [place for place, image in enumerate(test.images()) if image not in duplicates]
+        tasks[factor] = Task(*parts, test.take(np.array(kept)))
         require_known_classes(tasks[factor], factor)
     return tasks
 
@@ -177,30 +181,33 @@ def require_known_classes(task: Task, factor: str) -> None:
         )
 
 
-def require_disjoint(training: Store, tested: Store) -> None:
-    """Raise ValueError if test pictures are among the training pictures.
+def find_duplicates(training: Store, tested: Store) -> set[int]:
+    """Find the test pictures that equal a training picture, and print their number.
 
-    Pictures are compared by content, and within one selection of a data set by index as well. If the two stores come
-    from different splits or data sets and at most 1 % of the test pictures are duplicates, this only warns: published
-    data sets have some.
+    Pictures are compared by content, and within one selection of a data set by index as well.
+
+    Returns:
+        The indices of these pictures, the ``image`` of the items of ``tested``.
+
+    Raises:
+        ValueError: the stores overlap: a picture of one selection is in both, or more than 5 % of the test pictures
+            equal a training picture.
     """
     names = [each.settings.get("dataset", "") for each in (training, tested)]
     splits = [SPLIT.match(name)[0] for name in names]
     numbered = names[0] == names[1] or (splits[0] == splits[1] and splits[0].startswith("world["))
-    shared = max(
-        len(set.intersection(*({item[key] for item in each.items if key in item} for each in (training, tested))))
-        for key in ("digest", *(["image"] if numbered else []))
-    )
-    count = len({item["image"] for item in tested.items})
-    if shared and (splits[0] == splits[1] or shared > MOST_DUPLICATES * count):
+    learned = {key: {item[key] for item in training.items if key in item} for key in ("image", "digest")}
+    images = {item["image"] for item in tested.items}
+    duplicates = {item["image"] for item in tested.items if item.get("digest") in learned["digest"]}
+    same = images & learned["image"] if numbered else set()
+    if same or len(duplicates) > MOST_DUPLICATES * len(images):
         raise ValueError(
-            f"test_activations: {shared} of their {count} pictures are also training pictures; take a split or slice "
-            "that does not overlap"
+            f"test_activations: {len(same | duplicates)} of their {len(images)} pictures are also training pictures; "
+            "take a split or slice that does not overlap"
         )
-    if shared:
-        warnings.warn(
-            f"{shared} of {count} test pictures equal a training picture ({' and '.join(names)})", stacklevel=2
-        )
+    if duplicates:
+        print(f"{len(duplicates)} of {len(images)} test pictures equal a training picture and are left out of the test")
+    return duplicates
 
 
 def require_maps(features: Store, layers: Sequence[str]) -> None:
