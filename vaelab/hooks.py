@@ -35,13 +35,14 @@ def unwrap(model: nn.Module) -> nn.Module:
     return extract_model_from_parallel(model, keep_fp32_wrapper=True, keep_torch_compile=False)
 
 
-def find_layers(model: nn.Module, layers: str | Iterable[str]) -> dict[str, nn.Module]:
+def find_layers(model: nn.Module, layers: str | Iterable[str], parameter: str = "layers") -> dict[str, nn.Module]:
     """Find the modules that ``layers`` names, by path, in the model's own order.
 
     Args:
         model: any module; wrappers are removed first, so paths have no ``module.`` in front.
         layers: one or several module paths (``encoder.conv_in``) or globs (``decoder.*.norm1``; ``*`` also matches
             dots).
+        parameter: the notebook parameter that gave the names; error messages begin with it.
 
     Raises:
         ValueError: a path or a glob matches nothing; the message lists the nearest paths.
@@ -49,12 +50,12 @@ def find_layers(model: nn.Module, layers: str | Iterable[str]) -> dict[str, nn.M
     patterns = [layers] if isinstance(layers, str) else list(layers)
     modules = {name: module for name, module in unwrap(model).named_modules() if name}
     if not patterns:
-        raise ValueError("layers: none given; expected module paths or globs")
+        raise ValueError(f"{parameter}: none given; expected module paths or globs")
     matched = set()
     for pattern in patterns:
         found = [pattern] if pattern in modules else fnmatch.filter(modules, pattern)
         if not found:
-            raise unknown("layers", pattern, _like(pattern, modules) if "*" in pattern else modules)
+            raise unknown(parameter, pattern, _like(pattern, modules) if "*" in pattern else modules)
         matched.update(found)
     return {name: module for name, module in modules.items() if name in matched}
 

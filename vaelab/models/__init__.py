@@ -1,9 +1,11 @@
 """Autoencoders and pipelines by one name, and the short names of their blocks."""
 
 from vaelab.models.block_names import blocks
+from vaelab.models.checks import check_blocks
 from vaelab.models.checksums import save_with_checksums
 from vaelab.models.loading import (
     decode_latents,
+    denoiser_without_weights,
     encode_latents,
     load_pipeline,
     load_vae,
@@ -15,6 +17,7 @@ from vaelab.models.loading import (
     save_in_float16,
     scale_latents,
     unscale_latents,
+    vae_without_weights,
     validate_embedded_names,
     validate_precision,
 )
@@ -22,7 +25,9 @@ from vaelab.models.registry import embedded_dit_path, embedded_path, embedded_va
 
 __all__ = [
     "blocks",
+    "check_blocks",
     "decode_latents",
+    "denoiser_without_weights",
     "embedded_dit_path",
     "embedded_path",
     "embedded_vae_path",
@@ -39,6 +44,7 @@ __all__ = [
     "save_with_checksums",
     "scale_latents",
     "unscale_latents",
+    "vae_without_weights",
     "validate_embedded_names",
     "validate_precision",
 ]

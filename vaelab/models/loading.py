@@ -89,16 +89,9 @@ def load_pipeline(
 
 
 def _load_pipeline(name: str, device: str, precision: str, revision: str | None, variant: str | None) -> Any:
-    from diffusers import DiffusionPipeline
-
     path, dtype, device = pipeline_folder(name, revision), devices.dtype(precision), devices.pick(device)
     options = {"revision": revision, "variant": variant, "dtype": dtype}
-    try:
-        index = DiffusionPipeline.load_config(path, revision=revision)
-        kind = _pipeline_class(index, name)
-        _validate_denoiser(path, index, name, revision)
-    except OSError as error:
-        raise ValueError(_damaged_file(path, name) or _could_not_be_read(name, error)) from error
+    index, kind = _read_index(path, name, revision)
     given = {part: nothing for part, nothing in LEFT_OUT.items() if part in signature(kind).parameters}
     for part, entry in index.items():
         if entry == [None, None]:  # a part that the pipeline does without, such as the third text encoder of SD3
@@ -119,6 +112,59 @@ def _load_pipeline(name: str, device: str, precision: str, revision: str | None,
             "scaling_factor and shift_factor alone"
         )
     return pipeline.to(device)
+
+
+def denoiser_without_weights(
+    name: str = "embedded", *, revision: str | None = None, parameter: str = "model"
+) -> nn.Module:
+    """Build a pipeline's U-Net or transformer from its configuration alone, on the meta device.
+
+    It has all modules but no weights, so that names of blocks are checked before the weights are read or downloaded.
+
+    Args:
+        name: as for :func:`load_pipeline`.
+        revision: a branch, tag or commit on the hub.
+        parameter: the notebook parameter that gave ``name``; error messages about the model begin with it.
+
+    Raises:
+        ValueError: there is no such pipeline, the hub cannot be reached, or the denoiser is not supported.
+    """
+    import diffusers
+
+    with reading(name, revision, parameter):
+        path = pipeline_folder(name, revision)
+        index, _ = _read_index(path, name, revision)
+        part = _denoiser_part(index)
+        kind = getattr(diffusers, index[part][1])
+        try:
+            config = kind.load_config(path, subfolder=part, revision=revision)
+        except OSError as error:
+            raise ValueError(_damaged_file(path, name, part) or _could_not_be_read(name, error)) from error
+        with torch.device("meta"):
+            return kind.from_config(config).eval()
+
+
+def vae_without_weights(
+    name: str = "embedded", *, revision: str | None = None, config: str | None = None, parameter: str = "model"
+) -> nn.Module:
+    """Build an autoencoder from its configuration alone, on the meta device.
+
+    It has all modules but no weights, so that names of layers are checked before the weights are read or downloaded.
+
+    Args:
+        name: as for :func:`load_vae`.
+        revision: a branch, tag or commit on the hub.
+        config: for a single file, the folder of its config.json; None means the file's own folder.
+        parameter: the notebook parameter that gave ``name``; error messages about the model begin with it.
+
+    Raises:
+        ValueError: there is no such model, the hub cannot be reached, or it is not an autoencoder of RGB pictures.
+    """
+    refuse_config(name, config)
+    with reading(name, revision, parameter):
+        entries = locate_vae(name, revision, config).config
+        with torch.device("meta"):
+            return _autoencoder_class(entries, name).from_config(entries).eval()
 
 
 def load_vae(
@@ -380,6 +426,23 @@ def validate_embedded_names(names: Iterable[str]) -> None:
         one_of("ship", name, SHIPPED)
 
 
+def _read_index(path: str, name: str, revision: str | None) -> tuple[dict[str, Any], type]:
+    """Read a pipeline's ``model_index.json``, and find its class; an unsupported pipeline is refused."""
+    from diffusers import DiffusionPipeline
+
+    try:
+        index = DiffusionPipeline.load_config(path, revision=revision)
+        kind = _pipeline_class(index, name)
+        _validate_denoiser(path, index, name, revision)
+    except OSError as error:
+        raise ValueError(_damaged_file(path, name) or _could_not_be_read(name, error)) from error
+    return index, kind
+
+
+def _denoiser_part(index: dict[str, Any]) -> str:
+    return next(part for part in DENOISERS if part in index and index[part][1] in EXAMPLES)
+
+
 def _pipeline_class(index: dict[str, Any], name: str) -> type:
     """Find the class that a ``model_index.json`` names; an unsupported class is refused before large files are read."""
     import diffusers
@@ -420,7 +483,7 @@ def _validate_denoiser(path: str, index: dict[str, Any], name: str, revision: st
     """Refuse, by its configuration, a denoiser that needs more than noisy latents, a timestep and a prompt."""
     import diffusers
 
-    part = next(part for part in DENOISERS if part in index and index[part][1] in EXAMPLES)
+    part = _denoiser_part(index)
     if not _has_part(path, part):
         return  # loading raises the error
     kind = getattr(diffusers, index[part][1])
