@@ -26,15 +26,16 @@ DERIVED = "position_ids"
 class Clip:
     """Embeds pictures and sentences in one space."""
 
-    def __init__(self, model: Any, processor: Any):
+    def __init__(self, model: Any, processor: Any, name: str = "clip"):
         """Take a loaded model.
 
         Args:
             model: a ``transformers.CLIPModel``, or another model with ``get_text_features`` and
                 ``get_image_features``.
             processor: the model's processor.
+            name: the name under which results mention the model.
         """
-        self.model, self.processor = model.eval(), processor
+        self.model, self.processor, self.name = model.eval(), processor, name
 
     @torch.no_grad()
     def embed_pictures(self, pixels: Tensor) -> Tensor:
@@ -90,7 +91,7 @@ def load_clip(name: str, *, device: str = "auto", revision: str | None = None, p
     for key, value in model.state_dict().items():
         if not value.isfinite().all():
             raise ValueError(f"{parameter}: {name!r} has NaN or infinite values in {key}")
-    return Clip(model.to(devices.pick(device)), processor)
+    return Clip(model.to(devices.pick(device)), processor, name)
 
 
 def _unit_length(features: Any) -> Tensor:
