@@ -116,13 +116,14 @@ def finished(params_file: Path) -> bool:
     return True
 
 
-def run(params_file: Path, *, overwrite: bool = False, show_output: bool = True) -> bool:
+def run(params_file: Path, *, overwrite: bool = False, show_output: bool = True, fork: bool = False) -> bool:
     """Run one params file, after the unfinished runs that it reads.
 
     Args:
         params_file: a file under ``params/``.
         overwrite: whether to replace the results of a finished run.
         show_output: whether to log what the notebook prints.
+        fork: whether its kernel shares the imports of this process' other kernels, see :mod:`vaelab.runner.forked`.
 
     Returns:
         Whether it ran; False if it was finished already.
@@ -139,23 +140,24 @@ def run(params_file: Path, *, overwrite: bool = False, show_output: bool = True)
     for needed in needs(params):
         if not finished(needed):
             print(f"{label(params_file)} reads {label(needed)}, which is not finished: running it first", flush=True)
-            run(needed, show_output=show_output)
+            run(needed, show_output=show_output, fork=fork)
     folder = output_of(params_file)
     (folder / ".run").mkdir(parents=True, exist_ok=True)
     lock = Lock(folder / ".run" / "notebook.lock", label(params_file))
     try:
-        _execute(params_file, {**params, "overwrite": True} if overwrite else params, show_output)
+        _execute(params_file, {**params, "overwrite": True} if overwrite else params, show_output, fork)
     finally:
         lock.release()
     return True
 
 
-def _execute(params_file: Path, params: dict[str, Any], show_output: bool) -> None:
+def _execute(params_file: Path, params: dict[str, Any], show_output: bool, fork: bool) -> None:
     """Execute the notebook; a finished run's notebook and page are replaced only when the new ones are complete."""
     import papermill
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
+    from vaelab.runner.forked import ForkedKernelManager
     from vaelab.runner.page import to_html
 
     output = output_of(params_file).with_name(f"{params_file.stem}.ipynb")
@@ -163,9 +165,10 @@ def _execute(params_file: Path, params: dict[str, Any], show_output: bool) -> No
     target = output.with_name(f"{params_file.stem}.new.ipynb") if replaces else output
     # relative, since papermill writes both paths into the executed notebook
     source, place = (path.relative_to(project_root()) for path in (notebook_of(params_file), target))
+    options = {"kernel_manager_class": ForkedKernelManager} if fork else {}
     try:
         papermill.execute_notebook(
-            source, place, params, progress_bar=False, log_output=show_output, extra_arguments=QUIET
+            source, place, params, progress_bar=False, log_output=show_output, extra_arguments=QUIET, **options
         )
     except PapermillExecutionError as error:
         raise _failure(params_file, error.ename, error.evalue, place) from error

@@ -1,9 +1,11 @@
 """Every params file of one name, some at a time, each after the runs that it reads."""
 
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from functools import partial
 from pathlib import Path
 
 from vaelab.core.io import read_json, write_json
@@ -65,8 +67,10 @@ class Schedule:
         self._write_page()
         together = [path for path in self.todo if path.parent.name not in ALONE]
         alone = [path for path in self.todo if path.parent.name in ALONE]
-        for batch, width in ((together, self.jobs), (alone, 1)):
-            for path, seconds, error in self._scheduled(batch, width):
+        # not for a few runs, whose own imports cost less; not on macOS, whose libraries do not survive a fork
+        fork = len(together) > 2 * self.jobs and sys.platform == "linux"
+        for batch, width, execute in ((together, self.jobs, partial(run, fork=fork)), (alone, 1, run)):
+            for path, seconds, error in self._scheduled(batch, width, execute):
                 self.ended.append(path)
                 if error is None:
                     self._history[label(path)] = round(seconds, 1)
@@ -80,7 +84,7 @@ class Schedule:
                 self._write_page()
         return [label(path) for path in self.selected if path in self.errors]
 
-    def _scheduled(self, todo: list[Path], width: int) -> Iterator[tuple[Path, float, str | None]]:
+    def _scheduled(self, todo: list[Path], width: int, execute: Callable) -> Iterator[tuple[Path, float, str | None]]:
         """Yield each run as it ends, with its seconds and its error or None; a run whose needs failed ends at once."""
         left = sorted(todo, key=self._chain_seconds, reverse=True)
         running: dict[Future, Path] = {}
@@ -95,7 +99,7 @@ class Schedule:
             started = ready[: width - len(running)]
             for path in started:
                 left.remove(path)
-                running[pool.submit(_timed, run, path, self.overwrite)] = path
+                running[pool.submit(_timed, execute, path, self.overwrite)] = path
             self.running = list(running.values())
             if started:
                 self._write_page()
