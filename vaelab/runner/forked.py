@@ -1,4 +1,4 @@
-"""Kernels forked from one process that has imported the libraries, so that the runs of ``vaelab all`` share the imports.
+"""Kernels forked from one process that has imported the libraries: the runs of ``vaelab all`` share the imports.
 
 Torch, diffusers and the other libraries take about ten seconds of CPU to import. The standard library's fork server
 imports them once, before any thread of theirs starts, and every kernel begins as its copy.
