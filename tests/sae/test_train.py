@@ -11,9 +11,10 @@ from vaelab import store
 from vaelab.activations.collect import CollectConfig, stream_rows
 from vaelab.activations.denoiser import Sampling
 from vaelab.sae import train
-from vaelab.sae.model import VARIANTS, SAEConfig
+from vaelab.sae.model import SAE, VARIANTS, SAEConfig
 from vaelab.sae.synthetic import SyntheticSparseData, dictionary_recovery
 from vaelab.sae.train import (
+    FROZEN,
     SAEObjective,
     SAESpec,
     geometric_median,
@@ -125,6 +126,24 @@ def test_a_planted_dictionary_is_found_in_the_units_of_the_data():
     assert last["l0"] == 2 and last["dead_fraction"] < 0.03 and last["step"] == 300
     torch.testing.assert_close(sae.decoder.norm(dim=1), torch.ones(48))
     assert trained.seconds > 0 and trained.resumed_at == 0
+
+
+def test_a_planted_dictionary_is_found_by_training_and_not_by_the_frozen_controls():
+    """There are more features than dimensions. Otherwise a soft-frozen decoder finds many of them too."""
+    planted = SyntheticSparseData(d=16, n_features=32, active=2)
+    sae = SAEConfig(16, 48, 2, dead_after=4096)
+    saes = {kind: SAESpec("planted", sae, 1, kind) for kind in FROZEN}
+    trained = train_saes(saes, planted.batches(256), config(steps=250, schedule="cosine")).saes
+    start = SAE(sae, 1)
+    found = {kind: dictionary_recovery(planted.features(), each.features()) for kind, each in trained.items()}
+    assert found[""] > 0.95 and found[""] > max(found[kind] for kind in FROZEN if kind) + 0.05, found
+    assert torch.equal(trained["decoder"].decoder, start.decoder)
+    assert torch.equal(trained["encoder"].encoder, start.encoder)
+    assert not torch.equal(trained["decoder"].encoder, start.encoder)
+    assert not torch.equal(trained["encoder"].decoder, start.decoder)
+    turned = (trained["soft_decoder"].decoder * start.decoder).sum(1)
+    assert turned.min() == pytest.approx(0.8, abs=1e-5)
+    torch.testing.assert_close(trained["soft_decoder"].decoder.norm(dim=1), torch.ones(48))
 
 
 def test_every_variant_learns_and_together_they_learn_as_if_alone():
@@ -281,5 +300,7 @@ def test_what_cannot_be_trained_is_refused():
         train_saes(specs("topk"), PLANTED.batches(8), config(clip_norm=1.0))
     with pytest.raises(ValueError, match="planted: all vectors are the same"):
         train_saes(specs("topk"), lambda **_: iter([{"planted": torch.ones(9, 32)}]), config())
+    with pytest.raises(ValueError, match="frozen: .*'decodr'.*decoder"):
+        train_saes({"a": SAESpec("planted", SAEConfig(32, 64, 2), 0, "decodr")}, PLANTED.batches(8), config())
     with pytest.raises(ValueError, match="vectors of 32 numbers; this autoencoder is for 16"):
         train_saes(specs("topk", d=16), PLANTED.batches(8), config())

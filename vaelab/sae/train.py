@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from vaelab.activations.collect import CollectConfig, capture_batches
 from vaelab.core import devices
-from vaelab.core.validate import at_least, unknown
+from vaelab.core.validate import at_least, one_of, unknown
 from vaelab.hooks import on_gradient
 from vaelab.sae.kernels import row_products
 from vaelab.sae.model import SAE, SAEConfig, require_finite_vectors, require_width
@@ -32,6 +32,10 @@ INITIALISATION_VECTORS = 2**14
 """The largest number of vectors of a block from which median, spread and first thresholds are computed."""
 CURVES = ("loss", "explained_variance", "l0", "dead_fraction")
 """Columns of a training history."""
+FROZEN = ("", "decoder", "soft_decoder", "encoder")
+"""What can be kept at its random start, as controls of what training adds (arXiv 2602.14111): nothing; the decoder; the
+decoder's rows up to an angle whose cosine is :data:`SOFT_COSINE`; the encoder."""
+SOFT_COSINE = 0.8
 
 
 def store_batches(store: Store, blocks: Sequence[str], batch_size: int, seed: int) -> Batches:
@@ -106,6 +110,8 @@ class SAESpec(NamedTuple):
     """Its architecture and loss."""
     seed: int = 0
     """Seed of its initial weights."""
+    frozen: str = ""
+    """What is kept at its random start, one of :data:`FROZEN`."""
 
 
 class TrainedSAEs(NamedTuple):
@@ -136,17 +142,22 @@ class SAEObjective(nn.Module):
 
         Raises:
             ValueError: an autoencoder has an ``input_norm``; such ones are read from other libraries but not trained.
+                Or its ``frozen`` is unknown.
         """
         super().__init__()
         self.specs = dict(specs)
         for name, spec in self.specs.items():
             if spec.config.input_norm != "none":
                 raise ValueError(f"input_norm: {name} has {spec.config.input_norm!r}; only 'none' can be trained")
+            one_of("frozen", spec.frozen, FROZEN)
         self.blocks = sorted({spec.block for spec in self.specs.values()})
         self.saes = nn.ModuleList(SAE(spec.config, spec.seed) for spec in self.specs.values())
         self.register_buffer("scales", torch.ones(len(self.blocks)))
-        for sae in self.saes:
-            on_gradient(sae.decoder, remove_parallel_gradient)
+        for sae, spec in zip(self.saes, self.specs.values(), strict=True):
+            sae.encoder.requires_grad_(spec.frozen != "encoder")
+            sae.decoder.requires_grad_(spec.frozen != "decoder")
+            if sae.decoder.requires_grad:
+                on_gradient(sae.decoder, remove_parallel_gradient)
 
     @torch.no_grad()
     def initialise(self, sample: Mapping[str, Tensor]) -> None:
@@ -224,6 +235,23 @@ class NormaliseDecoders(Watcher):
             sae.normalise()
 
 
+class KeepDecoderNearStart(Watcher):
+    """Moves features of unit length that have turned too far from their start back to a cosine of ``SOFT_COSINE``."""
+
+    def __init__(self, sae: SAE, seed: int):
+        """Args: the autoencoder, and the seed of its initial weights."""
+        self._sae, self._start = sae, SAE(sae.config, seed).decoder.detach()
+
+    @torch.no_grad()
+    def after(self, step: int, optimizer: torch.optim.Optimizer) -> None:
+        """Called by the training."""
+        decoder, start = self._sae.decoder, self._start.to(self._sae.device)
+        cosine = (decoder * start).sum(1, keepdim=True)
+        across = torch.nn.functional.normalize(decoder - cosine * start)
+        moved = SOFT_COSINE * start + (1 - SOFT_COSINE**2) ** 0.5 * across
+        decoder.copy_(torch.where(cosine < SOFT_COSINE, moved, decoder))
+
+
 class HistoryCallback(Watcher):
     """Calls a function with the history whenever it has grown."""
 
@@ -288,7 +316,13 @@ def train_saes(
         return batches(start=start, rank=rank, world=world)
 
     described = {name: {**spec._asdict(), "config": asdict(spec.config)} for name, spec in specs.items()}
-    watchers = [NormaliseDecoders(objective.saes), *([HistoryCallback(specs, live)] if live else [])]
+    soft = [
+        KeepDecoderNearStart(sae, spec.seed)
+        for sae, spec in zip(objective.saes, specs.values(), strict=True)
+        if spec.frozen == "soft_decoder"
+    ]
+    learned = [sae for sae in objective.saes if sae.decoder.requires_grad]
+    watchers = [NormaliseDecoders(learned), *soft, *([HistoryCallback(specs, live)] if live else [])]
     trained = train(
         objective, from_the_first, config, folder=folder, watchers=watchers,
         settings={**(settings or {}), "saes": described}, title=title,
