@@ -10,7 +10,7 @@ import pytest
 
 from vaelab.report import SECTIONS, page, pelap, runs, suppression, turbo
 from vaelab.report.markdown import Chart, Picture, number, percent, signed
-from vaelab.runner.provenance import embedded_weights
+from vaelab.runner.provenance import changed_weights, embedded_weights
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
 TODAY = embedded_weights()
@@ -33,8 +33,7 @@ def planted(label, metrics=(), tables=(), params=(), *, weights=TODAY):
         "tables": dict(tables), "key_numbers": [], "finding": "", "seconds": 1.0, "embedded_weights": weights,
         "environment": {"device": "cpu", "device_name": "cpu", "processor": "a processor", "threads": 1},
     }  # fmt: skip
-    changed = tuple(n for n in runs.depends_on(label, results["params"]) if weights.get(n) != TODAY.get(n))
-    return runs.FinishedRun(label, Path("results", label), results, changed)
+    return runs.FinishedRun(label, Path("results", label), results, changed_weights(results, TODAY))
 
 
 def save(run, folder):
@@ -105,23 +104,6 @@ def test_changed_weights_make_a_run_stale():
     assert "stale" not in current.split("## Contents")[1]
     assert "(**stale**: vae changed since)" in stale and "**stale** (vae)" in stale
     assert "*Stale*: 11_compare_interventions/study" in stale
-
-
-@pytest.mark.parametrize(
-    ("label", "params", "models"),
-    [
-        ("10_finetune_vae/a", {"model": "embedded"}, ("vae",)),
-        ("13_logit_lens/a", {"model": "outputs/10_finetune_vae/study-glyphs/runs/x/vae"}, ("vae",)),
-        ("13_logit_lens/a", {"model": "outputs/10_finetune_vae/paper-fonts/runs/x/vae"}, ()),
-        ("10_finetune_vae/a", {"model": "stabilityai/sdxl-vae"}, ()),
-        ("33_block_ablation/a", {"model": "embedded"}, ("pipeline",)),
-        ("42_diffc/a", {"model": "embedded"}, ("pipeline",)),
-        ("42_diffc/a", {"model": "embedded-dit"}, ("dit",)),
-        ("43_pca_maps/a", {"model": "embedded", "other_model": "embedded-dit"}, ("pipeline", "dit")),
-    ],
-)
-def test_a_run_depends_on_the_models_that_it_used(label, params, models):
-    assert runs.depends_on(label, params) == models
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,8 @@ import nbformat
 import pytest
 
 from vaelab.runner import execute, index
+from vaelab.runner.output import Lock
+from vaelab.runner.provenance import embedded_weights
 
 ROOT = Path(__file__).parents[2]
 PARAMETERS = """output_dir: str = "outputs/20_two/interactive"  # folder
@@ -345,6 +347,20 @@ def test_the_front_page_shows_findings_key_numbers_and_changed_parameters(projec
     assert "-0.4 %" in cards and "-1 to 0.2" in cards
     assert "fail: True" in page
     assert re.findall('src="([^"]+)"', page) == ["11_compare_interventions/study/thumbnail.png"]
+
+
+def test_the_front_page_tells_running_stopped_and_stale_runs(project):
+    for name in ("running", "stopped"):
+        (project / "outputs" / "10_one" / name / ".run").mkdir(parents=True)
+    lock = Lock(project / "outputs" / "10_one" / "running" / ".run" / "lock", "a run")
+    params = {"model": "embedded"}
+    finish(project, "11_compare_interventions/demo", params=params, embedded_weights=embedded_weights(), finding="New.")
+    finish(project, "11_compare_interventions/study", params=params, embedded_weights={"vae": "edited"}, finding="Old.")
+    entries = {row[: row.index("<")]: row for row in index.write(project / "outputs").read_text().split("<h4>")[1:]}
+    lock.release()
+    assert "no results" not in entries["running"] and ">running</p>" in entries["running"]
+    assert "no results: it failed or was stopped" in entries["stopped"]
+    assert "Stale: the embedded weights of vae have changed" in entries["study"] and "Stale" not in entries["demo"]
 
 
 def test_the_front_page_lists_ones_own_runs_with_their_notebooks(project):

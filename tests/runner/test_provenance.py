@@ -1,6 +1,8 @@
 import json
 import shutil
 
+import pytest
+
 from vaelab.runner import provenance
 
 
@@ -31,3 +33,20 @@ def test_embedded_weights_change_with_any_byte_of_the_model_and_with_nothing_els
 
 def test_embedded_weights_name_every_shipped_model():
     assert list(provenance.embedded_weights()) == ["dit", "pipeline", "vae"]
+
+
+@pytest.mark.parametrize(
+    ("label", "params", "models"),
+    [
+        ("10_finetune_vae/a", {"model": "embedded"}, ("vae",)),
+        ("13_logit_lens/a", {"model": "outputs/10_finetune_vae/study-glyphs/runs/x/vae"}, ("vae",)),
+        ("13_logit_lens/a", {"model": "outputs/10_finetune_vae/paper-fonts/runs/x/vae"}, ()),
+        ("10_finetune_vae/a", {"model": "stabilityai/sdxl-vae"}, ()),
+        ("33_block_ablation/a", {"model": "embedded"}, ("pipeline",)),
+        ("42_diffc/a", {"model": "embedded"}, ("pipeline",)),
+        ("42_diffc/a", {"model": "embedded-dit"}, ("dit",)),
+        ("43_pca_maps/a", {"model": "embedded", "other_model": "embedded-dit"}, ("pipeline", "dit")),
+    ],
+)
+def test_a_run_depends_on_the_models_that_it_used(label, params, models):
+    assert provenance.depends_on(label, params) == models

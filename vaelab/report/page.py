@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from vaelab.core.io import atomic
 from vaelab.core.paths import project_root, resolve
 from vaelab.report.markdown import Block, Chart, listed, number, table
-from vaelab.report.runs import FinishedRun, depends_on
+from vaelab.report.runs import FinishedRun
+from vaelab.runner.provenance import depends_on
 
 DPI = 100
 

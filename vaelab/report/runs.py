@@ -17,7 +17,7 @@ from vaelab.core.paths import project_root, resolve
 from vaelab.core.validate import unknown
 from vaelab.runner import read_results
 from vaelab.runner.output import RESULTS
-from vaelab.runner.provenance import embedded_weights
+from vaelab.runner.provenance import changed_weights, embedded_weights
 
 LEFT_OUT = ("demo", "smoke", "interactive")
 """Runs whose names begin with one of these are quick looks, not results."""
@@ -42,8 +42,6 @@ PICTURES = {
 """Figures, by notebook, that cannot be drawn from a run's tables."""
 WIDEST, COLOURS = 1400, 128
 """Size in pixels and number of colours of a copied picture."""
-DEPENDS = {"0": ("pipeline", "dit"), "1": ("vae",), "2": ("vae",), "3": ("pipeline",), "9": ("pipeline", "vae")}
-"""The embedded models that a run on ``embedded`` depends on, by the first digit of its notebook."""
 
 
 @dataclass(frozen=True)
@@ -119,28 +117,8 @@ def read_runs(folder: str | Path, weights: Mapping[str, str] | None = None) -> d
         missing = [part for part in KEPT if part not in results]
         if missing:
             raise ValueError(f"the results of {label} have no {', '.join(missing)}; run it again")
-        changed = tuple(
-            name
-            for name in depends_on(label, results["params"])
-            if results["embedded_weights"].get(name) != weights.get(name)
-        )
-        runs[label] = FinishedRun(label, file.parent, results, changed)
+        runs[label] = FinishedRun(label, file.parent, results, changed_weights(results, weights))
     return runs
-
-
-def depends_on(label: str, params: Mapping[str, Any]) -> tuple[str, ...]:
-    """The embedded models whose weights decide a run's results.
-
-    A model in ``outputs`` counts as made from the embedded ones, unless a run in the paper's own setting made it.
-    """
-    named = [str(value) for entry in params.values() for value in (entry if isinstance(entry, list) else [entry])]
-    embedded = [name for name in named if name.startswith("embedded")]
-    derived = [name for name in named if name.startswith("outputs/") and "/paper" not in name]
-    model = str(params.get("model", ""))
-    if not model.startswith("embedded") and not (model.startswith("outputs/") and derived):
-        return ()
-    found = DEPENDS.get(label[0]) or (("dit",) if model == "embedded-dit" else ("pipeline",))
-    return (*found, "dit") if "embedded-dit" in embedded and "dit" not in found else found
 
 
 def require_export(outputs: str, export: bool) -> None:

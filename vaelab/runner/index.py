@@ -7,11 +7,14 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from vaelab.core.io import atomic, read_json
+from vaelab.runner.output import in_use
 from vaelab.runner.parameters import EXECUTION_ONLY, defaults, portable
+from vaelab.runner.provenance import changed_weights, embedded_weights
 from vaelab.runner.run import read_results
 
 WINGS = {
@@ -75,6 +78,8 @@ class Entry:
     seconds: float = 0.0
     device: str = ""
     finding: str = ""
+    stale: str = ""
+    """The embedded models that the run used and whose weights have changed since."""
     numbers: list[tuple[str, str, str]] = field(default_factory=list)
     """Label, value with unit, and 95 % interval of each number that is shown."""
     key: bool = False
@@ -198,7 +203,9 @@ def _entry(outputs: Path, folder: str, page: str) -> Entry:
     parts = Path(folder).parts
     entry = Entry(folder, parts[0] if len(parts) == 2 else "", parts[1] if len(parts) == 2 else folder, page)
     if not (outputs / folder / "results.json").exists():
-        entry.state, entry.problem = "failed", "no results: failed, stopped, or still running in another process"
+        running = in_use(outputs / folder)
+        entry.state = "running" if running else "failed"
+        entry.problem = "running" if running else "no results: it failed or was stopped"
         return entry
     try:
         results = read_results(outputs / folder)
@@ -208,6 +215,8 @@ def _entry(outputs: Path, folder: str, page: str) -> Entry:
             metrics = list(results.get("metrics", {}).items())[:METRICS]
             entry.numbers = [(str(name), _number(value), "") for name, value in metrics]
         entry.finding = str(results.get("finding", ""))
+        if "embedded_weights" in results:
+            entry.stale = ", ".join(changed_weights(results, _weights()))
         entry.parameters = _differing(outputs.parent / "notebooks", results)
         environment = results.get("environment", {})
         entry.seconds, entry.device = float(results["seconds"]), str(environment.get("device_name", ""))
@@ -217,6 +226,11 @@ def _entry(outputs: Path, folder: str, page: str) -> Entry:
     except (ValueError, TypeError, LookupError, AttributeError) as error:
         entry.state, entry.problem = "failed", f"its results cannot be read: {error}"
     return entry
+
+
+@cache
+def _weights() -> dict[str, str]:
+    return embedded_weights()
 
 
 def _differing(notebooks: Path, results: dict[str, Any]) -> list[tuple[str, str]]:

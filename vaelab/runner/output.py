@@ -61,6 +61,18 @@ class Lock:
             self._descriptor = None
 
 
+def in_use(folder: Path) -> bool:
+    """Whether a process is executing a run in an output folder."""
+    path = folder / PRIVATE / "lock"
+    try:
+        lock = Lock(path, "") if path.is_file() else None
+    except (ValueError, OSError):
+        return True
+    if lock is not None:
+        lock.release()
+    return False
+
+
 class OutputFolder:
     """A locked output folder; the paths that a run writes to.
 

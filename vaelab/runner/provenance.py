@@ -4,6 +4,7 @@ import importlib.metadata
 import os
 import platform
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import xxhash
 
 REPORTED = ("vaelab", "torch", "diffusers", "accelerate", "datasets", "transformers", "torchmetrics", "numpy")
 WEIGHTS = Path(__file__).parent.parent / "embedded" / "weights"
+DEPENDS = {"0": ("pipeline", "dit"), "1": ("vae",), "2": ("vae",), "3": ("pipeline",), "9": ("pipeline", "vae")}
+"""The embedded models that a run on ``embedded`` depends on, by the first digit of its notebook."""
 PIECE = 2**22
 """Number of bytes that are hashed at a time."""
 
@@ -55,6 +58,33 @@ def embedded_weights(folder: Path = WEIGHTS) -> dict[str, str]:
             hidden files and ``checksums.json`` are not.
     """
     return {model.name: _digest(model) for model in sorted(folder.iterdir()) if model.is_dir()}
+
+
+def depends_on(notebook: str, params: Mapping[str, Any]) -> tuple[str, ...]:
+    """The embedded models whose weights decide a run's results.
+
+    A model in ``outputs`` counts as made from the embedded ones, unless a run in the paper's own setting made it.
+    """
+    named = [str(value) for entry in params.values() for value in (entry if isinstance(entry, list) else [entry])]
+    embedded = [name for name in named if name.startswith("embedded")]
+    derived = [name for name in named if name.startswith("outputs/") and "/paper" not in name]
+    model = str(params.get("model", ""))
+    if not model.startswith("embedded") and not (model.startswith("outputs/") and derived):
+        return ()
+    found = DEPENDS.get(notebook[0]) or (("dit",) if model == "embedded-dit" else ("pipeline",))
+    return (*found, "dit") if "embedded-dit" in embedded and "dit" not in found else found
+
+
+def changed_weights(results: Mapping[str, Any], weights: Mapping[str, str]) -> tuple[str, ...]:
+    """The embedded models that a run used and whose weights have changed since; such a run is stale.
+
+    Args:
+        results: what the run's ``results.json`` holds.
+        weights: today's hashes, of :func:`embedded_weights`.
+    """
+    made_with = results["embedded_weights"]
+    used = depends_on(results["notebook"], results["params"])
+    return tuple(name for name in used if made_with.get(name) != weights.get(name))
 
 
 def _digest(model: Path) -> str:
