@@ -53,6 +53,16 @@ class TestDtype:
             devices.dtype(precision)
 
 
+class TestFloat64:
+    def test_it_is_on_the_same_device_but_on_the_cpu_for_mps_which_has_none(self):
+        assert devices.float64_device(torch.device("mps")) == torch.device("cpu")
+        assert devices.float64_device(torch.device("cuda", 1)) == torch.device("cuda", 1)
+
+    def test_values_are_converted_exactly(self):
+        x = torch.tensor([0.1])
+        assert devices.to_float64(x).dtype == torch.float64 and devices.to_float64(x).item() == x.item()
+
+
 class TestSynchronize:
     def test_it_waits_for_the_device_named(self, monkeypatch):
         waited = []

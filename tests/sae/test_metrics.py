@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vaelab.sae import baselines, metrics
-from vaelab.sae.model import Codes, wide_device, widen
+from vaelab.sae.model import Codes
 
 D = 6
 
@@ -119,13 +119,6 @@ def test_a_channel_that_never_varies_is_left_out():
 def test_what_cannot_be_measured_is_refused(batches, message):
     with pytest.raises(ValueError, match=message):
         metrics.evaluate_dictionaries({"identity": Identity()}, batches)
-
-
-def test_sums_in_float64_are_on_the_cpu_where_a_device_has_no_float64():
-    assert wide_device(torch.device("mps")) == torch.device("cpu")
-    assert wide_device(torch.device("cuda", 1)) == torch.device("cuda", 1)
-    x = torch.tensor([0.1])
-    assert widen(x).dtype == torch.float64 and widen(x).item() == x.item()
 
 
 def test_the_papers_layout():

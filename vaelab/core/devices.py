@@ -1,6 +1,7 @@
 """Resolve the ``device`` and ``precision`` parameters: where tensors are stored, and in which number format."""
 
 import torch
+from torch import Tensor
 
 from vaelab.core.validate import one_of
 
@@ -35,6 +36,17 @@ def dtype(precision: str) -> torch.dtype:
     ones."""
     one_of("precision", precision, PRECISIONS)
     return PRECISIONS[precision]
+
+
+def float64_device(device: torch.device) -> torch.device:
+    """Return the device for float64 values computed from tensors on ``device``: the same device, or the CPU if it is
+    MPS, which has no float64."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def to_float64(values: Tensor) -> Tensor:
+    """Convert a tensor to float64, on the device of :func:`float64_device`."""
+    return values.to(float64_device(values.device)).double()
 
 
 def synchronize(device: torch.device) -> None:

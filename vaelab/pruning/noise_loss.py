@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vaelab.core.devices import to_float64
 from vaelab.core.validate import at_least
 
 BISECTIONS = 80
@@ -50,7 +51,7 @@ def alpha_bar(scheduler: Any, timesteps: Tensor | None = None) -> Tensor:
 
 def channel_variances(latents: Tensor) -> Tensor:
     """Compute the variance (c,) of every channel of latents (N, c, h, w) about its mean, in float64."""
-    return _double(latents).var((0, 2, 3), correction=0)
+    return to_float64(latents).var((0, 2, 3), correction=0)
 
 
 def closed_form_error(variance: Tensor, abar: Tensor) -> Tensor:
@@ -96,7 +97,7 @@ def noise_errors(
             noise = torch.randn(part.shape, generator=generator).to(part)
             noisy = scheduler.add_noise(part, noise, torch.full((len(part),), timestep, device=part.device))
             predicted = predict(noisy, torch.tensor(float(timestep), device=part.device))
-            total += _double(predicted - noise).square().sum((0, 2, 3)).cpu()
+            total += to_float64(predicted - noise).square().sum((0, 2, 3)).cpu()
         rows.append(total / (latents[:, 0].numel()))
     return torch.stack(rows)
 
@@ -144,8 +145,3 @@ def factor_for_loss(variance: Tensor, loss: float, abar: Tensor) -> float:
         below = closed_form_error(variance * np.exp(2 * middle), abar).mean() < loss
         low, high = (middle, high) if below else (low, middle)
     return float(np.exp(low)) if loss > 0 else 0.0
-
-
-def _double(values: Tensor) -> Tensor:
-    """Convert to float64; values on Apple's GPUs, which have no float64, are moved to the CPU."""
-    return (values.cpu() if values.device.type == "mps" else values).double()

@@ -8,8 +8,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from vaelab.core.devices import to_float64
 from vaelab.core.validate import at_least
-from vaelab.sae.model import Codes, widen
+from vaelab.sae.model import Codes
 
 
 class Dictionary(Protocol):
@@ -48,7 +49,7 @@ def moments(batches: Iterable[Tensor]) -> Moments:
     """
     total, first, second, shift = 0, None, None, None
     for batch in batches:
-        batch = widen(batch)
+        batch = to_float64(batch)
         if shift is None:
             shift = batch.mean(0)  # sums about a distant point would lose the covariance to rounding
             first, second = torch.zeros_like(shift), torch.zeros(len(shift), len(shift)).to(shift)

@@ -32,6 +32,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from vaelab.core.devices import float64_device
 from vaelab.core.io import atomic, write_json
 from vaelab.core.validate import at_least
 from vaelab.sae.model import (
@@ -41,7 +42,6 @@ from vaelab.sae.model import (
     read_config_file,
     require_width,
     weights_checksum,
-    wide_device,
 )
 from vaelab.sae.top_activating import NO_ITEM, BestEntries, FeatureAccumulator, FeatureSummary
 from vaelab.store.reader import Store
@@ -89,7 +89,7 @@ class FeatureStatistics:
         self._sizes = {"row_width": row_width, "top": top, "sample": sample, "rows": rows}
         self._word_index = {word: i for i, word in enumerate(self.words)}
         whole, short = (torch.zeros((), dtype=kind, device=self.device) for kind in (torch.int64, torch.int32))
-        real, wide = torch.zeros((), device=self.device), wide_device(self.device)
+        real, wide = torch.zeros((), device=self.device), float64_device(self.device)
         self._peaks = FeatureAccumulator(n_features, top, device)
         self._top = BestEntries(n_features, top, torch.float32, {"item": whole + NO_ITEM})
         self._sample = BestEntries(n_features, sample, torch.int32, {"item": short + NO_ITEM, "mean": real})

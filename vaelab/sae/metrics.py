@@ -11,9 +11,9 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from vaelab.core.devices import to_float64
 from vaelab.core.validate import at_least
 from vaelab.sae.baselines import Dictionary
-from vaelab.sae.model import widen
 
 DENSE = 0.1
 """A feature that is active in more than this share of the vectors is dense."""
@@ -48,7 +48,7 @@ class _Sums:
 
     def add(self, x: Tensor) -> None:
         codes = self.dictionary.encode(x)
-        residual = widen(x - self.dictionary.decode(codes))
+        residual = to_float64(x - self.dictionary.decode(codes))
         self.first, self.second = self.first + residual.sum(0), self.second + residual.square().sum(0)
         fired = codes.indices[codes.values != 0].cpu()
         self.active += torch.bincount(fired, minlength=len(self.active))
@@ -73,7 +73,7 @@ def evaluate_dictionaries(
     total, shift, first, second = 0, None, 0.0, 0.0
     for batch in batches:
         _finite(batch, total)
-        wide = widen(batch)
+        wide = to_float64(batch)
         shift = wide.mean(0) if shift is None else shift
         first, second = first + (wide - shift).sum(0), second + (wide - shift).square().sum(0)
         total += len(batch)

@@ -27,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from vaelab.core import devices
 from vaelab.core.hub import find_folder
 from vaelab.core.io import atomic, read_json, write_json
 from vaelab.core.validate import at_least, one_of
@@ -209,7 +210,7 @@ class SAE(nn.Module):
         Raises:
             ValueError: a threshold is negative, or the variant has none.
         """
-        value = widen(value) if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.float64)
+        value = devices.to_float64(value) if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.float64)
         if not (value >= 0).all():
             raise ValueError(f"threshold: must not be negative, got {value.min().item()}")
         if self.config.variant == "jumprelu":
@@ -526,17 +527,6 @@ def require_finite_weights(path: Path, tensors: Mapping[str, Tensor]) -> None:
     for name, value in tensors.items():
         if not value.isfinite().all():
             raise ValueError(f"{path}: {name} holds NaN or infinity")
-
-
-def wide_device(device: torch.device) -> torch.device:
-    """Choose the device for sums in float64 over tensors on a device: the same one, but the CPU for MPS, which has no
-    float64."""
-    return torch.device("cpu") if device.type == "mps" else device
-
-
-def widen(x: Tensor) -> Tensor:
-    """Convert a tensor to float64, on the device of :func:`wide_device`."""
-    return x.to(wide_device(x.device)).double()
 
 
 def require_finite_vectors(x: Tensor) -> None:

@@ -14,8 +14,9 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from vaelab.core.devices import float64_device
 from vaelab.core.validate import at_least
-from vaelab.sae.model import SAE, Codes, wide_device
+from vaelab.sae.model import SAE, Codes
 from vaelab.store.reader import Store
 
 NO_ITEM = -1
@@ -187,7 +188,7 @@ class FeatureAccumulator:
         self._active_items, self._active_rows = (
             torch.zeros(n_features, dtype=torch.int64, device=self.device) for _ in range(2)
         )
-        wide = wide_device(self.device)
+        wide = float64_device(self.device)
         self._total, self._squares = (torch.zeros(n_features, dtype=torch.float64, device=wide) for _ in range(2))
         self._histogram = torch.zeros((n_features, BINS), dtype=torch.int32, device=self.device)
         self.item_count = self.row_count = 0
