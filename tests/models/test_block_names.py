@@ -1,3 +1,4 @@
+import math
 import types
 
 import diffusers
@@ -7,7 +8,7 @@ from small_pipelines import PIPELINES, unet
 
 from vaelab.hooks import capture
 from vaelab.models import block_names as module
-from vaelab.models.block_names import blocks, find_blocks, find_denoiser, to_maps
+from vaelab.models.block_names import FLUX_TOKENS, blocks, example_outputs, find_blocks, find_denoiser, to_maps
 
 SDXL_BLOCKS = [
     "down.1.0", "down.1.1", "down.2.0", "down.2.1", "mid.0", "up.0.0", "up.0.1", "up.0.2", "up.1.0", "up.1.1", "up.1.2",
@@ -164,6 +165,17 @@ def test_transformers_at_their_real_size(kind, config, names, shape):
     found = blocks(real(kind, **config))
     assert list(found) == names
     assert {block.shape for block in found.values()} == {shape}
+
+
+def test_layers_inside_a_block_of_two_streams_give_the_pictures_tensor(small_pipeline):
+    """FLUX's whole block returns (text, picture), the attention in it (picture, text)."""
+    flux = small_pipeline("flux").transformer
+    layers = ["transformer_blocks.1", "transformer_blocks.1.attn", "transformer_blocks.1.ff"]
+    for order in (layers, layers[::-1]):
+        found = example_outputs(flux, order)
+        assert {layer: found[layer].shape[1] for layer in layers} == dict.fromkeys(layers, math.prod(FLUX_TOKENS))
+    with pytest.raises(ValueError, match=r"^blocks: transformer_blocks\.0\.ff_context works on the text's tokens"):
+        example_outputs(flux, ["transformer_blocks.0.ff_context"])
 
 
 def test_pictures_that_are_not_square():

@@ -8,19 +8,17 @@ Turbo"). From pictures, each picture is encoded, noised to a timestep and passed
 
 import contextlib
 import math
-from collections import ChainMap
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vaelab.core.validate import at_least
-from vaelab.hooks import capture
 from vaelab.models import block_names
-from vaelab.models.block_names import find_denoiser, picture_entry
+from vaelab.models.block_names import capture_pictures, find_denoiser
 from vaelab.models.conditioning import (
     add_noise,
     class_numbers,
@@ -155,7 +153,7 @@ def from_prompts(
         raise ValueError(f"capture_steps: expected numbers from 0 to {n_passes - 1}, got {captured}")
     images = None
     model, paths = find_denoiser(pipeline), list(dict.fromkeys(found.values()))
-    with _capture_pictures(model, paths, side, calls=captured, stop=not pictures) as seen:
+    with capture_pictures(model, paths, side, calls=captured, stop=not pictures) as seen:
         images = generate(pipeline, prompts, seeds, sampling)
     aspect = sampling.height / sampling.width if sampling.height else block_names.own_aspect(model)
     whole = {name: [block_names.to_maps(one, aspect) for one in seen[path]] for name, path in found.items()}
@@ -202,7 +200,7 @@ def from_pictures(
     captured: dict[str, list[Tensor]] = {name: [] for name in found}
     for timestep in timesteps:
         noisy = add_noise(pipeline, latents, noise, timestep)
-        with _capture_pictures(model, paths, side, stop=True) as seen:
+        with capture_pictures(model, paths, side, stop=True) as seen:
             predict(pipeline, noisy, timestep, conditions)
         for name, path in found.items():
             captured[name].append(block_names.to_maps(seen[path][0], latents.shape[-2] / latents.shape[-1]))
@@ -255,23 +253,6 @@ def validate_size(pipeline: Any, sampling: Sampling, required: int | None = None
         raise ValueError(
             f"resolution: pictures of {height} x {width}; of this dataset they must be {required} x {required}"
         )
-
-
-@contextlib.contextmanager
-def _capture_pictures(
-    model: nn.Module, paths: Sequence[str], side: str, *, calls: Collection[int] | None = None, stop: bool
-) -> Iterator[Mapping[str, list[Tensor]]]:
-    """Capture the picture's tensor of each module; modules with a text stream give several tensors."""
-    groups: dict[int, list[str]] = {}
-    for path in paths:
-        groups.setdefault(picture_entry(model, path), []).append(path)
-    stop = stop and len(groups) == 1  # stopping after the last layer of one group could miss layers of the other
-    with contextlib.ExitStack() as stack:
-        captures = [
-            stack.enter_context(capture(model, group, side=side, entry=entry, calls=calls, stop=stop))
-            for entry, group in groups.items()
-        ]
-        yield ChainMap(*captures)
 
 
 def _halves(pipeline: Any, maps: dict[str, list[Tensor]], count: int) -> tuple[dict, dict]:

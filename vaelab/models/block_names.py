@@ -7,7 +7,9 @@ half; ``block14`` is a block of a transformer (Kim et al., "Revelio").
 
 import fnmatch
 import math
-from collections.abc import Iterable, Sequence
+from collections import ChainMap
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -111,8 +113,8 @@ def blocks(pipeline: Any) -> dict[str, Block]:
 
 
 def example_outputs(pipeline: Any, layers: Sequence[str], side: str = "output") -> dict[str, Tensor]:
-    """Find the outputs of layers for one picture of the model's default size, by module path: tensors on the meta
-    device, which have shapes but no values.
+    """Find the picture's outputs of layers for one picture of the model's default size, by module path: tensors on the
+    meta device, which have shapes but no values.
 
     Args:
         pipeline: a diffusers pipeline, or its U-Net or transformer.
@@ -120,18 +122,51 @@ def example_outputs(pipeline: Any, layers: Sequence[str], side: str = "output") 
         side: ``output``, ``input`` or ``update`` (output minus input).
 
     Raises:
-        ValueError: the side is ``update`` and a layer's output and input differ in shape.
+        ValueError: the side is ``update`` and a layer's output and input differ in shape, or a layer has no output of
+            the picture alone, see :func:`picture_entry`.
     """
     model = find_denoiser(pipeline)
     with torch.device("meta"), torch.no_grad():
         shape_only = type(model).from_config(dict(model.config)).to("meta").eval()
         inputs = EXAMPLES[architecture(model)](shape_only.config)
         try:
-            with capture(shape_only, layers, side=side, entry=PICTURE) as seen:
+            with capture_pictures(shape_only, layers, side) as seen:
                 shape_only(**inputs)
         except RuntimeError as error:
             raise ValueError(f"blocks: {error}") from error
     return {layer: calls[0] for layer, calls in seen.items()}
+
+
+@contextmanager
+def capture_pictures(
+    model: nn.Module, layers: Sequence[str], side: str, *, calls: Collection[int] | None = None, stop: bool = False
+) -> Iterator[Mapping[str, list[Tensor]]]:
+    """Capture the picture's tensor of each layer while the ``with`` block runs. Layers with a text stream return
+    several tensors, see :func:`picture_entry`.
+
+    Args:
+        model: the denoiser.
+        layers: module paths.
+        side: ``output``, ``input`` or ``update`` (output minus input).
+        calls: the calls of each layer to capture, see :func:`vaelab.hooks.capture`.
+        stop: whether the model's forward pass is stopped as soon as every layer has run, if that is possible.
+
+    Yields:
+        For every layer the list of its calls, in order.
+
+    Raises:
+        ValueError: a layer has no tensor of the picture alone; also the errors of :func:`vaelab.hooks.capture`.
+    """
+    groups: dict[int, list[str]] = {}
+    for layer in layers:
+        groups.setdefault(picture_entry(model, layer), []).append(layer)
+    stop = stop and len(groups) == 1  # stopping after the last layer of one group could miss layers of the other
+    with ExitStack() as stack:
+        captures = [
+            stack.enter_context(capture(model, group, side=side, entry=entry, calls=calls, stop=stop))
+            for entry, group in groups.items()
+        ]
+        yield ChainMap(*captures)
 
 
 def picture_entry(pipeline: Any, path: str) -> int:
