@@ -1,0 +1,160 @@
+"""Scores of features: each equals a plain computation of its formula, and controls score as they must."""
+
+import itertools
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from small_sae import FEATURES, D, shaken, vectors
+
+from vaelab.sae import feature_scores
+from vaelab.sae.feature_statistics import FeatureStatistics
+from vaelab.sae.model import Codes
+
+
+def unit_vectors(count, d=6, seed=0):
+    return torch.nn.functional.normalize(torch.randn(count, d, generator=torch.Generator().manual_seed(seed)))
+
+
+def pictures(count, side=8, seed=1):
+    return torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def sparse_maps(count, side=4, seed=2):
+    """Whole numbers with ties; a half of them zero, and the first map empty."""
+    maps = torch.randint(0, 4, (count, side, side), generator=torch.Generator().manual_seed(seed)).float()
+    maps = (maps - 1).clamp_min(0)
+    maps[0] = 0
+    return maps
+
+
+def test_specificity_is_the_mean_over_pairs():
+    e = unit_vectors(7).double().numpy()
+    pairs = [e[i] @ e[j] for i, j in itertools.combinations(range(7), 2)]
+    assert feature_scores.mean_similarity(unit_vectors(7)) == pytest.approx(np.mean(pairs), abs=1e-6)
+    assert np.isnan(feature_scores.mean_similarity(unit_vectors(1)))
+
+
+def test_monosemanticity_is_the_weighted_mean_over_pairs():
+    means = torch.rand(9, 4, generator=torch.Generator().manual_seed(3))
+    means[:, 2], means[:, 3] = 0.5, torch.eye(9)[4]  # never varies; active in one picture
+    e, a = unit_vectors(9).double().numpy(), means.double().numpy()
+    expected = []
+    for feature in range(2):
+        weights = (a[:, feature] - a[:, feature].min()) / (a[:, feature].max() - a[:, feature].min())
+        pairs = list(itertools.combinations(range(9), 2))
+        both = sum(weights[i] * weights[j] * (e[i] @ e[j]) for i, j in pairs)
+        expected.append(both / sum(weights[i] * weights[j] for i, j in pairs))
+    found = feature_scores.monosemanticity(means, unit_vectors(9))
+    assert found[:2].tolist() == pytest.approx(expected, abs=1e-6)
+    assert found[2:].isnan().all()
+
+
+def test_colour_distance_weights_every_pixel_by_the_activation_of_its_position():
+    shown, maps = pictures(3), sparse_maps(3)
+    weights, colours = [], []
+    for m, y, x in itertools.product(range(3), range(8), range(8)):
+        weights.append(float(maps[m, y // 2, x // 2]))
+        colours.append((shown[m, :, y, x].double().numpy() + 1) * 127.5)
+    weights, colours = np.array(weights)[:, None], np.array(colours)
+    mean = (weights * colours).sum(0) / weights.sum()
+    expected = (weights[:, 0] * np.abs(colours - mean).sum(1)).sum() / weights.sum()
+    assert feature_scores.colour_distance(shown, maps) == pytest.approx(expected, rel=1e-6)
+    assert np.isnan(feature_scores.colour_distance(shown, torch.zeros(3, 4, 4)))
+    assert feature_scores.colour_distance(torch.zeros(2, 3, 4, 4), torch.ones(2, 1, 1)) == pytest.approx(0)
+
+
+def test_locality_is_the_change_where_the_feature_is_strong_and_where_it_is_silent():
+    before, after, maps = pictures(4), pictures(4, seed=9), sparse_maps(4)
+    maps[3] = torch.arange(16.0).view(4, 4) + 1  # active everywhere: nothing is outside
+    inside, outside = [], []
+    for m in range(4):
+        flat, own = maps[m].flatten().tolist(), {"in": [], "out": []}
+        for y, x in itertools.product(range(8), range(8)):
+            value = float(maps[m, y // 2, x // 2])
+            change = 127.5 * float((before[m, :, y, x].double() - after[m, :, y, x].double()).abs().sum())
+            if value > 0 and sum(one < value for one in flat) >= 8:
+                own["in"].append(change)
+            if value == 0:
+                own["out"].append(change)
+        inside += [np.mean(own["in"])] if own["in"] else []
+        outside += [np.mean(own["out"])] if own["out"] else []
+    assert (len(inside), len(outside)) == (3, 3)
+    found = feature_scores.local_change(before, after, maps)
+    assert found == pytest.approx((np.mean(inside), np.mean(outside)), rel=1e-6)
+    assert int(feature_scores.areas(maps).inside[3].sum()) == 8  # the larger half of 16 different activations
+
+
+def test_the_area_of_a_map_counts_positive_positions():
+    maps = torch.tensor([[[0.0, 0.0], [0.0, 2.0]], [[1.0, 1.0], [0.0, 0.0]]])
+    assert feature_scores.active_shares(maps).tolist() == [0.25, 0.5]
+
+
+def test_prompts_near_a_caption_are_the_nearest_without_repetitions():
+    sentences = torch.nn.functional.normalize(torch.tensor([[1.0, 0.0], [1.0, 0.01], [0.0, 1.0], [1.0, 1.0]]))
+    assert feature_scores.nearest_prompts(torch.tensor([1.0, 0.0]), sentences, 3) == [0, 3, 2]
+    assert feature_scores.nearest_prompts(torch.tensor([1.0, 0.0]), sentences, 1) == [0]
+
+
+def test_a_caption_has_the_words_that_raise_a_feature():
+    """Feature 0 is active when the prompt says red, and more so with a circle; feature 1 is always active."""
+    prompts = ["a red circle", "a red square", "a blue circle", "a blue square"] * 3
+    values = torch.tensor([[[3.0, 1.0]], [[1.0, 1.0]], [[0.0, 1.0]], [[0.0, 1.0]]] * 3)
+    codes = Codes(values, torch.arange(2).expand(12, 1, 2))
+    statistics = FeatureStatistics(2, 2, words=["a", "blue", "circle", "red", "square"])
+    statistics.add(codes, range(12), [{"prompt": prompt} for prompt in prompts])
+    assert feature_scores.caption_from_words(statistics, 0) == "red circle"
+    assert feature_scores.caption_from_words(statistics, 0, least=7) == ""
+    assert feature_scores.caption_from_words(statistics, 1) == ""
+
+
+def test_position_probes_read_positions_that_are_there_and_no_others():
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(10, 4, 5, 6, generator=generator)
+    places = torch.cat([torch.eye(4)[:, None].expand(4, 5, 4), torch.eye(5).expand(4, 5, 5)], -1)
+    found = feature_scores.position_accuracy(torch.cat([noise, places.expand(10, 4, 5, 9)], -1))
+    assert found == {"row": 1.0, "column": 1.0}
+    chance = feature_scores.position_accuracy(noise)
+    assert chance["row"] < 0.45 and chance["column"] < 0.4
+    only_rows = feature_scores.position_accuracy(torch.cat([noise, places[..., :4].expand(10, 4, 5, 4)], -1))
+    assert only_rows["row"] == 1.0 and only_rows["column"] < 0.4
+
+
+def test_controls_have_the_size_and_the_rule_of_the_autoencoder():
+    sae, x = shaken(), vectors(30)
+    random = feature_scores.with_random_directions(sae, seed=1)
+    torch.testing.assert_close(random.decoder.norm(dim=1), sae.decoder.norm(dim=1))
+    torch.testing.assert_close(random.encode(x).values, sae.encode(x).values)
+    assert (torch.nn.functional.cosine_similarity(random.decoder, sae.decoder).abs() < 0.9).all()
+    mean = x.mean(0)
+    single = feature_scores.neurons(sae, mean).encode(x)
+    expected = (x - mean).topk(sae.config.k).values.clamp_min(0)
+    torch.testing.assert_close(single.values.sort(1, descending=True).values, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close((x - mean).gather(1, single.indices).clamp_min(0), single.values, rtol=1e-5, atol=1e-6)
+    fresh = feature_scores.untrained(sae, mean)
+    assert fresh.config.n_features == FEATURES and fresh.features().shape == (FEATURES, D)
+    torch.testing.assert_close(fresh.pre_bias.detach(), mean)
+
+
+def test_the_table_has_mean_and_deviation_of_every_score():
+    scores = pd.DataFrame([
+        {"block": "up", "who": "sae", "feature": 1, "caption": "", "pictures": 3, "colour": 10.0, "inside_-5": 4.0,
+         "outside_-5": 1.0},
+        {"block": "up", "who": "sae", "feature": 2, "caption": "", "pictures": 3, "colour": 14.0, "inside_-5": 6.0,
+         "outside_-5": 2.0},
+        {"who": "random pictures", "colour": 50.0},
+    ])  # fmt: skip
+    table = feature_scores.table_1(scores)
+    assert table.to_dict("records")[0] == {
+        "block": "up", "who": "sae", "score": "colour", "mean": 12.0, "deviation": pytest.approx(8**0.5), "count": 2,
+    }  # fmt: skip
+    laid_out = feature_scores.paper_layout(table).to_dict("records")
+    assert laid_out == [
+        {"block": "up", "who": "sae", "colour": "12.0 (2.8)", "β -5": "5.0 / 1.5"},
+        {"block": "", "who": "random pictures", "colour": "50.0", "β -5": ""},
+    ]
+    assert feature_scores.table_metrics(table) == {
+        "up.colour.sae": 12.0, "baseline.colour.random_pictures": 50.0, "up.inside_-5.sae": 5.0,
+        "up.outside_-5.sae": 1.5,
+    }  # fmt: skip
