@@ -2,6 +2,8 @@
 
 from collections.abc import Iterable
 
+from vaelab.core.validate import one_of
+from vaelab.hooks import SIDES
 from vaelab.models.block_names import example_outputs, find_blocks, picture_entry
 from vaelab.models.loading import denoiser_without_weights
 
@@ -35,6 +37,7 @@ def check_blocks(
         ValueError: there is no such model; ``names`` is empty; a block is unknown (the error lists the nearest names);
             it works on text; or the side is ``update`` and a block's output and input differ in shape.
     """
+    one_of("side", side, SIDES)
     denoiser = denoiser_without_weights(model, revision=revision, parameter=model_parameter)
     found = find_blocks(denoiser, names, parameter)
     try:

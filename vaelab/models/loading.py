@@ -145,7 +145,12 @@ def denoiser_without_weights(
 
 
 def vae_without_weights(
-    name: str = "embedded", *, revision: str | None = None, config: str | None = None, parameter: str = "model"
+    name: str = "embedded",
+    *,
+    revision: str | None = None,
+    config: str | None = None,
+    groupnorm: bool = False,
+    parameter: str = "model",
 ) -> nn.Module:
     """Build an autoencoder from its configuration alone, on the meta device.
 
@@ -155,16 +160,21 @@ def vae_without_weights(
         name: as for :func:`load_vae`.
         revision: a branch, tag or commit on the hub.
         config: for a single file, the folder of its config.json; None means the file's own folder.
+        groupnorm: whether to require a GroupNorm with a learned scale, for studies of that scale.
         parameter: the notebook parameter that gave ``name``; error messages about the model begin with it.
 
     Raises:
-        ValueError: there is no such model, the hub cannot be reached, or it is not an autoencoder of RGB pictures.
+        ValueError: there is no such model, the hub cannot be reached, it is not an autoencoder of RGB pictures, or a
+            GroupNorm is required and there is none.
     """
     refuse_config(name, config)
     with reading(name, revision, parameter):
         entries = locate_vae(name, revision, config).config
         with torch.device("meta"):
-            return _autoencoder_class(entries, name).from_config(entries).eval()
+            vae = _autoencoder_class(entries, name).from_config(entries).eval()
+        if groupnorm:
+            require_groupnorm(vae, name)
+        return vae
 
 
 def load_vae(

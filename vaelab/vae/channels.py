@@ -84,19 +84,23 @@ def merge_moments(first: Moments, second: Moments) -> Moments:
     )
 
 
-def groupnorms(model: nn.Module, layers: str | Iterable[str] = "*") -> dict[str, nn.GroupNorm]:
+def groupnorms(
+    model: nn.Module, layers: str | Iterable[str] = "*", parameter: str = "layers"
+) -> dict[str, nn.GroupNorm]:
     """Find the GroupNorm layers with a learned scale among ``layers`` (paths or globs), by path.
+
+    Error messages begin with ``parameter``, the notebook parameter that gave ``layers``.
 
     Raises:
         ValueError: none of the layers is a GroupNorm with a learned scale.
     """
     norms = {
         name: module
-        for name, module in find_layers(model, layers).items()
+        for name, module in find_layers(model, layers, parameter).items()
         if isinstance(module, nn.GroupNorm) and module.affine
     }
     if not norms:
-        raise ValueError(f"layers: no GroupNorm with a scale among {layers!r} of {type(unwrap(model)).__name__}")
+        raise ValueError(f"{parameter}: no GroupNorm with a scale among {layers!r} of {type(unwrap(model)).__name__}")
     return norms
 
 
