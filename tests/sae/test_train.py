@@ -142,7 +142,7 @@ def test_a_planted_dictionary_is_found_by_training_and_not_by_the_frozen_control
     assert not torch.equal(trained["decoder"].encoder, start.encoder)
     assert not torch.equal(trained["encoder"].decoder, start.decoder)
     turned = (trained["soft_decoder"].decoder * start.decoder).sum(1)
-    assert turned.min() == pytest.approx(0.8, abs=1e-5)
+    assert turned.min().item() == pytest.approx(0.8, abs=1e-5)
     torch.testing.assert_close(trained["soft_decoder"].decoder.norm(dim=1), torch.ones(48))
 
 
@@ -300,7 +300,7 @@ def test_what_cannot_be_trained_is_refused():
         train_saes(specs("topk"), PLANTED.batches(8), config(clip_norm=1.0))
     with pytest.raises(ValueError, match="planted: all vectors are the same"):
         train_saes(specs("topk"), lambda **_: iter([{"planted": torch.ones(9, 32)}]), config())
-    with pytest.raises(ValueError, match="frozen: .*'decodr'.*decoder"):
+    with pytest.raises(ValueError, match=r"frozen: .*'decodr'.*decoder"):
         train_saes({"a": SAESpec("planted", SAEConfig(32, 64, 2), 0, "decodr")}, PLANTED.batches(8), config())
     with pytest.raises(ValueError, match="vectors of 32 numbers; this autoencoder is for 16"):
         train_saes(specs("topk", d=16), PLANTED.batches(8), config())
