@@ -150,7 +150,7 @@ def no_groupnorm(tmp_path):
 
 
 def test_an_unknown_parameter_is_refused_with_the_nearest_name(tmp_path):
-    with pytest.raises(PapermillExecutionError, match="treshold.*threshold"):
+    with pytest.raises(PapermillExecutionError, match=r"treshold.*threshold"):
         census(tmp_path, treshold=1.0e-3)
     assert not list(tmp_path.rglob("results.json"))
 
