@@ -151,8 +151,8 @@ def test_the_table_has_mean_and_deviation_of_every_score():
     }  # fmt: skip
     laid_out = feature_scores.paper_layout(table).to_dict("records")
     assert laid_out == [
-        {"block": "up", "who": "sae", "colour": "12.0 (2.8)", "β -5": "5.0 / 1.5"},
-        {"block": "", "who": "random pictures", "colour": "50.0", "β -5": ""},
+        {"block": "up", "who": "sae", "colour": "12.0 (2.8)", "beta -5": "5.0 / 1.5"},
+        {"block": "", "who": "random pictures", "colour": "50.0", "beta -5": ""},
     ]
     assert feature_scores.table_metrics(table) == {
         "up.colour.sae": 12.0, "baseline.colour.random_pictures": 50.0, "up.inside_-5.sae": 5.0,

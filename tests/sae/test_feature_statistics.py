@@ -114,7 +114,7 @@ def write(folder, count, *, complete=True):
     with store.create(folder, {"up": BlockShape((2, 2), D), "down": BlockShape((), D + 1)}, items_per_shard=8) as w:
         done = w.items_done
         maps = vectors(4 * count).view(count, 2, 2, D)[done:]
-        items = [{**RECORDS[i % ITEMS], "guided": i % 2 == 0} for i in range(done, count)]
+        items = [{**RECORDS[i % ITEMS], "guided": i % 2 == 0, "step": i // 2 % 4} for i in range(done, count)]
         w.add({"up": maps, "down": torch.zeros(len(maps), D + 1)}, items)
         if not complete:
             raise KeyboardInterrupt
@@ -150,6 +150,7 @@ def test_saved_statistics_are_read_and_only_new_shards_are_added(tmp_path, monke
     assert read  # those of another autoencoder
     assert len(list(folder.glob("statistics-*.safetensors"))) == 2
     assert collect_statistics(sae, stored, "up", guided_only=False).item_count == 40
+    assert collect_statistics(sae, stored, "up", folder, step=1).item_count == 5
 
 
 def test_damaged_statistics_are_computed_again(tmp_path, capsys):

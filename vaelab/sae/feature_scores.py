@@ -604,7 +604,7 @@ def paper_layout(table: pd.DataFrame) -> pd.DataFrame:
         if score.startswith("inside_"):
             beta = score.removeprefix("inside_")
             outside = values.get((block, who, f"outside_{beta}"), {"mean": float("nan")})
-            own[f"β {beta}"] = f"{row['mean']:.1f} / {outside['mean']:.1f}"
+            own[f"beta {beta}"] = f"{row['mean']:.1f} / {outside['mean']:.1f}"
         elif not score.startswith("outside_"):
             digits = 1 if score == "colour" else 2
             spread = f" ({row['deviation']:.{digits}f})" if row["count"] > 1 else ""

@@ -349,7 +349,7 @@ class FeatureStatistics:
 
 def collect_statistics(
     sae: SAE, activations: Store, block: str, folder: str | Path | None = None, *, guided_only: bool = True,
-    batch_items: int = 64, progress: bool = False,
+    step: int | None = None, batch_items: int = 64, progress: bool = False,
 ) -> FeatureStatistics:  # fmt: skip
     """Compute the statistics of all features over a block of a store, or read them if they are saved.
 
@@ -360,6 +360,7 @@ def collect_statistics(
         folder: the folder to save the statistics in, usually the autoencoder's own. A pass that was interrupted is
             continued, and a store that has grown is read from its first new shard. None saves nothing.
         guided_only: with classifier-free guidance, whether to leave out the items of the half without the prompt.
+        step: the denoising step whose items are used, counted from 0; None means all.
         batch_items: the number of items per batch.
         progress: whether to show a progress bar.
 
@@ -371,6 +372,7 @@ def collect_statistics(
     require_width(torch.empty(0, activations.layout[block].width), sae.config.d)
     source = {
         "sae_sha256": sae_checksum(sae), "store": activations.identity, "block": block, "guided_only": guided_only,
+        "step": step,
     }  # fmt: skip
     path = None if folder is None else Path(folder, f"statistics-{_digest(source)}.safetensors")
     statistics, done = _saved(path, source, shards, sae.device)
@@ -389,7 +391,7 @@ def collect_statistics(
         for place, (items, _) in enumerate(shards[done:], done + 1):
             for begin in range(number, number + items, batch_items):
                 _add_items(statistics, sae, activations, block, range(begin, min(begin + batch_items, number + items)),
-                           guided_only)  # fmt: skip
+                           guided_only, step)  # fmt: skip
                 bar.update(min(batch_items, number + items - begin))
             number += items
             if path and (place == len(shards) or time.monotonic() - saved > SAVE_EVERY):
@@ -399,10 +401,14 @@ def collect_statistics(
 
 
 def _add_items(
-    statistics: FeatureStatistics, sae: SAE, activations: Store, block: str, numbers: range, guided_only: bool
-) -> None:
+    statistics: FeatureStatistics, sae: SAE, activations: Store, block: str, numbers: range, guided_only: bool,
+    step: int | None,
+) -> None:  # fmt: skip
     records = {number: activations.items[number] for number in numbers}
-    kept = [number for number, record in records.items() if not guided_only or record.get("guided", True)]
+    kept = [
+        number for number, record in records.items()
+        if (not guided_only or record.get("guided", True)) and step in (None, record.get("step"))
+    ]  # fmt: skip
     if kept:
         maps = activations.maps(block, kept).to(sae.device).float()
         codes = sae.encode(maps.reshape(len(kept), -1, maps.shape[-1]))
