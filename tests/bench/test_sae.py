@@ -1,5 +1,3 @@
-from types import SimpleNamespace
-
 import pandas as pd
 import pytest
 import torch
@@ -101,10 +99,3 @@ def test_an_autoencoder_of_real_vectors(small_pipeline):
     sae, unseen = bench_sae.train_on_pipeline(small_pipeline("sdxl"), config, prompts=4, steps=3, n_features=64, k=4)
     assert sae.config.d == unseen.shape[1] and sae.config.n_features == 64
     assert 0 <= bench_sae.selection_equal_fraction(sae, unseen) <= 1
-
-
-@pytest.mark.parametrize(("platform", "bytes_per_unit"), [("linux", 1024), ("darwin", 1)])
-def test_peak_memory_is_in_bytes_on_every_system(monkeypatch, platform, bytes_per_unit):
-    monkeypatch.setattr(bench_sae.sys, "platform", platform)
-    monkeypatch.setattr(bench_sae.resource, "getrusage", lambda _: SimpleNamespace(ru_maxrss=3000))
-    assert bench_sae.peak_process_bytes(torch.device("cpu")) == 3000 * bytes_per_unit

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -71,6 +73,14 @@ class TestSynchronize:
         for name in ("cpu", "cuda:1", "mps"):
             devices.synchronize(torch.device(name))
         assert waited == [torch.device("cuda:1"), "mps"]
+
+
+@pytest.mark.parametrize(("platform", "bytes_per_unit"), [("linux", 1024), ("darwin", 1)])
+def test_peak_memory_is_in_bytes_on_every_system(monkeypatch, platform, bytes_per_unit):
+    assert 50e6 < devices.peak_memory(torch.device("cpu")) < 1e12
+    monkeypatch.setattr(devices.sys, "platform", platform)
+    monkeypatch.setattr(devices.resource, "getrusage", lambda _: SimpleNamespace(ru_maxrss=3000))
+    assert devices.peak_memory(torch.device("cpu")) == 3000 * bytes_per_unit
 
 
 class TestName:

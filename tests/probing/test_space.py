@@ -2,6 +2,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from vaelab.core import disk
 from vaelab.probing import space
 
 
@@ -11,6 +12,6 @@ def test_a_training_that_the_disk_cannot_hold_is_refused_before_it_starts(tmp_pa
     assert space.require_training_space("2 models", 100, 150, tmp_path / "not" / "yet", together=False) == expected
     assert space.require_training_space("2 models", 100, 150, tmp_path, together=True) == 150 * 28
     assert "2 models: 150 parameters; 3.6e-06 GB on disk" in capsys.readouterr().out
-    monkeypatch.setattr(space.shutil, "disk_usage", lambda path: SimpleNamespace(free=expected - 1))
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: SimpleNamespace(free=expected - 1))
     with pytest.raises(ValueError, match=r"^output_dir: the training of 2 models takes 3.6e-06 GB"):
         space.require_training_space("2 models", 100, 150, tmp_path, together=False)

@@ -5,7 +5,8 @@ import torch
 from collecting import COUNT, LAYOUT, fill, truth
 
 from vaelab import store
-from vaelab.store import format, planning
+from vaelab.core import disk
+from vaelab.store import format
 from vaelab.store.format import BlockShape
 
 
@@ -34,7 +35,7 @@ def test_a_plan_equals_what_is_written(tmp_path, precision):
 
 
 def test_a_plan_compares_with_the_free_disk_space(tmp_path, monkeypatch):
-    monkeypatch.setattr(planning.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 0, 4 * 10**8))
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 0, 4 * 10**8))
     layout = {"a": BlockShape((10, 10), 1000)}
     for count, verdict in ((1000, "enough"), (3000, "NOT ENOUGH")):
         plan = str(store.plan(layout, count, folder=tmp_path / "not" / "there"))
@@ -46,7 +47,7 @@ def test_a_plan_compares_with_the_free_disk_space(tmp_path, monkeypatch):
 def test_what_the_disk_cannot_hold_is_refused_and_what_is_stored_counts(tmp_path, monkeypatch):
     fill(tmp_path / "store")
     stored = sum(path.stat().st_size for path in (tmp_path / "store").glob("*.safetensors"))
-    monkeypatch.setattr(planning.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 0, 50_000))
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 0, 50_000))
     layout = {"a": BlockShape((10, 10), 1000)}
     plan = store.plan(layout, 1, folder=tmp_path, memory=3 * 10**9)
     assert not plan.fits and "3 GB" in str(plan).splitlines()[4]

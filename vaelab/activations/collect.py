@@ -7,7 +7,6 @@ collection has the same rows as one that was not interrupted.
 
 import hashlib
 import json
-import resource
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -140,14 +139,6 @@ def run_trial_batch(pipeline: Any, prompts: Sequence[str], config: CollectConfig
         seconds = time.perf_counter() - began
     layout = {name: store.BlockShape(tuple(value.shape[1:-1]), value.shape[-1]) for name, value in maps.items()}
     return Trial(layout, len(batch.items) // len(first), seconds / len(batch.items))
-
-
-def peak_memory(device: torch.device) -> int:
-    """Return the peak memory of this process so far in bytes: GPU memory on CUDA, main memory otherwise."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_reserved(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak  # macOS reports bytes, Linux units of 1024
 
 
 def collect_prompts(

@@ -6,7 +6,6 @@ torch.
 """
 
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -24,6 +23,7 @@ from torch import Tensor
 from vaelab.activations.collect import CollectConfig, stream_rows
 from vaelab.bench import peers as bench_peers
 from vaelab.bench.peers import LONG_AGO, PEERS, Step, StepConfig
+from vaelab.core import devices
 from vaelab.core.io import read_json, write_json
 from vaelab.core.paths import project_root
 from vaelab.core.timing import interleaved
@@ -110,29 +110,18 @@ def _in_child(names: Sequence[str], setting: StepConfig, rounds: int) -> Any:
         return read_json(out)
 
 
-def peak_process_bytes(device: torch.device) -> int:
-    """Return the largest amount of memory that this process has used so far, in bytes: on a GPU as its allocator
-    counts, otherwise resident memory.
-
-    ``ru_maxrss`` is in bytes on macOS and in units of 1024 bytes elsewhere (getrusage(2) of either system).
-    """
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
 def _child(given: Mapping[str, Any]) -> None:
     sys.path.append(given["peers"])  # last, so that the lab's own versions of libraries take precedence
     setting, missing, actions = StepConfig(**given["setting"]), {}, {}
     device = torch.device(setting.device)
-    before = peak_process_bytes(device)
+    before = devices.peak_memory(device)
     for name in given["names"]:
         try:
             actions[name] = build_step(name, setting)
         except ImportError as error:
             missing[name] = str(error)
     seconds = interleaved(actions, given["rounds"], device=device, warmup=1) if actions else pd.DataFrame()
-    peak = peak_process_bytes(device)
+    peak = devices.peak_memory(device)
     memory = {"peak_mb": peak / 2**20, "added_mb": (peak - before) / 2**20}
     write_json(given["out"], {"seconds": seconds.to_dict("list"), "missing": missing, **memory})
 

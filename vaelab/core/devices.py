@@ -1,5 +1,8 @@
 """Resolve the ``device`` and ``precision`` parameters: where tensors are stored, and in which number format."""
 
+import resource
+import sys
+
 import torch
 from torch import Tensor
 
@@ -55,6 +58,14 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the peak memory of this process so far in bytes: GPU memory on CUDA, main memory otherwise."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak  # macOS reports bytes, Linux units of 1024
 
 
 def name(device: torch.device) -> str:

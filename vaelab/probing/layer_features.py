@@ -23,7 +23,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vaelab import activations, store
-from vaelab.activations.collect import peak_memory
 from vaelab.core import devices
 from vaelab.core.paths import local
 from vaelab.core.validate import at_least, one_of, unknown
@@ -230,7 +229,7 @@ def estimate(
     seconds = (time.perf_counter() - began) / len(batch.items)
     plan = store.plan(
         layout, len(pictures) * config.views, config.precision, seconds_per_item=seconds,
-        memory=peak_memory(find_denoiser(pipeline).device), folder=folder,
+        memory=devices.peak_memory(find_denoiser(pipeline).device), folder=folder,
     )  # fmt: skip
     return plan, layout
 

@@ -1,9 +1,8 @@
 """Disk space that a training run will need, printed and checked before it starts."""
 
-import shutil
 from pathlib import Path
 
-from vaelab.core.paths import resolve
+from vaelab.core.disk import free_bytes
 
 CHECKPOINT = 3 * 4
 """Bytes per parameter in a checkpoint: the weight and AdamW's two moments, in float32."""
@@ -32,8 +31,7 @@ def require_training_space(what: str, largest: int, total: int, folder: str | Pa
     at_once = total if together else largest
     needed = total * (CHECKPOINT + WEIGHT) + at_once * CHECKPOINT
     memory = at_once * (CHECKPOINT + WEIGHT)  # weights, gradients and two moments
-    there = resolve(folder)
-    free = shutil.disk_usage(next(path for path in (there, *there.parents) if path.exists())).free
+    free = free_bytes(folder)
     print(f"{what}: {total:,} parameters; {needed / 1e9:.3g} GB on disk ({free / 1e9:.3g} GB are free), "
           f"{memory / 1e9:.3g} GB of memory for training")  # fmt: skip
     if needed > free:

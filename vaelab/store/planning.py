@@ -1,15 +1,13 @@
 """Estimate the disk space and time that a collection of activations will take, before it is started."""
 
-import shutil
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
+from vaelab.core.disk import free_bytes, readable
 from vaelab.core.paths import resolve
 from vaelab.core.validate import at_least
 from vaelab.store.format import Layout, Spec
-
-UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
 class Plan(NamedTuple):
@@ -49,8 +47,8 @@ class Plan(NamedTuple):
         """Raise ValueError, beginning with ``parameter``, unless the disk has room for the collection."""
         if not self.fits:
             raise ValueError(
-                f"{parameter}: the store needs {_readable(self.total_bytes - self.stored)} more, and the disk has "
-                f"{_readable(self.free)} free; collect fewer items or blocks, or give a folder on a larger disk"
+                f"{parameter}: the store needs {readable(self.total_bytes - self.stored)} more, and the disk has "
+                f"{readable(self.free)} free; collect fewer items or blocks, or give a folder on a larger disk"
             )
 
     def __str__(self) -> str:
@@ -60,14 +58,14 @@ class Plan(NamedTuple):
             *((block, self.rows[block], self.bytes[block]) for block in self.rows),
             ("all blocks", self.total_rows, self.total_bytes),
         ):
-            lines.append(f"{name:<{width}}  {rows:>15,} rows  {_readable(size):>9}")
+            lines.append(f"{name:<{width}}  {rows:>15,} rows  {readable(size):>9}")
         for name, size, remark in (
             ("stored", self.stored or None, ""),
             ("free disk", self.free, "enough" if self.fits else "NOT ENOUGH"),
             ("memory", self.memory, ""),
         ):
             if size is not None:
-                lines.append(f"{name:<{width}}  {'':>15}       {_readable(size):>9}  {remark}".rstrip())
+                lines.append(f"{name:<{width}}  {'':>15}       {readable(size):>9}  {remark}".rstrip())
         time = "unknown"
         if self.seconds is not None:
             time = f"about {timedelta(seconds=round(self.seconds))} ({self.seconds / max(self.items, 1):.3g} s an item)"
@@ -104,14 +102,6 @@ def plan(
     seconds = None if seconds_per_item is None else items * seconds_per_item
     free, stored = None, 0
     if folder is not None:
-        path = resolve(folder)
-        free = shutil.disk_usage(next(parent for parent in (path, *path.parents) if parent.exists())).free
-        stored = sum(file.stat().st_size for file in path.glob("shard-*.safetensors"))
+        free = free_bytes(folder)
+        stored = sum(file.stat().st_size for file in resolve(folder).glob("shard-*.safetensors"))
     return Plan(items, rows, sizes, seconds, memory, free, stored)
-
-
-def _readable(size: float) -> str:
-    steps = 0
-    while size >= 999.5 and steps < len(UNITS) - 1:
-        size, steps = size / 1000, steps + 1
-    return f"{size:.3g} {UNITS[steps]}"
