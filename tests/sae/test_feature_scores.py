@@ -128,13 +128,14 @@ def test_controls_have_the_size_and_the_rule_of_the_autoencoder():
     torch.testing.assert_close(random.encode(x).values, sae.encode(x).values)
     assert (torch.nn.functional.cosine_similarity(random.decoder, sae.decoder).abs() < 0.9).all()
     mean = x.mean(0)
-    single = feature_scores.neurons(sae, mean).encode(x)
+    controls = feature_scores.controls_of(sae, mean)
+    single = controls["neurons"].encode(x)
     expected = (x - mean).topk(sae.config.k).values.clamp_min(0)
     torch.testing.assert_close(single.values.sort(1, descending=True).values, expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close((x - mean).gather(1, single.indices).clamp_min(0), single.values, rtol=1e-5, atol=1e-6)
-    fresh = feature_scores.untrained(sae, mean)
+    fresh = controls["untrained"]
     assert fresh.config.n_features == FEATURES and fresh.features().shape == (FEATURES, D)
-    torch.testing.assert_close(fresh.pre_bias.detach(), mean)
+    torch.testing.assert_close(fresh.pre_bias.detach(), mean, rtol=1e-4, atol=1e-5)
 
 
 def test_the_table_has_mean_and_deviation_of_every_score():

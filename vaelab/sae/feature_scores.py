@@ -22,8 +22,8 @@ Similarities are cosines of a model of :mod:`vaelab.models.similarity`. With CLI
 "texture" and causality that to the caption, as in the paper. A model that knows no sentences compares with pictures
 instead: with pictures of textures, and with the feature's top pictures.
 
-Controls are autoencoders too (:func:`untrained`, :func:`neurons`), so that the same code scores them, and the trained
-autoencoder with its directions replaced by random ones of equal length (:func:`with_random_directions`).
+Controls are autoencoders too (:func:`controls_of`), so that the same code scores them, and the trained autoencoder with
+its directions replaced by random ones of equal length (:func:`with_random_directions`).
 """
 
 import copy
@@ -41,6 +41,7 @@ from vaelab import activations
 from vaelab.activations.denoiser import Sampling
 from vaelab.core.validate import at_least
 from vaelab.models.similarity import PictureModel, SentenceModel, embed_in_batches, embeds_sentences
+from vaelab.sae.controls import untrained
 from vaelab.sae.feature_statistics import FeatureStatistics, feature_maps
 from vaelab.sae.model import SAE, SAEConfig
 from vaelab.sae.steering import Directions, Steerer, activate_alone, modulate
@@ -259,21 +260,22 @@ def position_accuracy(maps: Tensor, seed: int = 0, most: int = 20_000) -> dict[s
 # Controls
 
 
-def untrained(sae: SAE, mean: Tensor, seed: int = 0) -> SAE:
-    """Make an autoencoder of the same size with random features of unit length that was never trained; its bias is the
-    mean (d,) of the vectors."""
-    config = SAEConfig(sae.config.d, sae.config.n_features, sae.config.k)
-    return _centred(SAE(config, seed), mean).to(sae.device)
+def controls_of(sae: SAE, mean: Tensor, seed: int = 0) -> dict[str, SAE]:
+    """Make the controls that are scored like an autoencoder: ``untrained``, of the same size with its initial weights,
+    and ``neurons``, whose features are the block's channels, each above its mean, k of them active.
 
-
-def neurons(sae: SAE, mean: Tensor) -> SAE:
-    """Make an autoencoder whose features are the block's channels, each above its mean (d,); k of them are active."""
-    d = sae.config.d
-    made = _centred(SAE(SAEConfig(d, d, min(sae.config.k, d))), mean)
+    Args:
+        sae: the trained autoencoder.
+        mean: the mean (d,) of the block's vectors.
+        seed: the seed of the initial weights.
+    """
+    d, k = sae.config.d, sae.config.k
+    fresh = untrained(mean[None], SAEConfig(d, sae.config.n_features, k), seed)
+    channels = untrained(mean[None], SAEConfig(d, d, min(k, d)), seed)
     with torch.no_grad():
-        for weight in (made.encoder, made.decoder):
+        for weight in (channels.encoder, channels.decoder):
             weight.copy_(torch.eye(d))
-    return made.to(sae.device)
+    return {"untrained": fresh.to(sae.device), "neurons": channels.to(sae.device)}
 
 
 def with_random_directions(sae: SAE, seed: int = 0) -> SAE:
@@ -285,12 +287,6 @@ def with_random_directions(sae: SAE, seed: int = 0) -> SAE:
         vectors = F.normalize(torch.randn(sae.decoder.shape, generator=generator)).to(sae.decoder)
         made.decoder.copy_(vectors * sae.decoder.norm(dim=1, keepdim=True))
     return made
-
-
-def _centred(sae: SAE, mean: Tensor) -> SAE:
-    with torch.no_grad():
-        sae.pre_bias.copy_(mean)
-    return sae
 
 
 # Scoring
