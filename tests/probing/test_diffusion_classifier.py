@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from vaelab.models.block_names import find_denoiser
-from vaelab.models.conditioning import add_noise, encode_pictures, encode_prompts, predict
+from vaelab.models.conditioning import add_noise, encode_pictures, encode_prompts, predict, prediction_target
 from vaelab.probing import diffusion_classifier
 from vaelab.probing.diffusion_classifier import (
     DiffusionClassifier,
@@ -14,7 +14,6 @@ from vaelab.probing.diffusion_classifier import (
     classify_by_error,
     even_timesteps,
     midpoints,
-    prediction_target,
 )
 
 PROMPTS = ["a red circle", "a large blue square", "two yellow stars"]

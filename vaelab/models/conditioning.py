@@ -191,6 +191,38 @@ def predict(pipeline: Any, noisy: Tensor, timestep: int, conditions: dict[str, A
     return model(tokens, timestep=share, img_ids=places, **conditions, return_dict=False)[0]
 
 
+def prediction_target(pipeline: Any, latents: Tensor, noise: Tensor, timestep: int) -> Tensor:
+    """Compute what a perfect denoiser of this kind predicts, in float32.
+
+    This is the noise eps, the velocity sqrt(abar) eps - sqrt(1 - abar) x_0, or the sample x_0, depending on the
+    model's prediction type; for a rectified flow it is eps - x_0.
+
+    Args:
+        pipeline: a diffusers pipeline.
+        latents: x_0, (B, c, h, w).
+        noise: eps, of the same shape.
+        timestep: t.
+
+    Raises:
+        ValueError: the prediction type is unknown, or the model is FLUX, which predicts tokens.
+    """
+    latents, noise = latents.float(), noise.float()
+    if is_flow(pipeline):
+        if architecture(find_denoiser(pipeline)) == FLUX:
+            raise ValueError("model: FLUX predicts tokens; only predictions of latents can be compared")
+        return noise - latents
+    kind = pipeline.scheduler.config.prediction_type
+    signal = pipeline.scheduler.alphas_cumprod[timestep].item()
+    targets = {
+        "epsilon": noise,
+        "v_prediction": signal**0.5 * noise - (1 - signal) ** 0.5 * latents,
+        "sample": latents,
+    }
+    if kind not in targets:
+        raise ValueError(f"model: its prediction_type is {kind!r}; supported are {', '.join(targets)}")
+    return targets[kind]
+
+
 def _flux_tokens(latents: Tensor) -> tuple[Tensor, Tensor]:
     """Arrange squares of latent pixels as tokens (B, n, 4 c); return them with their positions (n, 3): 0, row,
     column."""

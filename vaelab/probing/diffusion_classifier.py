@@ -14,16 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vaelab.models.block_names import architecture, find_denoiser
 from vaelab.models.conditioning import (
-    FLUX,
     add_noise,
     encode_pictures,
     encode_prompts,
     is_class_conditional,
-    is_flow,
     last_timestep,
     predict,
+    prediction_target,
 )
 from vaelab.models.vocabulary import TOKENIZERS, unknown_words
 
@@ -226,38 +224,6 @@ def even_timesteps(pipeline: Any, count: int) -> list[int]:
     if not 1 <= count <= total:
         raise ValueError(f"trials: at most one for each of the model's {total} timesteps, got {count}")
     return [min(timestep, last_timestep(pipeline)) for timestep in midpoints(total, count)]
-
-
-def prediction_target(pipeline: Any, latents: Tensor, noise: Tensor, timestep: int) -> Tensor:
-    """Compute what a perfect denoiser of this kind predicts, in float32.
-
-    This is the noise eps, the velocity sqrt(abar) eps - sqrt(1 - abar) x_0, or the sample x_0, depending on the
-    model's prediction type; for a rectified flow it is eps - x_0.
-
-    Args:
-        pipeline: a diffusers pipeline.
-        latents: x_0, (B, c, h, w).
-        noise: eps, of the same shape.
-        timestep: t.
-
-    Raises:
-        ValueError: the prediction type is unknown, or the model is FLUX, which predicts tokens.
-    """
-    latents, noise = latents.float(), noise.float()
-    if is_flow(pipeline):
-        if architecture(find_denoiser(pipeline)) == FLUX:
-            raise ValueError("model: FLUX predicts tokens; the diffusion classifier compares latents")
-        return noise - latents
-    kind = pipeline.scheduler.config.prediction_type
-    signal = pipeline.scheduler.alphas_cumprod[timestep].item()
-    targets = {
-        "epsilon": noise,
-        "v_prediction": signal**0.5 * noise - (1 - signal) ** 0.5 * latents,
-        "sample": latents,
-    }
-    if kind not in targets:
-        raise ValueError(f"model: its prediction_type is {kind!r}; supported are {', '.join(targets)}")
-    return targets[kind]
 
 
 def class_prompts(pipeline: Any, names: Sequence[str], template: str) -> ClassPrompts:
