@@ -319,13 +319,20 @@ def test_the_page_of_a_notebook_needs_no_network_and_folds_its_code(tmp_path):
         {"application/vnd.jupyter.widget-view+json": {"model_id": "x"}, "text/plain": "the widget as text"},
     )
     bar = [nbformat.v4.new_output("stream", name="stdout", text=f"\rbar {n}0%") for n in range(5)]
-    cells = [nbformat.v4.new_markdown_cell("# 10 · Why?"), nbformat.v4.new_code_cell("x = 1", outputs=[*bar, display])]
+    figures = [
+        nbformat.v4.new_output("display_data", {"image/png": "eA=="}, metadata={"image/png": metadata})
+        for metadata in ({"alt": "error < 5", "width": 700}, {})
+    ]
+    outputs = [*bar, display, *figures]
+    cells = [nbformat.v4.new_markdown_cell("# 10 · Why?"), nbformat.v4.new_code_cell("x = 1", outputs=outputs)]
     nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "a.ipynb")
     page = to_html(tmp_path / "a.ipynb", front_page=tmp_path.parent / "index.html").read_text()
     assert "<script" not in page and "https://" not in page
     assert "<title>10 · Why?</title>" in page and 'href="../index.html"' in page
     assert page.count("bar ") == 1 and "bar 40%" in page
     assert "the widget as text" in page
+    assert 'alt="error &lt; 5"' in page and "min-width: 420px" in page
+    assert page.count('alt="figure of this cell"') == 1
     assert re.search(r"<details class=\"code\"><summary>show code</summary>.*x", page, re.DOTALL)
 
 

@@ -1,8 +1,10 @@
+import base64
 import json
 import math
 
 import numpy as np
 import pandas as pd
+import PIL.Image
 import pytest
 from pydantic import NonNegativeInt, PositiveInt
 
@@ -293,12 +295,21 @@ def test_metric_that_is_no_number_is_refused(tmp_path, value):
     assert run.metrics == {}
 
 
-def test_figure_is_saved_and_given_back(tmp_path):
+def test_figure_is_saved_and_given_back_with_its_description(tmp_path):
     import matplotlib.pyplot as plt
 
     run = runner.start(NAME, namespace(tmp_path))
-    figure, axes = plt.subplots()
-    axes.plot([1, 2])
-    assert run.figure("curve", figure) is figure
-    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+    figure, (left, right) = plt.subplots(1, 2)
+    figure.suptitle("loss in \\$\nand pounds")
+    for axis, name in ((left, "training"), (right, "held out")):
+        axis.plot([1, 2], label="baseline")
+        axis.set(xlabel="step", ylabel="loss", title=name)
+        axis.legend()
+    shown = run.figure("curve", figure)
+    saved = (tmp_path / "curve.png").read_bytes()
+    data, metadata = shown._repr_png_()
+    assert saved.startswith(b"\x89PNG") and base64.b64decode(data) == saved
+    assert metadata["alt"] == "loss in $ and pounds; training; loss against step; baseline; held out"
+    assert metadata["width"] == pytest.approx(PIL.Image.open(tmp_path / "curve.png").width / 1.1, abs=1)
     assert not plt.fignum_exists(figure.number)
+    assert run.figure("bare", plt.figure())._repr_png_()[1]["alt"] == "bare"

@@ -4,7 +4,6 @@ Results come first; the code of each cell is folded below them. The page's layou
 beside this module.
 """
 
-import logging
 import os
 import re
 from pathlib import Path
@@ -33,9 +32,7 @@ def to_html(notebook: Path, *, front_page: Path | None = None) -> Path:
         cell.outputs = _shown(cell.get("outputs", [])) if cell.cell_type == "code" else []
     nb.metadata.pop("widgets", None)
     exporter = HTMLExporter(raw_template=CELLS, template_name="basic", embed_images=True)
-    exporter.log.setLevel(logging.ERROR)  # it warns of missing alternative texts, which are added below
     body, _ = exporter.from_notebook_node(nb)
-    body = body.replace('alt="No description has been provided for this image"', 'alt="figure of this cell"')
     template = Environment(autoescape=True).from_string(Path(__file__).with_name("notebook.html").read_text())
     page = notebook.with_suffix(".html")
     with atomic(page) as draft:
@@ -57,8 +54,17 @@ CELLS = """
 <details class="code"><summary>show code</summary>{{ cell.source | highlight_code(metadata=cell.metadata) }}</details>
 {%- endblock input_group %}
 {% block output_area_prompt %}{% endblock output_area_prompt %}
+{% block data_png scoped -%}
+{%- set width = output | get_metadata('width', 'image/png') -%}
+<div class="output_png output_subarea">
+<img src="data:image/png;base64,{{ output.data['image/png'] | escape_html }}"
+alt="{{ (output | get_metadata('alt', 'image/png') or 'figure of this cell') | escape_html }}"
+{%- if width %} width="{{ width }}" style="min-width: {{ (width * 0.6) | int }}px"{% endif %}>
+</div>
+{%- endblock data_png %}
 """
-"""How nbconvert writes the cells: without prompts, their code folded."""
+"""How nbconvert writes the cells: without prompts, their code folded; figures with their alternative text. On a narrow
+screen a figure is scrolled before its text becomes too small to read."""
 
 
 def _title(nb: Any) -> str:

@@ -5,6 +5,7 @@ shows its results, and ends with ``run.save()``.
 """
 
 import ast
+import io
 import math
 import time
 from collections.abc import Iterable, Mapping
@@ -22,10 +23,13 @@ from vaelab.runner.parameters import changed, fingerprints, portable, validate
 from vaelab.runner.provenance import embedded_weights, environment
 
 if TYPE_CHECKING:
+    from IPython.display import Image
     from matplotlib.figure import Figure
 
 RECORDED = ".run/recorded.json"
 """What an unfinished run has recorded so far, in its output folder."""
+FIGURE_DPI, SHOWN_DPI = 110, 100
+"""Pixels of a saved figure per inch, and of the screen on which it is shown."""
 INTERACTIVE = "interactive"
 """An output folder of this name is rewritten by every run: JupyterLab's default."""
 
@@ -103,16 +107,23 @@ class Run:
         self._finding = sentence
         return sentence
 
-    def figure(self, name: str, figure: "Figure") -> "Figure":
-        """Save a figure as ``name.png`` beside the results, and return it to be shown."""
-        import matplotlib.pyplot as plt
+    def figure(self, name: str, figure: "Figure") -> "Image":
+        """Save a figure as ``name.png`` beside the results, and return the picture to be shown.
 
+        Its alternative text, for screen readers, is made of the figure's titles, labels and legends.
+        """
+        import matplotlib.pyplot as plt
+        from IPython.display import Image
+
+        data = io.BytesIO()
+        figure.savefig(data, dpi=FIGURE_DPI, bbox_inches="tight")
+        plt.close(figure)
         if not self.dry:
             path = self._output.place(f"{name}.png", staged=self._stage_results)
-            figure.savefig(path, dpi=110, bbox_inches="tight")
+            path.write_bytes(data.getvalue())
             self._files += [path.name] if path.name not in self._files else []
-        plt.close(figure)
-        return figure
+        shown = int.from_bytes(data.getvalue()[16:20]) * SHOWN_DPI // FIGURE_DPI  # a PNG's width is in these bytes
+        return Image(data.getvalue(), format="png", width=shown, alt=describe_figure(figure) or name)
 
     def thumbnail(self, figure: "Figure") -> None:
         """Save a figure as ``thumbnail.png``, which the front page shows at its own size, 480 by 300 pixels.
@@ -180,6 +191,20 @@ class Run:
             "embedded_weights": self._embedded_weights,
             "files": self._files,
         }
+
+
+def describe_figure(figure: "Figure") -> str:
+    """Describe a figure in words: its title, and of each panel the title, the labels of its axes and the legend's
+    entries. What several panels have in common is said once."""
+    parts = [figure.get_suptitle()]
+    for axis in figure.axes:
+        vertical, horizontal = axis.get_ylabel(), axis.get_xlabel()
+        labels = f"{vertical} against {horizontal}" if vertical and horizontal else vertical or horizontal
+        legend = axis.get_legend()
+        entries = ", ".join(text.get_text() for text in legend.get_texts()) if legend else ""
+        parts += [axis.get_title(), labels, entries]
+    text = "; ".join(" ".join(part.split()) for part in dict.fromkeys(parts) if part.strip())
+    return text.replace("\\$", "$").replace("\u200b", "")  # as they were before vaelab.viz.text made them safe to draw
 
 
 def start(notebook: str, namespace: Mapping[str, Any], *, execution_only: Iterable[str] = ()) -> Run:
