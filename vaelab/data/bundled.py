@@ -72,16 +72,22 @@ def _png(picture: PIL.Image.Image) -> dict[str, bytes | None]:
 
 
 def _photos(split: str) -> Iterator[tuple[PIL.Image.Image, str]]:
-    """Yield square crops of 48 to 320 pixels of the sample photographs; each photograph is in one split only."""
+    """Yield crops of the sample photographs; each photograph is in one split only."""
     for file in PHOTOGRAPHS[split]:
-        photograph = _read_photograph(file)
-        rng = np.random.default_rng([len(file), *file.encode()])
-        largest = min(320, *photograph.size)
-        for _ in range(CROPS_PER_PHOTOGRAPH):
-            side = int(np.exp(rng.uniform(np.log(48), np.log(largest))))
-            left, top = (int(rng.integers(0, extent - side + 1)) for extent in photograph.size)
-            box = (left, top, left + side, top + side)
-            yield photograph.resize((SIDE, SIDE), PIL.Image.Resampling.LANCZOS, box=box), file.rsplit(".", 1)[0]
+        for crop in photograph_crops(file):
+            yield crop, file.rsplit(".", 1)[0]
+
+
+def photograph_crops(file: str) -> Iterator[PIL.Image.Image]:
+    """Yield square crops of 48 to 320 pixels of one of the :data:`PHOTOGRAPHS`, resized to 64 x 64."""
+    photograph = _read_photograph(file)
+    rng = np.random.default_rng([len(file), *file.encode()])
+    largest = min(320, *photograph.size)
+    for _ in range(CROPS_PER_PHOTOGRAPH):
+        side = int(np.exp(rng.uniform(np.log(48), np.log(largest))))
+        left, top = (int(rng.integers(0, extent - side + 1)) for extent in photograph.size)
+        box = (left, top, left + side, top + side)
+        yield photograph.resize((SIDE, SIDE), PIL.Image.Resampling.LANCZOS, box=box)
 
 
 def _read_photograph(file: str) -> PIL.Image.Image:

@@ -27,6 +27,7 @@ its directions replaced by random ones of equal length (:func:`with_random_direc
 """
 
 import copy
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -40,6 +41,8 @@ from torch import Tensor
 from vaelab import activations
 from vaelab.activations.denoiser import Sampling
 from vaelab.core.validate import at_least
+from vaelab.data import bundled, load_images
+from vaelab.data.transforms import square
 from vaelab.models.similarity import PictureModel, SentenceModel, embed_in_batches, embeds_sentences
 from vaelab.sae.controls import untrained
 from vaelab.sae.feature_statistics import FeatureStatistics, feature_maps
@@ -53,6 +56,8 @@ SHARES = (0.0, 0.1, 0.3)
 """The shares of the area of the paper's sensitivity."""
 ALIKE = 0.95
 """Of two prompts whose sentences are more similar than this, only one is among the prompts near a caption."""
+TEXTURES = ("brick.png", "grass.png", "gravel.png")
+"""Photographs of textures among the embedded ones."""
 CACHED_BYTES = 2**30
 """The size of all pictures that :class:`ItemPictures` keeps."""
 PAPER_TABLE_1 = {
@@ -558,6 +563,22 @@ class FeatureScorer:
         vector = embed_in_batches(self.pictures.model, plain)
         rows.append({"who": "empty prompt", "texture": self.texture(vector)[0]})
         return pd.DataFrame(rows)
+
+
+def load_textures(dataset: str = "", *, count: int = 100, resolution: int = 64, seed: int = 0) -> Tensor:
+    """Load pictures of textures (T, 3, R, R) in [-1, 1]; the paper's are those of the Describable Textures Dataset.
+
+    Args:
+        dataset: a data set of :func:`vaelab.data.load_images`; empty means crops of :data:`TEXTURES`, photographs that
+            come with scikit-image.
+        count: the largest number of pictures.
+        resolution: their side R, in pixels.
+        seed: determines which pictures of a data set are chosen.
+    """
+    if dataset:
+        return load_images(dataset, resolution=resolution, max_images=count, seed=seed).stack()
+    crops = itertools.chain.from_iterable(zip(*map(bundled.photograph_crops, TEXTURES), strict=True))
+    return torch.stack([square(crop, resolution) for crop in itertools.islice(crops, count)])
 
 
 def choose_features(statistics: FeatureStatistics, count: int, least: int, seed: int = 0) -> list[int]:
