@@ -39,8 +39,11 @@ def test_the_loss_over_the_scale_shows_every_run_the_control_and_the_paper():
     left, right = plots.loss_over_scale(measured, control, curve, {"x": (0.024, 20.0), "y": (0.023, 19.0)}).axes
     assert lines(left)["a"].get_xydata().tolist() == [[1.0, 0.3], [0.5, 0.2]]
     assert lines(right)["b"].get_xydata().tolist() == [[0.1, 3.0]]
-    assert lines(left)["one denoiser, its latents scaled"].get_xdata().tolist() == [1.0]  # 0 has no logarithm
-    assert [text.get_text() for text in left.texts] == ["paper: 0.024 and 0.023"]
+    assert lines(left)["trained without a mask, then latents scaled"].get_xdata().tolist() == [1.0]
+    assert lines(left)["the same, scaled to 0"].get_xydata().tolist() == [
+        [0.1, 0.01]
+    ]  # at the edge: 0 has no logarithm
+    assert [text.get_text() for text in left.texts] == ["the paper's losses: 0.024 and 0.023"]
 
 
 def test_the_spectrum_has_the_closed_form_and_the_medians():

@@ -55,7 +55,8 @@ def test_losses_has_the_three_panels_of_figure_3():
 def test_forest_has_a_panel_a_measure_and_survives_a_missing_condition():
     row = {"dataset": "d", "condition": "nudge", "percent": 1.0, "percent_low": -1.0, "percent_high": 2.0}
     table = pd.DataFrame([{**row, "measure": "mse"}, {**row, "measure": "kl"}])
-    assert [axis.get_title() for axis in charts.forest(table).axes] == ["mse", "kl"]
+    titles = ["squared error (lower is better)", "KL divergence (lower is better)"]
+    assert [axis.get_title() for axis in charts.forest(table).axes] == titles
 
 
 def test_bars_and_distributions_show_every_value():

@@ -65,7 +65,8 @@ def loss_over_scale(
 
     Args:
         measured: one row per run: ``setting``, ``scale``, ``diffusion_loss``, ``masked_recon_mse``.
-        control: one denoiser on scaled latents, with the columns ``latent_scale`` and ``matched_loss``.
+        control: one denoiser on scaled latents, with the columns ``latent_scale`` and ``matched_loss``. A scale of 0
+            stands at the left edge of the axis, as an open square.
         closed_form: scales (N,), and the losses (N,) of latents without structure that have these scales.
         paper: the paper's diffusion losses and errors by name; the losses are shown as lines.
         title: the figure's title.
@@ -73,25 +74,37 @@ def loss_over_scale(
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     names = list(dict.fromkeys(measured["setting"]))
     colours = dict(zip(names, sns.color_palette("viridis", len(names)), strict=True))
-    left.plot(*closed_form, color="#444444", linewidth=1.2, label="closed form, no structure")
-    shown = control[control["latent_scale"] > 0].sort_values("latent_scale")
-    left.plot(shown["latent_scale"], shown["matched_loss"], "s", color=SUPPRESSED_COLOUR, markersize=5,
-              label="one denoiser, its latents scaled")  # fmt: skip
+    left.plot(*closed_form, color="#444444", linewidth=1.2, label="closed form, latent without structure")
+    edge = closed_form[0].min()
+    for zero, face, label in ((False, SUPPRESSED_COLOUR, "trained without a mask, then latents scaled"),
+                              (True, "white", "the same, scaled to 0")):  # fmt: skip
+        shown = control[(control["latent_scale"] == 0) == zero]
+        if len(shown):
+            left.plot(shown["latent_scale"].clip(lower=edge), shown["matched_loss"], "s", color=SUPPRESSED_COLOUR,
+                      markerfacecolor=face, markersize=6, zorder=4, clip_on=False, label=label)  # fmt: skip
     losses = [loss for loss, _ in paper.values()]
     for loss in losses:
         left.axhline(loss, color=GREY, linewidth=1, linestyle=":")
-    label = "paper: " + " and ".join(f"{loss:g}" for loss in losses)
+    label = "the paper's losses: " + " and ".join(f"{loss:g}" for loss in losses)
     left.annotate(label, (1, max(losses)), xycoords=("axes fraction", "data"), fontsize=7, ha="right", va="bottom")
     for axis, column in ((left, "diffusion_loss"), (right, "masked_recon_mse")):
         for name, part in measured.groupby("setting", sort=False):
-            axis.plot(part["scale"], part[column], "o", color=colours[name], markersize=6, label=name)
+            axis.plot(
+                part["scale"], part[column], "o", color=colours[name], markersize=6, zorder=5, label=_spelled(name)
+            )
         axis.set(xscale="log", yscale="log", xlabel="scale of the denoiser's input (standard deviation)")
         axis.xaxis.set_minor_formatter("")
     left.set_ylabel("diffusion loss (mean)")
+    left.set_xlim(left=edge)
     right.set_ylabel("error of decoded pictures (sum)")
     left.legend(fontsize=7)
     figure.suptitle(title, fontsize=11)
     return figure
+
+
+def _spelled(setting: str) -> str:
+    """A setting's name in words."""
+    return "trained without a mask" if setting == "unmasked" else setting.replace("lambda_", "trained masks, lambda = ")
 
 
 @plain_text

@@ -14,6 +14,11 @@ SUPPRESSED_COLOUR = "#c8102e"
 """The colour of suppressed channels (channels that a GroupNorm nearly switches off), and of thresholds."""
 SMALL_PERCENT = 0.1
 """The axis of :func:`forest` is linear up to this value, in percent."""
+MEASURES = {
+    "mse": "squared error (lower is better)", "kl": "KL divergence (lower is better)",
+    "psnr": "PSNR (higher is better)", "ssim": "SSIM (higher is better)",
+}  # fmt: skip
+"""Measures of a VAE in words."""
 PALETTE = {"baseline": "#555555", "nudge": "#3b76af", "control": "#e08e2b", "start": "#b8b8b8"}
 """The colours of the conditions of fine-tuning, see :mod:`vaelab.vae.finetune`: "nudge" raises the GroupNorm scales
 (gamma) of suppressed channels, "control" those of as many active channels."""
@@ -95,14 +100,17 @@ def forest(table: pd.DataFrame, title: str = "") -> Figure:
         axis.axvline(0, color="#444444", linewidth=1)
         axis.set_xscale("symlog", linthresh=SMALL_PERCENT)
         reach = 1.5 * max(1, np.abs(axis.get_xlim()).max())
-        axis.set(xlabel="difference to baseline (%)", xlim=(-reach, reach), ylim=(len(datasets) - 0.5, -0.5))
-        axis.set_xticks([tick for tick in (-100, -1, 0, 1, 100) if abs(tick) <= reach])
+        axis.set(xlabel="difference (%)", xlim=(-reach, reach), ylim=(len(datasets) - 0.5, -0.5))
+        outer = [100] if reach > 100 else [10] if reach > 10 else []
+        axis.set_xticks([*(-tick for tick in outer), -1, 0, 1, *outer])
         axis.xaxis.set_major_formatter("{x:g}")
         axis.minorticks_off()
+        axis.axvspan(-SMALL_PERCENT, SMALL_PERCENT, color="#eef1f4", zorder=0)
         axis.set_yticks(range(len(datasets)), datasets)
-        axis.set_title(measure, fontsize=10)
-    axes[0][-1].legend(fontsize=8)
+        axis.set_title(MEASURES.get(measure, measure), fontsize=10)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     figure.suptitle(title, fontsize=11)
+    figure.supxlabel(f"shaded: the axis is linear up to ±{SMALL_PERCENT:g} % and logarithmic beyond", fontsize=8)
     return figure
 
 
