@@ -108,21 +108,18 @@ class RandomDictionary:
         return self.rows
 
 
-class PrincipalComponents:
-    """The mean and the k directions of the largest variance: x' = V^T V (x - m) + m.
+class LinearDictionary:
+    """Directions of unit length as features of any sign: s = W (x - m), x' = W^T s + m.
 
-    Among k directions that are the same for all vectors, these explain the most variance; an autoencoder selects its k
-    features for each vector separately. scikit-learn's PCA needs all vectors in memory, this class only their moments.
+    If the directions are orthogonal, x' is the projection on them.
     """
 
-    def __init__(self, measured: Moments, k: int):
-        """Args: the vectors' moments, and the number of components."""
-        _at_most("k", k, "the vectors' width", len(measured.mean))
-        _, directions = torch.linalg.eigh(measured.covariance)  # rising
-        self.rows, self.mean = directions.T.flip(0)[:k].float().contiguous(), measured.mean.float()
+    def __init__(self, rows: Tensor, mean: Tensor):
+        """Args: the directions W (n, d) and the mean m (d,)."""
+        self.rows, self.mean = rows.float().contiguous(), mean.float()
 
     def encode(self, x: Tensor) -> Codes:
-        """Compute the k coordinates, as values and indices (N, k)."""
+        """Compute the n coordinates, as values and indices (N, n)."""
         values = (x - self.mean.to(x)) @ self.rows.to(x).T
         return Codes(values, torch.arange(len(self.rows), device=x.device).expand(len(x), -1))
 
@@ -131,8 +128,23 @@ class PrincipalComponents:
         return codes.values @ self.rows.to(codes.values) + self.mean.to(codes.values)
 
     def features(self) -> Tensor:
-        """Return the components, those with the largest variance first: (k, d)."""
+        """Return the directions: (n, d)."""
         return self.rows
+
+
+class PrincipalComponents(LinearDictionary):
+    """The mean and the k directions of the largest variance: x' = V^T V (x - m) + m.
+
+    Among k directions that are the same for all vectors, these explain the most variance; an autoencoder selects its k
+    features for each vector separately. scikit-learn's PCA needs all vectors in memory, this class only their moments.
+    """
+
+    def __init__(self, measured: Moments, k: int):
+        """Args: the vectors' moments, and the number of components, of which those with the largest variance come
+        first."""
+        _at_most("k", k, "the vectors' width", len(measured.mean))
+        _, directions = torch.linalg.eigh(measured.covariance)  # rising
+        super().__init__(directions.T.flip(0)[:k], measured.mean)
 
 
 def build_baselines(measured: Moments, k: int, n_features: int, seed: int = 0) -> dict[str, Dictionary]:

@@ -165,7 +165,7 @@ def check_prompts(scenes: Sequence[Scene], pictures: Tensor) -> pd.DataFrame:
         raise ValueError(f"pictures: expected one for each of the {len(scenes)} scenes, got {len(pictures)}")
     rows = []
     for picture, (scene, seen) in enumerate(zip(scenes, read_scenes(pictures), strict=True)):
-        pairs = [(i, thing, match) for i, (thing, match) in enumerate(_assigned(scene.things, seen.things))]
+        pairs = [(i, thing, match) for i, (thing, match) in enumerate(match_things(scene.things, seen.things))]
         for i, thing, match in [*pairs, (-1, scene, seen)]:
             for factor in thing.named:
                 shown = getattr(match, factor) if match else None
@@ -175,8 +175,9 @@ def check_prompts(scenes: Sequence[Scene], pictures: Tensor) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["picture", "thing", "factor", "expected", "recognised", "correct"])
 
 
-def _assigned(asked: Sequence[Thing], seen: Sequence[Thing]) -> list[tuple[Thing, Thing | None]]:
-    """Pair each object of the scene with the object found in the picture that it is matched with, or None."""
+def match_things(asked: Sequence[Thing], seen: Sequence[Thing]) -> list[tuple[Thing, Thing | None]]:
+    """Pair each object of a scene with one that is seen, or with None, such that as many named factors as possible
+    agree."""
     agree = np.array([[sum(getattr(a, f) == getattr(s, f) for f in a.named) for s in seen] for a in asked])
     if not asked or not seen:
         return [(thing, None) for thing in asked]
