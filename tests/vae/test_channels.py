@@ -47,6 +47,12 @@ def test_counts_below_the_threshold():
     )
     relation = channels.scale_relation(table, 0.5)
     assert (relation["low.activity"], relation["low.gamma"], relation["low.both"]) == (2, 2, 1)
+    sentence = channels.describe_census(relation, 4, 0.5)
+    assert "2 of 4 channels (50%) are suppressed" in sentence and "1 (50%) also have a scale" in sentence
+    assert f"{relation['spearman.beta']:.2f} with the shift" in sentence
+    assert channels.describe_census({**relation, "low.activity": 0}, 4, 0.5).startswith("None of 4 channels")
+    del relation["spearman.beta"]
+    assert "rank correlation" not in channels.describe_census(relation, 4, 0.5)
 
 
 SHAPES = {"picture": (3, 6, 5, 4), "sequence": (3, 6, 7), "vector": (3, 6)}

@@ -53,6 +53,17 @@ def channel_table():
     return pd.DataFrame({"layer": ["a"] * 4 + ["b"] * 4, "channel": [0, 1, 2, 3] * 2, **columns})
 
 
+def test_the_histogram_counts_suppressed_channels_apart():
+    table = channel_table()
+    table.loc[[2, 5], "mean_abs"] = [0.0, 9e-4]
+    axis = plots.activity_histogram(table, 1e-3).axes[0]
+    others, suppressed = axis.containers
+    assert (others.get_label(), suppressed.get_label()) == ("6 others", "2 suppressed")
+    assert sum(bar.get_height() for bar in suppressed) == 2
+    beyond = [bar.get_height() for bar in suppressed if bar.get_x() > 0.999e-3]
+    assert not any(beyond) and sum(bar.get_height() for bar in others) == 8
+
+
 def test_layer_bars_count_the_suppressed_channels():
     table = channel_table()
     table.loc[2, "mean_abs"] = 0.0

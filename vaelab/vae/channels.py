@@ -7,7 +7,7 @@ below a threshold theta_act. The paper names GroupNorm's scale gamma as the mech
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -342,6 +342,29 @@ def scale_relation(table: pd.DataFrame, threshold: float) -> dict[str, float]:
         "low.both": int((low & low_gamma).sum()),
     }
     return {name: value for name, value in relation.items() if np.isfinite(value)}
+
+
+def describe_census(relation: Mapping[str, float], channels: int, threshold: float) -> str:
+    """Describe in one sentence how many channels are suppressed, and how many of them by their scale.
+
+    Args:
+        relation: the measures of :func:`scale_relation`.
+        channels: the number of channels of all layers.
+        threshold: theta_act.
+    """
+    low, both = relation["low.activity"], relation["low.both"]
+    if not low:
+        return f"None of {channels} channels is suppressed: no m_c is below {threshold:g}."
+    sentence = (
+        f"{low} of {channels} channels ({low / channels:.0%}) are suppressed, with an m_c below {threshold:g}; "
+        f"of these, {both} ({both / low:.0%}) also have a scale |gamma| below it"
+    )
+    if {"spearman.gamma", "spearman.beta"} <= relation.keys():
+        sentence += (
+            f". Over all channels m_c has a rank correlation of {relation['spearman.gamma']:.2f} with |gamma| and, "
+            f"as a control, of {relation['spearman.beta']:.2f} with the shift |beta|"
+        )
+    return sentence + "."
 
 
 def _spearman(first: pd.Series, second: pd.Series) -> float:

@@ -4,6 +4,7 @@ After Figures 1, 2 and 5 of Shi, Wang and Roshka ("Investigating the Functional 
 Diffusion VAEs").
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
@@ -20,6 +21,8 @@ from vaelab.viz.text import plain_text
 
 GAP = 3
 """Pixels between the tiles of a mosaic."""
+LOWEST_SHOWN = 1e-6
+"""Smaller values are drawn here, since a logarithmic axis has no zero."""
 
 
 @plain_text
@@ -125,7 +128,7 @@ def layer_bars(table: pd.DataFrame, threshold: float, title: str = "") -> Figure
     layers = list(dict.fromkeys(table["layer"]))
     figure, axis = plt.subplots(figsize=(8, 0.24 * len(layers) + 1.2), layout="constrained")
     lines = {layer: line for line, layer in enumerate(layers)}
-    values = table["mean_abs"].clip(lower=1e-6)
+    values = table["mean_abs"].clip(lower=LOWEST_SHOWN)
     suppressed = table["mean_abs"] < threshold
     jitter = np.random.default_rng(0).uniform(-0.3, 0.3, len(table))
     heights = table["layer"].map(lines) + jitter
@@ -136,9 +139,38 @@ def layer_bars(table: pd.DataFrame, threshold: float, title: str = "") -> Figure
     axis.axvline(threshold, color=SUPPRESSED_COLOUR, linewidth=1, linestyle="--", label=f"threshold {threshold:g}")
     counts = suppressed.groupby(table["layer"]).sum()
     sizes = table["layer"].value_counts()
-    axis.set_yticks(list(lines.values()), [f"{layer} ({counts[layer]}/{sizes[layer]})" for layer in layers], fontsize=7)
+    axis.set_yticks(list(lines.values()), [f"{layer} ({counts[layer]}/{sizes[layer]})" for layer in layers], fontsize=8)
     axis.set(xscale="log", xlabel="m_c, mean absolute activation", ylim=(len(layers) - 0.4, -0.6))
-    axis.legend(fontsize=8, loc="lower right")
+    figure.legend(loc="outside lower right", fontsize=9, ncols=2)
+    axis.set_title(title, fontsize=11)
+    return figure
+
+
+@plain_text
+def activity_histogram(table: pd.DataFrame, threshold: float, title: str = "") -> Figure:
+    """Plot how many channels have which mean absolute activation m_c, with the suppressed channels marked; its text is
+    large enough for a thumbnail of 480 by 300 pixels.
+
+    Args:
+        table: the table of :func:`vaelab.vae.channels.channel_table`.
+        threshold: theta_act, shown as a line.
+        title: the figure's title, at most 40 characters.
+    """
+    values = table["mean_abs"].clip(lower=LOWEST_SHOWN)
+    suppressed = values[table["mean_abs"] < threshold]
+    start = max(threshold, LOWEST_SHOWN)  # of a bin, so that no bin holds both kinds of channels
+    below, above = (math.ceil(8 * abs(math.log10(end / start))) for end in (values.min(), values.max()))
+    edges = start * 10.0 ** (np.arange(-max(1, below), max(1, above) + 1) / 8)
+    figure, axis = plt.subplots(figsize=(4.8, 3.0), layout="constrained")
+    axis.hist(values, edges, color=PALETTE["nudge"], label=f"{len(values) - len(suppressed)} others")
+    axis.hist(suppressed, edges, color=SUPPRESSED_COLOUR, label=f"{len(suppressed)} suppressed")
+    if threshold > 0:
+        axis.axvline(threshold, color="#444444", linewidth=1, linestyle="--", label=f"threshold {threshold:g}")
+    axis.set_xscale("log")
+    axis.set_xlabel("m_c, mean absolute activation", fontsize=10)
+    axis.set_ylabel("channels", fontsize=10)
+    axis.tick_params(labelsize=10)
+    axis.legend(fontsize=9)
     axis.set_title(title, fontsize=11)
     return figure
 
@@ -153,9 +185,9 @@ def scale_scatter(table: pd.DataFrame, threshold: float, title: str = "") -> Fig
         title: the figure's title.
     """
     figure, axis = plt.subplots(figsize=(6, 4.4), layout="constrained")
-    gamma, activity = table["gamma"].abs().clip(lower=1e-6), table["mean_abs"].clip(lower=1e-6)
+    gamma, activity = table["gamma"].abs().clip(lower=LOWEST_SHOWN), table["mean_abs"].clip(lower=LOWEST_SHOWN)
     points = axis.scatter(
-        gamma, activity, c=np.log10(table["beta"].abs().clip(lower=1e-6)), s=8, cmap="viridis", linewidths=0
+        gamma, activity, c=np.log10(table["beta"].abs().clip(lower=LOWEST_SHOWN)), s=8, cmap="viridis", linewidths=0
     )
     line = np.geomspace(gamma.min(), gamma.max(), 50)
     axis.plot(line, line * np.sqrt(2 / np.pi), color="#888888", linewidth=1, label="E|gamma z|, z normal")
