@@ -26,7 +26,7 @@ AUTOENCODERS = {"sae": "", "frozen_decoder": "decoder", "soft_frozen": "soft_dec
 """Names of the trained autoencoder and of its frozen controls, with :attr:`vaelab.sae.train.SAESpec.frozen`."""
 LINEAR = ("neurons", "pca", "ica", "random", "mean_difference", "probe")
 """Names of the readouts of :func:`linear_readouts`."""
-FITTED_VECTORS = 30_000
+FITTED_VECTORS = 20_000
 """The largest number of vectors that ICA and each linear probe are fitted on."""
 ICA_ITERATIONS = 200
 
@@ -84,28 +84,26 @@ class SAEReadout:
         return self.sae.encode(x).dense(self.sae.config.n_features)
 
 
-def linear_readouts(
-    vectors: Tensor, labels: np.ndarray, n_random: int, seeds: Sequence[int]
-) -> dict[str, list[LinearReadout]]:
-    """Make the readouts :data:`LINEAR`: one each, but one per seed for ``ica`` and ``random``.
+def linear_readouts(vectors: Tensor, labels: np.ndarray, n_random: int, seed: int) -> dict[str, list[LinearReadout]]:
+    """Make the readouts :data:`LINEAR`, one each.
 
     Args:
         vectors: (N, d).
         labels: (N, V) bool, which of V concepts each vector shows; every concept must occur, and be absent, somewhere.
         n_random: the number of random directions.
-        seeds: seeds of ``ica``, ``random``, and the choice of the vectors that ICA and probes are fitted on.
+        seed: seed of ``ica``, ``random``, and the choice of the vectors that ICA and probes are fitted on.
     """
     mean, d = vectors.mean(0), vectors.shape[1]
     principal = PrincipalComponents(moments([vectors]), d).features()
-    rows = np.random.default_rng(seeds[0]).permutation(len(vectors))[:FITTED_VECTORS]
-    random = [torch.randn(n_random, d, generator=torch.Generator().manual_seed(10_000 + seed)) for seed in seeds]
+    rows = np.random.default_rng(seed).permutation(len(vectors))[:FITTED_VECTORS]
+    random = torch.randn(n_random, d, generator=torch.Generator().manual_seed(10_000 + seed))
     return {
         "neurons": [LinearReadout(torch.eye(d), mean)],
         "pca": [LinearReadout(principal, mean)],
-        "ica": [fit_ica(vectors[torch.from_numpy(rows)], seed) for seed in seeds],
-        "random": [LinearReadout(F.normalize(each), mean) for each in random],
+        "ica": [fit_ica(vectors[torch.from_numpy(rows)], seed)],
+        "random": [LinearReadout(F.normalize(random), mean)],
         "mean_difference": [LinearReadout(mean_differences(vectors, labels), mean)],
-        "probe": [fit_probes(vectors, labels, seeds[0])],
+        "probe": [fit_probes(vectors, labels, seed)],
     }
 
 
@@ -163,23 +161,24 @@ def train_readouts(
         config: the optimisation.
         batch_size: vectors per step.
         seeds: seeds of the initial weights.
-        variants: further variants to train, see :class:`vaelab.sae.model.SAEConfig`; they are named as there.
+        variants: further variants to train from the first seed, named as in :class:`vaelab.sae.model.SAEConfig`.
         frozen: whether the frozen controls and the untrained autoencoder are made too.
 
     Returns:
         ``sae``, the variants and, with ``frozen``, the other names of :data:`AUTOENCODERS` and ``untrained``: the
         initial weights of ``sae`` around the vectors' geometric median.
     """
-    kinds = {name: (sae, kind) for name, kind in AUTOENCODERS.items() if frozen or name == "sae"}
-    kinds |= {name: (replace(sae, variant=name), "") for name in variants}
-    specs = {
-        f"{name}-s{seed}": SAESpec("update", each, seed, kind) for name, (each, kind) in kinds.items() for seed in seeds
-    }
+    kinds = {name: kind for name, kind in AUTOENCODERS.items() if frozen or name == "sae"}
+    specs = {(name, s): SAESpec("update", sae, s, kind) for name, kind in kinds.items() for s in seeds}
+    specs |= {(name, seeds[0]): SAESpec("update", replace(sae, variant=name), seeds[0]) for name in variants}
+    named = {f"{name}-s{s}": spec for (name, s), spec in specs.items()}
     batches = shuffled_batches(
         len(vectors), batch_size, config.seed, lambda rows, _: {"update": vectors[torch.from_numpy(rows)]}
     )
-    saes = train_saes(specs, batches, config).saes
-    readouts = {name: [SAEReadout(saes[f"{name}-s{seed}"].cpu()) for seed in seeds] for name in kinds}
+    saes = train_saes(named, batches, config).saes
+    readouts: dict[str, list[SAEReadout]] = {name: [] for name, _ in specs}
+    for (name, _), sae_trained in zip(specs, saes.values(), strict=True):
+        readouts[name].append(SAEReadout(sae_trained.cpu()))
     if frozen:
         readouts["untrained"] = [SAEReadout(untrained(vectors, sae, seed)) for seed in seeds]
     return readouts

@@ -118,7 +118,7 @@ class _Ranked(NamedTuple):
 def _ranked(scores: np.ndarray, labels: scipy.sparse.csr_array, *, skip_least: bool) -> _Ranked:
     """Rank scores (N,). With ``skip_least`` entries with the least score, most of an autoencoder's, are left out."""
     rows = np.flatnonzero(scores > scores.min()) if skip_least else np.arange(len(scores))
-    order = rows[np.argsort(-scores[rows], kind="stable")]
+    order = rows[np.argsort(-scores[rows])]
     ordered = scores[order]
     new = np.append(True, ordered[1:] != ordered[:-1]) if len(order) else np.zeros(0, bool)
     starts = np.flatnonzero(new)
@@ -247,7 +247,9 @@ def _detect_pictures(
     pooled, shown = [], []
     for scores, part in ((first, halves.choosing), (second, halves.reporting)):
         maps = scores.reshape(*part.covered.shape[:2], -1)
-        each = [maps.max(1), maps.mean(1), -maps.min(1), -maps.mean(1)] if readout.signed else [maps.max(1), maps.mean(1)]
+        each = (
+            [maps.max(1), maps.mean(1), -maps.min(1), -maps.mean(1)] if readout.signed else [maps.max(1), maps.mean(1)]
+        )
         pooled.append(np.concatenate(each, 1))
         shown.append((part.covered > 0).any(1))
     usable = shown[0].any(0) & ~shown[0].all(0)

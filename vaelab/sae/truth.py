@@ -1,0 +1,315 @@
+"""Trained autoencoders and their controls compared where the truth is known: factors of the scene world, and planted
+directions.
+
+A benchmark on which an autoencoder cannot win says nothing when it loses. So the same comparison is made with a known
+sparse dictionary planted into a block's update, and with the update projected to fewer dimensions than there are
+concepts.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
+from scipy.stats import spearmanr
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from vaelab import world
+from vaelab.activations.denoiser import Sampling, from_pictures, from_prompts
+from vaelab.core.validate import at_least
+from vaelab.sae.controls import Readout, explained_variance, linear_readouts, train_readouts
+from vaelab.sae.detection import (
+    Detection,
+    Halves,
+    Summary,
+    detect,
+    factor_coverage,
+    factor_values,
+    split_halves,
+    summarise,
+)
+from vaelab.sae.model import SAEConfig
+from vaelab.training import TrainConfig
+
+METRIC_SCORES = ("f1", "coverage", "iou", "auroc", "picture_f1")
+"""Scores that become metrics ``<block>.truth.<score>.<method>``."""
+RIVALS = ("neurons", "pca", "ica", "frozen_decoder")
+"""What an autoencoder must beat to be worth its training."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How autoencoders are trained and compared with their controls."""
+
+    k: int
+    """Active features per vector."""
+    n_features: int
+    """Features of an autoencoder, and random directions."""
+    train: TrainConfig
+    """The optimisation."""
+    batch_size: int
+    """Vectors per step."""
+    seeds: tuple[int, ...] = (0,)
+    """Seeds of the autoencoders and of the controls that have one."""
+    kind: str = "topk"
+    """The ``variant`` of :class:`vaelab.sae.model.SAEConfig`."""
+    variants: tuple[str, ...] = ()
+    """Further variants."""
+    resamples: int = 500
+    """Bootstrap resamples of the intervals."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Further fields of :class:`vaelab.sae.model.SAEConfig`."""
+
+    def sae(self, d: int) -> SAEConfig:
+        """Specify the autoencoder for vectors of width d."""
+        return SAEConfig(d, self.n_features, self.k, self.kind, **self.options)
+
+
+class Compared(NamedTuple):
+    """Result of :func:`compare`."""
+
+    summary: Summary
+    """The scores of every method."""
+    found: dict[str, list[Detection]]
+    """What every method finds, one detection per seed."""
+    readouts: dict[str, list[Readout]]
+    """The methods' readouts, one per seed."""
+    explained: dict[str, float]
+    """The explained variance of every autoencoder, on the half of the scenes that it was not trained on."""
+
+
+def capture_scenes(
+    pipeline: Any, scenes: Sequence[world.Scene], blocks: Sequence[str], timestep: int, *, batch_size: int, seed: int
+) -> dict[str, Tensor]:
+    """Capture the updates of blocks in one pass over noised pictures of scenes, each with its own prompt.
+
+    Returns:
+        For each block (S, h, w, d), on the CPU.
+    """
+    parts: dict[str, list[Tensor]] = {block: [] for block in blocks}
+    for first in tqdm(range(0, len(scenes), batch_size), desc="updates"):
+        batch = scenes[first : first + batch_size]
+        seeds = range(seed + first, seed + first + len(batch))
+        prompts = [scene.prompt for scene in batch]
+        maps = from_pictures(
+            pipeline, world.render(batch).to(pipeline.device), list(seeds), [timestep], blocks, prompts=prompts,
+            side="update",
+        ).maps  # fmt: skip
+        for block in blocks:
+            parts[block].append(maps[block][0].float().cpu())
+    return {block: torch.cat(each) for block, each in parts.items()}
+
+
+def capture_prompts(
+    pipeline: Any, prompts: Sequence[str], blocks: Sequence[str], sampling: Sampling, *, batch_size: int, seed: int
+) -> dict[str, Tensor]:
+    """Capture the updates of blocks at the first step of generation from prompts, for data whose truth is unknown.
+
+    Returns:
+        For each block (S, h, w, d), on the CPU.
+    """
+    parts: dict[str, list[Tensor]] = {block: [] for block in blocks}
+    for first in tqdm(range(0, len(prompts), batch_size), desc="updates"):
+        batch = prompts[first : first + batch_size]
+        seeds = list(range(seed + first, seed + first + len(batch)))
+        maps = from_prompts(pipeline, batch, seeds, blocks, sampling, steps=[0]).maps
+        for block in blocks:
+            parts[block].append(maps[block][0].float().cpu())
+    return {block: torch.cat(each) for block, each in parts.items()}
+
+
+def label_factors(maps: Tensor, scenes: Sequence[world.Scene]) -> Halves:
+    """Label the maps (S, h, w, d) of scenes with their factor values, and split them in two halves."""
+    covered = factor_coverage(scenes, *maps.shape[1:3])
+    return split_halves(maps.flatten(1, 2), covered, [f"{factor}: {value}" for factor, value in factor_values()])
+
+
+def plant(maps: Tensor, count: int, *, active: int, strength: float, scored: int, seed: int) -> Halves:
+    """Add a known sparse dictionary to maps (S, h, w, d), and label which of its features are active where.
+
+    Every vector gets ``active`` different features at random, with amounts uniform in [0.5, 1.5]. The random directions
+    of unit length are scaled so that the variance of what is added is ``strength`` times that of the maps.
+
+    Args:
+        maps: a block's update.
+        count: the number of planted features.
+        active: active features per vector.
+        strength: ratio of the variances.
+        scored: the number of features that become concepts, the first ones; more cost time only.
+        seed: determines directions and amounts.
+    """
+    at_least("planted", count, active)
+    generator = torch.Generator().manual_seed(20_000 + seed)
+    x = maps.flatten(0, -2)
+    directions = F.normalize(torch.randn(count, x.shape[1], generator=generator))
+    which = torch.rand(len(x), count, generator=generator).topk(active).indices
+    amounts = 0.5 + torch.rand(len(x), active, generator=generator)
+    added = F.embedding_bag(which, directions, mode="sum", per_sample_weights=amounts)
+    scale = (strength * x.var(0).sum() / added.var(0).sum()).sqrt()
+    shown = torch.zeros(len(x), count).scatter_(1, which, 1.0)[:, : min(scored, count)].numpy()
+    vectors = (x + scale * added).view(len(maps), -1, x.shape[1])
+    return split_halves(vectors, shown.reshape(*vectors.shape[:2], -1), [f"planted {i}" for i in range(shown.shape[1])])
+
+
+def project(halves: Halves, d: int, seed: int) -> Halves:
+    """Project vectors at random to d dimensions, by orthonormal directions; the labels stay.
+
+    Raises:
+        ValueError: the vectors have fewer dimensions.
+    """
+    width = halves.choosing.vectors.shape[-1]
+    if not 1 <= d <= width:
+        raise ValueError(f"dimensions: expected numbers from 1 to the vectors' width {width}, got {d}")
+    generator = torch.Generator().manual_seed(30_000 + seed)
+    directions = torch.linalg.qr(torch.randn(width, d, generator=generator)).Q
+    return Halves(*(half._replace(vectors=half.vectors @ directions) for half in halves))
+
+
+def compare(halves: Halves, setting: Comparison) -> Compared:
+    """Train autoencoders and their controls on one half of the scenes, and score everything on the other.
+
+    All of them choose their best feature and threshold for every concept on the half that they were trained on.
+    """
+    x = halves.choosing.flat
+    trained = train_readouts(
+        x, setting.sae(x.shape[1]), setting.train, setting.batch_size, setting.seeds, setting.variants
+    )
+    readouts = {**trained, **linear_readouts(x, halves.choosing.labels, setting.n_features, setting.seeds[0])}
+    found = {name: [detect(each, halves) for each in own] for name, own in readouts.items()}
+    summary = summarise(found, resamples=setting.resamples)
+    return Compared(summary, found, readouts, explained_variance(trained, halves.reporting.flat))
+
+
+def compare_settings(halves: Halves, settings: Mapping[str, Comparison]) -> pd.DataFrame:
+    """Train the autoencoder alone in several settings, to see whether more steps, another k or another size help.
+
+    Returns:
+        One row per setting: ``setting``, ``k``, ``n_features``, ``steps``, ``f1``, ``f1_low``, ``f1_high`` and
+        ``explained_variance``.
+    """
+    rows = []
+    for name, setting in settings.items():
+        x = halves.choosing.flat
+        own = train_readouts(x, setting.sae(x.shape[1]), setting.train, setting.batch_size, setting.seeds, frozen=False)
+        found = {"sae": [detect(each, halves) for each in own["sae"]]}
+        row = summarise(found, resamples=setting.resamples).table.iloc[0]
+        rows.append({
+            "setting": name, "k": setting.k, "n_features": setting.n_features, "steps": setting.train.steps,
+            **row[["f1", "f1_low", "f1_high"]],
+            "explained_variance": explained_variance(own, halves.reporting.flat)["sae"],
+        })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+class Stability(NamedTuple):
+    """Whether features are found again from other seeds; made by :func:`stability`."""
+
+    matched: float
+    """Mean cosine of matched features, over pairs of seeds."""
+    untrained: float
+    """The same of the initial weights."""
+    features: pd.DataFrame
+    """One row per feature of the first seed that is ever active: ``feature``, ``cosine`` (the mean of its matches), and
+    ``f1`` (the best over the concepts)."""
+    correlation: float
+    """Spearman's rank correlation of ``cosine`` and ``f1``; 0 if one of them is constant."""
+
+
+def stability(compared: Compared, halves: Halves) -> Stability:
+    """Match the features of autoencoders of different seeds one to one, such that the sum of cosines is largest.
+
+    Raises:
+        ValueError: there are fewer than two seeds.
+    """
+    own = compared.readouts["sae"]
+    if len(own) < 2:
+        raise ValueError(f"seeds: stability needs at least two, got {len(own)}")
+    cosines = {name: _matched(compared.readouts[name]) for name in ("sae", "untrained")}
+    first = np.mean([cosines["sae"][0, other] for other in range(1, len(own))], 0)
+    active = (own[0].scores(halves.choosing.flat) > 0).any(0).numpy()
+    table = pd.DataFrame({"feature": range(len(first)), "cosine": first, "f1": compared.found["sae"][0].by_feature})
+    table = table[active].reset_index(drop=True)
+    varied = len(table) > 1 and table[["cosine", "f1"]].nunique().min() > 1
+    correlation = float(spearmanr(table["cosine"], table["f1"]).statistic) if varied else 0.0
+    means = [float(np.mean(list(each.values()))) for each in cosines.values()]
+    return Stability(*means, table, correlation)
+
+
+def _matched(own: Sequence[Readout]) -> dict[tuple[int, int], np.ndarray]:
+    """Compute, for each pair of seeds, the cosine of every feature of the first with its match in the second."""
+    found = {}
+    for a in range(len(own)):
+        for b in range(a + 1, len(own)):
+            cosines = (own[a].directions @ own[b].directions.T).numpy()
+            rows, columns = linear_sum_assignment(-cosines)
+            found[a, b] = cosines[rows, columns]
+    return found
+
+
+def scores_metrics(place: str, table: pd.DataFrame) -> dict[str, float]:
+    """Collect the metrics ``<place>.<score>.<method>``, and ``<place>.f1_low.<method>`` and ``<place>.f1_high.<method>``
+    from a table of :func:`vaelab.sae.detection.summarise`."""
+    return {
+        f"{place}.{score}.{row['method']}": row[score]
+        for row in table.to_dict("records")
+        for score in (*METRIC_SCORES, "f1_low", "f1_high")
+    }
+
+
+def stack_tables(compared: Mapping[Any, Compared], column: str) -> pd.DataFrame:
+    """Stack the tables of several comparisons, with their keys in a first column."""
+    tables = [each.summary.table.assign(**{column: key}) for key, each in compared.items()]
+    stacked = pd.concat(tables, ignore_index=True)
+    return stacked[[column, *(name for name in stacked if name != column)]]
+
+
+def f1_by_factor(compared: Compared) -> pd.DataFrame:
+    """Average F1 over seeds and the values of each factor: one row per method, one column per factor."""
+    rows = {}
+    for name, own in compared.found.items():
+        table = pd.concat([each.table for each in own])
+        rows[name] = table.groupby(table["concept"].str.split(":").str[0], sort=False)["f1"].mean()
+    return pd.DataFrame(rows).T
+
+
+def overlap_of(row: Mapping[str, float]) -> str:
+    """Say whether the trained autoencoder is ``ahead`` of a method, ``behind`` it, or ``level``: whether the interval of
+    the difference in F1 excludes 0."""
+    return "ahead" if row["ahead_low"] > 0 else "behind" if row["ahead_high"] < 0 else "level"
+
+
+def verdict(table: pd.DataFrame, key: str) -> str:
+    """Say in one sentence where the trained autoencoder is not ahead of :data:`RIVALS`.
+
+    Args:
+        table: the columns of :func:`vaelab.sae.detection.summarise`, and ``key``, which names the comparisons.
+        key: the column of the comparisons, such as ``block``.
+    """
+    rivals = table[table["method"].isin(RIVALS)]
+    standing = rivals.apply(overlap_of, axis=1)
+    parts = []
+    for word in ("behind", "level with", "ahead of"):
+        own = rivals[standing == word.split()[0]]
+        methods = [f"{name} ({', '.join(map(str, each[key]))})" for name, each in own.groupby("method", sort=False)]
+        if methods:
+            parts.append(f"{word} {', '.join(methods)}")
+    return "Trained features are " + "; ".join(parts).replace("_", " ")
+
+
+def worth_from(table: pd.DataFrame, key: str) -> float | None:
+    """Find the smallest number of concepts per dimension from which on the trained autoencoder is ahead of all of
+    :data:`RIVALS`; None if it is not ahead at the largest.
+
+    Args:
+        table: the columns of :func:`vaelab.sae.detection.summarise`, and ``key``.
+        key: the column of the concepts per dimension.
+    """
+    rivals = table[table["method"].isin(RIVALS)]
+    wins = (rivals["ahead_low"] > 0).groupby(rivals[key]).all().sort_index(ascending=False)
+    won = wins.index[wins.cummin()]
+    return float(won.min()) if len(won) else None
