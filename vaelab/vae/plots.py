@@ -160,7 +160,7 @@ def activity_histogram(table: pd.DataFrame, threshold: float, title: str = "") -
     suppressed = values[table["mean_abs"] < threshold]
     start = max(threshold, LOWEST_SHOWN)  # of a bin, so that no bin holds both kinds of channels
     below, above = (math.ceil(8 * abs(math.log10(end / start))) for end in (values.min(), values.max()))
-    edges = start * 10.0 ** (np.arange(-max(1, below), max(1, above) + 1) / 8)
+    edges = start * 10.0 ** (np.arange(-below - 1, above + 2) / 8)
     figure, axis = plt.subplots(figsize=(4.8, 3.0), layout="constrained")
     axis.hist(values, edges, color=PALETTE["nudge"], label=f"{len(values) - len(suppressed)} others")
     axis.hist(suppressed, edges, color=SUPPRESSED_COLOUR, label=f"{len(suppressed)} suppressed")
