@@ -17,9 +17,16 @@ from torch import Tensor, nn
 from vaelab.core import devices
 from vaelab.core.validate import at_least
 from vaelab.embedded.curriculum import pixel_weights, scaled_latents, scene_batches, weighted_mse, without_offsets
-from vaelab.embedded.train_unet import new_scheduler, training_precision, unfused_attention_on_cpu
+from vaelab.embedded.train_unet import (
+    ModelConfig,
+    new_scheduler,
+    new_vae,
+    training_precision,
+    unfused_attention_on_cpu,
+)
 from vaelab.training.batches import Batches
 from vaelab.training.loop import TrainConfig, Trained, train
+from vaelab.training.planning import TrainingPlan, plan_training
 from vaelab.world.scenes import COLOURS, SHAPES, Scene, allowed_combinations, render
 
 BATCH_SIZE = 32
@@ -96,10 +103,7 @@ def train_dit(
     """
     model = model or DiTConfig()
     pipeline = new_dit(vae.requires_grad_(False).to(devices.pick(device)), model, seed)
-    config = TrainConfig(
-        steps=steps, learning_rate=1e-3, weight_decay=0.01, warmup=min(200, steps // 10), schedule="cosine",
-        log_every=50, precision=training_precision(device), device=device, seed=seed, checkpoint_every=100,
-    )  # fmt: skip
+    config = _training(steps, device, seed)
     settings = {"model": asdict(model), "scaling_factor": round(vae.config.scaling_factor, 4), "batch_size": BATCH_SIZE,
                 "class_dropout": CLASS_DROPOUT, "thing_pixel_weight": THING_PIXEL_WEIGHT}  # fmt: skip
     with unfused_attention_on_cpu(pipeline.transformer, device):
@@ -108,6 +112,23 @@ def train_dit(
         )
     pipeline.set_progress_bar_config(disable=True)
     return TrainedDiT(pipeline, trained)
+
+
+def plan_dit(*, steps: int = 3000, device: str = "auto", seed: int = 0) -> TrainingPlan:
+    """Estimate what :func:`train_dit` takes, with its arguments and the sizes of the shipped models."""
+    vae = new_vae(ModelConfig(), seed).requires_grad_(False).to(devices.pick(device))
+    pipeline = new_dit(vae, DiTConfig(), seed)
+    with unfused_attention_on_cpu(pipeline.transformer, device):
+        return plan_training(
+            ClassObjective(pipeline), class_batches(BATCH_SIZE), _training(steps, device, seed), "transformer (DiT)"
+        )
+
+
+def _training(steps: int, device: str, seed: int) -> TrainConfig:
+    return TrainConfig(
+        steps=steps, learning_rate=1e-3, weight_decay=0.01, warmup=min(200, steps // 10), schedule="cosine",
+        log_every=50, precision=training_precision(device), device=device, seed=seed, checkpoint_every=100,
+    )  # fmt: skip
 
 
 def new_dit(vae: nn.Module, config: DiTConfig, seed: int = 0) -> Any:

@@ -22,6 +22,7 @@ from vaelab.core.validate import at_least
 from vaelab.embedded.curriculum import LESSONS, DenoisingObjective, picture_batches, prompted_batches
 from vaelab.embedded.text_encoder import ReadingObjective, new_text_encoder, new_tokenizer, prompt_batches
 from vaelab.training.loop import TrainConfig, Trained, train
+from vaelab.training.planning import TrainingPlan, plan_training
 from vaelab.vae.objective import VAEObjective
 from vaelab.world.scenes import SIDE, render, sample
 
@@ -153,6 +154,41 @@ def train_pipeline(
             lessons[name] = train(objective, batches, config, folder=Path(folder, name), settings=settings, title=name)
     pipeline.set_progress_bar_config(disable=True)
     return TrainedPipeline(pipeline, vae_trained, text_trained, lessons)
+
+
+def plan_pipeline(
+    *,
+    vae_steps: int = 3000,
+    text_steps: int = 800,
+    lesson_steps: Sequence[int] = (1200, 3000, 4000),
+    device: str = "auto",
+    seed: int = 0,
+    model: ModelConfig | None = None,
+) -> list[TrainingPlan]:
+    """Estimate what :func:`train_pipeline` takes; the arguments and the errors are its own."""
+    require_lesson_steps(lesson_steps)
+    model = model or ModelConfig()
+    vae, tokenizer = new_vae(model, seed), new_tokenizer()
+    text_encoder = new_text_encoder(tokenizer, model.text_width, model.text_layers, seed)
+    plans = [
+        plan_training(
+            VAEObjective(vae, KL_WEIGHT), picture_batches(VAE_BATCH_SIZE), _training(vae_steps, 0, device, seed),
+            "the text-to-image model's VAE",
+        ),
+        plan_training(
+            ReadingObjective(text_encoder, seed), prompt_batches(TEXT_BATCH_SIZE, tokenizer),
+            _training(text_steps, 0, device, seed), "text encoder",
+        ),
+    ]  # fmt: skip
+    vae.requires_grad_(False).to(devices.pick(device))
+    pipeline = new_pipeline(vae, text_encoder, tokenizer, model, seed)
+    schedule = list(LESSONS.values())[-1]
+    with unfused_attention_on_cpu(pipeline.unet, device):
+        lessons = plan_training(
+            DenoisingObjective(pipeline, schedule), prompted_batches(BATCH_SIZE, tokenizer, schedule),
+            _training(sum(lesson_steps), 0, device, seed), "U-Net and text encoder", checkpoints=len(lesson_steps),
+        )  # fmt: skip
+    return [*plans, lessons]
 
 
 def require_lesson_steps(lesson_steps: Sequence[int]) -> None:

@@ -26,7 +26,7 @@ from vaelab.sae.model import SAE, SAEConfig, require_finite_vectors, require_wid
 from vaelab.sae.topk import select_batch_topk
 from vaelab.store.reader import Store
 from vaelab.store.shuffling import shuffle_stream
-from vaelab.training import Batches, TrainConfig, Watcher, train
+from vaelab.training import Batches, TrainConfig, TrainingPlan, Watcher, plan_training, train
 
 INITIALISATION_VECTORS = 2**14
 """The largest number of vectors of a block from which median, spread and first thresholds are computed."""
@@ -328,6 +328,18 @@ def train_saes(
         settings={**(settings or {}), "saes": described}, title=title,
     )  # fmt: skip
     return TrainedSAEs(objective.rescaled(), _by_name(trained.history, specs), trained.seconds, trained.resumed_at)
+
+
+def plan_saes(specs: Mapping[str, SAESpec], batches: Batches, config: TrainConfig) -> TrainingPlan:
+    """Estimate what :func:`train_saes` with checkpoints takes, from the time of one step; the trained autoencoders are
+    counted as saved.
+
+    Raises:
+        ValueError: a batch cannot be trained on.
+    """
+    objective = SAEObjective(specs)
+    objective.initialise(next(batches(start=0, rank=0, world=1)))
+    return plan_training(objective, batches, config, f"{len(specs)} autoencoders", saved=1)
 
 
 def _by_name(history: Sequence[Mapping[str, float]], names: Iterable[str]) -> pd.DataFrame:

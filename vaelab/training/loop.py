@@ -162,6 +162,7 @@ def train(
     watchers: Iterable[Watcher] = (),
     settings: dict[str, Any] | None = None,
     title: str = "training",
+    progress: bool = True,
 ) -> Trained:
     """Train ``objective`` and leave it on the training device, in evaluation mode.
 
@@ -177,6 +178,7 @@ def train(
         watchers: callbacks, see :class:`Watcher`.
         settings: what else determines the result, as plain JSON: a checkpoint with other settings is not resumed.
         title: the title of the progress bar.
+        progress: whether to show the progress bar.
 
     Raises:
         ValueError: the folder's checkpoint is damaged or was made with other settings, or ``config`` does not fit the
@@ -190,8 +192,8 @@ def train(
     module, optimizer = accelerator.prepare(objective, optimizer)
     history: Rows = []
     saved = _Saved(folder, objective, optimizer, accelerator, watchers, history, _signature(config, settings))
-    progress = saved.resume()
-    start, sums = progress.step, progress.sums
+    reached = saved.resume()
+    start, sums = reached.step, reached.sums
     if config.trackers:
         accelerator.init_trackers(
             "vaelab", config={**asdict(config), "undecayed": None, "betas": None, "trackers": None}
@@ -202,7 +204,7 @@ def train(
     began = time.perf_counter()
     bar = tqdm(
         total=config.steps, initial=start, desc=title, file=sys.stdout, mininterval=2, ncols=100,
-        disable=not accelerator.is_main_process,
+        disable=not (progress and accelerator.is_main_process),
     )  # fmt: skip
     objective.train()
     for step in range(start + 1, config.steps + 1):

@@ -12,6 +12,7 @@ on, so that a model is not evaluated on them (:func:`require_unseen`).
 
 import json
 import shutil
+import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -30,6 +31,7 @@ from vaelab.data.images import Images, shared_pictures
 from vaelab.runner.parameters import portable
 from vaelab.training.checkpoint import CHECKPOINT, LOG, Rows, TrainingLog, read_tensors, require_same_settings
 from vaelab.training.loop import EXECUTION_ONLY, TrainConfig, Watcher, train
+from vaelab.training.planning import MEASURED_FROM, TrainingPlan, plan_training
 from vaelab.vae import channels
 from vaelab.vae.nudge import Intervention, NudgeConfig, nudge_scales, random_active_channels
 from vaelab.vae.objective import VAEObjective, evaluate_reconstruction
@@ -299,23 +301,103 @@ def train_conditions(
         ValueError: ``baseline`` is not among the conditions, a condition or seed occurs twice, or there is no seed;
             also the errors of :func:`train_vae`.
     """
-    for condition in conditions:
-        one_of("conditions", condition, CONDITIONS)
-    if "baseline" not in conditions or len(set(conditions)) < len(conditions):
-        raise ValueError(f"conditions: expected baseline and others to compare with it, each once, got {conditions}")
-    if len(set(seeds)) < len(seeds) or not seeds:
-        raise ValueError(f"seeds: expected one or more numbers, each once, got {seeds}")
+    validate_conditions(conditions, seeds)
     runs = []
     for seed in seeds:
         for condition in conditions:
             seeded = replace(config, train=replace(config.train, seed=seed))
-            run_folder = Path(folder, f"{condition}-seed{seed}")
+            run_folder = _run_folder(folder, condition, seed)
             run = train_vae(
                 model, condition, seeded, pictures, run_folder, revision=revision, variant=variant,
                 save_weights=seed == seeds[0],
             )  # fmt: skip
             runs.append(run)
     return runs
+
+
+def validate_conditions(conditions: list[str], seeds: list[int]) -> None:
+    """Raise ValueError unless ``baseline`` and other known conditions are given, each once, and each seed once."""
+    for condition in conditions:
+        one_of("conditions", condition, CONDITIONS)
+    if "baseline" not in conditions or len(set(conditions)) < len(conditions):
+        raise ValueError(f"conditions: expected baseline and others to compare with it, each once, got {conditions}")
+    if len(set(seeds)) < len(seeds) or not seeds:
+        raise ValueError(f"seeds: expected one or more numbers, each once, got {seeds}")
+
+
+def _run_folder(folder: str | Path, condition: str, seed: int) -> Path:
+    return Path(folder, f"{condition}-seed{seed}")
+
+
+def plan_conditions(
+    model: str,
+    conditions: list[str],
+    seeds: list[int],
+    config: StudyConfig,
+    pictures: tuple[Images, Images],
+    folder: str | Path,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+) -> TrainingPlan:
+    """Estimate what :func:`train_conditions` takes; the arguments and the errors are its own."""
+    validate_conditions(conditions, seeds)
+    runs = {(condition, seed): _run_folder(folder, condition, seed) for seed in seeds for condition in conditions}
+    left = [seed for (_, seed), run in runs.items() if not (run / "run.json").exists()]
+    return plan_vae(
+        model, config, pictures, trainings=len(left), saved=left.count(seeds[0]), revision=revision, variant=variant
+    )
+
+
+def plan_vae(
+    model: str,
+    config: StudyConfig,
+    pictures: tuple[Images, Images],
+    *,
+    trainings: int = 1,
+    saved: int = 1,
+    revision: str | None = None,
+    variant: str | None = None,
+    changes: dict[str, Any] | None = None,
+) -> TrainingPlan:
+    """Estimate what one or several trainings by :func:`train_vae` take: one training step and the validation of one
+    batch are timed.
+
+    Args:
+        model: the model's name, as in :func:`vaelab.models.loading.load_vae`.
+        config: the settings of each training.
+        pictures: the pictures to train on, and the held-out pictures to validate on.
+        trainings: the number of trainings.
+        saved: the number of trainings whose weights are saved.
+        revision: a branch, tag or commit of a model on the hub.
+        variant: the variant of the weight files, such as ``fp16``.
+        changes: as for :func:`train_vae`.
+
+    Raises:
+        ValueError: the model cannot be loaded or has no GroupNorm, or ``config`` does not fit it or this machine.
+    """
+    models.validate_precision(model, config.train.precision, revision)
+    vae = models.load_vae(
+        model, device=config.train.device, revision=revision, variant=variant, groupnorm=True, changes=changes,
+        seed=config.train.seed,
+    )  # fmt: skip
+    (learning, held_out), validating = pictures, 0.0
+    if trainings and config.train.steps >= MEASURED_FROM:
+        batch = next(held_out.batches(config.batch_size))
+        for _ in range(2):  # the second is timed
+            began = time.perf_counter()
+            evaluate_reconstruction(vae, [batch])
+            validating = (time.perf_counter() - began) * len(held_out) / len(batch["pixels"])
+    between = (config.train.steps - 1) // config.evaluate_every if config.evaluate_every else 0
+    objective = VAEObjective(vae.requires_grad_(True), config.kl_weight)
+    batches, title = (
+        learning.shuffled(config.batch_size, config.train.seed),
+        "VAE" if changes is None else "VAE, from scratch",
+    )
+    return plan_training(
+        objective, batches, config.train, title, trainings=trainings, saved=saved,
+        other_seconds=(2 + between) * validating,
+    )  # fmt: skip
 
 
 def training_source(model: str) -> Source | None:
