@@ -53,8 +53,17 @@ def test_probes_and_diffcs_read_what_is_planted(by_factor, tmp_path):
     again = measure_accuracy(
         classify_stored(models[LAYER, "shape"], task.test, LAYER + ".maps"), task.test.labels, task.training.labels
     )
-    assert (row["accuracy"], row["low"], row["high"], row["chance"], row["count"]) == again
+    assert (row["accuracy"], row["low"], row["high"], row["chance"], row["count"], row["uniform"]) == again
     assert row["accuracy"] > 0.9 and (row["classifier"], row["layer"]) == ("diffc", LAYER)
+
+
+def test_all_diffcs_share_one_progress_bar_which_leaves_one_line(by_factor, tmp_path, capsys):
+    brief = replace(SMALL, epochs=1)
+    layers = {factor: [LAYER] for factor in by_factor}
+    for _ in range(2):  # the second time, both are finished
+        classifiers.train_diffcs(by_factor, layers, brief, tmp_path)
+        lines = capsys.readouterr().out.split("\n")
+        assert [line.split("\r")[-1][:20] for line in lines] == ["Diff-C, 2 of 2: 100%", ""]
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +90,7 @@ def test_the_zero_shot_classifier_and_diffc_are_scored_and_timed_on_the_same_pic
     classifier = DiffusionClassifier(pipeline, prompts, Stages((2,), (1,)))
     model = DiffC(blocks(pipeline)["up_ft0"].shape[-1], 2, width=4)
     own = {"layer": "up_ft0.t25", "factor": "colour", "classifier": "diffc", "accuracy": 0.7, "low": 0.6, "high": 0.8,
-           "chance": 0.5, "count": 60, "validation": 0.7, "chosen": 3}  # fmt: skip
+           "chance": 0.5, "count": 60, "uniform": 0.5, "validation": 0.7, "chosen": 3}  # fmt: skip
     rows, trained = pd.DataFrame([own]), {("up_ft0.t25", "colour"): model}
     task = stored_task(pipeline, shown, tmp_path)
     compared = classifiers.compare_classifiers(

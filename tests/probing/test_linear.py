@@ -4,9 +4,9 @@ import pytest
 from vaelab.probing.linear import class_share, fit_linear_probe, logistic_path, measure_accuracy
 
 
-def test_a_score_counts_and_chance_is_the_most_frequent_class_of_the_training_examples():
+def test_a_score_counts_and_has_both_baselines_of_the_training_classes():
     found = measure_accuracy([0, 1, 1, 2], [0, 1, 2, 2], training_labels=[2, 2, 1])
-    assert (found.accuracy, found.chance, found.count) == (0.75, 0.5, 4)
+    assert (found.accuracy, found.chance, found.count, found.uniform) == (0.75, 0.5, 4, 0.5)
     assert found.low < 0.75 < found.high
     assert measure_accuracy([0, 0], [0, 0], training_labels=[1, 1, 0]).chance == 0
     with pytest.raises(ValueError, match=r"^predicted: "):

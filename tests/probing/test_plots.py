@@ -10,7 +10,7 @@ from vaelab.probing import plots
 def table():
     return pd.DataFrame([
         {"layer": layer, "factor": factor, "classifier": classifier, "accuracy": accuracy, "low": accuracy - 0.1,
-         "high": accuracy + 0.05, "chance": chance}
+         "high": accuracy + 0.05, "chance": chance, "uniform": chance / 2}
         for layer, factor, chance in (("up.t25", "shape", 0.125), ("mid.t25", "colour", 0.2))
         for classifier, accuracy in (("probe", 0.5), ("diffc", 0.7))
     ])  # fmt: skip
@@ -27,8 +27,9 @@ def test_every_accuracy_has_its_interval_and_every_line_its_chance(table):
         assert ends == [pytest.approx([accuracy - 0.1, accuracy + 0.05])] * 2
     heights = [axis.containers[number].lines[0].get_ydata() for number in range(2)]
     assert (heights[0] < heights[1]).all()
-    chance = next(line for line in axis.lines if line.get_label() == "the most frequent class")
-    assert chance.get_xdata().tolist() == [0.125, 0.2] and list(chance.get_ydata()) == [0, 1]
+    for name, places in (("always the commonest class", [0.125, 0.2]), ("chance, 1 / classes", [0.0625, 0.1])):
+        mark = next(line for line in axis.lines if line.get_label() == name)
+        assert mark.get_xdata().tolist() == places and list(mark.get_ydata()) == [0, 1]
     plt.close("all")
 
 
@@ -47,13 +48,15 @@ def test_the_map_has_every_number_in_its_place_and_its_colour_begins_at_chance()
         for b, block in enumerate(("up", "mid"))
         for t in (500, 25)
     ]
-    table = pd.DataFrame(rows)
-    few = table[table["block"] == "mid"].assign(value=1.0, chance=0.5)
+    table = pd.DataFrame(rows).assign(uniform=0.125)
+    few = table[table["block"] == "mid"].assign(value=1.0, chance=0.5).drop(columns="uniform")
     figure = plots.knowledge({"probe": table, "purity": few}, "title")
     assert len(figure.axes) == 4
     shape, colour, *pure = figure.axes
-    assert [axis.get_title() for axis in figure.axes] == ["shape\nchance 0.20", "colour\nchance 0.20",
-                                                          "shape\nchance 0.50", "colour\nchance 0.50"]  # fmt: skip
+    assert [axis.get_title() for axis in figure.axes] == [
+        "shape\nchance 0.12\ncommonest 0.20", "colour\nchance 0.12\ncommonest 0.20",
+        "shape\nchance 0.50", "colour\nchance 0.50",
+    ]  # fmt: skip
     assert [label.get_text() for label in shape.get_yticklabels()] == ["up", "mid"]
     assert [label.get_text() for label in shape.get_xticklabels()] == ["25", "500"]
     assert [text.get_text() for text in colour.texts] == ["0.30", "0.35", "0.40", "0.45"]

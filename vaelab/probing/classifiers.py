@@ -9,7 +9,7 @@ test picture is classified once. The tasks come from :func:`vaelab.probing.tasks
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +51,14 @@ def probe_layers(tasks: Mapping[str, Task]) -> pd.DataFrame:
         :class:`vaelab.probing.linear.Accuracy`, ``validation`` (validation accuracy) and ``chosen`` (the selected C).
     """
     rows, layers = [], pooled_layers(next(iter(tasks.values())).training.store)
-    for layer in tqdm(layers, desc="probes", file=sys.stdout, mininterval=2, ncols=100):
-        for factor, task in tasks.items():
-            test, truth = task.test.vectors(layer)
-            training = task.training.vectors(layer)
-            probe = fit_linear_probe(training, task.validation.vectors(layer), test)
-            accuracy = measure_accuracy(probe.predicted, truth, training[1])
-            rows.append(_row(layer, factor, "probe", accuracy, probe.validation, probe.strength))
+    pairs = list(product(layers, tasks))
+    for layer, factor in tqdm(pairs, desc="linear probes", unit="probe", file=sys.stdout, mininterval=2, ncols=100):
+        task = tasks[factor]
+        test, truth = task.test.vectors(layer)
+        training = task.training.vectors(layer)
+        probe = fit_linear_probe(training, task.validation.vectors(layer), test)
+        accuracy = measure_accuracy(probe.predicted, truth, training[1])
+        rows.append(_row(layer, factor, "probe", accuracy, probe.validation, probe.strength))
     return pd.DataFrame(rows)
 
 
@@ -101,20 +102,28 @@ def train_diffcs(
     Raises:
         ValueError: the stores hold no maps.
     """
-    rows, models = [], {}
+    rows, models, done = [], {}, 0
+    steps = {factor: task.training.steps(config.batch_size) * config.epochs for factor, task in tasks.items()}
     for factor, task in tasks.items():
         require_maps(task.training.store, layers[factor])
+    total = sum(steps[factor] * len(layers[factor]) for factor in tasks)
+    bar = tqdm(total=total, desc="Diff-C", unit="step", file=sys.stdout, mininterval=2, ncols=100)
+    for factor, task in tasks.items():
         for layer in layers[factor]:
+            bar.set_description(f"Diff-C, {len(rows) + 1} of {sum(map(len, layers.values()))}", refresh=False)
             trained = train_diffc(
                 task.training, task.validation, layer + MAPS, config, folder=Path(folder, f"{layer}.{factor}"),
                 settings={"activations": task.training.store.settings, "factor": factor},
-                title=f"Diff-C, {layer}, {factor}",
+                progress=lambda step, done=done: bar.update(done + step - bar.n),
             )  # fmt: skip
+            done += steps[factor]
+            bar.update(done - bar.n)  # a finished training that is resumed makes no step
             predicted = classify_stored(trained.model, task.test, layer + MAPS, config.batch_size)
             accuracy = measure_accuracy(predicted, task.test.labels, task.training.labels)
             validation = trained.epochs.set_index("epoch")["accuracy"][trained.epoch]
             rows.append(_row(layer, factor, "diffc", accuracy, validation, trained.epoch))
             models[layer, factor] = trained.model
+    bar.close()
     return pd.DataFrame(rows), models
 
 

@@ -12,7 +12,7 @@ Diff-C needs more training steps than a wide one until it is sensitive to the sm
 import math
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -258,6 +258,17 @@ class EpochSelection(Watcher):
                 file.unlink()
 
 
+class Progress(Watcher):
+    """A training callback that passes on the number of steps."""
+
+    def __init__(self, report: Callable[[int], Any]):
+        self._report = report
+
+    def after(self, step: int, optimizer: torch.optim.Optimizer) -> None:
+        """Report the step."""
+        self._report(step)
+
+
 def train_diffc(
     training: Examples,
     validation: Examples,
@@ -266,7 +277,7 @@ def train_diffc(
     *,
     folder: str | Path | None = None,
     settings: dict[str, Any] | None = None,
-    title: str = "Diff-C",
+    progress: Callable[[int], Any] | None = None,
 ) -> TrainedDiffC:
     """Train a Diff-C on a layer's stored maps.
 
@@ -278,7 +289,7 @@ def train_diffc(
         folder: the folder for the checkpoint and the best weights, from which interrupted training resumes; None means
             that no file is written.
         settings: further settings, as plain JSON, that must be equal for a checkpoint to be resumed.
-        title: the title of the progress bar.
+        progress: is called after each step with the number of steps so far; None shows a progress bar instead.
 
     Raises:
         ValueError: the layer does not hold maps, the checkpoint has other settings, or its weights are damaged.
@@ -301,9 +312,10 @@ def train_diffc(
             device=config.device, seed=config.seed, log_every=steps, checkpoint_every=steps,
         ),
         folder=folder,
-        watchers=[selection],
+        watchers=[selection, Progress(progress)] if progress else [selection],
         settings={"diffc": asdict(config), "block": layer, "pictures": len(training), **(settings or {})},
-        title=title,
+        title="Diff-C",
+        progress=progress is None,
     )  # fmt: skip
     selection.finish()
     return TrainedDiffC(model.eval(), pd.DataFrame(selection.rows), selection.epoch, trained.seconds)

@@ -32,6 +32,8 @@ class Accuracy(NamedTuple):
     """Accuracy of always predicting the most frequent class of the training examples."""
     count: int
     """Number of test examples."""
+    uniform: float
+    """Accuracy of guessing each class equally often: 1 / the number of classes of the training examples."""
 
 
 class LinearProbe(NamedTuple):
@@ -62,9 +64,10 @@ def measure_accuracy(
     if predicted.shape != truth.shape:
         raise ValueError(f"predicted: {predicted.shape} classes for {truth.shape} examples")
     correct = int((predicted == truth).sum())
-    most_frequent = np.bincount(np.asarray(training_labels)).argmax()
+    counts = np.bincount(np.asarray(training_labels))
     low, high = wilson(correct, len(truth))
-    return Accuracy(correct / len(truth), low, high, float((truth == most_frequent).mean()), len(truth))
+    commonest = float((truth == counts.argmax()).mean())
+    return Accuracy(correct / len(truth), low, high, commonest, len(truth), 1 / np.count_nonzero(counts))
 
 
 def fit_linear_probe(

@@ -19,19 +19,21 @@ AT_CHANCE, ALL = "#f2f0eb", "#14506e"
 def knowledge(tables: Mapping[str, pd.DataFrame], title: str = "") -> Figure:
     """Draw a heat map of blocks by timesteps for every factor (set of classes), with one row of panels per measure.
 
-    The colour scale goes from chance, given above each panel, to 1; the numbers are the measure itself.
-    Missing values are white.
+    The colour scale goes from chance, given above each panel, to 1; the numbers are the measure itself. For
+    accuracies it starts at the share of the commonest class, which stands beside 1 / the number of classes. Missing
+    values are white.
 
     Args:
         tables: the tables by the measure's label. Each has one row per layer (block at a timestep) and factor, with
             columns ``block``, ``timestep``, ``factor``, ``value`` (1 is the best) and ``chance``, whose mean is shown.
-            The first table has all layers.
+            Tables of accuracies also have ``uniform``, 1 / the number of classes; their ``chance`` is the commonest
+            class's share. The first table has all layers.
         title: the figure's title.
     """
     first = next(iter(tables.values()))
     factors = list(dict.fromkeys(first["factor"]))
     blocks, timesteps = list(dict.fromkeys(first["block"])), sorted(set(first["timestep"]))
-    height = 0.34 * len(blocks) + 0.75
+    height = 0.34 * len(blocks) + 0.9
     width = max(1.6, 0.46 * len(timesteps) + 0.3)
     colours = sns.blend_palette([AT_CHANCE, ALL], as_cmap=True)
     figure, axes = plt.subplots(
@@ -51,7 +53,11 @@ def knowledge(tables: Mapping[str, pd.DataFrame], title: str = "") -> Figure:
             axis.grid(visible=False)
             axis.set(xlabel="", ylabel="")
             axis.tick_params(labelsize=8, rotation=0)
-            axis.set_title(f"{factor}\nchance {chance:.2f}", fontsize=9)
+            accuracy = "uniform" in own and own["uniform"].notna().all()
+            below = (
+                f"chance {own['uniform'].mean():.2f}\ncommonest {chance:.2f}" if accuracy else f"chance {chance:.2f}"
+            )
+            axis.set_title(f"{factor}\n{below}", fontsize=9)
         line[0].set_ylabel(measure, fontsize=10, labelpad=8)
         line[len(factors) // 2].set_xlabel("timestep", fontsize=8)
     figure.suptitle(title, fontsize=11)
@@ -60,11 +66,12 @@ def knowledge(tables: Mapping[str, pd.DataFrame], title: str = "") -> Figure:
 
 @plain_text
 def accuracies(table: pd.DataFrame, title: str = "") -> Figure:
-    """Draw accuracies with their 95 % intervals, one line per layer and factor, and a mark at chance.
+    """Draw accuracies with their 95 % intervals, one line per layer and factor, with marks at chance.
 
     Args:
-        table: columns ``layer``, ``factor``, ``classifier``, ``accuracy``, ``low``, ``high``, ``chance``, and
-            ``model`` if there are several models.
+        table: columns ``layer``, ``factor``, ``classifier``, ``accuracy``, ``low``, ``high``, ``chance`` (the
+            commonest class's share), ``uniform`` (1 / the number of classes), and ``model`` if there are several
+            models.
         title: the figure's title.
     """
     several = "model" in table and table["model"].nunique() > 1
@@ -78,15 +85,12 @@ def accuracies(table: pd.DataFrame, title: str = "") -> Figure:
         heights = np.array([lines.index(line) for line in part["line"]]) + APART * (number - (len(classifiers) - 1) / 2)
         ends = np.abs(part[["low", "high"]].to_numpy().T - part["accuracy"].to_numpy())
         axis.errorbar(part["accuracy"], heights, xerr=ends, fmt="o", color=colours[number], capsize=3, label=classifier)
-    chance = table.groupby("line", sort=False)["chance"].first()
-    axis.plot(
-        chance[lines],
-        range(len(lines)),
-        "|",
-        color=viz.SUPPRESSED_COLOUR,
-        markersize=22,
-        label="the most frequent class",
-    )
+    marks = table.groupby("line", sort=False)[["chance", "uniform"]].first().loc[lines]
+    for column, label, colour in (
+        ("chance", "always the commonest class", viz.SUPPRESSED_COLOUR),
+        ("uniform", "chance, 1 / classes", "#8a8a8a"),
+    ):
+        axis.plot(marks[column], range(len(lines)), "|", color=colour, markersize=22, label=label)
     axis.set(xlabel="test accuracy, with 95 % interval", xlim=(-0.02, 1.02), ylim=(len(lines) - 0.5, -0.5))
     axis.set_yticks(range(len(lines)), lines, fontsize=8)
     axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
