@@ -126,6 +126,8 @@ def test_each_picture_has_its_own_steering(steered):
     plain = activations.generate(pipeline, PROMPTS, SEEDS, SAMPLING)
     found = steerer.generate(PROMPTS, [[], [turn_on(block, 5, 4.0)], []], SAMPLING, SEEDS)
     assert [torch.equal(*pair) for pair in zip(found, plain, strict=True)] == [True, False, True]
+    alone = steerer.generate(PROMPTS, [[activate_alone(block, 5, 1.0)], [turn_on(block, 5, 4.0)], []], SAMPLING, SEEDS)
+    assert torch.equal(alone[1], found[1]) and not torch.equal(alone[0], found[0])
 
 
 @pytest.mark.parametrize("half", steering.HALVES)

@@ -154,7 +154,7 @@ class Steerer:
                 raise ValueError(f"saes: the autoencoder of {block} is for vectors of {width} numbers; it has {there}")
 
     def validate(self, steerings: Iterable[Steering], sampling: Sampling) -> None:
-        """Check requests before anything is generated.
+        """Check what is asked for one picture, before anything is generated.
 
         Raises:
             ValueError: a block has no autoencoder, a feature does not exist or was never active, a step is beyond the
@@ -203,7 +203,8 @@ class Steerer:
         at_least("batch_size", batch_size, 1)
         if not len(prompts) == len(steerings) == len(seeds):
             raise ValueError(f"steerings: got {len(steerings)}, with {len(prompts)} prompts and {len(seeds)} seeds")
-        self.validate((one for each in steerings for one in each), sampling)
+        for each in steerings:
+            self.validate(each, sampling)
         parts = [slice(begin, begin + batch_size) for begin in range(0, len(prompts), batch_size)]
         return torch.cat([self._batch(prompts[p], steerings[p], sampling, seeds[p]) for p in parts]).cpu()
 
