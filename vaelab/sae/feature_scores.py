@@ -58,6 +58,25 @@ ALIKE = 0.95
 """Of two prompts whose sentences are more similar than this, only one is among the prompts near a caption."""
 TEXTURES = ("brick.png", "grass.png", "gravel.png")
 """Photographs of textures among the embedded ones."""
+FUNCTION_WORDS = (
+    "a",
+    "an",
+    "and",
+    "are",
+    "at",
+    "by",
+    "for",
+    "from",
+    "in",
+    "is",
+    "its",
+    "of",
+    "on",
+    "the",
+    "to",
+    "with",
+)
+"""Words that no caption has."""
 CACHED_BYTES = 2**30
 """The size of all pictures that :class:`ItemPictures` keeps."""
 PAPER_TABLE_1 = {
@@ -213,11 +232,11 @@ def nearest_prompts(caption: Tensor, sentences: Tensor, count: int) -> list[int]
 def caption_from_words(statistics: FeatureStatistics, feature: int, count: int = 3, least: int = 3) -> str:
     """Make a caption of the words whose prompts activate a feature most, the most telling word first.
 
-    Only words that occur in ``least`` prompts and raise the feature's activation above its mean are used; the caption
-    is empty if there is none.
+    Only words that occur in ``least`` prompts and raise the feature's activation above its mean are used, and none of
+    :data:`FUNCTION_WORDS`; the caption is empty if there is none.
     """
     table = statistics.by_word(feature, len(statistics.words))
-    telling = table[(table["ratio"] > 1) & (table["items"] >= least)]
+    telling = table[(table["ratio"] > 1) & (table["items"] >= least) & ~table["word"].isin(FUNCTION_WORDS)]
     return " ".join(telling["word"][:count])
 
 
@@ -260,6 +279,43 @@ def position_accuracy(maps: Tensor, seed: int = 0, most: int = 20_000) -> dict[s
         )
         for name in train_labels
     }
+
+
+def probe_positions(
+    pipeline: Any, activation_store: Store, blocks: Sequence[str], step: int, pictures: int, *, batch_size: int = 16,
+    seed: int = 0,
+) -> pd.DataFrame:  # fmt: skip
+    """Measure :func:`position_accuracy` on the inputs D_in of blocks, for the prompts and seeds of a store.
+
+    Args:
+        pipeline: the store's model.
+        activation_store: the store.
+        blocks: the blocks' short names.
+        step: the denoising step.
+        pictures: the largest number of pictures.
+        batch_size: pictures per batch.
+        seed: the seed of the probes' split.
+
+    Returns:
+        ``block``, ``row``, ``column``, and ``chance_row`` and ``chance_column``, the shares that guessing gives.
+    """
+    records = [activation_store.items[item] for item in items_at_step(activation_store, step, pictures)]
+    sampling = Sampling(**activation_store.settings["sampling"])
+    maps: dict[str, list[Tensor]] = {block: [] for block in blocks}
+    for begin in range(0, len(records), batch_size):
+        part = records[begin : begin + batch_size]
+        found = activations.from_prompts(
+            pipeline, [one["prompt"] for one in part], [one["seed"] for one in part], blocks, sampling, side="input",
+            steps=[step],
+        )  # fmt: skip
+        for block in blocks:
+            maps[block].append(found.maps[block][0].float().cpu())
+    rows = []
+    for block, parts in maps.items():
+        inputs = torch.cat(parts)
+        chance = {"chance_row": 1 / inputs.shape[1], "chance_column": 1 / inputs.shape[2]}
+        rows.append({"block": block, **position_accuracy(inputs, seed), **chance})
+    return pd.DataFrame(rows)
 
 
 # Controls

@@ -17,10 +17,13 @@ from typing import Any, NamedTuple
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
+import pandas as pd
+import seaborn as sns
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from vaelab import viz
 from vaelab.activations.denoiser import from_prompts
 from vaelab.core.validate import at_least
 from vaelab.sae.feature_scores import ItemPictures, at_pixels, caption_from_words
@@ -308,8 +311,58 @@ def draw_panel(panel: Panel, title: str = "", side: float = 0.98) -> Figure:
             line = plt.Line2D([first.x0, last.x1], [y, y], color="0.6", linewidth=0.8, transform=figure.transFigure)
             figure.add_artist(line)
     if title:
-        figure.suptitle(title, x=label / width, ha="left", y=1 - 0.08 / height, va="top", fontsize=11)
+        shown = _shortened(title, int(11 * (width - label)))
+        figure.suptitle(shown, x=label / width, ha="left", y=1 - 0.08 / height, va="top", fontsize=11)
     return figure
+
+
+@plain_text
+def draw_locality(table: pd.DataFrame, title: str = "") -> Figure:
+    """Draw what modulated features change inside and outside their active areas: a panel per block, and in it for each
+    strength the two mean distances of the autoencoder's features and of its controls, joined by a line.
+
+    Args:
+        table: a table of :func:`vaelab.sae.feature_scores.table_1`.
+        title: the figure's title.
+    """
+    kinds = table["score"].str.extract(r"^(?P<area>inside|outside)_(?P<beta>.+)$")
+    table = table.join(kinds).dropna(subset=["area"])
+    blocks, betas, names = (list(dict.fromkeys(table[column])) for column in ("block", "beta", "who"))
+    betas.sort(key=float)
+    figure, axes = plt.subplots(
+        1, len(blocks), figsize=(max(6.0, 3.4 * len(blocks) + 1.2), 3.2), sharey=True, squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    colours = dict(zip(names, sns.color_palette("colorblind", len(names)), strict=True))
+    values = table.set_index(["block", "who", "beta", "area"])["mean"]
+    for axis, block in zip(axes[0], blocks, strict=True):
+        for number, who in enumerate(names):
+            shift = 0.16 * (number - (len(names) - 1) / 2)
+            for place, beta in enumerate(betas):
+                ends = [values.get((block, who, beta, area), float("nan")) for area in ("inside", "outside")]
+                axis.plot([place + shift] * 2, ends, color=colours[who], linewidth=1.6, zorder=1)
+                axis.scatter([place + shift], ends[:1], s=34, color=colours[who], zorder=2)
+                axis.scatter([place + shift], ends[1:], s=30, facecolor="white", edgecolor=colours[who], zorder=2)
+        axis.set_xticks(range(len(betas)), betas)
+        axis.set_title(block, fontsize=10)
+        axis.set_xlabel("beta")
+        axis.set_ylim(bottom=0)
+        sns.despine(ax=axis)
+    axes[0][0].set_ylabel("Manhattan distance, of 765")
+    marks = [plt.Line2D([], [], marker="s", linestyle="", color=colour, label=who) for who, colour in colours.items()]
+    marks += [
+        plt.Line2D([], [], marker="o", linestyle="", color="0.35", label="inside"),
+        plt.Line2D([], [], marker="o", linestyle="", color="0.35", markerfacecolor="white", label="outside"),
+    ]
+    figure.legend(handles=marks, fontsize=8, loc="outside right upper", frameon=False)
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def summary(panel: Panel, title: str = "") -> Figure:
+    """Draw the first four columns of a panel's first three rows, for a thumbnail."""
+    rows = {label.split("\n")[0]: torch.stack(list(pictures[:4])) for label, pictures in panel.rows[:3]}
+    return viz.summary_pictures(rows, title)
 
 
 def _two_lines(text: str) -> str:
