@@ -1,4 +1,4 @@
-"""Every score against a plain float64 computation of its formula, and a planted feature that only some readouts find."""
+"""Every score against a plain float64 computation of its formula, on features that are known to show a concept."""
 
 import numpy as np
 import pytest
@@ -47,7 +47,7 @@ def test_best_f1_and_auroc_equal_a_search_over_all_thresholds(signed):
     columns = np.concatenate([scores, -scores], 1) if signed else scores
     assert f1.shape == auroc.shape == (3, columns.shape[1])
     for v, f in np.ndindex(*f1.shape):
-        expected, threshold = plain_f1(columns[:, f], labels[:, v])
+        expected, _ = plain_f1(columns[:, f], labels[:, v])
         assert f1[v, f] == pytest.approx(expected, abs=1e-12)
         assert auroc[v, f] == pytest.approx(roc_auc_score(labels[:, v], columns[:, f]), abs=1e-12)
         chosen = detection.best_threshold(columns[:, f], labels[:, v])

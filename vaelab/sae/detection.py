@@ -92,7 +92,7 @@ def split_halves(vectors: Tensor, covered: np.ndarray, concepts: Sequence[str]) 
     at_least("max_images", len(vectors), 2)
     middle = len(vectors) // 2
     shown = [(part >= 0.5).mean((0, 1)) for part in (covered[:middle], covered[middle:])]
-    kept = np.flatnonzero(np.all([(0 < share) & (share < 1) for share in shown], 0))
+    kept = np.flatnonzero(np.all([(share > 0) & (share < 1) for share in shown], 0))
     if not len(kept):
         raise ValueError(f"max_images: of {len(vectors)} scenes both halves show no concept; take more")
     names = tuple(concepts[i] for i in kept)
@@ -304,10 +304,11 @@ class Summary(NamedTuple):
     """All readouts compared; made by :func:`summarise`."""
 
     table: pd.DataFrame
-    """One row per method: ``method``, ``seeds``, each of :data:`SCORES` as mean over concepts and seeds; ``<score>_low``
-    and ``<score>_high``, the 95 % interval over scenes and seeds, for ``f1``, ``iou`` and ``picture_f1``;
-    ``f1_least_seed`` and ``f1_best_seed``; and ``ahead``, ``ahead_low``, ``ahead_high``: the F1 of the trained
-    autoencoder minus the method's, on the same scenes."""
+    """One row per method: ``method``, ``seeds``, each of :data:`SCORES` as mean over concepts and seeds;
+    ``<score>_low`` and ``<score>_high``, the 95 % interval over scenes and seeds, for ``f1``, ``iou`` and
+    ``picture_f1``; ``f1_least_seed`` and ``f1_best_seed``; and ``ahead``, ``ahead_low``, ``ahead_high``: the F1 of the
+    trained autoencoder minus the method's, on the same scenes. Scores per picture are NaN if every picture shows every
+    concept."""
     resamples: dict[str, np.ndarray]
     """(B,) the mean F1 of each method in every resample of scenes and seeds."""
 

@@ -38,8 +38,8 @@ from vaelab.training import TrainConfig
 
 METRIC_SCORES = ("f1", "coverage", "iou", "auroc", "picture_f1")
 """Scores that become metrics ``<block>.truth.<score>.<method>``."""
-RIVALS = ("neurons", "pca", "ica", "frozen_decoder")
-"""What an autoencoder must beat to be worth its training."""
+RIVALS = {"neurons": "neurons", "pca": "PCA", "ica": "ICA", "frozen_decoder": "a frozen decoder"}
+"""What an autoencoder must beat to be worth its training, with names for sentences."""
 
 
 @dataclass(frozen=True)
@@ -252,12 +252,13 @@ def _matched(own: Sequence[Readout]) -> dict[tuple[int, int], np.ndarray]:
 
 
 def scores_metrics(place: str, table: pd.DataFrame) -> dict[str, float]:
-    """Collect the metrics ``<place>.<score>.<method>``, and ``<place>.f1_low.<method>`` and ``<place>.f1_high.<method>``
-    from a table of :func:`vaelab.sae.detection.summarise`."""
+    """Collect the metrics ``<place>.<score>.<method>`` from a table of :func:`vaelab.sae.detection.summarise`, with the
+    ends of F1's interval as ``f1_low`` and ``f1_high``; undefined scores are left out."""
     return {
         f"{place}.{score}.{row['method']}": row[score]
         for row in table.to_dict("records")
         for score in (*METRIC_SCORES, "f1_low", "f1_high")
+        if np.isfinite(row[score])
     }
 
 
@@ -277,39 +278,63 @@ def f1_by_factor(compared: Compared) -> pd.DataFrame:
     return pd.DataFrame(rows).T
 
 
-def overlap_of(row: Mapping[str, float]) -> str:
-    """Say whether the trained autoencoder is ``ahead`` of a method, ``behind`` it, or ``level``: whether the interval of
-    the difference in F1 excludes 0."""
-    return "ahead" if row["ahead_low"] > 0 else "behind" if row["ahead_high"] < 0 else "level"
+def standing(row: Mapping[str, float]) -> str:
+    """Say whether the trained autoencoder is ``ahead of`` a method, ``behind`` it or ``level with`` it: the interval of
+    the difference in F1 lies above 0, below 0, or holds 0."""
+    return "ahead of" if row["ahead_low"] > 0 else "behind" if row["ahead_high"] < 0 else "level with"
 
 
 def verdict(table: pd.DataFrame, key: str) -> str:
-    """Say in one sentence where the trained autoencoder is not ahead of :data:`RIVALS`.
+    """Say in one sentence where the trained autoencoder is not ahead of :data:`RIVALS`, and where it is.
 
     Args:
         table: the columns of :func:`vaelab.sae.detection.summarise`, and ``key``, which names the comparisons.
         key: the column of the comparisons, such as ``block``.
     """
     rivals = table[table["method"].isin(RIVALS)]
-    standing = rivals.apply(overlap_of, axis=1)
+    standings, count = rivals.apply(standing, axis=1), table[key].nunique()
     parts = []
     for word in ("behind", "level with", "ahead of"):
-        own = rivals[standing == word.split()[0]]
-        methods = [f"{name} ({', '.join(map(str, each[key]))})" for name, each in own.groupby("method", sort=False)]
+        places = rivals[standings == word].groupby("method", sort=False)[key].agg(list)
+        methods = [
+            RIVALS[name] + ("" if len(own) == count else f" ({', '.join(map(str, own))})")
+            for name, own in places.items()
+        ]
         if methods:
-            parts.append(f"{word} {', '.join(methods)}")
-    return "Trained features are " + "; ".join(parts).replace("_", " ")
+            parts.append(f"{word} {' and '.join([', '.join(methods[:-1])] * (len(methods) > 1) + methods[-1:])}")
+    means = table.groupby("method")["f1"].mean()
+    best = means[list(RIVALS)].idxmax()
+    return (
+        f"Single features of a trained autoencoder are {'; '.join(parts)}: mean F1 {means['sae']:.2f}, "
+        f"{RIVALS[best]} {means[best]:.2f}."
+    )
 
 
-def worth_from(table: pd.DataFrame, key: str) -> float | None:
-    """Find the smallest number of concepts per dimension from which on the trained autoencoder is ahead of all of
+def worth_from(table: pd.DataFrame) -> float | None:
+    """Find the number of concepts per dimension from which on the trained autoencoder is ahead of all of
     :data:`RIVALS`; None if it is not ahead at the largest.
 
     Args:
-        table: the columns of :func:`vaelab.sae.detection.summarise`, and ``key``.
-        key: the column of the concepts per dimension.
+        table: the columns of :func:`vaelab.sae.detection.summarise`, and ``concepts_per_dimension``.
     """
     rivals = table[table["method"].isin(RIVALS)]
-    wins = (rivals["ahead_low"] > 0).groupby(rivals[key]).all().sort_index(ascending=False)
+    wins = (rivals["ahead_low"] > 0).groupby(rivals["concepts_per_dimension"]).all().sort_index(ascending=False)
     won = wins.index[wins.cummin()]
     return float(won.min()) if len(won) else None
+
+
+def worth_sentence(table: pd.DataFrame) -> str:
+    """State :func:`worth_from` in one sentence, with the smallest difference to a rival at the largest density."""
+    rivals = table[table["method"].isin(RIVALS)]
+    most = rivals["concepts_per_dimension"].max()
+    closest = rivals[rivals["concepts_per_dimension"] == most].sort_values("ahead").iloc[0]
+    start, names = worth_from(table), ", ".join(RIVALS.values())
+    begin = (
+        f"the trained autoencoder is ahead of all of {names} from {start:.2g} concepts per dimension on"
+        if start is not None
+        else f"the trained autoencoder is not ahead of all of {names} at up to {most:.2g} concepts per dimension"
+    )
+    return (
+        f"{begin}; at {most:.2g} its F1 minus that of {RIVALS[closest['method']]}, the best of them, is "
+        f"{closest['ahead']:.2f} ({closest['ahead_low']:.2f} to {closest['ahead_high']:.2f})."
+    )
