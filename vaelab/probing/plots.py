@@ -37,19 +37,22 @@ def knowledge(tables: Mapping[str, pd.DataFrame], title: str = "") -> Figure:
     width = max(1.6, 0.46 * len(timesteps) + 0.3)
     colours = sns.blend_palette([AT_CHANCE, ALL], as_cmap=True)
     figure, axes = plt.subplots(
-        len(tables), len(factors), figsize=(width * len(factors) + 2.2, height * len(tables) + 0.4), squeeze=False,
-        layout="constrained",
-    )  # fmt: skip
+        len(tables), len(factors), figsize=(width * len(factors) + 2.2, height * len(tables) + 0.4), squeeze=False
+    )
+    for axis in axes.flat:  # each heat map draws all visible ones, which would take most of the time
+        axis.set_visible(False)
     for line, (measure, table) in zip(axes, tables.items(), strict=True):
         for axis, factor in zip(line, factors, strict=True):
             own = table[table["factor"] == factor]
             chance = own["chance"].mean()
             wide = own.pivot(index="block", columns="timestep", values="value").reindex(index=blocks, columns=timesteps)
             above = ((wide - chance) / (1 - chance)).clip(0, 1)
+            axis.set_visible(True)
             sns.heatmap(
                 above, annot=wide, fmt=".2f", annot_kws={"fontsize": 7}, vmin=0, vmax=1, cmap=colours, cbar=False,
                 linewidths=0.5, ax=axis, yticklabels=axis is line[0],
             )  # fmt: skip
+            axis.set_visible(False)
             axis.grid(visible=False)
             axis.set(xlabel="", ylabel="")
             axis.tick_params(labelsize=8, rotation=0)
@@ -60,6 +63,9 @@ def knowledge(tables: Mapping[str, pd.DataFrame], title: str = "") -> Figure:
             axis.set_title(f"{factor}\n{below}", fontsize=9)
         line[0].set_ylabel(measure, fontsize=10, labelpad=8)
         line[len(factors) // 2].set_xlabel("timestep", fontsize=8)
+    for axis in axes.flat:
+        axis.set_visible(True)
+    figure.set_layout_engine("constrained")
     figure.suptitle(title, fontsize=11)
     return figure
 
