@@ -160,6 +160,21 @@ class Losses(NamedTuple):
     """Fraction of the features that are dead."""
 
 
+class _HostCopy:
+    """Copies of tensors on the CPU that a GPU makes while the CPU goes on."""
+
+    def __init__(self, *tensors: Tensor):
+        on_gpu = tensors[0].device.type == "cuda"
+        self._copies = [tensor.to("cpu", non_blocking=on_gpu) for tensor in tensors]
+        self._made = torch.cuda.current_stream(tensors[0].device).record_event() if on_gpu else None
+
+    def wait(self) -> list[Tensor]:
+        """Return the copies when they are made."""
+        if self._made is not None:
+            self._made.synchronize()
+        return self._copies
+
+
 class SAE(nn.Module):
     """A sparse autoencoder.
 
@@ -182,6 +197,7 @@ class SAE(nn.Module):
             self.register_buffer("threshold", torch.zeros(()))  # used outside training, where there is no batch
         self.register_buffer("inactive_for", torch.zeros(len(features), dtype=torch.int64))
         self._none_dead_for, self._counted_version = 0, -1
+        self._inactivity: _HostCopy | None = None
 
     @property
     def device(self) -> torch.device:
@@ -309,6 +325,8 @@ class SAE(nn.Module):
             whole = SquaredNorm.apply(error) / variance if len(config.prefixes) > 1 else unexplained.detach()
             self.inactive_for.add_(len(x)).mul_(entries.by_column(active.to(values.dtype)) == 0)
             self._none_dead_for -= len(x)
+            if self._none_dead_for <= 0:
+                self._read_inactivity()
             self._counted_version = self.inactive_for._version
             if config.variant == "batchtopk" and len(values):
                 self.threshold.lerp_(values.min(), 0.01)
@@ -321,28 +339,39 @@ class SAE(nn.Module):
         return Losses(loss, whole, auxiliary.detach(), l0, dead_fraction)
 
     def _auxiliary(self, centred: Tensor, error: Tensor, screen: bool) -> tuple[Tensor, Tensor]:
-        """Compute the auxiliary loss and the fraction of dead features, without waiting for a GPU if no feature can be
-        dead."""
-        none = centred.new_zeros(())
-        if self._none_can_be_dead():
-            return none, none
-        is_dead = self.inactive_for >= self.config.dead_after
-        if not self.config.aux_weight:
-            return none, (is_dead.sum() / self.config.n_features).to(none.dtype)
-        dead = is_dead.nonzero().flatten()
+        """Compute the auxiliary loss and the fraction of dead features."""
+        none, dead = centred.new_zeros(()), self._dead_features()
         fraction = torch.full_like(none, len(dead) / self.config.n_features)
-        return (self._auxiliary_loss(centred, error, dead, screen) if len(dead) else none), fraction
+        if not len(dead) or not self.config.aux_weight:
+            return none, fraction
+        if centred.device.type == "cuda":
+            dead = dead.pin_memory()
+        return self._auxiliary_loss(centred, error, dead.to(centred.device, non_blocking=True), screen), fraction
 
-    def _none_can_be_dead(self) -> bool:
-        """Say whether no feature can be dead, because too few vectors have passed since the longest inactivity was
-        read from the device.
+    def _dead_features(self) -> Tensor:
+        """Find the indices of the dead features, as a tensor on the CPU.
 
-        ``inactive_for`` grows by at most the size of a batch in a step, so it is read only when a feature could have
-        become dead, or when something else has changed it.
+        ``inactive_for`` grows by at most the size of a batch in a step, so nothing is read from the device before a
+        feature could have become dead. From then on a copy to the CPU is started at the end of each step's forward
+        pass. The next step waits for that copy only, while a GPU is still busy with the backward pass.
         """
-        if self._none_dead_for <= 0 or self._counted_version != self.inactive_for._version:
-            self._none_dead_for = self.config.dead_after - int(self.inactive_for.max())
-        return self._none_dead_for > 0
+        if self._counted_version != self.inactive_for._version:  # something else has changed it
+            self._none_dead_for = 0
+            self._read_inactivity()
+        if self._none_dead_for > 0:
+            return torch.empty(0, dtype=torch.int64)
+        is_dead, longest = self._inactivity.wait()
+        dead = is_dead.nonzero().flatten()
+        if not len(dead):
+            self._none_dead_for = self.config.dead_after - int(longest)
+        return dead
+
+    def _read_inactivity(self) -> None:
+        """Start to copy which features are dead, and the longest inactivity, to the CPU."""
+        self._inactivity = _HostCopy(self.inactive_for >= self.config.dead_after, self.inactive_for.max())
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_inactivity": None, "_counted_version": -1}  # a copy reads its own inactivity
 
     def _auxiliary_loss(self, centred: Tensor, error: Tensor, dead: Tensor, screen: bool) -> Tensor:
         """Compute the second term of eq. 17: the k_aux most active of the dead features reconstruct the error.
