@@ -53,7 +53,7 @@ def test_results_have_the_key_numbers_the_finding_and_the_thumbnail_of_the_front
 
     run = runner.start(NAME, namespace(tmp_path / "out"))
     run.key_number("change of the error", -0.4, unit="%", interval=(-1, 0.2))
-    run.key_number("channels", 12)
+    run.key_number("channels", 12, interval=(math.nan, math.nan))
     assert run.finding("Nothing changed.") == "Nothing changed."
     run.thumbnail(Figure(figsize=(20, 20)))
     run.save()

@@ -1,4 +1,5 @@
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import stats
 
@@ -107,6 +108,30 @@ def test_beside_the_paper_its_own_data_or_what_stands_for_it():
     assert table.loc["mse", "paper's data"] == "Google Fonts"
     assert table.loc["mse", "paper %"] == pytest.approx(100 * (2.470 - 2.451) / 2.451)
     assert compare.beside_paper(compare.paired_differences(RUNS, "mine"))["paper %"].isna().all()
+
+
+def test_a_study_is_described_by_its_channels_and_its_errors():
+    runs = [*RUNS, *(a_run("control", seed, 2 * base) for seed, base in enumerate(BASE))]
+    table, means = compare.paired_differences(runs, "glyphs"), compare.condition_means(runs)
+    mse = table[table["measure"] == "mse"].set_index("condition")
+    text = compare.describe_study(table, {**means, "nudge.suppressed": 3})
+    assert "from 5 to 7; with the nudge it is 3, and" in text
+    assert f"differs by +5 % ({mse.loc['nudge', 'percent_low']:+.2g} to" in text
+    assert "active channels, the error differs by +100 % (" in text and "over 3 seeds" in text
+    one_seed = [runs[0], runs[3]]
+    text = compare.describe_study(compare.paired_differences(one_seed, "d"), compare.condition_means(one_seed))
+    assert text.endswith("the held-out error differs by +10 %.")
+    assert compare.describe_study(compare.paired_differences(RUNS[:3], "d"), means).endswith("from 5 to 7.")
+
+
+def test_several_studies_are_described_by_the_intervals_that_exclude_zero():
+    tables = [compare.paired_differences(RUNS, name) for name in ("photos", "glyphs")]
+    shifted = tables[1].assign(low=0.01)
+    text = compare.describe_comparisons(pd.concat([tables[0], shifted]))
+    assert text.startswith(
+        "With the nudge the held-out error differs from the baseline's by +5 % (photos), +5 % (glyphs)"
+    )
+    assert "excludes zero on 1 of 2 data sets" in text and "control" not in text
 
 
 def test_the_verdict_names_what_differs_and_says_where_nothing_does():

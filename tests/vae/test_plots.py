@@ -58,7 +58,8 @@ def test_the_histogram_counts_suppressed_channels_apart():
     table.loc[[2, 5], "mean_abs"] = [0.0, 9e-4]
     axis = plots.activity_histogram(table, 1e-3).axes[0]
     others, suppressed = axis.containers
-    assert (others.get_label(), suppressed.get_label()) == ("6 others", "2 suppressed")
+    labels = [text.get_text() for text in axis.get_legend().get_texts()]
+    assert {"6 others", "2 suppressed"} < set(labels)
     assert sum(bar.get_height() for bar in suppressed) == 2
     beyond = [bar.get_height() for bar in suppressed if bar.get_x() > 0.999e-3]
     assert not any(beyond) and sum(bar.get_height() for bar in others) == 8

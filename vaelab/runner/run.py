@@ -91,11 +91,14 @@ class Run:
             label: what the number is, in plain words.
             value: the number.
             unit: its unit, such as ``%`` or ``s``.
-            interval: lower and upper end of its 95 % interval, in the same unit.
+            interval: lower and upper end of its 95 % interval, in the same unit. If both are NaN, as the ends over a
+                single seed are, there is none.
 
         Raises:
             ValueError: a number is not finite.
         """
+        if interval is not None and all(math.isnan(end) for end in interval):
+            interval = None
         for number in (value, *(interval or ())):
             if not math.isfinite(number):
                 raise ValueError(f"key number {label!r} is {number}; a result must be a finite number")

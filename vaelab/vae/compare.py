@@ -4,6 +4,7 @@ Shi, Wang and Roshka ("Investigating the Functional Role of Learned Channel Supp
 single runs (section 5, Table 1). Here the differences to the baseline are paired by seed and have 95 % intervals.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,11 @@ from vaelab.vae.finetune import VAERun, read_run
 
 NOTEBOOK = "10_finetune_vae"
 
+DIFFERENCE = (
+    "dataset", "condition", "measure", "seeds", "baseline", "value", "difference", "low", "high", "percent",
+    "percent_low", "percent_high",
+)  # fmt: skip
+"""The columns of a table of differences to the baseline."""
 MEASURES = ("mse", "kl", "psnr", "ssim")
 PAPER_TABLE_1 = {
     "ImageNette-256": {"baseline": (10.443e-3, 3361.52, 25.833, 0.8077), "nudge": (10.396e-3, 3351.61, 25.853, 0.8086)},
@@ -123,24 +129,35 @@ def paired_differences(runs: list[VAERun], dataset: str) -> pd.DataFrame:
         (Student's t over seeds; NaN if there is only one seed), and the same three in percent of the baseline:
         ``percent``, ``percent_low``, ``percent_high``.
     """
-    values = {(run.condition, run.seed): run.validation[-1] for run in runs}
-    seeds = sorted({run.seed for run in runs})
     rows = []
     for condition in dict.fromkeys(run.condition for run in runs if run.condition != "baseline"):
         for measure in (*MEASURES, "kl_per_entry"):
-            first, second = ([values[name, seed][measure] for seed in seeds] for name in ("baseline", condition))
-            interval = paired_interval(first, second) if len(seeds) > 1 else _without_interval(first, second)
-            base = float(np.mean(first))
+            first, second = (final_values(runs, name, measure) for name in ("baseline", condition))
+            interval, base = paired_difference(runs, condition, measure), float(np.mean(first))
             percents = {
                 f"percent{suffix}": 100 * value / abs(base)
                 for suffix, value in zip(("", "_low", "_high"), interval, strict=True)
             }
             rows.append(
-                {"dataset": dataset, "condition": condition, "measure": measure, "seeds": len(seeds), "baseline": base,
+                {"dataset": dataset, "condition": condition, "measure": measure, "seeds": len(first), "baseline": base,
                  "value": float(np.mean(second)), "difference": interval.mean, "low": interval.low,
                  "high": interval.high, **percents}
             )  # fmt: skip
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=[*DIFFERENCE])
+
+
+def final_values(runs: list[VAERun], condition: str, measure: str) -> list[float]:
+    """List a measure of the last validation of a condition's runs, in the order of their seeds."""
+    return [run.validation[-1][measure] for run in sorted(runs, key=lambda run: run.seed) if run.condition == condition]
+
+
+def paired_difference(runs: list[VAERun], condition: str, measure: str) -> Interval:
+    """Compute a condition's difference to the baseline after training, paired by seed, with its 95 % interval; with one
+    seed the interval's ends are NaN."""
+    first, second = (final_values(runs, name, measure) for name in ("baseline", condition))
+    if len(first) < 2:
+        return Interval(second[0] - first[0], float("nan"), float("nan"))
+    return paired_interval(first, second)
 
 
 def condition_means(runs: list[VAERun]) -> dict[str, float]:
@@ -161,10 +178,6 @@ def condition_means(runs: list[VAERun]) -> dict[str, float]:
     return values
 
 
-def _without_interval(first: list[float], second: list[float]) -> Interval:
-    return Interval(second[0] - first[0], float("nan"), float("nan"))
-
-
 def suppressed_counts(comparisons: list[Comparison]) -> pd.DataFrame:
     """Count the suppressed channels before and after training.
 
@@ -183,7 +196,7 @@ def suppressed_counts(comparisons: list[Comparison]) -> pd.DataFrame:
             for comparison in comparisons
             for run in comparison.runs
             # all conditions of a seed start from the same model
-            for when, index in ((run.condition, -1), *((("start", 0),) if run.condition == "baseline" else ()))
+            for when, index in (*((("start", 0),) if run.condition == "baseline" else ()), (run.condition, -1))
         ]
     )
 
@@ -222,6 +235,59 @@ def beside_paper(table: pd.DataFrame) -> pd.DataFrame:
              "here %": row["percent"], "here % low": row["percent_low"], "here % high": row["percent_high"]}
         )  # fmt: skip
     return pd.DataFrame(rows)
+
+
+def describe_study(table: pd.DataFrame, means: Mapping[str, float]) -> str:
+    """Describe in words what the nudge and its control changed on one data set.
+
+    Args:
+        table: the table of :func:`paired_differences`.
+        means: the means of :func:`condition_means`.
+    """
+    before, after = means["suppressed.start"], means["baseline.suppressed"]
+    parts = [f"Plain fine-tuning changes the number of suppressed channels from {before:.0f} to {after:.0f}"]
+    effects = {row["condition"]: _in_percent(row) for row in table[table["measure"] == "mse"].to_dict("records")}
+    if "nudge" in effects:
+        parts.append(
+            f"with the nudge it is {means['nudge.suppressed']:.0f}, and the held-out error differs by "
+            f"{effects['nudge']}"
+        )
+    if "control" in effects:
+        parts.append(
+            f"with the control, which raises the scales of active channels, the error differs by {effects['control']}"
+        )
+    seeds = int(table["seeds"].min()) if len(table) else 0
+    return "; ".join(parts) + (f"; in brackets are 95 % intervals over {seeds} seeds." if seeds > 1 else ".")
+
+
+def describe_comparisons(table: pd.DataFrame) -> str:
+    """Describe in words what the nudge and its control changed on several data sets.
+
+    Args:
+        table: the rows of :func:`paired_differences` of all data sets.
+    """
+    parts = []
+    for condition, subject in (("nudge", "the nudge"), ("control", "its control")):
+        rows = table[(table["condition"] == condition) & (table["measure"] == "mse")]
+        if len(rows):
+            sizes = [f"{_signed(row['percent'])} % ({row['dataset']})" for row in rows.to_dict("records")]
+            clear = ((rows["low"] > 0) | (rows["high"] < 0)).sum()
+            parts.append(
+                f"with {subject} the held-out error differs from the baseline's by {', '.join(sizes)} (the interval "
+                f"over seeds excludes zero on {clear} of {len(rows)} data sets)"
+            )
+    text = "; ".join(parts) or "no run has another condition than the baseline"
+    return text[0].upper() + text[1:] + "."
+
+
+def _in_percent(row: Mapping[str, Any]) -> str:
+    ends = f" ({_signed(row['percent_low'])} to {_signed(row['percent_high'])})" if row["seeds"] > 1 else ""
+    return f"{_signed(row['percent'])} %{ends}"
+
+
+def _signed(value: float) -> str:
+    """A number with its sign and two digits, never with an exponent."""
+    return f"{value:+.0f}" if abs(value) >= 10 else f"{value:+.2g}"
 
 
 def describe_differences(table: pd.DataFrame) -> Any:
