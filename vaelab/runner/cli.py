@@ -107,6 +107,7 @@ def _stop(number: int, frame: object) -> None:
     """End all kernels and this process at once: threads that wait for a kernel are not waited for."""
     import psutil
 
+    logging.disable()  # libraries would log that their kernels end
     while children := psutil.Process().children(recursive=True):
         for child in children:
             child.kill()
