@@ -12,6 +12,7 @@ D        pictures of other prompts in which the feature is turned on, everywhere
 ======== =================================================================================================
 """
 
+import textwrap
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -278,7 +279,8 @@ def draw_panel(panel: Panel, title: str = "", side: float = 0.98) -> Figure:
         begins.append(len(widths))
         places += range(len(widths), len(widths) + len(headings))
         widths += [1.0] * len(headings)
-    label, top = 1.25, 0.78 + 0.1 * bool(title)
+    names = ["\n".join(textwrap.wrap(name, int(14 * side * len(ones)))[:2]) for name, ones in panel.groups]
+    label, top = 1.25, 0.6 + 0.22 * bool(title) + 0.13 * any("\n" in name for name in names)
     gap = 0.05
     width = label + side * (sum(widths) + gap * (len(widths) - 1)) + 0.08
     height = top + side * len(panel.rows) * (1 + gap) + 0.08
@@ -302,17 +304,16 @@ def draw_panel(panel: Panel, title: str = "", side: float = 0.98) -> Figure:
                           fontsize=10, weight="bold")  # fmt: skip
                 axis.text(-0.08, 0.32, _two_lines(" ".join(words)), transform=axis.transAxes, ha="right", va="center",
                           fontsize=7, color="0.35", linespacing=1.1)  # fmt: skip
-    for begin, (name, ones) in zip(begins, panel.groups, strict=True):
+    for begin, name, (_, ones) in zip(begins, names, panel.groups, strict=True):
         first, last = (grid[0, place].get_position(figure) for place in (begin, begin + len(ones) - 1))
-        y = first.y1 + 0.30 / height
-        text = _shortened(name, int(13 * side * len(ones)))
-        figure.text((first.x0 + last.x1) / 2, y + 0.03 / height, text, ha="center", va="bottom", fontsize=8.5)
+        y = first.y1 + (0.24 if any(ones) else 0.04) / height
+        figure.text((first.x0 + last.x1) / 2, y + 0.03 / height, name, ha="center", va="bottom", fontsize=8.5)
         if any(ones):
             line = plt.Line2D([first.x0, last.x1], [y, y], color="0.6", linewidth=0.8, transform=figure.transFigure)
             figure.add_artist(line)
     if title:
-        shown = _shortened(title, int(11 * (width - label)))
-        figure.suptitle(shown, x=label / width, ha="left", y=1 - 0.08 / height, va="top", fontsize=11)
+        shown = textwrap.shorten(title, int(13 * width), placeholder=" …")
+        figure.suptitle(shown, x=0.08 / width, ha="left", y=1 - 0.06 / height, va="top", fontsize=10.5)
     return figure
 
 
@@ -368,7 +369,3 @@ def summary(panel: Panel, title: str = "") -> Figure:
 def _two_lines(text: str) -> str:
     words = text.split()
     return f"{' '.join(words[:2])}\n{' '.join(words[2:])}".strip()
-
-
-def _shortened(text: str, length: int) -> str:
-    return text if len(text) <= length else text[: length - 1].rstrip() + "…"
