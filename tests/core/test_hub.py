@@ -1,11 +1,13 @@
 import functools
+import shutil
 import socket
 import time
 import types
 
 import pytest
+from small_hub import small_hub
 
-from vaelab.core import hub
+from vaelab.core import disk, hub
 
 
 def test_a_local_folder_and_a_part_of_it(tmp_path):
@@ -74,7 +76,7 @@ def test_a_hub_out_of_reach_is_one_sentence_within_seconds(closed_port, dataset)
     )
     with (
         pytest.raises(ValueError, match=expected) as raised,
-        hub.reading("some/one", dataset=dataset, parameter="clip", hint="; new"),
+        hub.access_repository("some/one", dataset=dataset, parameter="clip", hint="; new"),
     ):
         raise FileNotFoundError("not in the cache")
     assert time.perf_counter() - began < 5
@@ -85,7 +87,7 @@ def test_a_hub_out_of_reach_leaves_its_cache(closed_port, hub_cache, capsys):
     from huggingface_hub import constants
 
     hub_cache("some/one")
-    with hub.reading("some/one") as described:
+    with hub.access_repository("some/one") as described:
         assert described is None and constants.HF_HUB_OFFLINE
     assert not constants.HF_HUB_OFFLINE
     assert "some/one: the hub cannot be reached" in capsys.readouterr().out
@@ -93,7 +95,7 @@ def test_a_hub_out_of_reach_leaves_its_cache(closed_port, hub_cache, capsys):
 
 def test_other_errors_are_passed_on_if_the_hub_is_out_of_reach(closed_port, hub_cache):
     hub_cache("some/one")
-    with pytest.raises(ValueError, match=r"^model: weights are damaged$"), hub.reading("some/one"):
+    with pytest.raises(ValueError, match=r"^model: weights are damaged$"), hub.access_repository("some/one"):
         raise ValueError("model: weights are damaged")
 
 
@@ -108,7 +110,7 @@ def test_other_errors_are_passed_on_if_the_hub_is_out_of_reach(closed_port, hub_
 )
 def test_licences_are_named_only_if_access_is_denied(answer, status, reason, licence):
     answer(status)
-    with pytest.raises(ValueError, match=f"^model: 'some/one' .*{reason}") as raised, hub.reading("some/one"):
+    with pytest.raises(ValueError, match=f"^model: 'some/one' .*{reason}") as raised, hub.access_repository("some/one"):
         pass
     assert ("HF_TOKEN" in str(raised.value)) == licence
 
@@ -117,7 +119,8 @@ def test_a_licence_that_only_a_file_asks_for(monkeypatch):
     from huggingface_hub.errors import GatedRepoError
 
     monkeypatch.setattr(hub, "_describe", lambda *given: "a description")
-    with pytest.raises(ValueError, match=r"^model: 'some/one' .*access is denied \(403\)"), hub.reading("some/one"):
+    expected = r"^model: 'some/one' .*access is denied \(403\)"
+    with pytest.raises(ValueError, match=expected), hub.access_repository("some/one"):
         try:
             raise GatedRepoError("gated", response=types.SimpleNamespace(status_code=403, headers={}, request=None))
         except GatedRepoError as error:
@@ -154,3 +157,24 @@ def test_only_the_files_that_are_loaded_are_downloaded(monkeypatch, tmp_path, su
     assert asked["allow_patterns"] == patterns
     with pytest.raises(ValueError, match=r"clip: 'some/one' on the hub has none of the files \*\.safetensors"):
         hub.find_folder("some/one", subfolder=subfolder, files=["*.safetensors"], parameter="clip")
+
+
+def test_a_download_is_announced_and_refused_if_the_disk_cannot_hold_it(tmp_path, monkeypatch, capsys):
+    (tmp_path / "source" / "part").mkdir(parents=True)
+    for name, size in (("config.json", 1000), ("part/weights.safetensors", 5000), ("other.bin", 9000)):
+        (tmp_path / "source" / name).write_bytes(b"x" * size)
+    files = ["*.json", "part/*"]
+    with small_hub(tmp_path / "source", monkeypatch, tmp_path / "cache") as downloaded:
+        with monkeypatch.context() as full:
+            full.setattr(disk.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 0, 5999))
+            with pytest.raises(ValueError, match=r"^clip: the download of 'lab/small' needs 6 kB of disk space"):
+                hub.find_folder("lab/small", files=files, parameter="clip")
+            with pytest.raises(ValueError, match=r"^dataset: the download of 'lab/small' needs 10 kB"):
+                hub.announce_download("lab/small", ["part/*"], parameter="dataset", prepared=True)
+        assert downloaded == []
+        capsys.readouterr()
+        folder = hub.find_folder("lab/small", files=files)
+        assert capsys.readouterr().out == "lab/small: 2 files of 6 kB are downloaded from the hub\n"
+        assert sorted(downloaded) == ["config.json", "part/weights.safetensors"]
+        assert hub.find_folder("lab/small", files=files) == folder
+        assert capsys.readouterr().out == ""  # both are in the cache

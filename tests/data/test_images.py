@@ -1,6 +1,7 @@
 import io
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import huggingface_hub
@@ -222,6 +223,22 @@ def test_hub_id_with_subset_and_revision(monkeypatch, name, revision, expected):
     monkeypatch.setattr(datasets, "load_dataset", from_hub)
     assert len(load_images(name, split="test", revision=revision, resolution=16)) == 3
     assert asked == [("owner/set", {"split": "test", **expected})]
+
+
+def test_the_download_of_a_data_set_is_announced_unless_it_is_prepared(monkeypatch, tmp_path):
+    url, announced = "hf://datasets/owner/set@" + "a" * 40, []
+    files = {"train": [f"{url}/small/train-0.parquet", f"{url}/small/train-1.parquet"], "test": [f"{url}/test.parquet"]}
+    builder = SimpleNamespace(cache_dir=tmp_path / "prepared", config=SimpleNamespace(data_files=files))
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda name, **options: builder)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *given, **options: labelled(3))
+    monkeypatch.setattr(images_module.hub, "_describe", lambda *given: "a description")
+    monkeypatch.setattr(images_module.hub, "announce_download", lambda *given, **options: announced.append(given))
+    load_images("owner/set", resolution=16)
+    # the library downloads all splits for one
+    assert announced == [("owner/set", ["small/train-0.parquet", "small/train-1.parquet", "test.parquet"])]
+    builder.cache_dir.mkdir()
+    load_images("owner/set", resolution=16)
+    assert len(announced) == 1
 
 
 def test_a_hub_id_that_needs_a_script_names_the_way(monkeypatch):

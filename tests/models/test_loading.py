@@ -6,9 +6,11 @@ import huggingface_hub
 import pytest
 import torch
 from helpers import without_groupnorm
+from small_hub import small_hub
 from small_pipelines import PIPELINES
 from torch import nn
 
+from vaelab.core.disk import readable
 from vaelab.models import block_names, loading, registry
 from vaelab.models.loading import load_pipeline, load_vae
 
@@ -170,6 +172,29 @@ def test_pipeline_from_the_hub(pipeline_hub, small_pipeline):
 def test_pipeline_out_of_reach_is_one_error_with_its_new_name(pipeline_hub, name, message):
     with pytest.raises(ValueError, match=f"^model: .*{message}"):
         load_pipeline(name)
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_what_is_announced_is_what_is_downloaded(pipeline_folder, tmp_path, monkeypatch, capsys, variant):
+    """The repository has the weights in two variants and two formats, and as a single file."""
+    folder = shutil.copytree(pipeline_folder("sd"), tmp_path / "source")
+    for weights in list(folder.rglob("*.safetensors")):
+        shutil.copy(weights, weights.with_suffix(".fp16.safetensors"))
+        weights.with_suffix(".bin").write_bytes(b"x" * 100)
+    (folder / "sd.safetensors").write_bytes(b"x" * 100)
+    announce, before = loading.announce_download, []
+    with small_hub(folder, monkeypatch, tmp_path / "cache") as downloaded:
+        monkeypatch.setattr(
+            loading, "announce_download", lambda *a, **b: (before.extend(downloaded), announce(*a, **b))
+        )
+        load_pipeline("lab/small", device="cpu", variant=variant)
+        later = set(downloaded) - set(before)
+        size = readable(sum((folder / name).stat().st_size for name in later))
+        assert f"lab/small: {len(later)} files of {size} are downloaded from the hub\n" in capsys.readouterr().out
+        assert len([name for name in later if name.endswith(".safetensors")]) == 3
+        assert all((".fp16." in name) == (variant == "fp16") for name in later if name.endswith(".safetensors"))
+        load_vae("lab/small", device="cpu", variant=variant)
+        assert capsys.readouterr().out == ""  # all of it is in the cache
 
 
 @pytest.mark.parametrize("name", ["embeded", "./nowhere", "a/b/c", ""])

@@ -5,6 +5,9 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
+from vaelab.core.disk import readable, require_free
 from vaelab.core.paths import local
 
 TIMEOUT = 5.0
@@ -13,12 +16,12 @@ OFFLINE = "HF_HUB_OFFLINE is set"
 
 
 @contextmanager
-def reading(
+def access_repository(
     name: str, *, revision: str | None = None, dataset: bool = False, parameter: str = "model", hint: str = ""
 ) -> Iterator[Any]:
-    """Wrap code that loads a repository of the hub, so that the hub's errors become one ValueError.
+    """Ask the hub for a repository, and turn the hub's errors in the ``with`` block that loads it into one ValueError.
 
-    The hub is asked for the repository once beforehand. If it cannot be reached, a line says so, and only its local
+    The hub is asked once, beforehand. If it cannot be reached, a line says so, and only its local
     cache is used. Without this check the libraries would try each file six times, for about half a minute.
 
     Args:
@@ -67,6 +70,54 @@ def reading(
             if lost := next((cause for cause in causes if isinstance(cause, network_errors()[0])), None):
                 raise ValueError(f"{failed}: {_obstacle(lost)}{hint}") from error
             raise
+
+
+def announce_download(
+    name: str,
+    files: Sequence[str],
+    *,
+    revision: str | None = None,
+    dataset: bool = False,
+    parameter: str = "model",
+    prepared: bool = False,
+) -> None:
+    """Print how many files and bytes of a repository will be downloaded, and require the disk space for them; print
+    nothing if all are in the local cache.
+
+    Args:
+        name: an id on the hub (owner/name).
+        files: the names or globs of the files that will be loaded; empty means all files.
+        revision: a branch, tag or commit.
+        dataset: whether the repository holds a data set, not a model.
+        parameter: the notebook parameter that gave ``name``; the error begins with it.
+        prepared: whether the files are converted after the download, which takes as much space again.
+
+    Raises:
+        ValueError: the disk of the local cache does not have enough free space.
+    """
+    from huggingface_hub import constants, snapshot_download
+
+    planned = snapshot_download(
+        name, revision=revision, repo_type="dataset" if dataset else "model", allow_patterns=list(files) or None,
+        dry_run=True, tqdm_class=_NoBar,
+    )  # fmt: skip
+    sizes = [file.file_size or 0 for file in planned if file.will_download]
+    if not sizes:
+        return
+    needed = sum(sizes) * (2 if prepared else 1)
+    again = f", and {readable(needed)} on disk once they are converted" if prepared else ""
+    print(f"{name}: {len(sizes)} files of {readable(sum(sizes))} are downloaded from the hub{again}")
+    require_free(
+        needed, constants.HF_HUB_CACHE, parameter=parameter, what=f"the download of {name!r}",
+        advice="free some, or set HF_HOME to a folder on a larger disk",
+    )  # fmt: skip
+
+
+class _NoBar(tqdm):
+    """A progress bar that is not shown."""
+
+    def __init__(self, *given: Any, **options: Any):
+        super().__init__(*given, **{key: value for key, value in options.items() if key != "name"} | {"disable": True})
 
 
 def _describe(name: str, revision: str | None, dataset: bool) -> Any:
@@ -152,7 +203,9 @@ def find_folder(
             raise ValueError(f"{parameter}: {str(name)!r} is neither a folder nor an id on the hub (owner/name)")
         prefix = f"{subfolder}/" if subfolder else ""
         patterns = [prefix + pattern for pattern in files or (["*"] if subfolder else [])]
-        with reading(str(name), revision=revision, parameter=parameter):
+        with access_repository(str(name), revision=revision, parameter=parameter) as info:
+            if info:
+                announce_download(str(name), patterns, revision=revision, parameter=parameter)
             folder = Path(snapshot_download(str(name), revision=revision, allow_patterns=patterns or None))
         if files and not any(path for pattern in files for path in (folder / subfolder).glob(pattern)):
             raise ValueError(f"{parameter}: {str(name)!r} on the hub has none of the files {', '.join(files)}")

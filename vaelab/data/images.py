@@ -466,6 +466,18 @@ def _undecoded(column: str) -> "datasets.Features":
     return datasets.Features({column: datasets.Image(decode=False)})
 
 
+def _announce_download(name: str, revision: str | None, part: dict[str, str]) -> None:
+    """Announce the download of a data set on the hub, unless the ``datasets`` library has prepared it already."""
+    import datasets
+
+    builder = datasets.load_dataset_builder(name, revision=revision, **part)
+    if not Path(builder.cache_dir).is_dir():
+        urls = [url for split in (builder.config.data_files or {}).values() for url in split]
+        # hf://datasets/owner/name@commit/path
+        files = [url.partition("@")[2].partition("/")[2] for url in urls if url.startswith("hf://")]
+        hub.announce_download(name, files, revision=revision, dataset=True, parameter="dataset", prepared=True)
+
+
 def _hub_split(dataset: str, split: str, revision: str | None) -> _Split:
     name, _, subset = dataset.partition(":")
     moved = f"; use {MOVED[name]}" if name in MOVED else ""
@@ -480,8 +492,10 @@ def _hub_split(dataset: str, split: str, revision: str | None) -> _Split:
 
     # the hub's parquet conversions keep each subset in a folder of its name
     part = {"data_dir" if revision == PARQUET_CONVERSION else "name": subset} if subset else {}
-    with hub.reading(name, revision=revision, dataset=True, parameter="dataset", hint=moved):
+    with hub.access_repository(name, revision=revision, dataset=True, parameter="dataset", hint=moved) as described:
         try:
+            if described:
+                _announce_download(name, revision, part)
             rows = datasets.load_dataset(name, split=split, revision=revision, **part)
         except (OSError, RuntimeError, ValueError, datasets.exceptions.DatasetsError) as error:
             if "scripts are no longer supported" in str(error):

@@ -135,7 +135,7 @@ def _hub_rows(dataset: str, split: str, revision: str | None) -> "datasets.Itera
             f"Did you mean {nearest(dataset, known, 1)[0]!r}?"
         )
     moved = f"; it is now {MOVED[dataset]!r}" if dataset in MOVED else ""
-    with hub.reading(dataset, revision=revision, dataset=True, parameter="dataset", hint=moved):
+    with hub.access_repository(dataset, revision=revision, dataset=True, parameter="dataset", hint=moved):
         try:
             return datasets.load_dataset(dataset, split=split, revision=revision, streaming=True)
         except (OSError, RuntimeError, ValueError, datasets.exceptions.DatasetsError) as error:

@@ -13,7 +13,7 @@ import inspect
 import json
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -23,17 +23,18 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from vaelab.core import devices
-from vaelab.core.hub import network_errors
+from vaelab.core.hub import announce_download, network_errors
 from vaelab.core.validate import one_of, unknown
 from vaelab.models.block_names import DENOISERS, EXAMPLES, architecture
 from vaelab.models.checksums import save_with_checksums, verify_checksums
 from vaelab.models.registry import (
+    access_model,
     embedded_dit_path,
     embedded_path,
     embedded_vae_path,
     locate_vae,
+    module_files,
     pipeline_folder,
-    reading,
     refuse_config,
     variants,
 )
@@ -84,15 +85,19 @@ def load_pipeline(
             that is not on the hub; the denoiser is not supported, or needs more than a prompt (an inpainting or editing
             model); or weights are damaged, missing, unused, NaN or infinite.
     """
-    with reading(name, revision, parameter):
-        return _load_pipeline(name, device, precision, revision, variant)
+    with access_model(name, revision, parameter) as described:
+        return _load_pipeline(name, device, precision, revision, variant, described)
 
 
-def _load_pipeline(name: str, device: str, precision: str, revision: str | None, variant: str | None) -> Any:
+def _load_pipeline(
+    name: str, device: str, precision: str, revision: str | None, variant: str | None, described: Any
+) -> Any:
     path, dtype, device = pipeline_folder(name, revision), devices.dtype(precision), devices.pick(device)
     options = {"revision": revision, "variant": variant, "dtype": dtype}
     index, kind = _read_index(path, name, revision)
     given = {part: nothing for part, nothing in LEFT_OUT.items() if part in signature(kind).parameters}
+    loaded = [part for part, entry in index.items() if isinstance(entry, list) and entry[0] and part not in given]
+    _announce_download(name, described, ["", *loaded], variant, revision)
     for part, entry in index.items():
         if entry == [None, None]:  # a part that the pipeline does without, such as the third text encoder of SD3
             given.setdefault(part, None)
@@ -131,7 +136,7 @@ def denoiser_without_weights(
     """
     import diffusers
 
-    with reading(name, revision, parameter):
+    with access_model(name, revision, parameter):
         path = pipeline_folder(name, revision)
         index, _ = _read_index(path, name, revision)
         part = _denoiser_part(index)
@@ -168,7 +173,7 @@ def vae_without_weights(
             GroupNorm is required and there is none.
     """
     refuse_config(name, config)
-    with reading(name, revision, parameter):
+    with access_model(name, revision, parameter):
         entries = locate_vae(name, revision, config).config
         with torch.device("meta"):
             vae = _autoencoder_class(entries, name).from_config(entries).eval()
@@ -217,7 +222,7 @@ def load_vae(
             damaged, missing, unused, NaN or infinite.
     """
     refuse_config(name, config)
-    with reading(name, revision, parameter):
+    with access_model(name, revision, parameter) as described:
         path, subfolder, entries = locate_vae(name, revision, config)
         _refuse_overflow(entries, precision, name)
         kind, dtype = _autoencoder_class(entries, name), devices.dtype(precision)
@@ -233,6 +238,7 @@ def load_vae(
             vae = _load_single_file(kind, path, config or str(Path(path).parent), name, dtype)
         else:
             options = {"revision": revision, "variant": variant, "dtype": dtype}
+            _announce_download(name, described, [subfolder or ""], variant, revision)
             vae = _load_module(kind, path, name, subfolder or "", options)
         if groupnorm:
             require_groupnorm(vae, name)
@@ -396,7 +402,7 @@ def validate_precision(name: str, precision: str, revision: str | None = None) -
     It is recognized by ``force_upcast`` in its configuration or, if the configuration has no such entry, by the
     scaling factor of its latents. (``sdxl-vae-fp16-fix`` has the entry, set to false.)
     """
-    with reading(name, revision):
+    with access_model(name, revision):
         _refuse_overflow(locate_vae(name, revision).config, precision, name)
 
 
@@ -524,6 +530,17 @@ def _defaults(kind: type) -> dict[str, Any]:
 def _has_part(path: str, part: str) -> bool:
     """Whether a part's configuration exists; for a repository on the hub this is assumed."""
     return not Path(path).is_dir() or (Path(path) / part / "config.json").is_file()
+
+
+def _announce_download(
+    name: str, described: Any, parts: Sequence[str], variant: str | None, revision: str | None
+) -> None:
+    """Announce the download of modules of a model on the hub, whose description lists its files; None means a local
+    model, or that only the local cache is read."""
+    if described:
+        names = [file.rfilename for file in described.siblings]
+        files = [file for part in parts for file in module_files(names, part, variant)]
+        announce_download(name, files, revision=revision)
 
 
 def _load_module(kind: type, path: str, name: str, part: str, options: dict[str, Any]) -> nn.Module:

@@ -77,7 +77,7 @@ def pipeline_folder(name: str, revision: str | None = None) -> str:
 
 
 def locate_vae(name: str, revision: str | None = None, config: str | None = None) -> VAELocation:
-    """Find the autoencoder with this name; of a pipeline, its ``vae``. Call it within :func:`reading`.
+    """Find the autoencoder with this name; of a pipeline, its ``vae``. Call it within :func:`access_model`.
 
     Args:
         name: ``embedded``, ``embedded-dit``, an id on the hub, a local diffusers folder, or a ``.safetensors`` file.
@@ -141,7 +141,7 @@ def identity(
     """
     one_of("kind", kind, KINDS)
     known = {"kind": kind, "variant": variant or "", "precision": precision}
-    with reading(name, revision) as described:
+    with access_model(name, revision) as described:
         path, subfolder = locate_vae(name, revision)[:2] if kind == "vae" else (pipeline_folder(name, revision), None)
         place = Path(path)
         if place.exists():
@@ -173,20 +173,40 @@ def variants(names: Iterable[str]) -> list[str]:
     return sorted({match["variant"] or "none" for match in matches if match})
 
 
+def module_files(names: Iterable[str], part: str, variant: str | None) -> list[str]:
+    """Choose the files of a repository from which a module is loaded.
+
+    Args:
+        names: the names of all files of the repository.
+        part: the module's folder, or "".
+        variant: the variant of the weight files, such as ``fp16``.
+
+    Returns:
+        Its configurations and vocabularies, and its weights of this variant: safetensors, or ``.bin`` files if there
+        are none.
+    """
+    inside = [name for name in names if str(Path(name).parent) == (part or ".") and Path(name).suffix in MODEL_FILES]
+    matches = {name: WEIGHTS.fullmatch(Path(name).name) for name in inside}
+    weights = [name for name, match in matches.items() if match and match["variant"] == variant]
+    safe = [name for name in weights if name.endswith(".safetensors")]
+    return [name for name in inside if Path(name).suffix not in (".safetensors", ".bin")] + (safe or weights)
+
+
 @contextmanager
-def reading(name: str, revision: str | None, parameter: str = "model") -> Iterator[Any]:
-    """Read a model in this context; error messages begin with the notebook parameter that gave its name.
+def access_model(name: str, revision: str | None, parameter: str = "model") -> Iterator[Any]:
+    """Load a model in this context, from wherever it is; error messages begin with the notebook parameter that gave its
+    name.
 
     Yields:
         The hub's description of the repository; None for a model that is not on the hub, or if the hub is out of reach.
 
     Raises:
-        ValueError: the hub cannot be reached or refuses the model, see :func:`vaelab.core.hub.reading`.
+        ValueError: the hub cannot be reached or refuses the model, see :func:`vaelab.core.hub.access_repository`.
     """
     on_hub = name not in EMBEDDED and local(name) is None and _is_hub_id(name)
     renamed = f"; it is now {RENAMED[name]!r}" if name in RENAMED else ""
     try:
-        with hub.reading(name, revision=revision, hint=renamed) if on_hub else nullcontext() as info:
+        with hub.access_repository(name, revision=revision, hint=renamed) if on_hub else nullcontext() as info:
             yield info
     except ValueError as error:
         if parameter == "model" or not str(error).startswith("model: "):

@@ -19,7 +19,7 @@ from vaelab.core.config import configured
 from vaelab.core.io import read_json, write_json
 from vaelab.core.validate import at_least, one_of
 from vaelab.data.images import Images
-from vaelab.models.registry import locate_vae, reading
+from vaelab.models.registry import access_model, locate_vae
 from vaelab.pruning.fid import FIDReference
 from vaelab.pruning.masks import LatentConfig, PruningObjective
 from vaelab.pruning.metrics import EvaluationConfig, evaluate_pruning
@@ -291,7 +291,7 @@ def _latent_side(vae: nn.Module, resolution: int) -> int:
 def _unit_scale(model: str, revision: str | None) -> dict[str, Any]:
     """Make the changes to a VAE's configuration that leave its latents unscaled: the scale of trained weights has no
     meaning for untrained ones."""
-    with reading(model, revision):
+    with access_model(model, revision):
         entries = locate_vae(model, revision).config
     return {"scaling_factor": 1.0} | {
         name: None for name in ("shift_factor", "latents_mean", "latents_std") if entries.get(name) is not None
