@@ -104,7 +104,7 @@ def test_a_caption_has_the_words_that_raise_a_feature():
     codes = Codes(values, torch.arange(2).expand(12, 1, 2))
     statistics = FeatureStatistics(2, 2, words=["a", "blue", "circle", "red", "square"])
     statistics.add(codes, range(12), [{"prompt": prompt} for prompt in prompts])
-    assert feature_scores.caption_from_words(statistics, 0) == "red circle"
+    assert feature_scores.caption_from_words(statistics, 0) == "red circle"  # "square" lowers it
     assert feature_scores.caption_from_words(statistics, 0, least=7) == ""
     assert feature_scores.caption_from_words(statistics, 1) == ""
 
@@ -155,6 +155,9 @@ def test_the_table_has_mean_and_deviation_of_every_score():
         {"block": "up", "who": "sae", "colour": "12.0 (2.8)", "beta -5": "5.0 / 1.5"},
         {"block": "", "who": "random pictures", "colour": "50.0", "beta -5": ""},
     ]
+    renamed = table.replace({"block": {"up": "up.0.1"}})
+    compared = feature_scores.compare_with_paper(renamed)[["score", "here", "paper"]].values.tolist()
+    assert compared == [["colour", 12, 73.8], ["colour", 50, 90.7], ["inside_-5", 5, 73.1], ["outside_-5", 1.5, 16.4]]
     assert feature_scores.table_metrics(table) == {
         "up.colour.sae": 12.0, "baseline.colour.random_pictures": 50.0, "up.inside_-5.sae": 5.0,
         "up.outside_-5.sae": 1.5,

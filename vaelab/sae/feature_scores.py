@@ -77,6 +77,8 @@ FUNCTION_WORDS = (
     "with",
 )
 """Words that no caption has."""
+TELLING = 1.25
+"""A word that raises a feature's mean activation by less than this factor is in no caption."""
 CACHED_BYTES = 2**30
 """The size of all pictures that :class:`ItemPictures` keeps."""
 PAPER_TABLE_1 = {
@@ -232,11 +234,11 @@ def nearest_prompts(caption: Tensor, sentences: Tensor, count: int) -> list[int]
 def caption_from_words(statistics: FeatureStatistics, feature: int, count: int = 3, least: int = 3) -> str:
     """Make a caption of the words whose prompts activate a feature most, the most telling word first.
 
-    Only words that occur in ``least`` prompts and raise the feature's activation above its mean are used, and none of
-    :data:`FUNCTION_WORDS`; the caption is empty if there is none.
+    Only words that occur in ``least`` prompts and raise the feature's mean activation by a factor :data:`TELLING` are
+    used, and none of :data:`FUNCTION_WORDS`; the caption is empty if there is none.
     """
     table = statistics.by_word(feature, len(statistics.words))
-    telling = table[(table["ratio"] > 1) & (table["items"] >= least) & ~table["word"].isin(FUNCTION_WORDS)]
+    telling = table[(table["ratio"] > TELLING) & (table["items"] >= least) & ~table["word"].isin(FUNCTION_WORDS)]
     return " ".join(telling["word"][:count])
 
 
@@ -668,22 +670,47 @@ def table_1(scores: pd.DataFrame) -> pd.DataFrame:
 
 
 def paper_layout(table: pd.DataFrame) -> pd.DataFrame:
-    """Lay out a table of :func:`table_1` as the paper prints it: ``mean (deviation)``, and inside / outside for each
-    strength."""
-    rows: dict[tuple[str, str], dict[str, str]] = {}
+    """Lay out a table of :func:`table_1` as the paper prints it, baselines last: ``mean (deviation)``, for each
+    sensitivity the share of the prompts near the caption / of all prompts, and for each strength the distance inside /
+    outside."""
     values = {(row["block"], row["who"], row["score"]): row for row in table.to_dict("records")}
+    pairs = {"inside_": ("outside_", "beta ", 1), "sensitivity_": ("any_prompt_", "active > ", 2)}
+    rows: dict[tuple[str, str], dict[str, str]] = {}
     for (block, who, score), row in values.items():
         own = rows.setdefault((block, who), {})
-        if score.startswith("inside_"):
-            beta = score.removeprefix("inside_")
-            outside = values.get((block, who, f"outside_{beta}"), {"mean": float("nan")})
-            own[f"beta {beta}"] = f"{row['mean']:.1f} / {outside['mean']:.1f}"
-        elif not score.startswith("outside_"):
+        kind = next((prefix for prefix in pairs if score.startswith(prefix)), None)
+        if kind:
+            prefix, heading, digits = pairs[kind]
+            other = values.get((block, who, score.replace(kind, prefix)), {"mean": float("nan")})
+            own[score.replace(kind, heading)] = f"{row['mean']:.{digits}f} / {other['mean']:.{digits}f}"
+        elif not score.startswith(("outside_", "any_prompt_")):
             digits = 1 if score == "colour" else 2
             spread = f" ({row['deviation']:.{digits}f})" if row["count"] > 1 else ""
             own[score] = f"{row['mean']:.{digits}f}{spread}"
-    index = pd.MultiIndex.from_tuples(rows, names=["block", "who"])
-    return pd.DataFrame(list(rows.values()), index=index).fillna("").reset_index()
+    ordered = sorted(rows, key=lambda key: not key[0])
+    found = pd.DataFrame([{"block": block, "who": who, **rows[block, who]} for block, who in ordered]).fillna("")
+    first = ["block", "who", "specificity", "monosemanticity", "colour", "texture", "causality"]
+    first = [name for name in first if name in found.columns]
+    return found[[*first, *(name for name in found.columns if name not in first)]]
+
+
+def compare_with_paper(table: pd.DataFrame) -> pd.DataFrame:
+    """Put the paper's numbers beside those of a table of :func:`table_1`: ``block``, ``who``, ``score``, ``here``,
+    ``paper`` (means), for the trained autoencoders of the paper's blocks and for its baselines."""
+    rows = []
+    for row in table.to_dict("records"):
+        if row["who"] == "sae":
+            areas_of = dict(zip(BETAS, PAPER_LOCALITY.get(row["block"], ()), strict=False))
+            known = {name: mean for name, (mean, _) in PAPER_TABLE_1.get(row["block"], {}).items()}
+            known |= {f"inside_{beta:g}": inside for beta, (inside, _) in areas_of.items()}
+            known |= {f"outside_{beta:g}": outside for beta, (_, outside) in areas_of.items()}
+        else:
+            baseline = {} if row["block"] else PAPER_TABLE_1.get(row["who"], {})
+            known = {name: mean for name, (mean, _) in baseline.items()}
+        if row["score"] in known:
+            labels = {name: row[name] for name in ("block", "who", "score")}
+            rows.append({**labels, "here": row["mean"], "paper": known[row["score"]]})
+    return pd.DataFrame(rows, columns=["block", "who", "score", "here", "paper"])
 
 
 def table_metrics(table: pd.DataFrame) -> dict[str, float]:

@@ -331,9 +331,8 @@ def draw_locality(table: pd.DataFrame, title: str = "") -> Figure:
     blocks, betas, names = (list(dict.fromkeys(table[column])) for column in ("block", "beta", "who"))
     betas.sort(key=float)
     figure, axes = plt.subplots(
-        1, len(blocks), figsize=(max(6.0, 3.4 * len(blocks) + 1.2), 3.2), sharey=True, squeeze=False,
-        layout="constrained",
-    )  # fmt: skip
+        1, len(blocks), figsize=(3.2 * len(blocks) + 2.6, 3.2), sharey=True, squeeze=False, layout="constrained"
+    )
     colours = dict(zip(names, sns.color_palette("colorblind", len(names)), strict=True))
     values = table.set_index(["block", "who", "beta", "area"])["mean"]
     for axis, block in zip(axes[0], blocks, strict=True):
@@ -348,6 +347,7 @@ def draw_locality(table: pd.DataFrame, title: str = "") -> Figure:
         axis.set_title(block, fontsize=10)
         axis.set_xlabel("beta")
         axis.set_ylim(bottom=0)
+        axis.grid(visible=False, axis="x")
         sns.despine(ax=axis)
     axes[0][0].set_ylabel("Manhattan distance, of 765")
     marks = [plt.Line2D([], [], marker="s", linestyle="", color=colour, label=who) for who, colour in colours.items()]
@@ -355,8 +355,8 @@ def draw_locality(table: pd.DataFrame, title: str = "") -> Figure:
         plt.Line2D([], [], marker="o", linestyle="", color="0.35", label="inside"),
         plt.Line2D([], [], marker="o", linestyle="", color="0.35", markerfacecolor="white", label="outside"),
     ]
-    figure.legend(handles=marks, fontsize=8, loc="outside right upper", frameon=False)
-    figure.suptitle(title, fontsize=11)
+    figure.legend(handles=marks, fontsize=8, loc="outside right center", frameon=False)
+    figure.suptitle(title, fontsize=11, x=0.02, ha="left")
     return figure
 
 
