@@ -11,8 +11,9 @@ is a set of classes that pictures are labelled with, such as the colour.
 import hashlib
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -107,6 +108,11 @@ class FeatureBatch(NamedTuple):
 def layer_name(block: str, timestep: int) -> str:
     """Return the store's name for a block at a timestep, such as ``up_ft1.t25``."""
     return f"{block}.t{timestep}"
+
+
+def layer_names(blocks: Iterable[str], timesteps: Iterable[int]) -> list[str]:
+    """Return the names of all blocks at all timesteps."""
+    return [layer_name(block, timestep) for block, timestep in product(blocks, timesteps)]
 
 
 def split_layer_name(layer: str) -> tuple[str, int]:
