@@ -74,6 +74,21 @@ def test_scores_are_their_formulas(planted):
 SHORT = TrainConfig(steps=5, device="cpu")
 
 
+def test_the_interval_is_around_the_score_and_narrows_with_more_pictures(planted):
+    learning, (maps, pictures) = planted
+    trained = logit_lens.train_lens(*planted, CONFIG, width=8)
+    mean = learning[1].mean(dim=0)
+    score = logit_lens.r2_interval(trained, maps, pictures, mean)
+    assert score.mean == pytest.approx(trained.score.r2[0], abs=1e-6)
+    assert score.low < score.mean < score.high
+    few = logit_lens.r2_interval(trained, maps[:4], pictures[:4], mean)
+    assert few.high - few.low > score.high - score.low
+    assert np.isnan(logit_lens.r2_interval(trained, maps[:1], pictures[:1], mean).low)
+    single = trained._replace(channels=[3], score=trained.score, shuffled=trained.shuffled)
+    text = logit_lens.describe_scores("norm", {"baseline": score}, trained, single)
+    assert f"{score.mean:.3g} (baseline, {score.low:.3g} to" in text and "3 is the best" in text
+
+
 @pytest.mark.parametrize("channels", [None, [0, 2]])
 def test_a_saved_lens_is_loaded_instead_of_trained_and_decodes_the_same(planted, tmp_path, monkeypatch, channels):
     settings = {"channels": channels, "width": 4, "folder": tmp_path}

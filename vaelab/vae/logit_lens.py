@@ -8,7 +8,8 @@ compared with a control: the same decoder trained and scored on activations that
 """
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from vaelab import models
 from vaelab.core import devices
+from vaelab.core.stats import Interval
 from vaelab.core.validate import at_least
 from vaelab.data.images import Images
 from vaelab.hooks import capture, edit
@@ -32,6 +34,8 @@ from vaelab.training.loop import EXECUTION_ONLY, TrainConfig, train
 LENS = "lens.safetensors"
 """Name of the file of a trained lens in its folder."""
 EPSILON = 1e-12
+RESAMPLES = 2000
+"""Number of bootstrap samples of an interval."""
 
 
 class MiniDecoder(nn.Module):
@@ -275,6 +279,48 @@ def apply_lens(lens: Lens, activation: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def r2_interval(lens: Lens, maps: Tensor, pictures: Tensor, mean_picture: Tensor, *, seed: int = 0) -> Interval:
+    """Compute R^2 of pictures decoded by a lens of the full map, with a 95 % bootstrap interval over pictures.
+
+    Args:
+        lens: a lens of the full map.
+        maps: the layer's activations (N, C, H, W); with one picture the interval's ends are NaN.
+        pictures: (N, 3, R, R) in [0, 1].
+        mean_picture: (3, R, R), the mean training picture, which has R^2 = 0.
+        seed: determines the resampled pictures.
+    """
+    errors = _errors(lens.decoder, maps, pictures)[:, 0].double().numpy()
+    totals = (pictures - mean_picture).square().mean(dim=(1, 2, 3)).double().numpy()
+    value = float(1 - errors.sum() / max(totals.sum(), EPSILON))
+    if len(errors) < 2:
+        return Interval(value, float("nan"), float("nan"))
+    drawn = np.random.default_rng(seed).integers(len(errors), size=(RESAMPLES, len(errors)))
+    ratios = 1 - errors[drawn].sum(1) / np.maximum(totals[drawn].sum(1), EPSILON)
+    return Interval(value, *np.quantile(ratios, (0.025, 0.975)).tolist())
+
+
+def describe_scores(layer: str, scores: Mapping[str, Interval], full: Lens, single: Lens) -> str:
+    """Describe in one sentence how well held-out pictures are decoded.
+
+    Args:
+        layer: the layer's path.
+        scores: R^2 by model, from :func:`r2_interval`.
+        full: the lens of the full map.
+        single: the lens of single channels.
+    """
+    ends = {
+        name: "" if math.isnan(each.low) else f", {each.low:.3g} to {each.high:.3g}" for name, each in scores.items()
+    }
+    values = ", ".join(f"{each.mean:.3g} ({name}{ends[name]})" for name, each in scores.items())
+    best, worst = single.score.r2.argmax(), single.score.r2.argmin()
+    return (
+        f"A lens on {layer} decodes held-out pictures with an R^2 of {values}; its control, trained on the wrong "
+        f"pictures, has {full.shuffled.r2[0]:.2g}. Of the channels decoded alone, {single.channels[best]} is the best "
+        f"({single.score.r2[best]:.2g}) and {single.channels[worst]} the worst ({single.score.r2[worst]:.2g})."
+    )
+
+
+@torch.no_grad()
 def decode_single_channel(vae: nn.Module, layer: str, pixels: Tensor, channel: int | None, *, keep: bool) -> Tensor:
     """Decode one channel of a layer by the model's own remaining layers: a lens that needs no training.
 
@@ -351,10 +397,15 @@ def _batches(maps: Tensor, pictures: Tensor, batch_size: int, seed: int) -> Numb
 
 @torch.no_grad()
 def _score(decoder: MiniDecoder, maps: Tensor, pictures: Tensor, mean_picture: Tensor) -> LensScore:
-    device = next(decoder.parameters()).device
-    errors, total = [], (pictures - mean_picture).square().mean().item()
-    for part, shown in zip(maps.split(64), pictures.split(64), strict=True):
-        decoded = decoder(part.to(device)).cpu()
-        errors.append((decoded - shown.unsqueeze(1)).square().mean(dim=(2, 3, 4)))
-    mse = torch.cat(errors).mean(dim=0).double().numpy()
+    total = (pictures - mean_picture).square().mean().item()
+    mse = _errors(decoder, maps, pictures).mean(dim=0).double().numpy()
     return LensScore(1 - mse / max(total, EPSILON), 10 * np.log10(1 / np.maximum(mse, EPSILON)))
+
+
+def _errors(decoder: MiniDecoder, maps: Tensor, pictures: Tensor) -> Tensor:
+    """The mean squared errors (N, groups) of decoded pictures."""
+    device = next(decoder.parameters()).device
+    return torch.cat([
+        (decoder(part.to(device)).cpu() - shown.unsqueeze(1)).square().mean(dim=(2, 3, 4))
+        for part, shown in zip(maps.split(64), pictures.split(64), strict=True)
+    ])  # fmt: skip
