@@ -165,14 +165,30 @@ def test_blocks_that_draw_are_told_from_the_others():
     assert shown.finding == "1 of 2 blocks do the drawing: `up.0.1`. Of the other 1, none costs more than 4 points."
 
 
-def test_features_are_scored_by_where_their_directions_come_from():
-    metrics = {f"up.1.2.truth.f1.{source}": 0.1 * place for place, source in enumerate(("sae", "neurons", "probe"), 1)}
-    (_, table) = turbo.truth(planted("35_feature_scores/full", metrics)).blocks
-    assert table.splitlines() == [
-        "| block | trained SAE | neurons | linear probe |",
-        "| --- | --- | --- | --- |",
-        "| `up.1.2` | 0.10 | 0.20 | 0.30 |",
-    ]
+def scored(column, value, **f1):
+    """Rows of features against the truth: methods that are 0.1 better and worse than the trained autoencoder."""
+    return [
+        {column: value, "method": method, "f1": found, "f1_low": found - 0.01, "f1_high": found + 0.01, "auroc": 0.7,
+         "iou": 0.2, "coverage": 0.5, "ahead": f1["sae"] - found, "ahead_low": f1["sae"] - found - 0.01,
+         "ahead_high": f1["sae"] - found + 0.01}
+        for method, found in f1.items()
+    ]  # fmt: skip
+
+
+def test_features_are_scored_against_the_truth_beside_their_rivals():
+    f1 = {"sae": 0.4, "neurons": 0.5, "pca": 0.3, "ica": 0.4, "frozen_decoder": 0.3}
+    shown = turbo.truth(planted("35_feature_scores/full", {}, {"truth": scored("block", "up.1.2", **f1)}))
+    assert "behind neurons" in shown.finding and "ahead of PCA and a frozen decoder" in shown.finding
+    lines = shown.blocks[1].splitlines()
+    assert lines[0] == "| features | `up.1.2` |" and "0.40 (0.39 to 0.41)" in lines[2]
+    assert "0.70 | 0.20 | 50 % |" in shown.blocks[3]
+
+
+@pytest.mark.parametrize(("ica", "words"), [(0.3, "ahead of all of"), (0.5, "not ahead of all of")])
+def test_where_autoencoders_must_win_is_told(ica, words):
+    rows = scored("concepts_per_dimension", 2.0, sae=0.4, neurons=0.1, pca=0.1, ica=ica, frozen_decoder=0.3)
+    shown = turbo.positive_controls(planted("35_feature_scores/full", {}, {"planted": rows}))
+    assert words in shown.finding and shown.finding.startswith("Planted directions: the trained autoencoder")
 
 
 def test_a_missing_number_is_one_sentence():

@@ -36,6 +36,7 @@ PICTURES = {
     "13_logit_lens": ("full_map",),
     "32_evaluate_sae": ("pictures-*",),
     "33_block_ablation": ("pictures",),
+    "34_feature_gallery": ("prompt-*", "features-*", "turned-on-*"),
     "41_label_purity": ("features-*",),
     "43_pca_maps": ("jointly",),
 }

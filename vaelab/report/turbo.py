@@ -1,6 +1,9 @@
 """The results page on "Unpacking SDXL Turbo: Interpreting Text-to-Image Models with Sparse Autoencoders" (Surkov et
 al.)."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pandas as pd
 
 from vaelab import viz
@@ -9,10 +12,15 @@ from vaelab.report.markdown import Chart, Picture, listed, number, percent, perc
 from vaelab.report.models import FACTORS
 from vaelab.report.page import Absent, Entry, Section, Shown
 from vaelab.report.runs import FinishedRun
+from vaelab.sae import truth_plots
 from vaelab.sae.interventions import PAPER_TABLE_2, PAPER_WIDTH
+from vaelab.sae.truth import verdict, worth_sentence
+from vaelab.sae.truth_plots import LABELS
 
 STRONG = 0.1
 """A block matters for a factor where switching it off costs so much accuracy."""
+F1, AHEAD = ("f1", "f1_low", "f1_high"), ("ahead", "ahead_low", "ahead_high")
+"""Columns of tables of features against the truth."""
 METHODS = {
     "sae": "the autoencoder",
     "pca": "as many principal components",
@@ -20,13 +28,6 @@ METHODS = {
     "mean": "its mean",
     "zero": "zero",
 }
-SOURCES = {
-    "sae": "trained SAE", "neurons": "neurons", "pca": "PCA", "ica": "ICA", "random": "random",
-    "untrained": "untrained", "frozen_decoder": "frozen decoder", "soft_frozen": "soft-frozen",
-    "frozen_encoder": "frozen encoder",
-    "mean_difference": "class means", "probe": "linear probe",
-}  # fmt: skip
-"""Where directions for a factor come from."""
 
 
 def figure_3(run: FinishedRun) -> Shown:
@@ -136,19 +137,95 @@ def figure_4(run: FinishedRun) -> Shown:
     )  # fmt: skip
 
 
-def truth(run: FinishedRun) -> Shown:
-    """Show how well single directions find the factors of the world, by where the directions come from."""
-    names = [name for name in run.results["metrics"] if ".truth.f1." in name and name.split(".")[-1] in SOURCES]
-    blocks = list(dict.fromkeys(name.split(".truth.")[0] for name in names))
-    sources = [source for source in SOURCES if any(name.endswith(f".{source}") for name in names)]
-    rows = [
-        (f"`{block}`", *(number(run.metric(f"{block}.truth.f1.{source}"), 2) for source in sources)) for block in blocks
-    ]
+def table_1(run: FinishedRun) -> Shown:
+    """Show the scores of Table 1 beside their controls."""
+    scores = run.table("table1").fillna("")
+    names = [name for name in scores if name not in ("block", "who")]
+    rows = [(f"`{row['block']}`" if row["block"] else "", row["who"], *(row[name] for name in names))
+            for row in scores.to_dict("records")]  # fmt: skip
+    encoders = f"{run.params['picture_model']} (pictures) and {run.params['sentence_model']} (sentences)"
     return Shown(run.results["finding"], [
-        "Mean F1 over the values of all factors, of the best single direction of each source, chosen on one half of "
-        "the scenes and measured on the other. Class means and the linear probe know the labels and are the ceiling.",
-        table(("block", *(SOURCES[source] for source in sources)), rows),
+        f"{run.params['scored_features']} features of each block, chosen at random; mean (standard deviation) over "
+        f"features or samples. Similarities are those of {encoders}. `beta`: change of a pixel inside / outside the "
+        "feature's active area, of at most 765. A score that a control reaches too says nothing about the feature.",
+        table(("block", "features", *names), rows),
     ])  # fmt: skip
+
+
+def gallery(run: FinishedRun) -> Shown:
+    """Show features by heat map, modulated, alone, on their top pictures and in other pictures."""
+    captions = {
+        "prompt-*": "The most active features on one prompt. hmap: where the feature is active; A: turned down and up; "
+        "B: the feature alone on the empty prompt; C: its top pictures.",
+        "features-*": "Features on their own top pictures, and alone on the empty prompt with three strengths.",
+        "turned-on-*": "The same features in unrelated pictures: turned on everywhere, and only inside a box.",
+    }
+    return Shown("", [Picture(path, text) for name, text in captions.items() for path in run.pictures(name)[-1:]])
+
+
+def positive_controls(run: FinishedRun) -> Shown:
+    """Show how well features find what was planted, and factors where the update has few dimensions."""
+    panels, blocks, sentences = {}, [], []
+    for name, title in (("planted", "planted directions"), ("projected", "factors, the update projected")):
+        if name not in run.results["tables"]:
+            continue
+        panels[title] = run.table(name, "concepts_per_dimension", "method", *F1, *AHEAD)
+        sentences.append(f"{title}: {worth_sentence(panels[title])}")
+        blocks += [f"F1 of the best feature, {title}, by the number of concepts for each dimension of the update:",
+                   _f1_table(panels[title], "concepts_per_dimension", "{:.3g} a dimension".format)]  # fmt: skip
+    finding = " ".join(sentence[0].upper() + sentence[1:] for sentence in sentences)
+    chart = Chart("density", lambda: truth_plots.against_density(panels),
+                  "F1 of the best feature against the number of concepts per dimension. A trained autoencoder is worth "
+                  "its cost where its line lies above all others but the probe's.")  # fmt: skip
+    return Shown(finding, [
+        "A benchmark on which an autoencoder cannot win says nothing when it loses. So known directions are added to "
+        "the update, more than it has dimensions, and the update itself is projected to fewer dimensions than there "
+        "are factor values.",
+        *blocks, chart,
+    ])  # fmt: skip
+
+
+def truth(run: FinishedRun) -> Shown:
+    """Show how well single features find the factors of the world, by where the features come from."""
+    rows = run.table("truth", "block", "method", *F1, *AHEAD, "iou", "coverage", "auroc")
+    blocks = list(dict.fromkeys(rows["block"]))
+    means = rows.groupby("method", sort=False)[["auroc", "iou", "coverage"]].mean()
+    stable = [(f"`{block}`", number(run.metric(f"{block}.stability"), 2),
+               number(run.metric(f"{block}.stability.untrained"), 2),
+               number(run.metric(f"{block}.stability.correlation"), 2))
+              for block in blocks if f"{block}.stability" in run.results["metrics"]]  # fmt: skip
+    return Shown(verdict(rows, "block"), [
+        "For every value of a factor, such as red or top left, the best feature and its threshold are chosen on one "
+        "half of the scenes and scored on the other. F1 per patch, mean over all values, with intervals over scenes "
+        "and seeds. Class means and the linear probe know the labels; the probe is the ceiling.",
+        _f1_table(rows, "block", "`{}`".format),
+        "Area under the curve, overlap of the feature's map with the thing's mask (intersection over union), and the "
+        "share of values found with an F1 above 0.8, mean over the blocks:",
+        table(("features", "AUROC", "IoU", "coverage"),
+              [(LABELS.get(method, method), number(row["auroc"], 2), number(row["iou"], 2), percent(row["coverage"]))
+               for method, row in means.iterrows()]),
+        *(["Are features found again? Mean cosine of features of different seeds, matched one to one; the same without "
+           "training; and the rank correlation of a feature's cosine with its best F1:",
+           table(("block", "trained", "untrained", "correlation with F1"), stable)] if stable else []),
+    ])  # fmt: skip
+
+
+def _f1_table(rows: pd.DataFrame, column: str, heading: Callable[[Any], str]) -> str:
+    """A table of F1 with intervals: one row per method, one column for each value of a column."""
+    values = list(dict.fromkeys(rows[column]))
+    own = rows.set_index(["method", column])
+    return table(
+        ("features", *map(heading, values)),
+        [
+            (LABELS.get(method, method), *(_f1(own.loc[(method, value)]) for value in values))
+            for method in dict.fromkeys(rows["method"])
+            if all((method, value) in own.index for value in values)
+        ],
+    )
+
+
+def _f1(row: pd.Series) -> str:
+    return f"{row['f1']:.2f} ({row['f1_low']:.2f} to {row['f1_high']:.2f})"
 
 
 def _replaced(row: pd.Series, count: int) -> str:
@@ -210,16 +287,21 @@ SECTION = Section(
         ),
         Entry("Figure 4: such pictures", ("32_evaluate_sae/full",), figure_4,
               paper="pictures of `down.2.1` replaced by its reconstruction, k = 10, n = 5,120."),
+        Entry("Table 1: scores of features", (GALLERY,), table_1,
+              paper="specificity, texture, colour and locality of four blocks, beside random pictures.",
+              differs="another model, and smaller networks in place of CLIP; textures are photographs that come with "
+              "scikit-image.",
+              paper_runs=("34_feature_gallery/paper-sdxl-turbo-down", "34_feature_gallery/paper-sdxl-turbo-up")),
+        Entry("Figures 1 and 5 to 10: features in pictures", (GALLERY,), gallery),
+        Entry("Where autoencoders must win: beyond the paper", (SCORES,), positive_controls),
         Entry("Features against the truth: beyond the paper", (SCORES,), truth, headline=True),
     ),
     (
-        Absent("Table 1", "specificity, texture, colour, locality", "35_feature_scores/paper-sdxl-turbo"),
-        Absent("Figures 1, 5 to 8", "features: heat map, modulation, empty prompt, top examples", GALLERY),
-        Absent("Figures 9 and 10", "features switched on in unrelated prompts, everywhere or under a mask", GALLERY),
-        Absent("Tables 3 to 5", "the prompts of the top examples in Figures 6 to 8", GALLERY),
+        Absent("Tables 3 to 5", "the prompts of the top examples in Figures 6 to 8",
+               why="the prompts stand in the executed notebook `34_feature_gallery`"),
         Absent("Table 6, Figure 11", "captions of features by GPT-4o, and the pictures shown to it",
                "36_annotate_features/full"),
         Absent("Figure 2", "a diagram of SDXL's U-Net", why="not a result"),
-        Absent("Footnote 4", "linear probes for the position", "35_feature_scores/paper-sdxl-turbo"),
+        Absent("Footnote 4", "linear probes for the position", why="in the results of `34_feature_gallery`"),
     ),
 )  # fmt: skip
