@@ -1,7 +1,6 @@
 """Figures of :mod:`vaelab.sae.steering_scores`: effect against damage, and steered pictures."""
 
-import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -9,7 +8,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from vaelab.sae.steering_scores import DIRECTIONS
+from vaelab.sae.steering_scores import DIRECTIONS, PROMPT
 from vaelab.sae.truth_plots import STYLES
 from vaelab.viz.grids import displayable
 from vaelab.viz.text import plain_text
@@ -74,24 +73,25 @@ def effect_against_damage(curve: pd.DataFrame, ceiling: pd.DataFrame, title: str
 
 
 @plain_text
-def steered_pictures(columns: Mapping[str, Mapping[str, Tensor]], rows: Sequence[str], title: str = "") -> Figure:
-    """Show the same scene steered to several values.
+def steered_pictures(examples: Mapping[str, Mapping[str, Tensor]], title: str = "") -> Figure:
+    """Show scenes steered to values, one column per value.
 
     Args:
-        columns: for each value's name, a picture (3, H, W) in [-1, 1] for each row.
-        rows: the labels of the rows.
+        examples: the pictures of :meth:`vaelab.sae.steering_scores.SteeringExperiment.examples`.
         title: the figure's title.
     """
+    rows = list(next(iter(examples.values())))
     figure, axes = plt.subplots(
-        len(rows), len(columns), figsize=(1.25 * len(columns) + 1.9, 1.25 * len(rows) + 0.9), squeeze=False,
+        len(rows), len(examples), figsize=(1.15 * len(examples) + 2.1, 1.15 * len(rows) + 1.1), squeeze=False,
         layout="constrained",
     )  # fmt: skip
-    for column, (name, pictures) in enumerate(columns.items()):
-        for axis, row in zip(axes[:, column], rows, strict=True):
+    for column, (name, pictures) in zip(axes.T, examples.items(), strict=True):
+        for axis, row in zip(column, rows, strict=True):
             axis.imshow(displayable(pictures[row][None])[0], interpolation="nearest")
             axis.axis("off")
-        axes[0][column].set_title("\n".join(textwrap.wrap(name, 12)), fontsize=9)
+        column[0].set_title(name.replace(": ", "\n"), fontsize=9)
     for axis, row in zip(axes[:, 0], rows, strict=True):
-        axis.text(-0.12, 0.5, row, transform=axis.transAxes, ha="right", va="center", fontsize=9)
+        label = "prompt that names it" if row == PROMPT else STYLES[row][0] if row in STYLES else row
+        axis.text(-0.12, 0.5, label, transform=axis.transAxes, ha="right", va="center", fontsize=9)
     figure.suptitle(title, fontsize=12)
     return figure

@@ -138,6 +138,8 @@ class Learned(NamedTuple):
 def learn_directions(halves: Halves, setting: Comparison, count: int, seed: int = 0) -> Learned:
     """Train an autoencoder on the first half, and make directions for the values that it finds best.
 
+    A value whose best feature is never active is left out.
+
     Args:
         halves: the labelled vectors.
         setting: how the autoencoder is trained; its first seed is used.
@@ -148,7 +150,9 @@ def learn_directions(halves: Halves, setting: Comparison, count: int, seed: int 
     x, seeds = halves.choosing.flat, setting.seeds[:1]
     trained = train_readouts(x, setting.sae(x.shape[1]), setting.train, setting.batch_size, seeds, frozen=False)
     (readout,) = trained["sae"]
-    detected = detect(readout, halves).table.sort_values("f1", ascending=False, kind="stable", ignore_index=True)
+    detected = detect(readout, halves).table.sort_values("f1", ascending=False, kind="stable")
+    active = (readout.scores(x) > 0).any(0).numpy()
+    detected = detected[active[detected["feature"]]].reset_index(drop=True)
     values = [Value.of(concept) for concept in detected["concept"][:count]]
     chosen = dict(zip(detected["concept"], detected["feature"], strict=True))
     return Learned(values, steering_directions(readout.sae, chosen, halves.choosing, values, seed), detected)
@@ -380,6 +384,23 @@ class SteeringExperiment:
             tables.append(scored.assign(direction=name))
         return pd.concat(tables, ignore_index=True).assign(block=block)
 
+    def examples(self, block: str, way: str, strength: float) -> dict[str, dict[str, Tensor]]:
+        """Collect for each value one scene's picture without steering, with each direction, and of the prompt.
+
+        Returns:
+            For each value's concept the pictures (3, H, W) in [-1, 1], by ``unsteered``, the directions that were
+            scored, and :data:`PROMPT`.
+        """
+        found = {}
+        for value, (first, *_) in ((value, own) for value, own in self.usable.items() if own):
+            steered = {name: self.pictures.get((block, name, way, strength, value)) for name in DIRECTIONS}
+            found[value.concept] = {
+                "unsteered": self.unsteered[value.factor].pictures[first],
+                **{name: pictures[0] for name, pictures in steered.items() if pictures is not None},
+                PROMPT: self.named[value].pictures[first],
+            }
+        return found
+
     def _score_value(
         self, block: str, steerer: Steerer, own: Amounts, value: Value, strengths: Sequence[float],
         ways: Sequence[str], name: str,
@@ -608,3 +629,24 @@ def find_or_change(found: pd.DataFrame, summary: pd.DataFrame) -> pd.DataFrame:
     best = best.rename(columns={"direction": "method"})
     columns = ["method", "way", "effect", "selectivity", "damage", "changes"]
     return found[["method", "f1", "f1_low", "f1_high", "coverage"]].merge(best[columns], on="method", how="outer")
+
+
+def change_sentence(summary: pd.DataFrame) -> str:
+    """State in one sentence how often directions change a factor, each in its best way, and how often the prompt does.
+
+    Args:
+        summary: rows of :func:`steering_summary`; the blocks are averaged.
+    """
+    means = summary.groupby(["direction", "way"])[["effect", "selectivity", "damage"]].mean().reset_index()
+    means = means.assign(changes=means["effect"] * means["selectivity"])
+    best = means.sort_values("changes", ascending=False, kind="stable").drop_duplicates("direction")
+    named = {row["direction"]: row for row in best.to_dict("records")}
+    words = {
+        "sae": "the best feature of an autoencoder", "mean_difference": "the difference of class means",
+        "random": "a random direction", PROMPT: "the prompt",
+    }  # fmt: skip
+    parts = [
+        f"{words[name]} in {100 * row['effect']:.0f} % of pictures (damage {row['damage']:.2f})"
+        for name, row in ((name, named[name]) for name in (*DIRECTIONS, PROMPT) if name in named)
+    ]
+    return f"Steered, {', '.join(parts[:-1])} and {parts[-1]} give the value that was asked for."
