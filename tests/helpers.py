@@ -2,7 +2,6 @@
 
 import io
 import multiprocessing
-import os
 import resource
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,12 +10,11 @@ import numpy as np
 import PIL.Image
 import torch
 
-ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
 # one server for the whole test run, whose children have these imports; it keeps the environment it began with
 CHILDREN = multiprocessing.get_context("forkserver")
 CHILDREN.set_forkserver_preload(
     ["accelerate", "datasets", "diffusers.models.autoencoders.autoencoder_kl", "torchmetrics.image",
-     "sklearn.datasets", "vaelab.store.reader"]
+     "sklearn.datasets", "vaelab.store.reader", "vaelab.vae.finetune"]
 )  # fmt: skip
 SILENT = {"decoder.conv_norm_out": (1, 3), "encoder.mid_block.resnets.0.norm1": (0, 2, 5)}
 

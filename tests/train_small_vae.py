@@ -1,10 +1,10 @@
-"""Train the VAE of one folder with nudges, in another folder: the command that tests/vae/test_finetune.py runs, kills
-and runs as two processes."""
+"""Train the VAE of one folder with nudges, in another folder: what tests/vae/test_finetune.py runs, kills and runs as
+two processes."""
 
 import os
-import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -42,5 +42,8 @@ def main(model: str, folder: str, steps: int) -> None:
         write_json(Path(folder, f"rank{rank}.json"), run._asdict())
 
 
-if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+def as_rank(rank: int, port: int, *arguments: Any) -> None:
+    """Train as one of two processes, with the environment that torchrun gives them."""
+    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in places.items()}, MASTER_ADDR="localhost")
+    main(*arguments)

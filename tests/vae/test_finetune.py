@@ -1,15 +1,13 @@
 import json
 import random
 import signal
-import subprocess
-import sys
+import socket
 import time
-from pathlib import Path
 
 import pytest
 import torch
 import train_small_vae
-from helpers import CHILDREN, ONE_THREAD, SILENT, save_silenced, without_groupnorm
+from helpers import CHILDREN, SILENT, save_silenced, without_groupnorm
 from safetensors.torch import load_file
 
 from vaelab import models
@@ -20,7 +18,6 @@ from vaelab.vae import channels, finetune, objective
 from vaelab.vae.finetune import StudyConfig, train_conditions, train_vae
 from vaelab.vae.nudge import NudgeConfig
 
-SCRIPT = Path(train_small_vae.__file__)
 PLANTED = sorted((layer, channel) for layer, indices in SILENT.items() for channel in indices)
 
 
@@ -56,17 +53,13 @@ def scales(run, step):
     return [pair for row in rows for pair in zip(row["before"], row["after"], strict=True)]
 
 
-def command(model, folder, steps):
-    return [sys.executable, "-W", "ignore", str(SCRIPT), model, str(folder), str(steps)]
-
-
 def bytes_of(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def start(*arguments):
-    """``train_small_vae.main`` in a process of its own."""
-    process = CHILDREN.Process(target=train_small_vae.main, args=arguments)
+def start(function, *arguments):
+    """Call a function in a process of its own."""
+    process = CHILDREN.Process(target=function, args=arguments)
     process.start()
     return process
 
@@ -93,19 +86,19 @@ def test_killed_at_any_moment_it_ends_in_the_same_bits(model, tmp_path):
         wait_until(process, (folder / "vae").exists)
 
     moments = [*[early] * 3, *[after_another_checkpoint] * 5, *[writing_a_checkpoint] * 2, saving_the_weights]
-    with (tmp_path / "log").open("w") as log:
-        options = {"env": ONE_THREAD, "stdout": log, "stderr": log}
-        alone = subprocess.Popen(command(model, tmp_path / "alone", 100), **options)
-        kills, resumed_from = 0, set()
-        for moment in moments:
-            resumed_from.add(written())
-            process = start(model, str(folder), 100)
-            moment(process, written())
-            process.kill()
-            process.join()
-            kills += process.exitcode == -signal.SIGKILL
-        last = subprocess.run(command(model, folder, 100), **options)
-        assert (last.returncode, alone.wait()) == (0, 0), (tmp_path / "log").read_text()
+    alone = start(train_small_vae.main, model, str(tmp_path / "alone"), 100)
+    kills, resumed_from = 0, set()
+    for moment in moments:
+        resumed_from.add(written())
+        process = start(train_small_vae.main, model, str(folder), 100)
+        moment(process, written())
+        process.kill()
+        process.join()
+        kills += process.exitcode == -signal.SIGKILL
+    last = start(train_small_vae.main, model, str(folder), 100)
+    for process in (alone, last):
+        process.join()
+        assert process.exitcode == 0
 
     assert kills >= 6
     assert len(resumed_from) >= 4
@@ -126,10 +119,13 @@ def wait_until(process, reached):
 
 
 def test_two_processes_stay_replicas(model, tmp_path):
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    python, *rest = command(model, tmp_path / "run", 12)
-    ended = subprocess.run([python, *rest[:2], *launch, *rest[2:]], env=ONE_THREAD, capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stderr
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+    (tmp_path / "run").mkdir()
+    ranks = [start(train_small_vae.as_rank, rank, port, model, str(tmp_path / "run"), 12) for rank in (0, 1)]
+    for process in ranks:
+        process.join()
+        assert process.exitcode == 0
     first, second = (load_file(tmp_path / "run" / f"rank{rank}.safetensors") for rank in (0, 1))
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
