@@ -433,6 +433,8 @@ class ScoreConfig:
     """The number of top pictures of a feature, and of pictures in a baseline's sample."""
     top: float = 0.05
     """The share of the items in which a feature is active that count as its top pictures."""
+    steered: int = 10
+    """The number of top pictures in which a feature is modulated."""
     betas: tuple[float, ...] = BETAS
     """Strengths of the modulation (equation 10)."""
     gamma: float = 1.0
@@ -447,7 +449,7 @@ class ScoreConfig:
     """Pictures per batch."""
 
     def __post_init__(self) -> None:
-        for name in ("examples", "prompts", "samples", "batch_size"):
+        for name in ("examples", "steered", "prompts", "samples", "batch_size"):
             at_least(name, getattr(self, name), 1)
         if not 0 < self.top <= 1:
             raise ValueError(f"top: expected a share above 0 and up to 1, got {self.top}")
@@ -548,7 +550,8 @@ class FeatureScorer:
         self, steerer: Steerer, block: str, feature: int, caption: str, items: Sequence[int], maps: Tensor
     ) -> dict[str, float]:
         """Compute the scores of steered pictures: texture, causality, inside and outside."""
-        betas, config = self.config.betas, self.config
+        config, betas, reference = self.config, self.config.betas, items
+        items, maps = items[: config.steered], maps[: config.steered]
         requests = [[activate_alone(block, feature, config.gamma)]]
         requests += [[modulate(block, feature, beta)] for beta in betas for _ in items]
         prompts = ["", *self.pictures.prompts(items) * len(betas)]
@@ -557,7 +560,7 @@ class FeatureScorer:
             prompts, requests, self.pictures.sampling, seeds, batch_size=config.batch_size
         ).split([1, *[len(items)] * len(betas)])
         vector = embed_in_batches(self.pictures.model, alone)[0]
-        row = {"texture": self.texture(vector[None])[0], "causality": self._causality(vector, caption, items)}
+        row = {"texture": self.texture(vector[None])[0], "causality": self._causality(vector, caption, reference)}
         for beta, after in zip(betas, changed, strict=True):
             inside, outside = local_change(self.pictures.pictures(items), after, maps)
             row |= {f"inside_{beta:g}": inside, f"outside_{beta:g}": outside}
