@@ -30,6 +30,12 @@ def test_no_machine_path_and_a_first_line_that_says_what_it_is(path):
     assert not re.search(r"(^|[\s\"'])(/|~/)\w", text)
 
 
+def test_expected_seconds_are_of_runs_that_exist():
+    seconds = yaml.safe_load((ROOT / "params" / "seconds.yaml").read_text())
+    assert set(seconds) <= {execute.label(path) for path in FILES}
+    assert all(value > 0 for value in seconds.values())
+
+
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 @pytest.mark.parametrize("run", ["demo", "smoke"])
 def test_every_notebook_has_a_demo_and_a_smoke_run(notebook, run):

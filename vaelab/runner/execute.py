@@ -47,7 +47,7 @@ def load_params(params_file: Path) -> dict[str, Any]:
         close = [portable(str(known[name])) for name in nearest(label(params_file), known)]
         raise ValueError(f"no params file {str(params_file)!r}; the nearest: {', '.join(close)}")
     kinds = declared(notebook_of(params_file))
-    params = _read_yaml(params_file)
+    params = read_yaml(params_file)
     for name, value in params.items():
         if name not in kinds:
             raise unknown(f"{params_file}: parameters", name, kinds)
@@ -61,7 +61,12 @@ def load_params(params_file: Path) -> dict[str, Any]:
     return params
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A file of lines of the form ``name: value``.
+
+    Raises:
+        ValueError: it is another kind of file.
+    """
     import yaml
 
     try:

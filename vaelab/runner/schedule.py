@@ -12,12 +12,14 @@ from vaelab.core.io import read_json, write_json
 from vaelab.core.paths import project_root
 from vaelab.core.validate import at_least
 from vaelab.runner import index
-from vaelab.runner.execute import RunFailed, finished, label, load_params, matching, needs, run
+from vaelab.runner.execute import RunFailed, finished, label, load_params, matching, needs, read_yaml, run
 
 ALONE = ("90_benchmarks",)
 """Notebooks that measure speed: nothing runs beside them."""
 HISTORY = ".seconds.json"
-"""How long each run took the last time, in the outputs folder."""
+"""How long each run took here the last time, in the outputs folder."""
+ESTIMATES = "seconds.yaml"
+"""How long runs took on another machine, in the params folder: for those that were never run here."""
 
 
 class Schedule:
@@ -51,6 +53,8 @@ class Schedule:
         self.running: list[Path] = []
         self.ended: list[Path] = []
         self._history = _read_history()
+        self._expected = {**_read_estimates(), **self._history}
+        self._took: dict[Path, float] = {}
 
     def execute(self) -> list[str]:
         """Run them: the longest chains first, and notebooks that measure speed alone, last.
@@ -73,6 +77,7 @@ class Schedule:
             for path, seconds, error in self._scheduled(batch, width, execute):
                 self.ended.append(path)
                 if error is None:
+                    self._took[path] = seconds
                     self._history[label(path)] = round(seconds, 1)
                     write_json(project_root() / "outputs" / HISTORY, self._history)
                 else:
@@ -110,9 +115,9 @@ class Schedule:
         pool.shutdown()
 
     def _seconds(self, path: Path) -> float:
-        """What a run took the last time; for one that was never run, the mean."""
-        mean = sum(self._history.values()) / len(self._history) if self._history else 0.0
-        return self._history.get(label(path), mean)
+        """What a run is expected to take; for one that is not known, the mean."""
+        mean = sum(self._expected.values()) / len(self._expected) if self._expected else 0.0
+        return self._expected.get(label(path), mean)
 
     def _chain_seconds(self, path: Path) -> tuple[float, int]:
         """Seconds and length of the longest chain of runs that begins with this one."""
@@ -122,11 +127,13 @@ class Schedule:
 
     def _time_left(self) -> str:
         left = [path for path in self.todo if path not in self.ended]
-        if not self._history or not left:
+        if not self._expected or not left:
             return ""
         alone = sum(self._seconds(path) for path in left if path.parent.name in ALONE)
         together = sum(self._seconds(path) for path in left) - alone
-        return f"; about {max(1, round((alone + together / self.jobs) / 60))} minutes left"
+        expected = sum(self._seconds(path) for path in self._took)
+        pace = sum(self._took.values()) / expected if expected else 1.0  # of this machine, today
+        return f"; about {max(1, round(pace * (alone + together / self.jobs) / 60))} minutes left"
 
     def _write_page(self) -> None:
         waiting = [path for path in self.todo if path not in self.running and path not in self.ended]
@@ -155,3 +162,8 @@ def _read_history() -> dict[str, float]:
         return {str(name): float(seconds) for name, seconds in stored.items()}
     except (OSError, ValueError, TypeError, AttributeError):
         return {}
+
+
+def _read_estimates() -> dict[str, float]:
+    path = project_root() / "params" / ESTIMATES
+    return read_yaml(path) if path.exists() else {}
