@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from vaelab import world
 from vaelab.activations.denoiser import Sampling, from_pictures, from_prompts
 from vaelab.core.validate import at_least
-from vaelab.sae.controls import Readout, explained_variance, linear_readouts, train_readouts
+from vaelab.sae.controls import Readout, SAEReadout, explained_variance, linear_readouts, train_readouts
 from vaelab.sae.detection import (
     Detection,
     Halves,
@@ -206,6 +206,19 @@ def compare_settings(halves: Halves, settings: Mapping[str, Comparison]) -> pd.D
     return pd.DataFrame(rows)
 
 
+def train_without_truth(maps: Tensor, setting: Comparison) -> tuple[dict[str, list[SAEReadout]], dict[str, float]]:
+    """Train autoencoders and their frozen controls on the first half of maps (S, h, w, d) of which no truth is known.
+
+    Returns:
+        The readouts by name, one per seed; and their explained variance on the second half.
+    """
+    first, second = (half.flatten(0, -2) for half in (maps[: len(maps) // 2], maps[len(maps) // 2 :]))
+    trained = train_readouts(
+        first, setting.sae(maps.shape[-1]), setting.train, setting.batch_size, setting.seeds, setting.variants
+    )
+    return trained, explained_variance(trained, second)
+
+
 class Stability(NamedTuple):
     """Whether features are found again from other seeds; made by :func:`stability`."""
 
@@ -214,27 +227,35 @@ class Stability(NamedTuple):
     untrained: float
     """The same of the initial weights."""
     features: pd.DataFrame
-    """One row per feature of the first seed that is ever active: ``feature``, ``cosine`` (the mean of its matches), and
-    ``f1`` (the best over the concepts)."""
+    """One row per feature of the first seed that is ever active: ``feature``, ``cosine`` (the mean of its matches) and,
+    where the truth is known, ``f1`` (the best over the concepts)."""
     correlation: float
-    """Spearman's rank correlation of ``cosine`` and ``f1``; 0 if one of them is constant."""
+    """Spearman's rank correlation of ``cosine`` and ``f1``; 0 if one of them is constant or the truth is unknown."""
 
 
-def stability(compared: Compared, halves: Halves) -> Stability:
+def stability(
+    readouts: Mapping[str, Sequence[SAEReadout]], vectors: Tensor, by_feature: np.ndarray | None = None
+) -> Stability:
     """Match the features of autoencoders of different seeds one to one, such that the sum of cosines is largest.
+
+    Args:
+        readouts: ``sae`` and ``untrained``, one readout per seed.
+        vectors: (N, d), on which features count as active.
+        by_feature: (m,) the best F1 of the first seed's features; None if the truth is unknown.
 
     Raises:
         ValueError: there are fewer than two seeds.
     """
-    own = compared.readouts["sae"]
+    own = readouts["sae"]
     if len(own) < 2:
         raise ValueError(f"seeds: stability needs at least two, got {len(own)}")
-    cosines = {name: _matched(compared.readouts[name]) for name in ("sae", "untrained")}
+    cosines = {name: _matched(readouts[name]) for name in ("sae", "untrained")}
     first = np.mean([cosines["sae"][0, other] for other in range(1, len(own))], 0)
-    active = (own[0].scores(halves.choosing.flat) > 0).any(0).numpy()
-    table = pd.DataFrame({"feature": range(len(first)), "cosine": first, "f1": compared.found["sae"][0].by_feature})
-    table = table[active].reset_index(drop=True)
-    varied = len(table) > 1 and table[["cosine", "f1"]].nunique().min() > 1
+    table = pd.DataFrame({"feature": range(len(first)), "cosine": first})
+    if by_feature is not None:
+        table["f1"] = by_feature
+    table = table[(own[0].scores(vectors) > 0).any(0).numpy()].reset_index(drop=True)
+    varied = "f1" in table and len(table) > 1 and table[["cosine", "f1"]].nunique().min() > 1
     correlation = float(spearmanr(table["cosine"], table["f1"]).statistic) if varied else 0.0
     means = [float(np.mean(list(each.values()))) for each in cosines.values()]
     return Stability(*means, table, correlation)
