@@ -114,8 +114,10 @@ def stability_scatter(found: Mapping[str, Stability], title: str = "") -> Figure
             own.features["cosine"], own.features["f1"], s=22, color=STYLES["sae"][1], alpha=0.55, edgecolor="white"
         )
         axis.axvline(own.untrained, color="#555555", linestyle="--", linewidth=1)
-        axis.text(own.untrained + 0.01, 0.97, "untrained", fontsize=8, color="#555555", va="top",
-                  transform=axis.get_xaxis_transform())  # fmt: skip
+        axis.text(
+            own.untrained, 0.97, " untrained", fontsize=8, color="#555555", va="top",
+            transform=axis.get_xaxis_transform(), bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+        )  # fmt: skip
         axis.set_title(f"{block}: rank correlation {own.correlation:.2f}", fontsize=10)
         axis.set_xlabel("cosine with its match")
     axes[0][0].set_ylabel("best F1 over the concepts")
