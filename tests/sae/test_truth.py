@@ -127,3 +127,12 @@ def test_the_verdict_names_what_the_autoencoder_is_not_ahead_of():
     )
     dense = table.assign(concepts_per_dimension=1.0)
     assert truth.worth_from(dense) is None and "not ahead of all" in truth.worth_sentence(dense)
+
+
+def test_the_interval_of_a_mean_over_blocks_is_that_of_the_resamples_mean():
+    drawn = np.random.default_rng(0).random((2, 400))
+    compared = {
+        block: truth.Compared(truth.Summary(pd.DataFrame(), {"sae": own}), {}, {}, {})
+        for block, own in zip("ab", drawn, strict=True)
+    }
+    assert truth.mean_interval(compared, "sae") == pytest.approx(np.quantile(drawn.mean(0), [0.025, 0.975]))

@@ -290,6 +290,13 @@ def stack_tables(compared: Mapping[Any, Compared], column: str) -> pd.DataFrame:
     return stacked[[column, *(name for name in stacked if name != column)]]
 
 
+def mean_interval(compared: Mapping[Any, Compared], method: str) -> tuple[float, float]:
+    """Compute the 95 % interval of a method's F1 averaged over blocks, whose resamples hold the same scenes."""
+    values = np.mean([each.summary.resamples[method] for each in compared.values()], 0)
+    low, high = np.quantile(values, [0.025, 0.975])
+    return float(low), float(high)
+
+
 def f1_by_factor(compared: Compared) -> pd.DataFrame:
     """Average F1 over seeds and the values of each factor: one row per method, one column per factor."""
     rows = {}
