@@ -6,19 +6,18 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from small_features import BLOCK, Letters, MeanColours, N, pictures
 from small_sae import FEATURES, D, shaken, vectors
 
+from vaelab.activations.denoiser import Sampling
 from vaelab.sae import feature_scores
 from vaelab.sae.feature_statistics import FeatureStatistics
 from vaelab.sae.model import Codes
+from vaelab.sae.steering import Directions, Steerer, activate_alone, modulate
 
 
 def unit_vectors(count, d=6, seed=0):
     return torch.nn.functional.normalize(torch.randn(count, d, generator=torch.Generator().manual_seed(seed)))
-
-
-def pictures(count, side=8, seed=1):
-    return torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
 def sparse_maps(count, side=4, seed=2):
@@ -162,3 +161,100 @@ def test_the_table_has_mean_and_deviation_of_every_score():
         "up.colour.sae": 12.0, "baseline.colour.random_pictures": 50.0, "up.inside_-5.sae": 5.0,
         "up.outside_-5.sae": 1.5,
     }  # fmt: skip
+
+
+def test_features_are_scored_as_one_would_by_hand(lab):
+    (feature,) = lab.statistics.most_active(1)
+    row = lab.scorer.score(BLOCK, "sae", lab.sae, lab.statistics, [feature], captions={feature: "a bad egg"})
+    row = row.to_dict("records")[0]
+    items, _ = lab.statistics.sample_items(feature, 0.5, 1, 3)
+    records = [lab.store.items[item] for item in items]
+    assert len(items) == 3 and all(record["guided"] for record in records)
+    sampling, model = Sampling(1, 2.0), MeanColours()
+
+    steerer = Steerer(lab.pipeline, {BLOCK: Directions.of(lab.sae, lab.statistics)})
+
+    def drawn(prompts, seeds, steering):
+        return torch.cat([
+            steerer.generate([prompt], [steering], sampling, [seed])
+            for prompt, seed in zip(prompts, seeds, strict=True)
+        ])  # fmt: skip
+
+    prompts, seeds = [record["prompt"] for record in records], [record["seed"] for record in records]
+    plain = drawn(prompts, seeds, [])
+    dense = lab.sae.encode(lab.store.maps(BLOCK, lab.pool).float()).dense(N)[..., feature]
+    maps = torch.stack([dense[lab.pool.index(item)] for item in items])
+    assert row["specificity"] == pytest.approx(feature_scores.mean_similarity(model.embed_pictures(plain)), abs=1e-5)
+    assert row["colour"] == pytest.approx(feature_scores.colour_distance(plain, maps), rel=1e-4)
+    everything = drawn(*zip(*[(lab.store.items[i]["prompt"], lab.store.items[i]["seed"]) for i in lab.pool],
+                            strict=True), [])  # fmt: skip
+    weighted = feature_scores.monosemanticity(dense.mean((1, 2))[:, None], model.embed_pictures(everything))
+    assert row["monosemanticity"] == pytest.approx(weighted.item(), abs=1e-5)
+    for beta in (-5, 5):
+        after = drawn(prompts[:2], seeds[:2], [modulate(BLOCK, feature, beta)])
+        found = row[f"inside_{beta}"], row[f"outside_{beta}"]
+        assert found == pytest.approx(feature_scores.local_change(plain[:2], after, maps[:2]), rel=1e-3, nan_ok=True)
+    alone = model.embed_pictures(drawn([""], [0], [activate_alone(BLOCK, feature, 1.0)]))[0]
+    assert row["causality"] == pytest.approx((model.embed_pictures(plain) @ alone).mean().item(), abs=1e-4)
+    assert row["texture"] == pytest.approx((model.embed_pictures(pictures(3)) @ alone).mean().item(), abs=1e-4)
+    near = feature_scores.nearest_prompts(
+        Letters().embed_sentences(["a bad egg"])[0],
+        Letters().embed_sentences([lab.store.items[item]["prompt"] for item in lab.pool]), 2,
+    )  # fmt: skip
+    shares = (dense > 0).double().mean((1, 2))
+    for share in (0.0, 0.1, 0.3):
+        assert row[f"sensitivity_{share:.0%}"] == pytest.approx((shares[near] > share).double().mean().item())
+        assert row[f"any_prompt_{share:.0%}"] == pytest.approx((shares > share).double().mean().item())
+
+
+def test_random_directions_keep_the_activations_and_write_something_else(lab):
+    (feature,) = lab.statistics.most_active(1)
+    random = feature_scores.with_random_directions(lab.sae)
+    row = lab.scorer.score(BLOCK, "random", lab.sae, lab.statistics, [feature], written_by=random)
+    assert "specificity" not in row and {"texture", "causality", "inside_5", "outside_-5"} <= set(row.columns)
+    same = lab.scorer.score(BLOCK, "sae", lab.sae, lab.statistics, [feature])
+    assert row["inside_5"][0] != same["inside_5"][0]
+
+
+def test_baselines_are_samples_of_pictures(lab):
+    rows = lab.scorer.baselines(same_prompts=1)
+    assert rows["who"].tolist() == ["random pictures"] * 3 + ["same prompt"] + ["textures"] * 3 + ["empty prompt"]
+    textures = MeanColours().embed_pictures(pictures(3)).double()
+    first = (textures[0] @ textures[1] + textures[0] @ textures[2]).item() / 2
+    assert rows[rows["who"] == "textures"]["texture"].iloc[0] == pytest.approx(first, abs=1e-6)
+    assert (rows["specificity"].dropna() <= 1 + 1e-6).all() and len(rows["specificity"].dropna()) == 4
+
+
+def test_a_model_of_words_compares_with_words(lab):
+    both = MeanColours()
+    both.embed_sentences = lambda sentences: torch.eye(12)[[len(one) % 12 for one in sentences]]
+    shown = feature_scores.ItemPictures(lab.pipeline, lab.store, both, batch_size=4)
+    scorer = feature_scores.FeatureScorer(lab.pipeline, shown, lab.pool, lab.scorer.config, textures=pictures(3))
+    vectors_ = both.embed_pictures(pictures(2))
+    assert scorer.texture(vectors_) == pytest.approx(vectors_[:, len("texture")].tolist())
+    assert scorer._causality(vectors_[0], "a star", []) == pytest.approx(float(vectors_[0, len("a star")]))
+    assert np.isnan(scorer._causality(vectors_[0], "", []))
+
+
+def test_wrong_requests_are_one_plain_error(lab):
+    inactive = (lab.statistics.mean_activation() == 0).nonzero().flatten().tolist()
+    with pytest.raises(ValueError, match=rf"^feature: {BLOCK} has features 0 to {N - 1}, got {N}"):
+        lab.scorer.score(BLOCK, "sae", lab.sae, lab.statistics, [N])
+    if inactive:
+        with pytest.raises(ValueError, match=rf"^feature: {inactive[0]} of {BLOCK} was never active"):
+            lab.scorer.score(BLOCK, "sae", lab.sae, lab.statistics, inactive[:1])
+    with pytest.raises(ValueError, match=r"^step: .* has no items of step 1; it was collected at all steps"):
+        feature_scores.items_at_step(lab.store, 1)
+    with pytest.raises(ValueError, match=r"^scored_features: no feature is active in 99 or more items"):
+        feature_scores.choose_features(lab.statistics, 3, 99)
+    with pytest.raises(ValueError, match=r"^top: expected a share"):
+        feature_scores.ScoreConfig(top=0.0)
+    chosen = feature_scores.choose_features(lab.statistics, 3, 2)
+    assert len(chosen) == 3 and (lab.statistics.summary().active_items[chosen] >= 2).all()
+
+
+def test_textures_and_probes_of_positions(lab):
+    textures = feature_scores.load_textures(count=4, resolution=32)
+    assert textures.shape == (4, 3, 32, 32) and textures.std() > 0.1
+    found = feature_scores.probe_positions(lab.pipeline, lab.store, [BLOCK], 0, 4, batch_size=3)
+    assert found["chance_row"][0] == 1 / 16 and 0 <= found["row"][0] <= 1

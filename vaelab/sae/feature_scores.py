@@ -345,7 +345,7 @@ def with_random_directions(sae: SAE, seed: int = 0) -> SAE:
     """Copy an autoencoder, with every feature's vector replaced by a random one of the same length. Its activations
     are unchanged."""
     made = copy.deepcopy(sae)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(20_000 + seed)  # not the numbers that an autoencoder begins with
     with torch.no_grad():
         vectors = F.normalize(torch.randn(sae.decoder.shape, generator=generator)).to(sae.decoder)
         made.decoder.copy_(vectors * sae.decoder.norm(dim=1, keepdim=True))
