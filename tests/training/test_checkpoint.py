@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from vaelab.training import checkpoint
-from vaelab.training.checkpoint import CHECKPOINT, LOG, TrainingLog, read_log, read_tensors, write_tensors
+from vaelab.training.checkpoint import CHECKPOINT, LOG, read_log, read_tensors, write_tensors
 from vaelab.training.loop import TrainConfig, Watcher, train
 
 
@@ -207,26 +207,44 @@ def test_rows_written_after_the_checkpoint_are_cut_off(tmp_path, monkeypatch):
     assert [row["step"] for row in logs["history"]] == [2, 4, 6, 8]
 
 
-def test_a_log_far_above_the_limit_of_a_safetensors_header(tmp_path):
-    """177 rows as long as those of an intervention in all 19,840 GroupNorm channels of the SDXL-VAE."""
-    rows = []
-    log = TrainingLog(tmp_path / LOG, {"interventions": rows})
-    channels = "0.1234567890123456, 0.123456789012345, " * 19_840
-    states = []
-    for step in range(177):
-        rows.append({"step": step, "scales": channels})
-        if step % 50 == 49 or step == 176:
-            states.append(log.append())
-    assert states[-1]["bytes"] == (tmp_path / LOG).stat().st_size > 130_000_000
-    write_tensors(tmp_path / CHECKPOINT, {}, {"log": states[2]})
-    assert (tmp_path / CHECKPOINT).stat().st_size < 1000
+class Intervenes(Watcher):
+    """Records an intervention in all 19,840 GroupNorm channels of the SDXL-VAE at every step, one row per layer;
+    interrupts after a step."""
 
-    read = []
-    resumed = TrainingLog(tmp_path / LOG, {"interventions": read})
-    resumed.restore(read_tensors(tmp_path / CHECKPOINT)[1]["log"])
-    assert [row["step"] for row in read] == list(range(150))
-    read += rows[150:]
-    assert resumed.append() == states[-1]
+    LAYERS = {f"layer {number}": 512 for number in range(38)} | {"layer 38": 384}
+    SCALES = torch.rand(512, generator=torch.Generator().manual_seed(0)).tolist()
+
+    def __init__(self, stop=0):
+        self.stop, self.rows = stop, []
+
+    def after(self, step, optimizer):
+        self.rows += [self.row(step, layer, width) for layer, width in self.LAYERS.items()]
+        if step == self.stop:
+            raise KeyboardInterrupt
+
+    def row(self, step, layer, width):
+        before = self.SCALES[:width]
+        return {"step": step, "layer": layer, "channels": list(range(width)), "before": before, "after": before[::-1]}
+
+    def logs(self):
+        return {"interventions": self.rows}
+
+
+def test_interventions_in_all_channels_of_the_sdxl_vae_are_logged_once_and_outside_the_checkpoint(tmp_path):
+    """A run of 177 interventions logs more than the 100 MB that fit into a safetensors header; 16 show that none of it
+    goes there."""
+    assert sum(Intervenes.LAYERS.values()) == 19_840
+    with pytest.raises(KeyboardInterrupt):
+        train(Small(), batches, config(steps=16, checkpoint_every=7), folder=tmp_path, watchers=[Intervenes(stop=12)])
+    resumed = Intervenes()
+    trained = train(Small(), batches, config(steps=16, checkpoint_every=7), folder=tmp_path, watchers=[resumed])
+    assert trained.resumed_at == 7
+    expected = [resumed.row(step, layer, width) for step in range(1, 17) for layer, width in resumed.LAYERS.items()]
+    assert resumed.rows == read_log(tmp_path / LOG)["Intervenes 0: interventions"] == expected
+    assert (tmp_path / LOG).stat().st_size * 177 / 16 > 100_000_000
+    assert (tmp_path / CHECKPOINT).stat().st_size < 50_000
+    with safe_open(tmp_path / CHECKPOINT, framework="pt") as file:
+        assert len(json.dumps(file.metadata())) < 200
 
 
 def test_documents_have_no_limit_either(tmp_path):
