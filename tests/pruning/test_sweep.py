@@ -39,8 +39,21 @@ def test_the_findings_describe_the_numbers():
     assert "falls by 0.15; scaling alone, of the denoiser without a mask, brings 0.14." in text
     assert "0.15 lower, of which scaling alone brings 0.14" in text and "have 9 times the error" in text
     assert "**lambda_1**: mean mask 0.9, 0 inactive channels; the diffusion loss is not clearly another" in text
+    assert results.describe_collapse(measured, parts) in text
     without = results.describe_results(measured[measured["setting"] != "lambda_0"], parts).data
     assert "No lambda brought the latent below a tenth" in without and "lost" not in without
+
+
+def test_a_mask_is_described_beside_the_training_without_one():
+    measured = numbers(unmasked=(0.2, 10.0, 1.0, 1.5), soft=(0.05, 90.0, 0.05, 0.05)).assign(closed_form_loss=0.04)
+    text = results.describe_mask(measured, "soft")
+    assert "is 0.05 instead of 0.2, but the scale of the latent is 0.05 instead of 1.5" in text
+    assert "a loss of 0.04; pictures from the masked latent have 9 times" in text and "2 seeds" in text
+    measured.loc[(measured["setting"] == "soft") & (measured["seed"] == 1), "masked_recon_mse"] = 110.0
+    ratio = results.error_ratio(measured.sample(frac=1, random_state=0), "soft")
+    assert ratio.mean == pytest.approx(99**0.5)
+    half = (np.log(11) - np.log(9)) / 2 * stats.t.ppf(0.975, 1)  # the standard error of two values is half their gap
+    assert (ratio.low, ratio.high) == pytest.approx((99**0.5 * np.exp(-half), 99**0.5 * np.exp(half)))
 
 
 def test_the_papers_numbers_stand_beside_ours():

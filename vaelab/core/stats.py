@@ -33,6 +33,15 @@ def paired_interval(first: Any, second: Any, level: float = 0.95) -> Interval:
     return Interval(mean, mean - float(half), mean + float(half))
 
 
+def mean_interval(values: Any) -> Interval:
+    """Compute the mean of values (N,), such as those of N seeds, with Student's t interval of 95 %; with one value the
+    interval's ends are NaN."""
+    values = np.asarray(values, dtype=float)
+    if len(values) == 1:
+        return Interval(float(values[0]), float("nan"), float("nan"))
+    return paired_interval(np.zeros(len(values)), values)
+
+
 def wilson(successes: int, count: int, level: float = 0.95) -> tuple[float, float]:
     """Compute Wilson's confidence interval of a proportion; it stays within [0, 1].
 

@@ -4,14 +4,13 @@ the findings as text.
 "PeLAP-A: Adaptive Latent Pruning for Lightweight Latent Diffusion Models" compares two single runs.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 
-from vaelab.core.stats import Interval, paired_interval
+from vaelab.core.stats import Interval, mean_interval, paired_interval
 from vaelab.pruning import noise_loss
 from vaelab.pruning.sweep import KEEP, UNMASKED, lambda_name
 
@@ -19,11 +18,6 @@ PAPER = {"lambda_0": (0.0240, 24.67), "lambda_0.01": (0.0236, 22.59)}
 """Diffusion loss, and reconstruction MSE summed over a picture's 3,072 values, from the paper's abstract: one run each.
 ``lambda_0`` is what the paper calls the unpruned baseline."""
 PAPER_SCHEDULE = 1000
-
-
-def mean_interval(values: Sequence[float]) -> Interval:
-    """Compute the mean over seeds with its 95 % interval by Student's t."""
-    return paired_interval(np.zeros(len(values)), values)
 
 
 def summarize_over_seeds(measured: pd.DataFrame) -> dict[str, float]:
@@ -118,24 +112,53 @@ def describe_results(measured: pd.DataFrame, parts: pd.DataFrame) -> Any:
             f"- **{setting}**: mean mask {now['mean_mask']:.3g}, {now['inactive_channels']:.2g} inactive channels; the "
             f"diffusion loss is {less}{share}; pictures from the masked latent have {ratio:.3g} times the error."
         )
-    lambdas = [name for name in means.index if name.startswith("lambda_")]
-    collapsed = [name for name in lambdas if means.loc[name, "scale"] < 0.1 * before["scale"]]
-    worse = [name for name in collapsed if means.loc[name, "masked_recon_mse"] > 2 * before["recon_mse"]]
-    summary = "No lambda brought the latent below a tenth of its scale."
-    if collapsed:
-        summary = f"The latent collapses below a tenth of its scale with {', '.join(collapsed)}"
-        summary += ", without any penalty too" if lambda_name(0) in collapsed else ""
-        summary += f". Its pictures are then lost with {', '.join(worse)}." if worse else "; its pictures are not lost."
-        fell = parts[parts["setting"].isin(collapsed)][["by_scaling", "improvement"]].mean()
-        summary += (
-            f" The diffusion loss falls by {fell['improvement']:.3g}; scaling alone, of the denoiser without a mask, "
-            f"brings {fell['by_scaling']:.3g}."
-        )
     return Markdown(
         f"Against `unmasked` (diffusion loss {before['diffusion_loss']:.3g}, scale {before['scale']:.3g}, error "
         f"{before['recon_mse']:.3g} a picture), by 95 % intervals over {measured['seed'].nunique()} seeds.\n\n"
-        + summary + "\n\n" + "\n".join(lines)
+        + describe_collapse(measured, parts) + "\n\n" + "\n".join(lines)
     )  # fmt: skip
+
+
+def describe_collapse(measured: pd.DataFrame, parts: pd.DataFrame) -> str:
+    """Describe with which lambdas the latent collapses, and how much of the lower loss scaling alone brings; the
+    arguments are those of :func:`describe_results`."""
+    means = measured.groupby("setting", sort=False)[["recon_mse", "masked_recon_mse", "scale"]].mean()
+    before, lambdas = means.loc[UNMASKED], [name for name in means.index if name.startswith("lambda_")]
+    collapsed = [name for name in lambdas if means.loc[name, "scale"] < 0.1 * before["scale"]]
+    worse = [name for name in collapsed if means.loc[name, "masked_recon_mse"] > 2 * before["recon_mse"]]
+    if not collapsed:
+        return "No lambda brought the latent below a tenth of its scale."
+    summary = f"The latent collapses below a tenth of its scale with {', '.join(collapsed)}"
+    summary += ", without any penalty too" if lambda_name(0) in collapsed else ""
+    summary += f". Its pictures are then lost with {', '.join(worse)}." if worse else "; its pictures are not lost."
+    fell = parts[parts["setting"].isin(collapsed)][["by_scaling", "improvement"]].mean()
+    return summary + (
+        f" The diffusion loss falls by {fell['improvement']:.3g}; scaling alone, of the denoiser without a mask, "
+        f"brings {fell['by_scaling']:.3g}."
+    )
+
+
+def describe_mask(measured: pd.DataFrame, setting: str) -> str:
+    """Describe in words what one setting's mask does, beside the same training without a mask; ``measured`` is the
+    table of :func:`vaelab.pruning.sweep.metrics_table`."""
+    means = measured.groupby("setting")[["diffusion_loss", "closed_form_loss", "scale"]].mean()
+    before, now = means.loc[UNMASKED], means.loc[setting]
+    ratio = error_ratio(measured, setting)
+    return (
+        f"With the mask ({setting}) the diffusion loss is {now['diffusion_loss']:.3g} instead of "
+        f"{before['diffusion_loss']:.3g}, but the scale of the latent is {now['scale']:.3g} instead of "
+        f"{before['scale']:.3g}, and a latent of this scale without any structure has a loss of "
+        f"{now['closed_form_loss']:.3g}; pictures from the masked latent have {ratio.mean:.3g} times the error of "
+        f"those without a mask (means over {measured['seed'].nunique()} seeds)."
+    )
+
+
+def error_ratio(measured: pd.DataFrame, setting: str) -> Interval:
+    """Compute how many times the error of pictures without a mask those from a setting's masked latent have: the
+    geometric mean of the ratio over seeds, with its 95 % interval (of the logarithms, by Student's t)."""
+    own, before = (measured[measured["setting"] == name].set_index("seed") for name in (setting, UNMASKED))
+    logarithms = mean_interval(np.log(own["masked_recon_mse"] / before["recon_mse"]))
+    return Interval(*np.exp(logarithms).tolist())
 
 
 def _schedule() -> Any:
