@@ -184,7 +184,8 @@ def _execute(params_file: Path, params: dict[str, Any], show_output: bool, fork:
         ) from error
     if not (output_of(params_file) / RESULTS).exists():
         return  # a dry run
-    page = to_html(target, front_page=project_root() / "outputs" / "index.html")
+    results = read_results(output_of(params_file))
+    page = to_html(target, front_page=project_root() / "outputs" / "index.html", results=results)
     os.replace(page, output.with_suffix(".html"))
     os.replace(target, output)
 

@@ -5,7 +5,7 @@ The page's layout is the template ``index.html`` beside this module. It needs no
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -209,7 +209,7 @@ def _entry(outputs: Path, folder: str, page: str) -> Entry:
         return entry
     try:
         results = read_results(outputs / folder)
-        entry.numbers = [_key_number(number) for number in results.get("key_numbers", [])]
+        entry.numbers = [shown_number(number) for number in results.get("key_numbers", [])]
         entry.key = bool(entry.numbers)
         if not entry.numbers:
             metrics = list(results.get("metrics", {}).items())[:METRICS]
@@ -247,7 +247,8 @@ def _differing(notebooks: Path, results: dict[str, Any]) -> list[tuple[str, str]
     ]
 
 
-def _key_number(number: dict[str, Any]) -> tuple[str, str, str]:
+def shown_number(number: Mapping[str, Any]) -> tuple[str, str, str]:
+    """Format a key number of a run's results: its label, its value with unit, and its interval."""
     unit, interval = number.get("unit", ""), number.get("interval")
     ends = f"{_number(interval[0])} to {_number(interval[1])}" if interval else ""
     return str(number["label"]), f"{_number(number['value'])} {unit}".strip(), ends

@@ -6,19 +6,27 @@ beside this module.
 
 import os
 import re
+from collections.abc import Mapping
+from html import escape
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
+
+from vaelab.runner.index import shown_number
 
 INTERACTIVE = ("application/vnd.jupyter.widget-view+json", "application/javascript")
 """Outputs that need a running kernel or scripts; their text or picture is shown instead."""
 
 
-def to_html(notebook: Path, *, front_page: Path | None = None) -> Path:
+def to_html(
+    notebook: Path, *, front_page: Path | None = None, results: Mapping[str, Any] = MappingProxyType({})
+) -> Path:
     """Write an executed notebook as HTML beside it; returns the page.
 
     Args:
         notebook: an executed notebook.
         front_page: what the page links back to.
+        results: the run's results, whose finding and key numbers stand below the question.
     """
     import nbformat
     from jinja2 import Environment
@@ -31,6 +39,8 @@ def to_html(notebook: Path, *, front_page: Path | None = None) -> Path:
     for cell in nb.cells:
         cell.outputs = _shown(cell.get("outputs", [])) if cell.cell_type == "code" else []
     nb.metadata.pop("widgets", None)
+    if results.get("finding"):
+        nb.cells.insert(1, nbformat.v4.new_markdown_cell(_summary(results)))
     exporter = HTMLExporter(raw_template=CELLS, template_name="basic", embed_images=True)
     body, _ = exporter.from_notebook_node(nb)
     template = Environment(autoescape=True).from_string(Path(__file__).with_name("notebook.html").read_text())
@@ -70,6 +80,14 @@ screen a figure is scrolled before its text becomes too small to read."""
 def _title(nb: Any) -> str:
     heading = nb.cells[0].source.split("\n")[0] if nb.cells and nb.cells[0].cell_type == "markdown" else ""
     return heading.lstrip("# ") if heading.startswith("# ") else ""
+
+
+def _summary(results: Mapping[str, Any]) -> str:
+    items = ""
+    for number in results.get("key_numbers", []):
+        label, value, ends = map(escape, shown_number(number))
+        items += f"<div><dt>{label}</dt><dd>{value}{f' <small>({ends})</small>' if ends else ''}</dd></div>"
+    return f'<section class="result" aria-label="Result"><p>{escape(results["finding"])}</p><dl>{items}</dl></section>'
 
 
 def _shown(outputs: list[Any]) -> list[Any]:
