@@ -197,7 +197,6 @@ def test_wrong_input_is_one_clear_error_and_leaves_nothing_finished(
         ("42_diffc", {"template": "a thing"}, "template: expected {}"),
         ("42_diffc", {"keep": [2, 2]}, "keep: expected decreasing numbers"),
         ("42_diffc", {"others": ["{folder}"]}, "others: .* holds no finished run of 42_diffc"),
-        ("43_pca_maps", {"other_model": "embedded-dit", "other_blocks": ["block9"]}, "other_blocks: unknown name"),
     ],
     ids=lambda value: value if isinstance(value, str) else next(iter(value)),
 )
@@ -224,6 +223,11 @@ def test_wrong_input_is_refused_before_anything_is_computed(tmp_path, monkeypatc
         ("30_collect_activations", {"blocks": ["up_ft0"]}, "blocks: up_blocks.0 .* has no update"),
         ("33_block_ablation", {"blocks": ["down.1.1", "up.9.9"]}, "blocks: unknown name 'up.9.9'"),
         ("33_block_ablation", {"column": "text"}, "column: "),
+        ("40_layer_features", {"blocks": ["up_ft9"]}, "blocks: unknown name 'up_ft9'.*up_ft0"),
+        ("42_diffc", {"blocks": ["up_ft9"]}, "blocks: unknown name 'up_ft9'.*up_ft0"),
+        ("42_diffc", {"diffc_layers": ["up_ft1.t26"]}, "diffc_layers: unknown name 'up_ft1.t26'.*up_ft1.t25"),
+        ("43_pca_maps", {"other_model": "embedded-dit", "other_blocks": ["block9"]}, "other_blocks: unknown name"),
+        ("43_pca_maps", {"other_model": "embeded", "other_blocks": ["block9"]}, "other_model: 'embeded' is neither"),
         ("90_benchmarks", {"blocks": ["up.9.9"]}, "blocks: unknown name 'up.9.9'"),
         ("90_benchmarks", {"pipeline": "embeded"}, "pipeline: 'embeded' is neither"),
     ],
@@ -269,6 +273,56 @@ def test_globs_and_own_pictures_are_taken_to_the_end(tmp_path, monkeypatch, name
     given = {key: folder if value == "{folder}" else value for key, value in params.items()}
     execute_cells(name, *ORDER[2:], output_dir=str(tmp_path / "run"), **given)
     assert (tmp_path / "run" / "results.json").exists()
+
+
+def classify_own_pictures(folder, output):
+    """Run the README's command for own pictures in this process, on one layer."""
+    small = {"blocks": ["up_ft0"], "timesteps": [25], "width": 8, "epochs": 2, "zero_shot_images": 0}
+    execute_cells("42_diffc", *ORDER[2:], dataset=str(folder), output_dir=str(output), **small)
+
+
+def test_one_folder_of_class_folders_gives_an_accuracy(tmp_path, monkeypatch):
+    import numpy as np
+    import PIL.Image
+
+    monkeypatch.chdir(ROOT)
+    for number in range(24):
+        grey = np.full((40, 30, 3), 100 + 5 * number, np.uint8)
+        grey[:, ::4] //= 1 + number % 2  # every second picture has stripes
+        place = tmp_path / "own" / ("plain", "striped")[number % 2] / f"{number}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        PIL.Image.fromarray(grey).save(place)
+    classify_own_pictures(tmp_path / "own", tmp_path / "run")
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    probe, diffc = results["tables"]["accuracy"]
+    assert (probe["classifier"], probe["accuracy"], probe["uniform"]) == ("probe", 1.0, 0.5)
+    assert diffc["classifier"] == "diffc" and 0 <= diffc["low"] <= diffc["accuracy"] <= diffc["high"] <= 1
+    assert probe["count"] == diffc["count"] == 5, "a fifth of the pictures"
+    assert "label: the linear probe is correct for 100% of 5 test pictures" in results["finding"]
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ([], "dataset: '.*own'"),
+        (["0.png", "1.png"], "dataset: .* has no labels; expected .* a folder of pictures for each class"),
+        (
+            ["cat/0.png", "cat/1.png", "cat/2.png"],
+            "dataset: .* has no labels; expected .* a folder of pictures for each class",
+        ),
+        (["cat/0.png", "dog/1.png"], r"dataset: .* 2 pictures of 2 classes \(label\); expected .* more pictures than"),
+    ],
+    ids=["wrong folder", "no classes", "one class", "two pictures"],
+)
+def test_own_pictures_that_cannot_be_classified_are_refused_at_once(tmp_path, monkeypatch, names, message):
+    from vaelab import models
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(models, "load_pipeline", lambda *args, **options: pytest.fail("weights were loaded"))
+    picture_folder(tmp_path / "own", names)
+    with pytest.raises(ValueError, match=f"^{message}"):
+        classify_own_pictures(tmp_path / "own", tmp_path / "run")
+    assert not (tmp_path / "run" / "results.json").exists()
 
 
 def test_planted_channels_are_found_by_the_census_and_no_others(tmp_path):

@@ -70,6 +70,21 @@ def test_a_folder_of_classes_and_a_picture_that_cannot_be_read(tmp_path):
     assert torch.equal(pictures.stack([4, 0]), torch.stack([read[4].pixels, read[0].pixels]))
 
 
+def test_transparent_and_deep_grey_pixels_become_what_the_options_say(tmp_path):
+    import PIL.Image
+
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+    PIL.Image.new("RGBA", (16, 16), (255, 0, 0, 0)).save(tmp_path / "cat" / "0.png")
+    PIL.Image.fromarray(np.full((16, 16), 30000, np.uint16)).save(tmp_path / "dog" / "1.png")
+    for background, white_level, shown in (("white", None, (1, -1 + 60000 / 65535)), ("black", 40000.0, (-1, 0.5))):
+        pictures = load_labelled(str(tmp_path), resolution=8, background=background, white_level=white_level)
+        for number, value in enumerate(shown):
+            torch.testing.assert_close(pictures[number].pixels, torch.full((3, 8, 8), float(value)), rtol=0, atol=1e-2)
+    with pytest.raises(ValueError, match=r"^background: 'whit' is no colour"):
+        load_labelled(str(tmp_path), resolution=8, background="whit")
+
+
 def test_a_data_set_without_labels_has_no_classes(tmp_path):
     folder = str(picture_folder(tmp_path, ["a.png", "b.png"]))
     pictures = load_labelled(folder, resolution=16, labels=False)

@@ -207,12 +207,12 @@ def test_other_pictures_or_another_model_than_a_stores_are_refused(pipeline, pic
     stored = collect_layer_features(pipeline, pictures, config(timesteps=(25,)), tmp_path, settings={"model": "small"})
     assert layer_features.pooled_layers(stored) == ["bottleneck.t25", "up_ft0.t25"]
     layer_features.require_same_source(stored, pictures, {"model": "small"}, "activations")
-    for other, model in (
-        (pictures, "large"),
-        (replace(pictures, name="p"), "small"),
-        (replace(pictures, resolution=8), "small"),
+    for other, model, message in (
+        (pictures, "large", "model: 'large', but activations was made with 'small'"),
+        (replace(pictures, name="p"), "small", "activations: made with dataset .*, here it is 'p'"),
+        (replace(pictures, resolution=8), "small", "resolution: 8, but activations was made with 32"),
     ):
-        with pytest.raises(ValueError, match=r"^activations: made with "):
+        with pytest.raises(ValueError, match=f"^{message}"):
             layer_features.require_same_source(stored, other, {"model": model}, "activations")
 
 
@@ -254,15 +254,15 @@ def test_a_store_is_of_the_model_whose_files_made_it(tmp_path):
     stored = planted_pictures.fill(tmp_path / "store", planted_pictures.labels(3), model=model)
     (tmp_path / "model").rename(tmp_path / "moved")
     layer_features.require_same_model(stored, str(tmp_path / "moved"), "activations")
-    with pytest.raises(ValueError, match=r"^activations: made with model 'local', here it is 'embedded'"):
+    with pytest.raises(ValueError, match=r"^model: 'embedded', but activations was made with 'local'"):
         layer_features.require_same_model(stored, "embedded", "activations")
     (tmp_path / "moved" / "config.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"^activations: made with model .*sha256"):
+    with pytest.raises(ValueError, match=r"^model: .*sha256"):
         layer_features.require_same_model(stored, str(tmp_path / "moved"), "activations")
     layer_features.require_same_setting(stored, "model", model, "activations")
     other = {**model, "precision": "float16"}
     with pytest.raises(
-        ValueError, match=r"made with model {'precision': 'float32'}, here it is {'precision': 'float16'}"
+        ValueError, match=r"^model: {'precision': 'float16'}, but activations was made with {'precision': 'float32'}"
     ):
         layer_features.require_same_setting(stored, "model", other, "activations")
 

@@ -177,7 +177,7 @@ def test_a_store_is_opened_with_its_factors_for_its_own_pictures_alone(stored):
     pictures = LabelledPictures("p", 8, planted_pictures.CLASSES, range(60), lambda image: None)
     with pytest.raises(ValueError, match=r"^activations: made with dataset None, here it is 'p'"):
         purity.open_features(stored.url, pictures, "planted")
-    with pytest.raises(ValueError, match=r"^activations: made with model 'planted', here it is 'embedded'"):
+    with pytest.raises(ValueError, match=r"^model: 'embedded', but activations was made with 'planted'"):
         purity.open_features(stored.url, pictures, "embedded")
 
 

@@ -57,7 +57,7 @@ def test_what_would_be_no_test_is_refused(folders, by_factor, tmp_path):
         build_tasks(tested, tested, PICTURES, MODEL)
     with pytest.raises(ValueError, match=r"^test_activations: made with dataset"):
         build_tasks(tested, learned, PICTURES, MODEL)
-    with pytest.raises(ValueError, match=r"^test_activations: made with model 'planted', here it is 'embedded'"):
+    with pytest.raises(ValueError, match=r"^model: 'embedded', but test_activations was made with 'planted'"):
         build_tasks(learned, tested, PICTURES, {"model": "embedded"})
     options = planted_pictures.fill(
         tmp_path / "options", planted_pictures.labels(9), prompt="a {shape}", dataset="world[train][0:9]", resolution=32

@@ -390,7 +390,8 @@ def require_same_source(
 def require_same_setting(features: store.Store, setting: str, here: Any, parameter: str) -> None:
     """Raise ValueError unless a setting of a store has this value.
 
-    If both values are mappings, the error lists only the entries that differ.
+    The error begins with ``model`` or ``resolution`` if one of these is the setting, otherwise with ``parameter``, which
+    named the store. If both values are mappings, it lists only the entries that differ.
     """
     there = features.settings.get(setting)
     if there == here:
@@ -398,11 +399,11 @@ def require_same_setting(features: store.Store, setting: str, here: Any, paramet
     if isinstance(there, Mapping) and isinstance(here, Mapping):
         keys = [key for key in {**there, **here} if there.get(key) != here.get(key)]
         there, here = ({key: each.get(key) for key in keys} for each in (there, here))
-    raise ValueError(f"{parameter}: made with {setting} {there!r}, here it is {here!r}; give the same")
+    raise _different(setting, there, here, parameter)
 
 
 def require_same_model(features: store.Store, model: str, parameter: str) -> None:
-    """Raise ValueError unless a store was made with this model, a name or a local folder.
+    """Raise ValueError, beginning with ``model``, unless a store was made with this model, a name or a local folder.
 
     A folder is compared by the checksum of its files if the store was made with a local folder too, otherwise the names
     are compared. The store's setting ``model`` comes from :func:`vaelab.models.identity`.
@@ -415,7 +416,13 @@ def require_same_model(features: store.Store, model: str, parameter: str) -> Non
         here, there = model, there.get("name") if isinstance(there, Mapping) else there
         same = there == here
     if not same:
-        raise ValueError(f"{parameter}: made with model {there!r}, here it is {here!r}; give the same")
+        raise _different("model", there, here, parameter)
+
+
+def _different(setting: str, there: Any, here: Any, parameter: str) -> ValueError:
+    if setting in ("model", "resolution"):  # names of notebook parameters
+        return ValueError(f"{setting}: {here!r}, but {parameter} was made with {there!r}; give the same")
+    return ValueError(f"{parameter}: made with {setting} {there!r}, here it is {here!r}; give the same")
 
 
 def pooled_layers(features: store.Store) -> list[str]:

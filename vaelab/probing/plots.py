@@ -94,11 +94,11 @@ def accuracies(table: pd.DataFrame, title: str = "") -> Figure:
     marks = table.groupby("line", sort=False)[["chance", "uniform"]].first().loc[lines]
     for column, label, colour in (
         ("chance", "always the commonest class", viz.SUPPRESSED_COLOUR),
-        ("uniform", "chance, 1 / classes", "#8a8a8a"),
+        ("uniform", "chance, 1 / classes", "#6b6b6b"),
     ):
-        axis.plot(marks[column], range(len(lines)), "|", color=colour, markersize=22, label=label)
+        axis.plot(marks[column], range(len(lines)), "|", color=colour, markersize=22, markeredgewidth=2, label=label)
     axis.set(xlabel="test accuracy, with 95 % interval", xlim=(-0.02, 1.02), ylim=(len(lines) - 0.5, -0.5))
     axis.set_yticks(range(len(lines)), lines, fontsize=8)
-    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    axis.legend(fontsize=8, markerscale=0.5, loc="center left", bbox_to_anchor=(1.0, 0.5))
     axis.set_title(title, fontsize=11)
     return figure
