@@ -35,11 +35,14 @@ def test_the_findings_describe_the_numbers():
     parts = pd.DataFrame([*parts_of("lambda_0", 0.15, 0.14), *parts_of("lambda_1", 0.0, 0.0)])
     text = results.describe_results(measured, parts).data
     assert "collapses below a tenth of its scale with lambda_0, without any penalty too" in text
-    assert "pictures are then lost with lambda_0." in text
+    assert "Its pictures are then lost. The diffusion loss" in text
     assert "falls by 0.15; scaling alone, of the denoiser without a mask, brings 0.14." in text
     assert "0.15 lower, of which scaling alone brings 0.14" in text and "have 9 times the error" in text
     assert "**lambda_1**: mean mask 0.9, 0 inactive channels; the diffusion loss is not clearly another" in text
     assert results.describe_collapse(measured, parts) in text
+    both = measured.assign(scale=[1.0, 1.0, 0.05, 0.05, 0.05, 0.05])
+    text = results.describe_collapse(both, parts)
+    assert "with every lambda, without any penalty too. Its pictures are then lost with lambda_0." in text
     without = results.describe_results(measured[measured["setting"] != "lambda_0"], parts).data
     assert "No lambda brought the latent below a tenth" in without and "lost" not in without
 

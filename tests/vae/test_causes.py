@@ -1,5 +1,6 @@
 from dataclasses import replace
 
+import pandas as pd
 import pytest
 
 from vaelab import data
@@ -58,3 +59,15 @@ def test_a_strong_decay_suppresses_every_channel_unless_scales_are_not_decayed(m
 def test_an_unknown_variant_lists_the_nearest(model, tmp_path):
     with pytest.raises(ValueError, match="no weight decay"):
         causes.train_variants(model, ["no weight decy"], [0], CONFIG, pictures, "digits", tmp_path)
+
+
+def test_causes_are_described_by_the_shares_and_the_controls():
+    shares = {"reference": 0.4, "no weight decay": 0.0, "scales not decayed": 0.02, "glyphs": 0.5}
+    final = pd.DataFrame([{"variant": name, "seed": seed, "share": share} for name, share in shares.items()
+                          for seed in (0, 1)])  # fmt: skip
+    text = causes.describe_causes(final)
+    assert "reference 40%, no weight decay 0%, scales not decayed 2%, glyphs 50% (mean over 2 seeds)." in text
+    assert "the control, fewer than a tenth" in text
+    final.loc[final["variant"] == "no weight decay", "share"] = 0.3
+    assert "not the only cause" in causes.describe_causes(final)
+    assert causes.describe_causes(final[final["variant"] == "glyphs"]).endswith("seeds).")

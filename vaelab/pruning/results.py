@@ -128,9 +128,13 @@ def describe_collapse(measured: pd.DataFrame, parts: pd.DataFrame) -> str:
     worse = [name for name in collapsed if means.loc[name, "masked_recon_mse"] > 2 * before["recon_mse"]]
     if not collapsed:
         return "No lambda brought the latent below a tenth of its scale."
-    summary = f"The latent collapses below a tenth of its scale with {', '.join(collapsed)}"
+    which = "every lambda" if collapsed == lambdas else ", ".join(collapsed)
+    summary = f"The latent collapses below a tenth of its scale with {which}"
     summary += ", without any penalty too" if lambda_name(0) in collapsed else ""
-    summary += f". Its pictures are then lost with {', '.join(worse)}." if worse else "; its pictures are not lost."
+    if worse:
+        summary += ". Its pictures are then lost" + ("." if worse == collapsed else f" with {', '.join(worse)}.")
+    else:
+        summary += "; its pictures are not lost."
     fell = parts[parts["setting"].isin(collapsed)][["by_scaling", "improvement"]].mean()
     return summary + (
         f" The diffusion loss falls by {fell['improvement']:.3g}; scaling alone, of the denoiser without a mask, "

@@ -47,6 +47,9 @@ VARIANTS = {
     "glyphs": Variant(dataset="glyphs"),
 }
 
+UNDECAYED = ("no weight decay", "scales not decayed")
+"""The variants without weight decay on GroupNorm's scales."""
+
 
 def train_variant(
     model: str,
@@ -130,6 +133,23 @@ def train_variants(
                 for row in run.validation
             ]
     return pd.DataFrame(rows)
+
+
+def describe_causes(final: pd.DataFrame) -> str:
+    """Describe in words which share of the channels each variant suppresses; ``final`` has the rows of
+    :func:`train_variants` that are ``final``."""
+    shares = final.groupby("variant", sort=False)["share"].mean()
+    each = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
+    seeds = final["seed"].nunique()
+    sentence = f"Suppressed channels after training: {each} (mean over {seeds} seed{'s' * (seeds > 1)})."
+    undecayed = [name for name in UNDECAYED if name in shares]
+    if "reference" in shares and shares["reference"] > 0 and undecayed:
+        few = [name for name in undecayed if shares[name] < 0.1 * shares["reference"]]
+        if few == undecayed:
+            sentence += " Without weight decay on the scales, the control, fewer than a tenth of these are suppressed."
+        else:
+            sentence += " Weight decay on the scales is not the only cause: without it, channels are suppressed too."
+    return sentence
 
 
 def _width_changes(model: str, width: float, revision: str | None) -> dict[str, Any]:
