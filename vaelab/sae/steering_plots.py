@@ -65,8 +65,10 @@ def effect_against_damage(curve: pd.DataFrame, ceiling: pd.DataFrame, title: str
         line[0].set_ylabel(label)
     for axis, way in zip(axes[0], ways, strict=True):
         axis.set_title(WAY_TITLES[way], fontsize=11)
-    for axis in axes[1]:
-        axis.set_xlabel("damage: loss over that without steering")
+    figure.supxlabel(
+        "damage: the denoiser's loss on the picture, relative to pictures without steering (larger points: stronger)",
+        fontsize=10,
+    )
     figure.legend(drawn.values(), drawn.keys(), loc="outside right center", fontsize=9, frameon=False)
     figure.suptitle(title, fontsize=12)
     return figure
