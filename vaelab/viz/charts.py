@@ -127,11 +127,9 @@ def bars(table: pd.DataFrame, x: str, y: str, hue: str | None, ylabel: str, titl
         title: the figure's title.
     """
     figure, axis = plt.subplots(figsize=(max(5, 1.25 * table[x].nunique() + 1), 3.6), layout="constrained")
-    colours = _palette(table[hue]) if hue else None
-    sns.barplot(table, x=x, y=y, hue=hue, palette=colours, ax=axis, errorbar=None, alpha=0.55)
-    sns.stripplot(
-        table, x=x, y=y, hue=hue, palette=colours, dodge=bool(hue), ax=axis, size=5, legend=False, jitter=False
-    )
+    colours = {"palette": _palette(table[hue])} if hue else {"color": PALETTE["nudge"]}
+    sns.barplot(table, x=x, y=y, hue=hue, **colours, ax=axis, errorbar=None, alpha=0.55)
+    sns.stripplot(table, x=x, y=y, hue=hue, **colours, dodge=bool(hue), ax=axis, size=5, legend=False, jitter=False)
     if axis.get_legend():  # seaborn makes no legend if the colours repeat the labels under the bars
         sns.move_legend(axis, "center left", bbox_to_anchor=(1.0, 0.5), fontsize=9)  # inside it would hide a bar
     axis.set(xlabel="", ylabel=ylabel)
