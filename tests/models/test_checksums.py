@@ -1,6 +1,7 @@
 """Weights that a run saved are checked against the checksums beside them."""
 
 import json
+import threading
 
 import pytest
 import xxhash
@@ -38,6 +39,25 @@ def test_one_flipped_bit_is_refused_and_names_the_file(saved, tmp_path):
             models.load_vae(str(name), device="cpu")
     (saved / checksums.CHECKSUMS).unlink()
     models.load_vae(str(saved), device="cpu")  # a folder without the file is loaded unchecked
+
+
+def test_weights_are_loaded_while_their_checksum_is_computed(saved, monkeypatch):
+    loading, own = threading.Event(), checksums.checksum
+
+    def waits(file):
+        assert loading.wait(30), "the checksum was not computed in a thread"
+        return own(file)
+
+    monkeypatch.setattr(checksums, "checksum", waits)
+    with checksums.checksums_verified(saved, "it"):
+        loading.set()
+
+
+def test_the_checksum_explains_whatever_error_damaged_weights_cause(saved):
+    content = (saved / WEIGHTS).read_bytes()
+    (saved / WEIGHTS).write_bytes(content[: len(content) // 2])  # which safetensors refuses by itself
+    with pytest.raises(ValueError, match=f"^model: {WEIGHTS} of .* is damaged: its checksum differs"):
+        models.load_vae(str(saved), device="cpu")
 
 
 def test_weights_that_are_saved_again_have_new_checksums(saved, tiny_vae):

@@ -1,5 +1,6 @@
 import json
 import shutil
+import threading
 import weakref
 from itertools import islice
 
@@ -477,3 +478,16 @@ def test_the_longest_name_of_a_block_fits(tmp_path):
 def test_unknown_names_and_numbers_out_of_range_are_refused_at_once(written, ask, expected):
     with pytest.raises(ValueError, match=expected):
         ask(reader.open(written))
+
+
+def test_the_files_of_a_group_are_compared_with_their_checksums_at_the_same_time(tmp_path, monkeypatch):
+    fill(tmp_path)
+    two, compare = threading.Barrier(2, timeout=30), store.Store._check
+
+    def together(self, block, shard, rows):
+        if shard < 2:
+            two.wait()
+        compare(self, block, shard, rows)
+
+    monkeypatch.setattr(store.Store, "_check", together)
+    assert sum(len(batch) for batch in store.open(tmp_path).batches(next(iter(LAYOUT)), 5, seed=0)) > 0

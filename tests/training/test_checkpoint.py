@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import threading
 from itertools import islice
 
 import pytest
@@ -165,6 +166,18 @@ def test_one_damaged_byte_of_a_checkpoint_is_found_as_it_is_read(finished, place
     file.write_bytes(content)
     with pytest.raises(ValueError, match=r"checkpoint\.safetensors is (damaged|no checkpoint)"):
         again(finished)
+
+
+def test_the_checksum_is_computed_while_the_values_are_checked(finished, monkeypatch):
+    checking, checksum, not_finite = threading.Event(), checkpoint._checksum, checkpoint.not_finite
+
+    def waits(tensors):
+        assert checking.wait(30), "the checksum was not computed in a thread"
+        return checksum(tensors)
+
+    monkeypatch.setattr(checkpoint, "_checksum", waits)
+    monkeypatch.setattr(checkpoint, "not_finite", lambda *given: checking.set() or not_finite(*given))
+    assert again(finished).resumed_at == 2
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"not a safetensors file at all"])

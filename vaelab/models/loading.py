@@ -23,10 +23,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from vaelab.core import devices
+from vaelab.core.finite import all_finite
 from vaelab.core.hub import announce_download, network_errors
 from vaelab.core.validate import one_of, unknown
 from vaelab.models.block_names import DENOISERS, EXAMPLES, architecture
-from vaelab.models.checksums import save_with_checksums, verify_checksums
+from vaelab.models.checksums import checksums_verified, save_with_checksums
 from vaelab.models.registry import (
     access_model,
     embedded_dit_path,
@@ -392,7 +393,7 @@ def require_finite(tensors: Iterable[tuple[str, Tensor]], what: str) -> None:
         what: a description of the model, such as ``model: 'embedded' (vae)``; error messages begin with it.
     """
     for key, tensor in tensors:
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if not all_finite(tensor):
             raise ValueError(f"{what} has NaN or infinite entries in {key} ({tensor.dtype}); expected finite weights")
 
 
@@ -554,14 +555,14 @@ def _load_module(kind: type, path: str, name: str, part: str, options: dict[str,
         options: the options ``revision``, ``variant`` and ``dtype``.
     """
     given = {key: value for key, value in options.items() if value is not None}
-    verify_checksums(Path(path) / part, name)
-    try:
-        module, report = kind.from_pretrained(path, subfolder=part, output_loading_info=True, **given)
-    except READ_ERRORS as error:
-        raise ValueError(_explanation(path, name, part, options, error)) from error
     what = f"model: {name!r} ({part or kind.__name__})"
-    _validate_report(report, what)
-    require_finite(module.state_dict().items(), what)
+    with checksums_verified(Path(path) / part, name):
+        try:
+            module, report = kind.from_pretrained(path, subfolder=part, output_loading_info=True, **given)
+        except READ_ERRORS as error:
+            raise ValueError(_explanation(path, name, part, options, error)) from error
+        _validate_report(report, what)
+        require_finite(module.state_dict().items(), what)
     return module
 
 
@@ -583,19 +584,19 @@ def _load_single_file(kind: type, file: str, config: str, name: str, dtype: torc
         raise ValueError(f"model: {name!r}: diffusers reads {kind.__name__} from a folder only, not from a single file")
     folder, subfolder, entries = locate_vae(config)
     what = f"model: {name!r}"
-    verify_checksums(Path(file).parent, name, only=Path(file).name)
-    try:
-        with safe_open(file, "pt") as stored:
-            keys = set(stored.keys())
-        with torch.device("meta"):
-            expected = kind.from_config(entries).state_dict().keys()
-        if keys & expected:  # names in another layout are converted by diffusers, so they cannot be compared here
-            _validate_report({"missing_keys": expected - keys, "unexpected_keys": keys - expected}, what)
-        vae = kind.from_single_file(file, config=str(Path(folder) / (subfolder or "")), local_files_only=True)
-    except READ_ERRORS as error:
-        if str(error).startswith(what):
-            raise
-        raise ValueError(f"{what} could not be read as a {kind.__name__}, or is damaged ({error})") from error
+    with checksums_verified(Path(file).parent, name, only=Path(file).name):
+        try:
+            with safe_open(file, "pt") as stored:
+                keys = set(stored.keys())
+            with torch.device("meta"):
+                expected = kind.from_config(entries).state_dict().keys()
+            if keys & expected:  # names in another layout are converted by diffusers, so they cannot be compared here
+                _validate_report({"missing_keys": expected - keys, "unexpected_keys": keys - expected}, what)
+            vae = kind.from_single_file(file, config=str(Path(folder) / (subfolder or "")), local_files_only=True)
+        except READ_ERRORS as error:
+            if str(error).startswith(what):
+                raise
+            raise ValueError(f"{what} could not be read as a {kind.__name__}, or is damaged ({error})") from error
     vae = nn.Module.to(vae, dtype)
     require_finite(vae.state_dict().items(), what)
     return vae
