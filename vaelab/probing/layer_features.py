@@ -390,8 +390,8 @@ def require_same_source(
 def require_same_setting(features: store.Store, setting: str, here: Any, parameter: str) -> None:
     """Raise ValueError unless a setting of a store has this value.
 
-    The error begins with ``model`` or ``resolution`` if one of these is the setting, otherwise with ``parameter``, which
-    named the store. If both values are mappings, it lists only the entries that differ.
+    The error begins with ``model`` or ``resolution`` if one of these is the setting, otherwise with ``parameter``,
+    which named the store. If both values are mappings, it lists only the entries that differ.
     """
     there = features.settings.get(setting)
     if there == here:
