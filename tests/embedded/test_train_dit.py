@@ -1,9 +1,12 @@
 """The training of the class-conditional transformer: its classes and data, its loss, that it learns and resumes."""
 
+import math
+
 import diffusers
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from torch.nn.functional import adaptive_avg_pool2d
 
 from vaelab import activations, hooks, models, world
@@ -195,3 +198,10 @@ def test_the_shipped_folders_are_small_and_plain():
 def test_what_is_refused():
     with pytest.raises(ValueError, match="layers"):
         DiTConfig(layers=0)
+
+
+def test_a_plan_is_of_the_shipped_size():
+    plan = train_dit.plan_dit(steps=9, device="cpu")
+    with safe_open(models.embedded_dit_path() / "transformer" / "diffusion_pytorch_model.safetensors", "pt") as file:
+        stored = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    assert plan.steps == 9 and plan.parameters == pytest.approx(stored, rel=0.01)

@@ -59,6 +59,16 @@ def test_several_blocks_of_a_store_in_one_pass(tmp_path):
     assert list(first) == ["mid.0"] and torch.equal(first["mid.0"], again["mid.0"])
 
 
+def test_a_plan_is_of_all_autoencoders_and_counts_them_as_saved(tmp_path):
+    saes = {f"k{k}": SAESpec("mid.0", SAEConfig(32, 64, k)) for k in (2, 4)}
+    batches = store_batches(written(tmp_path), ["mid.0"], 96, seed=0)
+    plan = train.plan_saes(saes, batches, TrainConfig(steps=50, learning_rate=0.01, clip_norm=0.0, device="cpu"))
+    weights = 2 * (2 * 64 * 32 + 64 + 32)
+    assert (plan.title, plan.steps, plan.parameters) == ("2 autoencoders", 50, weights)
+    assert plan.seconds > 0
+    assert plan.written == pytest.approx((3 + 1) * 4 * weights, rel=0.2)  # with moments; and the weights again
+
+
 def test_an_empty_store_and_an_unknown_block_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"^activations: .*empty holds no item"):
         store_batches(written(tmp_path / "empty", items=0), ["mid.0"], 8, seed=0)

@@ -400,3 +400,18 @@ def test_the_variant_of_the_weights_is_loaded(model, pictures, tiny_vae, tmp_pat
         str(tmp_path / "only-fp16"), "baseline", config(steps=1), pictures, tmp_path / "run", variant="fp16"
     )
     assert run.history[-1]["step"] == 1
+
+
+def test_a_plan_leaves_out_finished_trainings_and_counts_validations(model, pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(finetune, "evaluate_reconstruction", lambda vae, batches: time.sleep(0.1))
+    (tmp_path / "baseline-seed0").mkdir()
+    (tmp_path / "baseline-seed0" / "run.json").write_text("{}")
+    settings = config(steps=20, evaluate_every=5)
+    plan = finetune.plan_conditions(model, ["baseline", "nudge"], [0, 1], settings, pictures, tmp_path)
+    assert (plan.trainings, plan.steps) == (3, 60)
+    # 6 pictures in batches of 4, before training and after every fifth step
+    assert 3 * 5 * 1.5 * 0.1 < plan.seconds < 600
+    weights = sum(value.nbytes for value in models.load_vae(model, device="cpu").state_dict().values())
+    assert plan.written == plan.checkpoint + weights  # of the nudge with the first seed; others leave none
+    with pytest.raises(ValueError, match=r"^conditions: expected baseline"):
+        finetune.plan_conditions(model, ["nudge"], [0], settings, pictures, tmp_path)
