@@ -49,8 +49,6 @@ def test_what_is_planted_has_the_strength_asked_for_and_its_labels():
     rest = after - torch.from_numpy(labels).double() @ left
     assert rest.square().sum() < 0.15 * after.square().sum()
     assert truth.plant(MAPS, 30, **PLAN).choosing.covered.shape == (20, 64, 10)
-    with pytest.raises(ValueError, match="planted: must be at least 3, got 2"):
-        truth.plant(MAPS, 2, **{**PLAN, "active": 3})
 
 
 def test_a_projection_keeps_labels_and_is_orthonormal():
@@ -59,8 +57,19 @@ def test_a_projection_keeps_labels_and_is_orthonormal():
     assert small.choosing.vectors.shape == (20, 64, 4) and small.choosing.covered is halves.choosing.covered
     x, y = halves.reporting.flat[:50], whole.reporting.flat[:50]
     torch.testing.assert_close(x @ x.T, y @ y.T, rtol=1e-3, atol=1e-3)
+
+
+def test_settings_that_cannot_be_used_are_refused():
+    with pytest.raises(ValueError, match="planted: must be at least 3, got 2"):
+        truth.validate_controls(12, [4, 2], 3, [])
     with pytest.raises(ValueError, match="dimensions: expected numbers from 1 to the vectors' width 12, got 13"):
-        truth.project(halves, 13, 0)
+        truth.validate_controls(12, [], 3, [12, 13])
+    for wrong, message in (
+        ({"seeds": ()}, "seeds: expected one or more"), ({"seeds": (1, 1)}, "seeds: expected one or more"),
+        ({"k": 99}, "k: 99 active features of 48"), ({"variants": ("topkk",)}, "other_kinds: .*'topkk'"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            setting(**wrong)
 
 
 def test_features_are_matched_one_to_one_with_the_largest_sum_of_cosines():

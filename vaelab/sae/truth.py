@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from vaelab import world
 from vaelab.activations.denoiser import Sampling, from_pictures, from_prompts
-from vaelab.core.validate import at_least
+from vaelab.core.validate import at_least, one_of
 from vaelab.sae.controls import Readout, SAEReadout, explained_variance, linear_readouts, train_readouts
 from vaelab.sae.detection import (
     Detection,
@@ -33,7 +33,7 @@ from vaelab.sae.detection import (
     split_halves,
     summarise,
 )
-from vaelab.sae.model import SAEConfig
+from vaelab.sae.model import VARIANTS, SAEConfig
 from vaelab.training import TrainConfig
 
 METRIC_SCORES = ("f1", "coverage", "iou", "auroc", "picture_f1")
@@ -64,6 +64,14 @@ class Comparison:
     """Bootstrap resamples of the intervals."""
     options: dict[str, Any] = field(default_factory=dict)
     """Further fields of :class:`vaelab.sae.model.SAEConfig`."""
+
+    def __post_init__(self) -> None:
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds: expected one or more different numbers, got {list(self.seeds)}")
+        one_of("kind", self.kind, VARIANTS)
+        for name in self.variants:
+            one_of("other_kinds", name, VARIANTS)
+        self.sae(1)
 
     def sae(self, d: int) -> SAEConfig:
         """Specify the autoencoder for vectors of width d."""
@@ -129,6 +137,16 @@ def label_factors(maps: Tensor, scenes: Sequence[world.Scene]) -> Halves:
     return split_halves(maps.flatten(1, 2), covered, [f"{factor}: {value}" for factor, value in factor_values()])
 
 
+def validate_controls(width: int, planted: Sequence[int], active: int, dimensions: Sequence[int]) -> None:
+    """Raise ValueError unless ``active`` of each number of ``planted`` features can be active, and vectors of this
+    width can be projected to each number of ``dimensions``."""
+    for count in planted:
+        at_least("planted", count, active)
+    for d in dimensions:
+        if not 1 <= d <= width:
+            raise ValueError(f"dimensions: expected numbers from 1 to the vectors' width {width}, got {d}")
+
+
 def plant(maps: Tensor, count: int, *, active: int, strength: float, scored: int, seed: int) -> Halves:
     """Add a known sparse dictionary to maps (S, h, w, d), and label which of its features are active where.
 
@@ -143,7 +161,6 @@ def plant(maps: Tensor, count: int, *, active: int, strength: float, scored: int
         scored: the number of features that become concepts, the first ones; more cost time only.
         seed: determines directions and amounts.
     """
-    at_least("planted", count, active)
     generator = torch.Generator().manual_seed(20_000 + seed)
     x = maps.flatten(0, -2)
     directions = F.normalize(torch.randn(count, x.shape[1], generator=generator))
@@ -157,14 +174,8 @@ def plant(maps: Tensor, count: int, *, active: int, strength: float, scored: int
 
 
 def project(halves: Halves, d: int, seed: int) -> Halves:
-    """Project vectors at random to d dimensions, by orthonormal directions; the labels stay.
-
-    Raises:
-        ValueError: the vectors have fewer dimensions.
-    """
+    """Project vectors at random to d dimensions, at most their width, by orthonormal directions; the labels stay."""
     width = halves.choosing.vectors.shape[-1]
-    if not 1 <= d <= width:
-        raise ValueError(f"dimensions: expected numbers from 1 to the vectors' width {width}, got {d}")
     generator = torch.Generator().manual_seed(30_000 + seed)
     directions = torch.linalg.qr(torch.randn(width, d, generator=generator)).Q
     return Halves(*(half._replace(vectors=half.vectors @ directions) for half in halves))
