@@ -138,6 +138,6 @@ def test_the_verdict_names_what_differs_and_says_where_nothing_does():
     clear = [a_run("baseline", i, 1.0 + i / 1e3) for i in range(3)] + [
         a_run("nudge", i, 2.0 + i / 1e3 + i**2 / 1e4) for i in range(3)
     ]
-    assert "mse +1e+02 %" in compare.describe_differences(compare.paired_differences(clear, "d")).data
+    assert "mse +100 %" in compare.describe_differences(compare.paired_differences(clear, "d")).data
     assert "Of 4 intervals" in compare.describe_differences(compare.paired_differences(RUNS, "d")).data
     assert "no measure differs" in compare.describe_differences(compare.paired_differences(RUNS, "d")).data

@@ -300,7 +300,7 @@ def describe_differences(table: pd.DataFrame) -> Any:
     for dataset, part in table.groupby("dataset", sort=False):
         for condition, measures in part.groupby("condition", sort=False):
             without_zero = measures[(measures["low"] > 0) | (measures["high"] < 0)]
-            effects = ", ".join(f"{row.measure} {row.percent:+.2g} %" for row in without_zero.itertuples())
+            effects = ", ".join(f"{row.measure} {_signed(row.percent)} %" for row in without_zero.itertuples())
             lines.append(f"- **{dataset}**, {condition}: {effects or 'no measure differs from the baseline'}")
     chance = 0.05 * len(table)
     return Markdown(
