@@ -472,6 +472,30 @@ class TestUpdate:
         for layer, (update,) in updates.items():
             assert torch.equal(update, outputs[layer][0] - inputs[layer][0])
 
+    def test_input_and_output_together_are_captured_and_give_a_new_output(self, tiny_vae):
+        layer = "decoder.mid_block.resnets.0"
+        with capture(tiny_vae, layer, side="input_output") as both, capture(tiny_vae, layer, side="input") as inputs:
+            tiny_vae(pictures())
+        with capture(tiny_vae, layer) as outputs:
+            tiny_vae(pictures())
+        assert torch.equal(both[layer][0], torch.cat([inputs[layer][0], outputs[layer][0]], 1))
+        with (
+            edit(tiny_vae, {layer: lambda pair: pair.chunk(2, 1)[0] + 1}, side="input_output"),
+            capture(tiny_vae, "decoder.mid_block.attentions.0", side="input") as after,
+        ):
+            tiny_vae(pictures())
+        assert torch.equal(after["decoder.mid_block.attentions.0"][0], inputs[layer][0] + 1)
+        tokens = nn.Sequential(Giving(lambda x: 2 * x))
+        with capture(tokens, "0", side="input_output") as seen:
+            tokens(torch.ones(1, 3, 4))
+        assert seen["0"][0].tolist() == [[[1.0] * 4 + [2.0] * 4] * 3]
+        wrong = edit(tokens, {"0": lambda pair: pair}, side="input_output")
+        with (
+            pytest.raises(RuntimeError, match=r"layers: the output of 0 has shape \(1, 3, 4\), not \(1, 3, 8\)"),
+            wrong,
+        ):
+            tokens(torch.ones(1, 3, 4))
+
     def test_watching_it_changes_nothing(self):
         model, x, y = rounding(torch.bfloat16)
         with capture(model, "0", side="update") as seen:

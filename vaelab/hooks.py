@@ -25,7 +25,9 @@ from torch import Tensor, nn
 
 from vaelab.core.validate import nearest, one_of, unknown
 
-SIDES = ("input", "output", "update")
+SIDES = ("input", "output", "update", "input_output")
+"""What is captured or edited of a layer: a tensor that it takes or returns; output minus input; or both, input first,
+concatenated along the channels."""
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -114,8 +116,9 @@ def capture(
     Args:
         model: the module; it may be wrapped by accelerate. A layer that was compiled before runs without hooks.
         layers: module paths or globs, see :func:`find_layers`.
-        side: ``"output"``, ``"input"``, or ``"update"``, which is output minus input, for layers whose output has the
-            shape of their input. The input is the first tensor among the layer's arguments.
+        side: ``"output"``, ``"input"``, or for layers whose output has the shape of their input ``"update"``, which is
+            output minus input, or ``"input_output"``, input and output concatenated along the channels (the second
+            dimension of a map, the last one of tokens). The input is the first tensor among the layer's arguments.
         reduce: a function that is called on each tensor, without gradient and on the tensor's device, when a layer has
             run. Its result is recorded in place of the tensor, so a statistic needs no memory for maps.
         to: the device to which the recorded tensors are moved; None leaves them where they are.
@@ -199,7 +202,8 @@ def edit(
             given order.
         side: ``"output"``, ``"input"``, or ``"update"``, which is output minus input. Elements of the update that the
             function does not change leave the output unchanged, bit for bit; elements that it sets to 0 make the output
-            equal to the input.
+            equal to the input. With ``"input_output"`` the function takes both, concatenated along the channels, and
+            returns the output.
         entry: the index of the tensor to replace if an output has several; -1 is the last.
 
     Raises:
@@ -251,7 +255,7 @@ def _hooked(
         new = act(name, _tensor(name, out, entry))
         return None if new is None else _with_tensor(out, new, entry)
 
-    def on_update(_: nn.Module, args: tuple, kwargs: dict, out: Any) -> Any:
+    def both_sides(args: tuple, kwargs: dict, out: Any) -> tuple[Tensor, Tensor]:
         before = _tensor(name, _given(module, args, kwargs)[0])
         after = _tensor(name, out, entry)
         if before.shape != after.shape:
@@ -259,6 +263,19 @@ def _hooked(
                 f"layers: {name} takes {tuple(before.shape)} in and gives {tuple(after.shape)} out, "
                 "so it has no update; use side output"
             )
+        return before, after
+
+    def on_both(_: nn.Module, args: tuple, kwargs: dict, out: Any) -> Any:
+        before, after = both_sides(args, kwargs, out)
+        new = act(name, torch.cat([before, after], 1 if after.ndim == 4 else -1))
+        if new is None:
+            return None
+        if new.shape != after.shape:
+            raise RuntimeError(f"layers: the output of {name} has shape {tuple(after.shape)}, not {tuple(new.shape)}")
+        return _with_tensor(out, new.to(after.dtype), entry)
+
+    def on_update(_: nn.Module, args: tuple, kwargs: dict, out: Any) -> Any:
+        before, after = both_sides(args, kwargs, out)
         update = after - before
         new = act(name, update)
         if new is None:
@@ -272,7 +289,7 @@ def _hooked(
     if side == "input":
         handle = module.register_forward_pre_hook(on_input, with_kwargs=True)
     else:
-        hook = on_output if side == "output" else on_update
+        hook = {"output": on_output, "update": on_update, "input_output": on_both}[side]
         handle = module.register_forward_hook(hook, with_kwargs=True)
     try:
         yield

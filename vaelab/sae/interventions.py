@@ -26,13 +26,15 @@ from vaelab.core.validate import one_of
 from vaelab.data.prompts import Prompts
 from vaelab.hooks import edit
 from vaelab.models.block_names import example_outputs, find_blocks, find_denoiser, paths_by_name, picture_entry
+from vaelab.sae.transcoder import PAIRS
 from vaelab.world import oracle
 from vaelab.world.scenes import SIDE, Scene
 
 LPIPS_NETWORKS = ("alex", "vgg", "squeeze")
 """Networks of the ``lpips`` package."""
 Replacement = Callable[[Tensor], Tensor]
-"""A function from vectors (N, d) in float32 to vectors (N, d)."""
+"""A function from vectors (N, d) in float32 to vectors (N, d); of a block's input and output together, (N, 2 d), to its
+new output (N, d)."""
 PAPER_TABLE_2 = {
     ("down.2.1", 5, 640): (83.29, 50.04, 0.3383, 56.0), ("mid.0", 5, 640): (52.64, 26.82, 0.2032, 43.4),
     ("up.0.0", 5, 640): (55.89, 30.69, 0.2276, 44.8), ("up.0.1", 5, 640): (52.67, 34.53, 0.2073, 50.3),
@@ -182,6 +184,7 @@ def generate_with_replacement(
     steps: Collection[int] | None = None,
     batch_size: int = 16,
     seed: int = 0,
+    side: str = "update",
 ) -> Tensor:
     """Generate pictures (N, 3, H, W) in [-1, 1] with a block's update replaced; picture i uses ``seed + i``.
 
@@ -199,6 +202,8 @@ def generate_with_replacement(
             :func:`vaelab.activations.denoiser.count_passes`).
         batch_size: the number of prompts per batch.
         seed: the seed of the first picture.
+        side: ``update``; or ``input_output``, for a function from the block's inputs and outputs (n, 2 d), such as a
+            transcoder, to new outputs (n, d).
 
     Raises:
         ValueError: the block is unknown, a step is beyond the last one, or ``replace`` returns another shape.
@@ -209,24 +214,26 @@ def generate_with_replacement(
         raise ValueError(f"replaced_steps: expected numbers from 0 to {passes - 1}, got {sorted(replaced)}")
     calls = count()
 
-    def replace_at_steps(update: Tensor) -> Tensor:
-        return _by_vectors(replace, update) if next(calls) % passes in replaced else update
+    def replace_at_steps(seen: Tensor) -> Tensor:
+        unchanged = seen.chunk(2, 1 if seen.ndim == 4 else -1)[1] if side == PAIRS else seen
+        return _by_vectors(replace, seen, unchanged) if next(calls) % passes in replaced else unchanged
 
     entry = picture_entry(pipeline, path)
-    with edit(find_denoiser(pipeline), {path: replace_at_steps}, side="update", entry=entry):
+    with edit(find_denoiser(pipeline), {path: replace_at_steps}, side=side, entry=entry):
         return activations.generate_all(pipeline, prompts, sampling, batch_size=batch_size, seed=seed)
 
 
-def _by_vectors(replace: Replacement, update: Tensor) -> Tensor:
-    """Apply ``replace`` to the vectors of a map (B, d, h, w) or to tokens (B, n, d)."""
-    spread = update.movedim(1, -1) if update.ndim == 4 else update
-    vectors = spread.flatten(0, -2)
+def _by_vectors(replace: Replacement, seen: Tensor, unchanged: Tensor) -> Tensor:
+    """Apply ``replace`` to the vectors of a map (B, d, h, w) or to tokens (B, n, d); the result is shaped like
+    ``unchanged``."""
+    spread = seen.movedim(1, -1) if seen.ndim == 4 else seen
+    vectors, width = spread.flatten(0, -2), unchanged.shape[1 if seen.ndim == 4 else -1]
     new = replace(vectors.float())
-    if new.shape != vectors.shape:
+    if new.shape != (len(vectors), width):
         raise ValueError(f"replace: gave {tuple(new.shape)} for vectors {tuple(vectors.shape)}")
-    new = new.to(update.dtype).reshape(spread.shape)
-    # in the update's memory layout, because the rounding of the following layers depends on it
-    return torch.empty_like(update).copy_(new.movedim(-1, 1) if update.ndim == 4 else new)
+    new = new.to(seen.dtype).reshape(*spread.shape[:-1], width)
+    # in the memory layout of what it replaces, because the rounding of the following layers depends on it
+    return torch.empty_like(unchanged).copy_(new.movedim(-1, 1) if seen.ndim == 4 else new)
 
 
 class ReplacementOutcome(NamedTuple):
@@ -248,7 +255,7 @@ class ReplacementExperiment:
 
     def __init__(
         self, pipeline: Any, prompts: Prompts, sampling: Sampling, perceptual: LPIPS, *, batch_size: int = 16,
-        seed: int = 0, keep: int = 8,
+        seed: int = 0, keep: int = 8, side: str = "update",
     ):  # fmt: skip
         """Generate the reference pictures.
 
@@ -260,10 +267,12 @@ class ReplacementExperiment:
             batch_size: the number of prompts per batch.
             seed: the seed of the first picture.
             keep: the number of pictures that the outcome of a replacement holds.
+            side: what is replaced, see :func:`generate_with_replacement`.
         """
         activations.validate_size(pipeline, sampling, SIDE if prompts.of_the_world else None)
         self._drawing = {"sampling": sampling, "batch_size": batch_size, "seed": seed}
         self._pipeline, self._texts, self._keep, self.perceptual = pipeline, prompts.texts, keep, perceptual
+        self._side = side
         self.pictures, self.steps = (
             activations.generate_all(pipeline, prompts.texts, **self._drawing),
             activations.count_passes(pipeline, sampling),
@@ -274,7 +283,9 @@ class ReplacementExperiment:
     def replaced(self, block: str, replace: Replacement, steps: Collection[int] | None = None) -> ReplacementOutcome:
         """Generate pictures with a block's update replaced, see :func:`generate_with_replacement`, and measure the
         effects."""
-        after = generate_with_replacement(self._pipeline, self._texts, block, replace, steps=steps, **self._drawing)
+        after = generate_with_replacement(
+            self._pipeline, self._texts, block, replace, steps=steps, side=self._side, **self._drawing
+        )
         return ReplacementOutcome(after[: self._keep].clone(), self.effects(after))
 
     def effects(self, after: Tensor) -> pd.DataFrame:

@@ -4,7 +4,7 @@ From Surkov et al. ("Unpacking SDXL Turbo", appendix D, Table 2). Autoencoders a
 way and in one pass over the vectors; each selects active features by its own rule.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import pandas as pd
@@ -46,9 +46,9 @@ class _Sums:
         self.active = torch.zeros(len(dictionary.features()), dtype=torch.long)
         self.first = self.second = 0.0
 
-    def add(self, x: Tensor) -> None:
+    def add(self, x: Tensor, target: Tensor) -> None:
         codes = self.dictionary.encode(x)
-        residual = to_float64(x - self.dictionary.decode(codes))
+        residual = to_float64(target - self.dictionary.decode(codes))
         self.first, self.second = self.first + residual.sum(0), self.second + residual.square().sum(0)
         fired = codes.indices[codes.values != 0].cpu()
         self.active += torch.bincount(fired, minlength=len(self.active))
@@ -56,14 +56,16 @@ class _Sums:
 
 @torch.no_grad()
 def evaluate_dictionaries(
-    dictionaries: Mapping[str, Dictionary], batches: Iterable[Tensor], *, dense: float = DENSE
-) -> dict[str, Fidelity]:
+    dictionaries: Mapping[str, Dictionary], batches: Iterable[Tensor], *, dense: float = DENSE,
+    target: Callable[[Tensor], Tensor] | None = None,
+) -> dict[str, Fidelity]:  # fmt: skip
     """Evaluate several dictionaries on the same vectors, read once and summed in float64.
 
     Args:
         dictionaries: the dictionaries by name.
         batches: batches of vectors (n, d), preferably held-out ones.
         dense: a feature is dense if it is active in more than this fraction of the vectors.
+        target: returns what is reconstructed of a batch, for transcoders its outputs; None means the batch itself.
 
     Raises:
         ValueError: there is no vector, all vectors are equal, or a vector is not finite.
@@ -73,12 +75,13 @@ def evaluate_dictionaries(
     total, shift, first, second = 0, None, 0.0, 0.0
     for batch in batches:
         _finite(batch, total)
-        wide = to_float64(batch)
+        wanted = target(batch) if target else batch
+        wide = to_float64(wanted)
         shift = wide.mean(0) if shift is None else shift
         first, second = first + (wide - shift).sum(0), second + (wide - shift).square().sum(0)
         total += len(batch)
         for dictionary in sums.values():
-            dictionary.add(batch)
+            dictionary.add(batch, wanted)
     variance = second / total - (first / total) ** 2 if total else torch.zeros(1)
     if not (variance > 0).any():
         raise ValueError(f"activations: {total} vectors without any variance, so none of it can be explained")

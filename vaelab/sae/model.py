@@ -114,6 +114,15 @@ class SAEConfig:
         at_least("nested", self.nested[0], 0, exclusive=True)
 
     @property
+    def width(self) -> int:
+        """Width of the vectors that the autoencoder is trained and evaluated on."""
+        return self.d
+
+    def build(self, seed: int = 0) -> "SAE":
+        """Make the autoencoder with its initial weights."""
+        return SAE(self, seed)
+
+    @property
     def prefixes(self) -> list[int]:
         """The sizes, in rising order, of the prefixes of the dictionary that reconstruct by themselves."""
         if self.variant != "matryoshka":
@@ -132,7 +141,7 @@ class Codes(NamedTuple):
     scale: Tensor | None = None
     """(..., 1): with ``input_norm``, the factor by which :meth:`SAE.decode` multiplies."""
     shift: Tensor | None = None
-    """(..., 1): with ``input_norm``, the value that :meth:`SAE.decode` then adds."""
+    """(..., 1): with ``input_norm``, the value that :meth:`SAE.decode` then adds; for a transcoder (..., d)."""
 
     def l0(self) -> Tensor:
         """Count the active features of each vector: (...)."""
@@ -182,6 +191,11 @@ class SAE(nn.Module):
     and for ``jumprelu`` ``log_threshold`` (n_features,). The buffer ``inactive_for`` (n_features,) counts the vectors
     since each feature was last active.
     """
+
+    FORMAT = FORMAT
+    """Name of the files' format."""
+    CONFIG = SAEConfig
+    """Class of the configuration."""
 
     def __init__(self, config: SAEConfig, seed: int = 0):
         """Initialise the features at random with unit length, and the encoder equal to the decoder."""
@@ -275,10 +289,10 @@ class SAE(nn.Module):
         if codes.indices.numel():
             rows = codes.indices[..., 0].numel()
             entries = SparseEntries(codes.indices.reshape(-1), count, rows, self.config.n_features)
-            out = entries.times(codes.values.to(self.decoder).reshape(-1), self.decoder).add_(self.pre_bias)
+            out = entries.times(codes.values.to(self.decoder).reshape(-1), self.decoder).add_(self.output_bias)
             out = out.view(*codes.indices.shape[:-1], self.config.d)
         else:
-            out = self.pre_bias.expand(*codes.indices.shape[:-1], -1).clone()
+            out = self.output_bias.expand(*codes.indices.shape[:-1], -1).clone()
         return out if codes.scale is None else out.mul_(codes.scale).add_(codes.shift)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -289,6 +303,33 @@ class SAE(nn.Module):
         """Return the dictionary: (n_features, d), rows of unit length."""
         return F.normalize(self.decoder.detach())
 
+    def source(self, x: Tensor) -> Tensor:
+        """Return what is encoded of vectors (..., d): all of it."""
+        return x
+
+    def target(self, x: Tensor) -> Tensor:
+        """Return what is reconstructed of vectors (..., d): all of it."""
+        return x
+
+    @property
+    def output_bias(self) -> Tensor:
+        """The bias (d,) of the reconstruction."""
+        return self.pre_bias
+
+    @torch.no_grad()
+    def set_biases(self, centre: Tensor) -> None:
+        """Set the biases such that the vector ``centre`` (d,) is reconstructed without active features."""
+        self.pre_bias.copy_(centre)
+
+    def _reconstructed(self, x: Tensor, centred: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what is reconstructed of vectors (N, d) less ``output_bias``, and the sum of its squared distances
+        from the mean, given those of what is encoded."""
+        return centred, variance
+
+    def _skipped(self, x: Tensor) -> Tensor | None:
+        """Compute what a linear term adds to the reconstruction of what is encoded, x (N, d); None adds nothing."""
+        return None
+
     def losses(self, x: Tensor, *, screen: bool = False) -> Losses:
         """Compute the losses of a batch (N, d), with an autograd graph, and update which features are dead.
 
@@ -296,7 +337,7 @@ class SAE(nn.Module):
         in every step; there such a vector makes the loss not finite.
 
         Args:
-            x: the batch.
+            x: the batch, as wide as :attr:`SAEConfig.width`.
             screen: whether the candidates of the top-k are found, and the dense products of the auxiliary loss made, in
                 bfloat16; see ``extra`` in :func:`vaelab.sae.topk.select_topk`.
 
@@ -305,18 +346,21 @@ class SAE(nn.Module):
         """
         config = self.config
         with torch.no_grad():
-            require_width(x, config.d)
-            normalised, *_ = self._normalised(x)
+            require_width(x, config.width)
+            normalised, *_ = self._normalised(self.source(x))
             centred, variance = self._centred(normalised, check=x.device.type == "cpu")
             chosen = self._selected(centred, training=True, screen=screen)
+            target, variance = self._reconstructed(x, centred, variance)
         entries = chosen.entries
         found = Encode.apply(self.pre_bias, self.encoder, self.latent_bias, centred, chosen.values, entries)
         threshold = self.thresholds()[entries.indices] if config.variant == "jumprelu" else None
         values = self._activated(Selection(found, entries), threshold)
+        skipped = self._skipped(normalised)
         unexplained = 0
         for size in config.prefixes:
             nested = values if size == config.n_features else values * (entries.indices < size)
-            error = Decode.apply(self.pre_bias, nested, self.decoder, centred, entries)
+            error = Decode.apply(self.output_bias, nested, self.decoder, target, entries)
+            error = error if skipped is None else error + skipped
             unexplained = unexplained + SquaredNorm.apply(error) / variance / len(config.prefixes)
         auxiliary, dead_fraction = self._auxiliary(centred, error.detach(), screen)
         with torch.no_grad():
@@ -462,10 +506,10 @@ class SAE(nn.Module):
         config = json.loads(json.dumps(dataclasses.asdict(self.config)))
         tensors = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
         del tensors["inactive_for"]
-        metadata = {"format": FORMAT, "config_sha256": config_checksum(config)}
+        metadata = {"format": self.FORMAT, "config_sha256": config_checksum(config)}
         with atomic(Path(folder, "sae.safetensors")) as draft:
             save_file(tensors, draft, metadata=metadata)
-        header = {"format": FORMAT, "version": VERSION, "weights_sha256": weights_checksum(tensors)}
+        header = {"format": self.FORMAT, "version": VERSION, "weights_sha256": weights_checksum(tensors)}
         write_json(Path(folder, "config.json"), {**header, **config})
 
     @classmethod
@@ -490,13 +534,13 @@ class SAE(nn.Module):
         if not path.is_file():
             raise ValueError(f"{name}: no config.json; expected the folder of an autoencoder of this lab")
         stored = read_config_file(path)
-        if stored.pop("format", None) != FORMAT:
+        if stored.pop("format", None) != cls.FORMAT:
             raise ValueError(f"{path}: not of an autoencoder of this lab; see vaelab.sae.formats.load_sae")
         version = stored.pop("version", None)
         if version != VERSION:
             age = "a newer version" if isinstance(version, int) and version > VERSION else "an older version"
             raise ValueError(f"{path}: written by {age} of this lab ({version!r}; this one reads {VERSION})")
-        checksum, names = stored.pop("weights_sha256", None), [field.name for field in dataclasses.fields(SAEConfig)]
+        checksum, names = stored.pop("weights_sha256", None), [field.name for field in dataclasses.fields(cls.CONFIG)]
         for key in stored:
             if key not in names:
                 raise ValueError(f"{path}: has the key {key!r}, which this lab does not know")
@@ -504,7 +548,7 @@ class SAE(nn.Module):
             if key not in stored:
                 raise ValueError(f"{path}: has no {key!r}")
         try:
-            sae = cls(SAEConfig(**stored))
+            sae = cls(cls.CONFIG(**stored))
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: {error}") from error
         try:

@@ -44,6 +44,7 @@ from vaelab.models.conditioning import is_class_conditional
 from vaelab.sae.baselines import Dictionary
 from vaelab.sae.feature_statistics import FeatureStatistics
 from vaelab.sae.model import Codes
+from vaelab.sae.transcoder import Transcoder
 
 WAYS = ("add", "replace", "clamp", "only")
 UNITS = ("activation", "mean", "k_mean")
@@ -142,12 +143,17 @@ class Steerer:
         """Take a pipeline, and for each block the directions that can be steered.
 
         Raises:
-            ValueError: a block is unknown or has no update, or its vectors are of another width than the dictionary's.
+            ValueError: a block is unknown or has no update, its vectors are of another width than the dictionary's, or
+                the dictionary is a transcoder.
         """
         self._pipeline, self._directions, self._model = pipeline, dict(directions), find_denoiser(pipeline)
         self._paths = find_blocks(pipeline, list(directions))
         shapes = example_outputs(pipeline, list(dict.fromkeys(self._paths.values())), side="update")
         for block, own in self._directions.items():
+            if isinstance(own.dictionary, Transcoder):
+                raise ValueError(
+                    f"saes: that of {block} is a transcoder; only features of a block's update are steered"
+                )
             shape, width = shapes[self._paths[block]].shape, own.dictionary.features().shape[-1]
             there = shape[1] if len(shape) == 4 else shape[-1]
             if there != width:

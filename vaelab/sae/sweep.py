@@ -29,6 +29,7 @@ from vaelab.sae.formats import read_safetensors_file
 from vaelab.sae.metrics import evaluate_dictionaries, fidelity_table
 from vaelab.sae.model import SAE, VARIANTS, SAEConfig, read_config_file
 from vaelab.sae.train import SAESpec
+from vaelab.sae.transcoder import PAIRS, OfOutput, TranscoderConfig, load_trained
 
 SAE_KEY = ("block", "k", "n_features", "seed")
 """Columns that identify an autoencoder in a sweep."""
@@ -55,9 +56,12 @@ def build_grid(
     sizes: Sequence[int],
     seeds: Sequence[int],
     kind: str = "topk",
+    side: str = "update",
+    skip: bool = False,
     **options: Any,
 ) -> dict[str, SAESpec]:
-    """Specify the autoencoders to train, by the names of the folders in which they will be saved.
+    """Specify the autoencoders to train (or, on pairs of input and output, transcoders), by the names of the folders in
+    which they will be saved.
 
     Args:
         layout: the store's layout, which holds the width of each block's vectors.
@@ -66,6 +70,8 @@ def build_grid(
         sizes: the dictionary sizes, n_features.
         seeds: the seeds of the initial dictionaries.
         kind: the ``variant`` in :class:`vaelab.sae.model.SAEConfig`.
+        side: the store's side; with ``input_output`` its vectors are pairs, and transcoders are specified.
+        skip: whether transcoders have a linear term.
         options: further fields of :class:`vaelab.sae.model.SAEConfig`.
 
     Raises:
@@ -74,16 +80,23 @@ def build_grid(
     """
     one_of("kind", kind, VARIANTS)
     options = {"variant": kind, **options}
+    if skip and side != PAIRS:
+        raise ValueError(f"skip: only transcoders have a linear term; these activations are of the side {side!r}")
     for name, values in (("blocks", blocks), ("k", ks), ("n_features", sizes), ("seeds", seeds)):
         if not values or len(set(values)) < len(values):
             raise ValueError(f"{name}: expected one or more different values, got {list(values)}")
     for block in blocks:
         if block not in layout:
             raise unknown("blocks (of the activations)", block, layout)
-    return {
-        f"{block}-k{k}-n{size}-s{seed}": SAESpec(block, SAEConfig(layout[block].width, size, k, **options), seed)
-        for block, k, size, seed in itertools.product(blocks, ks, sizes, seeds)
-    }
+    specs = {}
+    for block, k, size, seed in itertools.product(blocks, ks, sizes, seeds):
+        width = layout[block].width
+        if side == PAIRS:
+            config = TranscoderConfig(width // 2, size, k, skip=skip, **options)
+        else:
+            config = SAEConfig(width, size, k, **options)
+        specs[f"{block}-k{k}-n{size}-s{seed}"] = SAESpec(block, config, seed)
+    return specs
 
 
 def held_out_prompts(
@@ -253,9 +266,9 @@ def evaluate_saes(saes: Mapping[str, SAE], specs: Mapping[str, SAESpec], held_ou
     parts = []
     for block in dict.fromkeys(spec.block for spec in specs.values()):
         own = {name: saes[name] for name, spec in specs.items() if spec.block == block}
-        device = next(iter(own.values())).device
-        batches = (batch.to(device) for batch in iterate_vectors(held_out, block))
-        parts += evaluate_dictionaries(own, batches).items()
+        first = next(iter(own.values()))
+        batches = (batch.to(first.device) for batch in iterate_vectors(held_out, block))
+        parts += evaluate_dictionaries(own, batches, target=first.target).items()
     return pd.DataFrame([{**_sae_key(specs[name]), "name": name, **fidelity._asdict()} for name, fidelity in parts])
 
 
@@ -320,6 +333,11 @@ class SAESweep(NamedTuple):
         return list(dict.fromkeys(block for block, *_ in self.names))
 
     @property
+    def side(self) -> str:
+        """The side of the blocks: ``update``, or ``input_output`` for transcoders."""
+        return self.source["side"]
+
+    @property
     def widths(self) -> dict[str, int]:
         """The width d of each block's vectors."""
         return {block: shape.width for block, shape in self.held_out.layout.items()}
@@ -356,11 +374,13 @@ class SAESweep(NamedTuple):
                 raise unknown("blocks (of the autoencoders)", block, self.blocks)
             for each in sizes:
                 folder = self.folder / self.names[block, *each, first_seed]
-                dictionaries[block, "sae", *each] = SAE.from_pretrained(folder, device=device)
+                dictionaries[block, "sae", *each] = load_trained(folder, device=device)
             tensors, d = read_safetensors_file(self.folder / f"{block}.moments.safetensors"), self.widths[block]
-            block_moments = Moments(0, tensors.take("mean", d), tensors.take("covariance", d, d))
-            for method, baseline in build_baselines(block_moments, *size, seed).items():
-                dictionaries[block, method, *size] = baseline
+            mean, covariance = tensors.take("mean", d), tensors.take("covariance", d, d)
+            if self.side == PAIRS:
+                mean, covariance = mean[d // 2 :], covariance[d // 2 :, d // 2 :]
+            for method, baseline in build_baselines(Moments(0, mean, covariance), *size, seed).items():
+                dictionaries[block, method, *size] = OfOutput(baseline) if self.side == PAIRS else baseline
         return dictionaries
 
 
@@ -374,7 +394,7 @@ def load_sweep(folder: str, identity: Mapping[str, str], pipeline: Any) -> SAESw
 
     Raises:
         ValueError: the run is unfinished or damaged, the model is another or its weights have changed, or the
-            autoencoders were not trained on updates.
+            autoencoders were trained neither on updates nor on pairs of input and output.
     """
     place, results = resolve(folder), read_results(folder, "31_train_sae", "saes")
     if not (place / "saes" / "source.json").is_file():
@@ -383,8 +403,8 @@ def load_sweep(folder: str, identity: Mapping[str, str], pipeline: Any) -> SAESw
     held_out = store.open(place / "held_out")
     sweep = SAESweep(place / "saes", read_config_file(place / "saes" / "source.json"), names, held_out)
     require_same_model(held_out, pipeline, identity, "saes")
-    if sweep.source["side"] != "update":
-        raise ValueError(f"saes: trained on the {sweep.source['side']} of blocks; only an update can be replaced")
+    if sweep.side not in ("update", PAIRS):
+        raise ValueError(f"saes: trained on the {sweep.side} of blocks; only an update can be replaced")
     return sweep
 
 
@@ -399,7 +419,9 @@ def evaluate_methods(
     fidelities = {}
     for block in dict.fromkeys(key[0] for key in dictionaries):
         own = {key: dictionary for key, dictionary in dictionaries.items() if key[0] == block}
-        fidelities |= evaluate_dictionaries(own, (batch.to(device) for batch in iterate_vectors(held_out, block)))
+        batches = (batch.to(device) for batch in iterate_vectors(held_out, block))
+        target = next((each.target for key, each in own.items() if key[1] == "sae"), None)
+        fidelities |= evaluate_dictionaries(own, batches, target=target)
     return fidelity_table(fidelities, METHOD_KEY)
 
 

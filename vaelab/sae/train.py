@@ -151,7 +151,7 @@ class SAEObjective(nn.Module):
                 raise ValueError(f"input_norm: {name} has {spec.config.input_norm!r}; only 'none' can be trained")
             one_of("frozen", spec.frozen, FROZEN)
         self.blocks = sorted({spec.block for spec in self.specs.values()})
-        self.saes = nn.ModuleList(SAE(spec.config, spec.seed) for spec in self.specs.values())
+        self.saes = nn.ModuleList(spec.config.build(spec.seed) for spec in self.specs.values())
         self.register_buffer("scales", torch.ones(len(self.blocks)))
         for sae, spec in zip(self.saes, self.specs.values(), strict=True):
             sae.encoder.requires_grad_(spec.frozen != "encoder")
@@ -179,10 +179,10 @@ class SAEObjective(nn.Module):
             self.scales[number] = scale
             for sae, spec in zip(self.saes, self.specs.values(), strict=True):
                 if spec.block == block:
-                    require_width(x, spec.config.d)
-                    sae.pre_bias.copy_(median / scale)
+                    require_width(x, spec.config.width)
+                    sae.set_biases(median / scale)
                     if spec.config.variant in ("batchtopk", "jumprelu", "relu_l1"):
-                        centred = (x - median) / scale
+                        centred = sae.source((x - median) / scale).contiguous()
                         count = len(x) * spec.config.k
                         least = select_batch_topk(centred, sae.encoder, sae.latent_bias, count).values.min()
                         if spec.config.variant == "relu_l1":
@@ -240,7 +240,7 @@ class KeepDecoderNearStart(Watcher):
 
     def __init__(self, sae: SAE, seed: int):
         """Args: the autoencoder, and the seed of its initial weights."""
-        self._sae, self._start = sae, SAE(sae.config, seed).decoder.detach()
+        self._sae, self._start = sae, sae.config.build(seed).decoder.detach()
 
     @torch.no_grad()
     def after(self, step: int, optimizer: torch.optim.Optimizer) -> None:
