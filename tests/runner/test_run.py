@@ -313,3 +313,14 @@ def test_figure_is_saved_and_given_back_with_its_description(tmp_path):
     assert metadata["width"] == pytest.approx(PIL.Image.open(tmp_path / "curve.png").width / 1.1, abs=1)
     assert not plt.fignum_exists(figure.number)
     assert run.figure("bare", plt.figure())._repr_png_()[1]["alt"] == "bare"
+
+
+def test_a_grid_of_pictures_is_described_by_its_rows():
+    import torch
+
+    from vaelab import viz
+    from vaelab.runner.run import LONGEST_ALT, describe_figure
+
+    rows = {"picture": torch.zeros(2, 3, 4, 4), "no up.1.2": torch.zeros(2, 3, 4, 4)}
+    assert describe_figure(viz.picture_grid(rows, "one prompt")) == "one prompt; picture; no up.1.2"
+    assert len(describe_figure(viz.picture_grid(rows, "long " * 200))) == LONGEST_ALT + 3

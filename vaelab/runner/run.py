@@ -30,6 +30,8 @@ RECORDED = ".run/recorded.json"
 """What an unfinished run has recorded so far, in its output folder."""
 FIGURE_DPI, SHOWN_DPI = 110, 100
 """Pixels of a saved figure per inch, and of the screen on which it is shown."""
+LONGEST_ALT = 600
+"""Characters of a figure's alternative text."""
 INTERACTIVE = "interactive"
 """An output folder of this name is rewritten by every run: JupyterLab's default."""
 
@@ -197,16 +199,18 @@ class Run:
 
 
 def describe_figure(figure: "Figure") -> str:
-    """Describe a figure in words: its title, and of each panel the title, the labels of its axes and the legend's
-    entries. What several panels have in common is said once."""
+    """Describe a figure in words: its title, and of each panel the title, the labels of its axes, the legend's entries,
+    and beside pictures the labels of rows and the captions. What several panels have in common is said once."""
     parts = [figure.get_suptitle()]
     for axis in figure.axes:
         vertical, horizontal = axis.get_ylabel(), axis.get_xlabel()
         labels = f"{vertical} against {horizontal}" if vertical and horizontal else vertical or horizontal
         legend = axis.get_legend()
         entries = ", ".join(text.get_text() for text in legend.get_texts()) if legend else ""
-        parts += [axis.get_title(), labels, entries]
+        beside = [] if axis.axison else [text.get_text() for text in axis.texts]
+        parts += [axis.get_title(), labels, entries, *beside]
     text = "; ".join(" ".join(part.split()) for part in dict.fromkeys(parts) if part.strip())
+    text = text if len(text) <= LONGEST_ALT else f"{text[:LONGEST_ALT]}..."
     return text.replace("\\$", "$").replace("\u200b", "")  # as they were before vaelab.viz.text made them safe to draw
 
 
