@@ -42,7 +42,8 @@ class CollectConfig:
     sampling: Sampling
     """How pictures are generated."""
     side: str = "update"
-    """``update`` (output minus input), ``output`` or ``input`` of the blocks."""
+    """``update`` (output minus input), ``output`` or ``input`` of the blocks; or ``input_output``, both together, for
+    transcoders."""
     steps: tuple[int, ...] = ()
     """Denoising steps to capture, counted from 0; empty means all steps."""
     halves: str = "guided"

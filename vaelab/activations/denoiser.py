@@ -137,7 +137,8 @@ def from_prompts(
         seeds: one seed per prompt, so that its features do not depend on the batch in which they are captured.
         blocks: short names (see :func:`vaelab.models.block_names.blocks`) or module paths.
         sampling: steps, guidance and size.
-        side: what to capture of each block: ``update`` (output minus input), ``output`` or ``input``.
+        side: what to capture of each block: ``update`` (output minus input), ``output`` or ``input``; see
+            :func:`vaelab.hooks.capture`.
         steps: the passes of the denoiser to capture, counted from 0; the features are in rising order. None means
             all passes (see :func:`count_passes`).
         pictures: whether to return the pictures too; if not, generation stops after the last capture.
@@ -182,7 +183,8 @@ def from_pictures(
         blocks: short names (see :func:`vaelab.models.block_names.blocks`) or module paths.
         prompts: one prompt per picture; for a class-conditional model class indices or class names. None means no
             prompt, see :func:`vaelab.models.conditioning.encode_prompts`.
-        side: what to capture of each block: ``output``, ``input`` or ``update`` (output minus input).
+        side: what to capture of each block: ``output``, ``input`` or ``update`` (output minus input); see
+            :func:`vaelab.hooks.capture`.
 
     Raises:
         ValueError: a block or class is unknown, the scheduler does not have one of the timesteps, the model cannot
