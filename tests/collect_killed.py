@@ -1,23 +1,24 @@
-"""Collect in child processes that are killed at random moments, ten at least; then once undisturbed.
-
-Forked, so that the model is loaded once: python collect_killed.py PIPELINE FOLDER
-"""
+"""Collections in processes of their own, to be killed."""
 
 import os
 import random
 import signal
-import sys
 import time
+from pathlib import Path
 
 import torch
 
-from vaelab import activations, models
+from vaelab import activations, models, store
 from vaelab.activations import collect
 
 KILLS = 10
 
 
-def main(model, folder):
+def collect_and_kill(model, folder):
+    """Collect once undisturbed, and in child processes that are killed at random moments, ten at most, until one ends.
+
+    The children are forked, so that the model is loaded once. The number of kills is written to a file.
+    """
     torch.set_num_threads(1)
     pipeline = models.load_pipeline(model, device="cpu")
     config = collect.CollectConfig(
@@ -52,8 +53,21 @@ def main(model, folder):
         os.waitpid(child, 0)
         kills += 1
     assert os.waitpid(in_a_child(f"{folder}/killed"), 0)[1] == 0
-    print(kills)
+    Path(folder, "kills").write_text(str(kills))
 
 
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+def overwrite(root, name, cells, settings):
+    """Run a notebook's cells over its finished run, and stop for long in the first write to its store."""
+    from notebook_cells import execute_cells
+
+    add = store.Writer.add
+
+    def slow(self, *args):
+        add(self, *args)
+        Path(root, "added").touch()
+        time.sleep(60)
+
+    store.Writer.add = slow
+    torch.set_num_threads(1)
+    os.chdir(root)
+    execute_cells(name, *cells, output_dir=f"outputs/{name}/test", overwrite=True, **settings)

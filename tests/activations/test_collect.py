@@ -1,10 +1,9 @@
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
+import collect_killed
 import pytest
 import torch
+from helpers import CHILDREN
 
 from vaelab import activations, store
 from vaelab.activations import collect, denoiser
@@ -197,11 +196,13 @@ def test_a_config_that_cannot_be_meant_is_refused(change, message):
 
 
 def test_a_collection_killed_ten_times_has_every_row_once(pipeline_folder, tmp_path):
-    script = Path(__file__).parent.parent / "collect_killed.py"
-    command = [sys.executable, str(script), str(pipeline_folder("sdxl")), str(tmp_path)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert int(result.stdout.split()[-1]) >= 3
+    process = CHILDREN.Process(
+        target=collect_killed.collect_and_kill, args=(str(pipeline_folder("sdxl")), str(tmp_path))
+    )
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    assert int((tmp_path / "kills").read_text()) >= 3
     killed, undisturbed = (store.open(tmp_path / name) for name in ("killed", "undisturbed"))
     killed.verify()
     assert killed.items[:] == undisturbed.items[:]
