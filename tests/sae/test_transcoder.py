@@ -126,7 +126,7 @@ def test_trained_it_computes_the_output_and_with_a_skip_term_its_linear_part_too
 
     trained = train.train_saes(specs, batches, config).saes
     found = evaluate_dictionaries(trained, [held_out], target=trained["skip"].target)
-    assert found["skip"].explained_variance > 0.97 > found["plain"].explained_variance + 0.1
+    assert found["skip"].explained_variance > 0.97 > found["plain"].explained_variance + 0.05
     plain_error = (trained["plain"](held_out) - held_out[:, D:]).square().sum()
     variance = (held_out[:, D:] - held_out[:, D:].mean(0)).square().sum()
     assert found["plain"].explained_variance == pytest.approx(1 - float(plain_error / variance), abs=1e-4)
