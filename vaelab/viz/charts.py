@@ -182,7 +182,7 @@ def summary_bars(values: Mapping[str, float] | pd.Series, label: str, title: str
     values = pd.Series(values, dtype=float)
     bars = axis.barh(values.index, values, color=PALETTE["nudge"])
     axis.bar_label(bars, fmt="{:.3g}", padding=3, fontsize=10)
-    axis.margins(x=0.18 if values.min() >= 0 else 0.26)  # labels of negative bars stand beside the names
+    axis.margins(x=0.18 if values.min() >= 0 else 0.34)  # labels of negative bars stand beside the names
     axis.invert_yaxis()
     axis.grid(axis="y", visible=False)
     axis.tick_params(labelsize=10)
