@@ -226,6 +226,8 @@ def test_wrong_input_is_refused_before_anything_is_computed(tmp_path, monkeypatc
         ("30_collect_activations", {"blocks": ["up_ft0"]}, "blocks: up_blocks.0 .* has no update"),
         ("33_block_ablation", {"blocks": ["down.1.1", "up.9.9"]}, "blocks: unknown name 'up.9.9'"),
         ("33_block_ablation", {"column": "text"}, "column: "),
+        ("34_feature_gallery", {"blocks": ["up.9.9"]}, "blocks: unknown name 'up.9.9'"),
+        ("34_feature_gallery", {"mask": [0.5, 0.0, 0.5, 1.0]}, "mask: expected"),
         ("40_layer_features", {"blocks": ["up_ft9"]}, "blocks: unknown name 'up_ft9'.*up_ft0"),
         ("42_diffc", {"blocks": ["up_ft9"]}, "blocks: unknown name 'up_ft9'.*up_ft0"),
         ("42_diffc", {"diffc_layers": ["up_ft1.t26"]}, "diffc_layers: unknown name 'up_ft1.t26'.*up_ft1.t25"),

@@ -69,6 +69,8 @@ def test_masks_and_features_are_checked(lab, shown):
     for wrong in ([0, 0, 1], [0.5, 0, 0.5, 1], [0, 0, 2, 1]):
         with pytest.raises(ValueError, match=r"^mask: expected \[top, left, bottom, right\]"):
             gallery.box_mask(wrong)
+    with pytest.raises(ValueError, match=r"^betas: expected finite numbers"):
+        gallery.require_finite(gammas=[1.0], betas=[1.0, float("inf")])
     with pytest.raises(ValueError, match=rf"^features: up has features 0 to {N - 1}, got {N}"):
         gallery.require_features([3, N], {"up": lab.sae})
     with pytest.raises(ValueError, match=rf"^feature: {BLOCK} has features 0 to {N - 1}, got {N}"):

@@ -12,6 +12,7 @@ D        pictures of other prompts in which the feature is turned on, everywhere
 ======== =================================================================================================
 """
 
+import math
 import textwrap
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -261,6 +262,13 @@ def require_features(features: Sequence[int], saes: dict[str, SAE]) -> None:
         for feature in features:
             if not 0 <= feature < sae.config.n_features:
                 raise ValueError(f"features: {block} has features 0 to {sae.config.n_features - 1}, got {feature}")
+
+
+def require_finite(**strengths: Sequence[float]) -> None:
+    """Raise ValueError unless all strengths, by the parameter that gave them, are finite."""
+    for name, values in strengths.items():
+        if not all(math.isfinite(value) for value in values):
+            raise ValueError(f"{name}: expected finite numbers, got {list(values)}")
 
 
 @plain_text
