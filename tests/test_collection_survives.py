@@ -3,15 +3,16 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import collect_killed
 import nbformat
 import pytest
 import yaml
+from helpers import CHILDREN
 from notebook_cells import ROOT, execute_cells
 
 from vaelab import store
@@ -161,37 +162,15 @@ def test_forged_results_reach_nothing(project, tmp_path):
     assert victim.read_text() == (mine / "precious").read_text() == "precious"
 
 
-OVERWRITE = f"""
-import sys, time
-sys.path.insert(0, sys.argv[1])
-from notebook_cells import execute_cells
-from vaelab.activations import collect
-import vaelab.store.writer as writer
-add = writer.Writer.add
-
-def slow(self, *args):
-    add(self, *args)
-    print("added", flush=True)
-    time.sleep(60)
-
-writer.Writer.add = slow
-execute_cells("{NAME}", *{ALL!r}, output_dir="outputs/{NAME}/test", overwrite=True, **{SETTINGS!r})
-"""
-
-
 def test_overwrite_killed_under_way_leaves_the_finished_run(project):
     OutputFolder(project / "outputs" / NAME / "test").release()
-    process = subprocess.Popen(
-        [sys.executable, "-c", OVERWRITE, str(ROOT / "tests")], stdout=subprocess.PIPE, text=True
-    )
-    for line in process.stdout:
-        if line.strip().endswith("added"):  # a progress bar may stand before it
-            break
-    else:
-        pytest.fail("the overwriting run ended before it collected anything")
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    time.sleep(0.1)
+    process = CHILDREN.Process(target=collect_killed.overwrite, args=(str(project), NAME, ALL, SETTINGS))
+    process.start()
+    while not (project / "added").exists():
+        assert process.is_alive(), "the overwriting run ended before it collected anything"
+        time.sleep(0.05)
+    process.kill()
+    process.join()
     staged = project / "outputs" / NAME / "test" / ".run" / "new" / "activations"
     assert staged.is_dir()
     store.open(f"outputs/{NAME}/test/activations").verify()
