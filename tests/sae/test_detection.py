@@ -73,7 +73,14 @@ def test_features_are_chosen_on_one_half_and_scored_on_the_other():
             if mask.any():
                 overlaps.append((at * mask).sum() / (at.sum() + mask.sum() - (at * mask).sum()))
         assert row["iou"] == pytest.approx(np.mean(overlaps))
-    assert found.by_feature[2] == pytest.approx(table.loc["b", "chosen_f1"])
+    share = first.labels.mean(0)
+    gains = [
+        max(plain_f1(sign * first.flat[:, f].numpy(), first.labels[:, v])[0] - 2 * share[v] / (1 + share[v])
+            for v in range(3) for sign in (1, -1))
+        for f in range(D)
+    ]  # fmt: skip
+    np.testing.assert_allclose(found.by_feature, gains, atol=1e-12)
+    assert table.loc["b", "sharing"] == 1
 
 
 def test_auroc_is_that_of_the_feature_with_the_best_auroc_in_the_first_half():

@@ -28,10 +28,13 @@ def setting(**changes):
 def test_a_planted_dictionary_is_found_by_the_trained_autoencoder_and_by_no_control():
     compared = truth.compare(truth.plant(MAPS, 30, **PLAN), setting())
     table = compared.summary.table.set_index("method")
-    assert set(table.index) == {*controls.AUTOENCODERS, "untrained", *controls.LINEAR}
+    assert set(table.index) == {*controls.AUTOENCODERS, "untrained", *controls.LINEAR, "everything"}
     assert table.loc["sae", "f1"] > 0.8
     for name in ("frozen_decoder", "frozen_encoder", "untrained", "neurons", "pca", "ica", "random"):
         assert table.loc[name, "ahead_low"] > 0.1, table["f1"]
+    shown = truth.plant(MAPS, 30, **PLAN).reporting.labels.mean(0)
+    assert table.loc["everything", "f1"] == pytest.approx((2 * shown / (1 + shown)).mean())
+    assert table.loc["everything", "auroc"] == 0.5 and table.loc["everything", "sharing"] == 0
     assert compared.explained["sae"] > compared.explained["frozen_decoder"] > compared.explained["untrained"]
     with_level = pd.concat([compared.summary.table.assign(concepts_per_dimension=30 / 12)])
     assert truth.worth_from(with_level) == 30 / 12
@@ -85,9 +88,9 @@ def test_features_are_matched_one_to_one_with_the_largest_sum_of_cosines():
     expected = (a @ b[list(best)].T).diagonal()
     assert found.matched == pytest.approx(expected.mean(), abs=1e-6) and found.untrained == pytest.approx(1, abs=1e-6)
     np.testing.assert_allclose(found.features["cosine"], expected[found.features["feature"]], atol=1e-6)
-    ranks = found.features[["cosine", "f1"]].rank().corr().iloc[0, 1]
+    ranks = found.features[["cosine", "gain"]].rank().corr().iloc[0, 1]
     assert found.correlation == pytest.approx(ranks)
-    assert "f1" not in truth.stability(readouts, x).features
+    assert "gain" not in truth.stability(readouts, x).features
     with pytest.raises(ValueError, match="seeds: stability needs at least two, got 1"):
         truth.stability({name: own[:1] for name, own in readouts.items()}, x)
 

@@ -21,7 +21,8 @@ from vaelab.world.scenes import FACTORS, SCENE_FACTORS, THING_FACTORS, Scene
 COVERED = 0.8
 """A concept is covered if the F1 of its best feature is above this."""
 SHARING = 0.9
-"""A feature shares a concept if its F1 is at least this fraction of the best feature's."""
+"""A feature shares a concept if its F1 is at least this fraction of the best feature's, and above that of calling every
+patch one that shows the concept."""
 SCORES = ("f1", "coverage", "iou", "auroc", "picture_f1", "picture_auroc", "sharing")
 
 
@@ -198,7 +199,8 @@ class Detection(NamedTuple):
     overlap: np.ndarray
     """(S, V) overlap with the concept's mask; NaN where the scene does not show it."""
     by_feature: np.ndarray
-    """(m,) every feature's best F1 over the concepts, in the half in which features are chosen."""
+    """(m,) in the half in which features are chosen, the largest difference over the concepts between a feature's F1
+    and that of calling every patch one that shows the concept."""
 
 
 def detect(readout: Readout, halves: Halves) -> Detection:
@@ -225,13 +227,16 @@ def detect(readout: Readout, halves: Halves) -> Detection:
     patches, overlap = count_errors(at.reshape(size), second.labels.reshape(size)), _overlap(at.reshape(size), second)
     with np.errstate(invalid="ignore"):
         iou = np.nanmean(overlap, 0)
+    shown = first.labels.sum(0)
+    everything = 2 * shown / (len(scores) + shown)
+    sharing = (found >= SHARING * found.max(1, keepdims=True)) & (found > everything[:, None])
     table = pd.DataFrame({
         "concept": second.concepts, "feature": choice % m, "sign": signs, "threshold": thresholds,
-        "chosen_f1": found.max(1), "sharing": (found >= SHARING * found.max(1, keepdims=True)).sum(1),
+        "chosen_f1": found.max(1), "sharing": sharing.sum(1),
         "f1": pooled_f1(patches.sum(0)), "auroc": _auroc(ranked, second.labels), "iou": iou,
         "picture_f1": pooled_f1(pictures.sum(0)), "picture_auroc": picture_auroc,
     })  # fmt: skip
-    features = found.reshape(len(found), -1, m).max((0, 1))
+    features = (found - everything[:, None]).reshape(len(found), -1, m).max((0, 1))
     return Detection(table, patches, pictures, overlap, features)
 
 

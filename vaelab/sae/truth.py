@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from vaelab import world
 from vaelab.activations.denoiser import Sampling, from_pictures, from_prompts
 from vaelab.core.validate import at_least, one_of
-from vaelab.sae.controls import Readout, SAEReadout, explained_variance, linear_readouts, train_readouts
+from vaelab.sae.controls import LinearReadout, Readout, SAEReadout, explained_variance, linear_readouts, train_readouts
 from vaelab.sae.detection import (
     Detection,
     Halves,
@@ -40,6 +40,8 @@ METRIC_SCORES = ("f1", "coverage", "iou", "auroc", "picture_f1")
 """Scores that become metrics ``<block>.truth.<score>.<method>``."""
 RIVALS = {"neurons": "neurons", "pca": "PCA", "ica": "ICA", "frozen_decoder": "a frozen decoder"}
 """What an autoencoder must beat to be worth its training, with names for sentences."""
+TOLD = {**RIVALS, "soft_frozen": "a soft-frozen decoder", "random": "random directions"}
+"""What :func:`verdict` compares it with."""
 
 
 @dataclass(frozen=True)
@@ -184,13 +186,15 @@ def project(halves: Halves, d: int, seed: int) -> Halves:
 def compare(halves: Halves, setting: Comparison) -> Compared:
     """Train autoencoders and their controls on one half of the scenes, and score everything on the other.
 
-    All of them choose their best feature and threshold for every concept on the half that they were trained on.
+    All of them choose their best feature and threshold for every concept on the half that they were trained on. The
+    method ``everything`` has one feature that is always 0, so that it calls every patch one that shows the concept.
     """
     x = halves.choosing.flat
     trained = train_readouts(
         x, setting.sae(x.shape[1]), setting.train, setting.batch_size, setting.seeds, setting.variants
     )
     readouts = {**trained, **linear_readouts(x, halves.choosing.labels, setting.n_features, setting.seeds[0])}
+    readouts["everything"] = [LinearReadout(torch.zeros(1, x.shape[1]), x.mean(0), signed=False)]
     found = {name: [detect(each, halves) for each in own] for name, own in readouts.items()}
     summary = summarise(found, resamples=setting.resamples)
     return Compared(summary, found, readouts, explained_variance(trained, halves.reporting.flat))
@@ -239,9 +243,9 @@ class Stability(NamedTuple):
     """The same of the initial weights."""
     features: pd.DataFrame
     """One row per feature of the first seed that is ever active: ``feature``, ``cosine`` (the mean of its matches) and,
-    where the truth is known, ``f1`` (the best over the concepts)."""
+    where the truth is known, ``gain`` (:attr:`vaelab.sae.detection.Detection.by_feature`)."""
     correlation: float
-    """Spearman's rank correlation of ``cosine`` and ``f1``; 0 if one of them is constant or the truth is unknown."""
+    """Spearman's rank correlation of ``cosine`` and ``gain``; 0 if one of them is constant or the truth is unknown."""
 
 
 def stability(
@@ -252,7 +256,7 @@ def stability(
     Args:
         readouts: ``sae`` and ``untrained``, one readout per seed.
         vectors: (N, d), on which features count as active.
-        by_feature: (m,) the best F1 of the first seed's features; None if the truth is unknown.
+        by_feature: (m,) the gains in F1 of the first seed's features; None if the truth is unknown.
 
     Raises:
         ValueError: there are fewer than two seeds.
@@ -264,10 +268,10 @@ def stability(
     first = np.mean([cosines["sae"][0, other] for other in range(1, len(own))], 0)
     table = pd.DataFrame({"feature": range(len(first)), "cosine": first})
     if by_feature is not None:
-        table["f1"] = by_feature
+        table["gain"] = by_feature
     table = table[(own[0].scores(vectors) > 0).any(0).numpy()].reset_index(drop=True)
-    varied = "f1" in table and len(table) > 1 and table[["cosine", "f1"]].nunique().min() > 1
-    correlation = float(spearmanr(table["cosine"], table["f1"]).statistic) if varied else 0.0
+    varied = "gain" in table and len(table) > 1 and table[["cosine", "gain"]].nunique().min() > 1
+    correlation = float(spearmanr(table["cosine"], table["gain"]).statistic) if varied else 0.0
     means = [float(np.mean(list(each.values()))) for each in cosines.values()]
     return Stability(*means, table, correlation)
 
@@ -324,20 +328,19 @@ def standing(row: Mapping[str, float]) -> str:
 
 
 def verdict(table: pd.DataFrame, key: str) -> str:
-    """Say in one sentence where the trained autoencoder is not ahead of :data:`RIVALS`, and where it is.
+    """Say in one sentence where the trained autoencoder is not ahead of :data:`TOLD`, and where it is.
 
     Args:
         table: the columns of :func:`vaelab.sae.detection.summarise`, and ``key``, which names the comparisons.
         key: the column of the comparisons, such as ``block``.
     """
-    rivals = table[table["method"].isin(RIVALS)]
+    rivals = table[table["method"].isin(TOLD)]
     standings, count = rivals.apply(standing, axis=1), table[key].nunique()
     parts = []
     for word in ("behind", "level with", "ahead of"):
         places = rivals[standings == word].groupby("method", sort=False)[key].agg(list)
         methods = [
-            RIVALS[name] + ("" if len(own) == count else f" ({', '.join(map(str, own))})")
-            for name, own in places.items()
+            TOLD[name] + ("" if len(own) == count else f" ({', '.join(map(str, own))})") for name, own in places.items()
         ]
         if methods:
             parts.append(f"{word} {' and '.join([', '.join(methods[:-1])] * (len(methods) > 1) + methods[-1:])}")

@@ -24,6 +24,7 @@ STYLES = {
     "random": ("random directions", "#c9c9c9", "--"),
     "mean_difference": ("difference of means", "#6aa84f", "-"),
     "probe": ("linear probe (ceiling)", "#274e13", ":"),
+    "everything": ("every patch (chance)", "#d9b38c", ":"),
 }
 """Label, colour and line of each method."""
 LABELS = {method: label for method, (label, _, _) in STYLES.items()}
@@ -43,7 +44,8 @@ def against_density(panels: Mapping[str, pd.DataFrame], title: str = "") -> Figu
     )
     drawn = {}
     for axis, (name, table) in zip(axes[0], panels.items(), strict=True):
-        present = [method for method in STYLES if method in set(table["method"])]
+        points = table.groupby("method").size()  # methods that were tried at one density only are not drawn
+        present = [method for method in STYLES if points.get(method, 0) == points.max()]
         for shift, method in zip(np.linspace(-0.03, 0.03, len(present)), present, strict=True):
             label, colour, line = STYLES[method]
             own = table[table["method"] == method].sort_values("concepts_per_dimension")
@@ -58,7 +60,7 @@ def against_density(panels: Mapping[str, pd.DataFrame], title: str = "") -> Figu
         axis.set_xscale("log")
         axis.set_xticks(ticks, [f"{tick:.2g}" for tick in ticks])
         axis.minorticks_off()
-        axis.set(xlabel="concepts per dimension", ylim=(0, 1))
+        axis.set(xlabel="concepts per dimension", ylim=(0, 1.04))
         axis.set_title(name, fontsize=11)
     axes[0][0].set_ylabel("F1 of the best feature, held out")
     figure.legend(drawn.values(), drawn.keys(), loc="outside right center", fontsize=9, frameon=False)
@@ -104,14 +106,14 @@ def method_forest(table: pd.DataFrame, key: str, score: str, xlabel: str, title:
 
 @plain_text
 def stability_scatter(found: Mapping[str, Stability], title: str = "") -> Figure:
-    """Draw every feature's best F1 against how well it is found again from other seeds, one panel per block."""
+    """Draw every feature's gain in F1 against how well it is found again from other seeds, one panel per block."""
     figure, axes = plt.subplots(
         1, len(found), figsize=(3.5 * len(found) + 0.6, 3.5), sharey=True, sharex=True, squeeze=False,
         layout="constrained",
     )  # fmt: skip
     for axis, (block, own) in zip(axes[0], found.items(), strict=True):
         axis.scatter(
-            own.features["cosine"], own.features["f1"], s=22, color=STYLES["sae"][1], alpha=0.55, edgecolor="white"
+            own.features["cosine"], own.features["gain"], s=22, color=STYLES["sae"][1], alpha=0.55, edgecolor="white"
         )
         axis.axvline(own.untrained, color="#555555", linestyle="--", linewidth=1)
         axis.text(
@@ -120,6 +122,6 @@ def stability_scatter(found: Mapping[str, Stability], title: str = "") -> Figure
         )  # fmt: skip
         axis.set_title(f"{block}: rank correlation {own.correlation:.2f}", fontsize=10)
         axis.set_xlabel("cosine with its match")
-    axes[0][0].set_ylabel("best F1 over the concepts")
+    axes[0][0].set_ylabel("F1 above chance, best concept")
     figure.suptitle(title, fontsize=12)
     return figure
