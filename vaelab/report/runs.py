@@ -37,6 +37,7 @@ PICTURES = {
     "32_evaluate_sae": ("pictures-*",),
     "33_block_ablation": ("pictures",),
     "34_feature_gallery": ("prompt-*", "features-*", "turned-on-*"),
+    "35_feature_scores": ("steered-*",),
     "41_label_purity": ("features-*",),
     "43_pca_maps": ("jointly",),
 }

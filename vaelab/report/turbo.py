@@ -1,7 +1,7 @@
 """The results page on "Unpacking SDXL Turbo: Interpreting Text-to-Image Models with Sparse Autoencoders" (Surkov et
 al.)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pandas as pd
@@ -14,11 +14,14 @@ from vaelab.report.page import Absent, Entry, Section, Shown
 from vaelab.report.runs import FinishedRun
 from vaelab.sae import truth_plots
 from vaelab.sae.interventions import PAPER_TABLE_2, PAPER_WIDTH
+from vaelab.sae.steering_plots import effect_against_damage
+from vaelab.sae.steering_scores import MEASURES, PROMPT, change_sentence
 from vaelab.sae.truth import verdict, worth_sentence
 from vaelab.sae.truth_plots import LABELS
 
 STRONG = 0.1
 """A block matters for a factor where switching it off costs so much accuracy."""
+ENDS = ("", "_low", "_high")
 F1, AHEAD = ("f1", "f1_low", "f1_high"), ("ahead", "ahead_low", "ahead_high")
 """Columns of tables of features against the truth."""
 METHODS = {
@@ -210,6 +213,45 @@ def truth(run: FinishedRun) -> Shown:
     ])  # fmt: skip
 
 
+def steered(run: FinishedRun) -> Shown:
+    """Show how often directions change a factor of the pictures, and at what cost."""
+    rows = run.table("steering", "block", "direction", "way", *(f"{name}{end}" for name in MEASURES for end in ENDS))
+    curve = run.table("steering_curve", "block", "direction", "way", "strength", *MEASURES)
+    both = run.table("find_or_change", "block", "method", "f1", "way", "effect", "selectivity", "damage")
+    cells = [(f"`{row['block']}`", row["way"], LABELS.get(row["direction"], "the prompt that names it"),
+              *(_interval(row, name) for name in MEASURES)) for row in rows.to_dict("records")]  # fmt: skip
+    tried = both[both["effect"].notna() & both["f1"].notna()]
+    compared = [(f"`{row['block']}`", LABELS[row["method"]], number(row["f1"], 2), row["way"],
+                 *(number(row[name], 2) for name in ("effect", "selectivity", "damage")))
+                for row in tried.to_dict("records")]  # fmt: skip
+    charts = [
+        Chart(f"steering-{block}",
+              lambda own=own: effect_against_damage(own, own[own["direction"] == PROMPT]),
+              f"`{block}`: effect and selectivity against damage, by strength. Up and to the left is "
+              "better; the star is the prompt.")
+        for block, own in curve.groupby("block", sort=False)
+    ]  # fmt: skip
+    return Shown(change_sentence(rows), [
+        f"From prompts that name another value, or leave it open, a direction is turned on where the factor is, for "
+        f"the {run.params['steered_values']} values that are found best. Effect: how often the oracle then reads the "
+        "value. Selectivity: the share of the other factors that stay. Damage: the denoiser's own loss on the picture, "
+        "relative to pictures without steering. Distance: to the picture that a prompt with the value gives, by "
+        "EfficientNet-Lite0. The best strength of each value is chosen on one half of the scenes; the numbers are of "
+        "the other half, with intervals over scenes.",
+        table(("block", "way", "direction", *MEASURES), cells),
+        "Which to find a factor, and which to change it? F1 of the best feature, beside the way of steering that does "
+        "most:",
+        table(("block", "direction", "F1", "way", "effect", "selectivity", "damage"), compared),
+        *charts,
+        *[Picture(path, "One scene for each value: without steering, steered, and of the prompt that names the value.")
+          for path in run.pictures("steered-*")],
+    ])  # fmt: skip
+
+
+def _interval(row: Mapping[str, float], name: str) -> str:
+    return f"{row[name]:.2f} ({row[f'{name}_low']:.2f} to {row[f'{name}_high']:.2f})"
+
+
 def _f1_table(rows: pd.DataFrame, column: str, heading: Callable[[Any], str]) -> str:
     """A table of F1 with intervals: one row per method, one column for each value of a column."""
     values = list(dict.fromkeys(rows[column]))
@@ -217,15 +259,11 @@ def _f1_table(rows: pd.DataFrame, column: str, heading: Callable[[Any], str]) ->
     return table(
         ("features", *map(heading, values)),
         [
-            (LABELS.get(method, method), *(_f1(own.loc[(method, value)]) for value in values))
+            (LABELS.get(method, method), *(_interval(own.loc[(method, value)], "f1") for value in values))
             for method in dict.fromkeys(rows["method"])
             if all((method, value) in own.index for value in values)
         ],
     )
-
-
-def _f1(row: pd.Series) -> str:
-    return f"{row['f1']:.2f} ({row['f1_low']:.2f} to {row['f1_high']:.2f})"
 
 
 def _replaced(row: pd.Series, count: int) -> str:
@@ -295,6 +333,8 @@ SECTION = Section(
         Entry("Figures 1 and 5 to 10: features in pictures", (GALLERY,), gallery),
         Entry("Where autoencoders must win: beyond the paper", (SCORES,), positive_controls),
         Entry("Features against the truth: beyond the paper", (SCORES,), truth, headline=True),
+        Entry("Steering against the truth: beyond the paper", ("35_feature_scores/full-steering",), steered,
+              headline=True),
     ),
     (
         Absent("Tables 3 to 5", "the prompts of the top examples in Figures 6 to 8",
