@@ -191,6 +191,22 @@ def test_where_autoencoders_must_win_is_told(ica, words):
     assert words in shown.finding and shown.finding.startswith("Planted directions: the trained autoencoder")
 
 
+def test_steering_is_told_beside_the_prompt_and_beside_finding():
+    ends = {f"{name}{end}": 0.5 for name in ("effect", "selectivity", "damage", "distance") for end in turbo.ENDS}
+    rows = [
+        {"block": "up.1.2", "direction": direction, "way": way, "strength": 2.0, **ends, "effect": effect}
+        for direction, way, effect in (("sae", "add", 0.3), ("mean_difference", "add", 0.6), ("prompt", "prompt", 1.0))
+    ]
+    found = [{"block": "up.1.2", "method": name, "f1": f1, "way": "add", "effect": effect, "selectivity": 0.5,
+              "damage": 2}
+             for name, f1, effect in (("sae", 0.4, 0.3), ("pca", 0.5, None), ("random", None, 0.1))]  # fmt: skip
+    tables = {"steering": rows, "steering_curve": rows, "find_or_change": found}
+    shown = turbo.steered(planted("35_feature_scores/full-steering", {}, tables, {"steered_values": 10}))
+    assert "the difference of class means in 60 % of pictures (damage 0.50) and the prompt in 100 %" in shown.finding
+    assert "the prompt that names it | 1.00 (0.50 to 0.50)" in shown.blocks[1]
+    assert len(shown.blocks[3].splitlines()) == 3 and "| trained SAE | 0.40 | add | 0.30 |" in shown.blocks[3]
+
+
 def test_a_missing_number_is_one_sentence():
     run = planted("33_block_ablation/full", {}, {"blocks": [{"block": "up.0.0", "manhattan": 1.0}]})
     with pytest.raises(
