@@ -288,9 +288,10 @@ def draw_panel(panel: Panel, title: str = "", side: float = 0.98) -> Figure:
         places += range(len(widths), len(widths) + len(headings))
         widths += [1.0] * len(headings)
     names = ["\n".join(textwrap.wrap(name, int(14 * side * len(ones)))[:2]) for name, ones in panel.groups]
-    label, top = 1.25, 0.6 + 0.22 * bool(title) + 0.13 * any("\n" in name for name in names)
-    gap = 0.05
+    label, gap = 1.25, 0.05
     width = label + side * (sum(widths) + gap * (len(widths) - 1)) + 0.08
+    lines = textwrap.wrap(title, int(11 * width))[:2]
+    top = 0.6 + 0.2 * len(lines) + 0.13 * any("\n" in name for name in names)
     height = top + side * len(panel.rows) * (1 + gap) + 0.08
     figure = plt.figure(figsize=(width, height))
     grid = figure.add_gridspec(
@@ -320,8 +321,7 @@ def draw_panel(panel: Panel, title: str = "", side: float = 0.98) -> Figure:
             line = plt.Line2D([first.x0, last.x1], [y, y], color="0.6", linewidth=0.8, transform=figure.transFigure)
             figure.add_artist(line)
     if title:
-        shown = textwrap.shorten(title, int(13 * width), placeholder=" …")
-        figure.suptitle(shown, x=0.08 / width, ha="left", y=1 - 0.06 / height, va="top", fontsize=10.5)
+        figure.suptitle("\n".join(lines), x=0.08 / width, ha="left", y=1 - 0.06 / height, va="top", fontsize=10.5)
     return figure
 
 
@@ -354,10 +354,10 @@ def draw_locality(table: pd.DataFrame, title: str = "") -> Figure:
         axis.set_xticks(range(len(betas)), betas)
         axis.set_title(block, fontsize=10)
         axis.set_xlabel("beta")
-        axis.set_ylim(bottom=0)
         axis.grid(visible=False, axis="x")
         sns.despine(ax=axis)
     axes[0][0].set_ylabel("Manhattan distance, of 765")
+    axes[0][0].set_ylim(0, 1.08 * values.max())
     marks = [plt.Line2D([], [], marker="s", linestyle="", color=colour, label=who) for who, colour in colours.items()]
     marks += [
         plt.Line2D([], [], marker="o", linestyle="", color="0.35", label="inside"),
