@@ -61,6 +61,7 @@ FIGURES = {
     "suppressed_over_steps": lambda: vae_plots.suppressed_over_steps(ROWS.assign(suppressed=1), [1], TITLE),
     "near_zero_weights": lambda: vae_plots.near_zero_weights(ROWS.assign(fraction=0.5), title=TITLE),
     "layer_bars": lambda: vae_plots.layer_bars(CHANNELS, 0.2, TITLE),
+    "activity_histogram": lambda: vae_plots.activity_histogram(CHANNELS, 0.2, TITLE),
     "scale_scatter": lambda: vae_plots.scale_scatter(CHANNELS, 0.2, TITLE),
     "training_curves": lambda: sae_plots.training_curves(TRAINING, TITLE),
     "size_curves": lambda: sae_plots.size_curves(TRAINING, TITLE),
