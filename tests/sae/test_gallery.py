@@ -80,8 +80,11 @@ def test_masks_and_features_are_checked(lab, shown):
 def test_the_locality_of_every_autoencoder_is_drawn():
     rows = [
         {"block": block, "who": who, "score": f"{area}_{beta}", "mean": mean}
-        for block, mean in (("mid", 1.0), ("up", 50.0)) for who in ("sae", "neurons") for area in ("inside", "outside") for beta in ("-5", "10")
-    ]  # fmt: skip
+        for block, mean in (("mid", 1.0), ("up", 50.0))
+        for who in ("sae", "neurons")
+        for area in ("inside", "outside")
+        for beta in ("-5", "10")
+    ]
     figure = gallery.draw_locality(pd.DataFrame([*rows, {"block": "up", "who": "sae", "score": "colour", "mean": 9.0}]))
     assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["-5", "10"]
     assert figure.axes[0].get_ylim()[1] > 50
