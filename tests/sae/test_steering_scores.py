@@ -177,7 +177,7 @@ def candidates(experiment):
 
 def test_the_difference_of_means_changes_the_ground_and_a_random_direction_does_not(experiment, candidates):
     own = {name: candidates[name] for name in ("mean_difference", "random")}
-    table = experiment.score("up.1.2", own, [4.0], ["add"])
+    table = experiment.score("up.1.2", own, [8.0], ["add"])
     effect = table.groupby("direction")["effect"].mean()
     assert effect["mean_difference"] == 1 and effect["random"] == 0
     assert set(table["prompt"]) <= {"other", "open"} and (table["loss"] > 0).all()
