@@ -33,7 +33,7 @@ ROWS = pd.DataFrame([
 FOREST = ROWS.assign(condition="nudge", percent=1.0, percent_low=0.5, percent_high=2.0)
 MASKS = ROWS.assign(channel=0, mask=0.5)
 TRAINING = ROWS.assign(k=5, n_features=8, loss=1.0, explained_variance=0.5, l0=3, dead_fraction=0.0)
-ACCURACIES = ROWS.assign(accuracy=0.5, low=0.4, high=0.6)
+ACCURACIES = ROWS.assign(accuracy=0.5, low=0.4, high=0.6, uniform=0.2)
 RUNS = pd.DataFrame({"setting": NAMES, "scale": VALUES, "diffusion_loss": VALUES, "masked_recon_mse": VALUES})
 CHANNELS = pd.DataFrame({"layer": NAMES, "mean_abs": VALUES, "gamma": VALUES, "beta": VALUES})
 EFFECTS = {(name, name): SimpleNamespace(effects=pd.DataFrame({"manhattan": [0.1, 0.2]})) for name in NAMES}
