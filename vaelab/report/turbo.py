@@ -172,7 +172,9 @@ def positive_controls(run: FinishedRun) -> Shown:
     for name, title in (("planted", "planted directions"), ("projected", "factors, the update projected")):
         if name not in run.results["tables"]:
             continue
-        panels[title] = run.table(name, "concepts_per_dimension", "method", *F1, *AHEAD)
+        panels[title] = run.table(name, "concepts_per_dimension", "method", *F1, *AHEAD).sort_values(
+            "concepts_per_dimension", kind="stable"
+        )
         sentences.append(f"{title}: {worth_sentence(panels[title])}")
         blocks += [f"F1 of the best feature, {title}, by the number of concepts for each dimension of the update:",
                    _f1_table(panels[title], "concepts_per_dimension", "{:.3g} a dimension".format)]  # fmt: skip
