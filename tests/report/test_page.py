@@ -6,7 +6,9 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from vaelab.report import SECTIONS, page, pelap, runs, suppression, turbo
 from vaelab.report.markdown import Chart, Picture, number, percent, signed
@@ -257,14 +259,28 @@ def test_copying_needs_export_and_a_folder(tmp_path):
 
 
 def test_copied_pictures_are_small_and_the_same_every_time(tmp_path):
-    from PIL import Image
-
     Image.effect_noise((3000, 60), 50).save(tmp_path / "large.png")
     for name in ("a.png", "b.png"):
         runs.copy_picture(tmp_path / "large.png", tmp_path / name)
     with Image.open(tmp_path / "a.png") as picture:
         assert picture.size == (runs.WIDEST, 28)
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_a_copied_picture_keeps_the_colours_of_small_areas(tmp_path):
+    """A black, an orange and a purple spot in a picture of many shades of pink, beige and teal."""
+    rows = np.linspace(0.6, 1.0, 300)[:, None, None, None]
+    shades = (rows * np.array([[215, 160, 170], [215, 195, 160], [95, 150, 150]])[None, :, None]).repeat(200, 2)
+    pixels = (shades.reshape(300, 600, 3) + np.random.default_rng(0).normal(0, 4, (300, 600, 3))).clip(0, 255)
+    spots = {(20, 20): (0, 0, 0), (120, 300): (255, 140, 0), (220, 500): (150, 40, 190)}
+    for (top, left), colour in spots.items():
+        pixels[top : top + 12, left : left + 12] = colour
+    Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "a.png")
+    runs.copy_picture(tmp_path / "a.png", tmp_path / "b.png")
+    with Image.open(tmp_path / "b.png") as picture:
+        copied = np.asarray(picture.convert("RGB")).astype(int)
+    for (top, left), colour in spots.items():
+        assert np.abs(copied[top + 6, left + 6] - colour).max() <= 32
 
 
 def test_pictures_are_linked_where_they_lie(tmp_path):

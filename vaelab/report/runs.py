@@ -42,7 +42,7 @@ PICTURES = {
     "43_pca_maps": ("jointly",),
 }
 """Figures, by notebook, that cannot be drawn from a run's tables."""
-WIDEST, COLOURS = 1400, 128
+WIDEST, COLOURS = 1400, 256
 """Size in pixels and number of colours of a copied picture."""
 
 
@@ -198,5 +198,7 @@ def copy_picture(source: Path, target: Path) -> None:
         small = picture.convert("RGB")
     if small.width > WIDEST:
         small = small.resize((WIDEST, round(small.height * WIDEST / small.width)), Image.Resampling.LANCZOS)
+    # the default method replaces the colours of small areas: a black circle among pink ones becomes purple
+    reduced = small.quantize(COLOURS, Image.Quantize.MAXCOVERAGE, kmeans=3, dither=Image.Dither.NONE)
     with atomic(target) as draft:
-        small.quantize(COLOURS, dither=Image.Dither.NONE).save(draft, format="PNG", optimize=True)
+        reduced.save(draft, format="PNG", optimize=True)
