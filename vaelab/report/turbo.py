@@ -210,8 +210,9 @@ def truth(run: FinishedRun) -> Shown:
               [(LABELS.get(method, method), number(row["auroc"], 2), number(row["iou"], 2), percent(row["coverage"]))
                for method, row in means.iterrows()]),
         *(["Are features found again? Mean cosine of features of different seeds, matched one to one; the same without "
-           "training; and the rank correlation of a feature's cosine with its best F1:",
-           table(("block", "trained", "untrained", "correlation with F1"), stable)] if stable else []),
+           "training; and the rank correlation of a feature's cosine with the gain of its F1 over marking every "
+           "patch:",
+           table(("block", "trained", "untrained", "correlation with the gain in F1"), stable)] if stable else []),
     ])  # fmt: skip
 
 
