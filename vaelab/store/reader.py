@@ -83,8 +83,9 @@ class Store:
     file the first time that this object reads at least half of it. :meth:`verify` compares every file.
 
     The files of a group are compared by other threads while the group before is given out, so on two cores mainly the
-    first group of a first pass, of at most :data:`BUFFER_ROWS` rows, waits for it. A first pass over 1.6 million float16
-    vectors of width 64, in the system's cache, takes 5 % longer with the checksums: the median of 12 pairs of passes.
+    first group of a first pass, of at most :data:`BUFFER_ROWS` rows, waits for it. A first pass over 1.6 million
+    float16 vectors of width 64, in the system's cache, takes 5 % longer with the checksums: the median of 12 pairs of
+    passes.
     """
 
     url: str
