@@ -13,6 +13,7 @@ from vaelab.activations.denoiser import (
     from_prompts,
     generate,
     generate_all,
+    maps_at_step,
     validate_size,
 )
 from vaelab.hooks import capture, edit
@@ -150,6 +151,17 @@ def test_features_do_not_depend_on_the_batch(small_pipeline, name):
         of_batch = {short: [one[2:] for one in taken] for short, taken in getattr(batch, half).items()}
         assert_close(getattr(alone, half), of_batch)
     torch.testing.assert_close(alone.pictures, batch.pictures[2:], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("side", ["update", "input"])
+def test_maps_at_a_step_are_those_of_single_prompts(small_pipeline, side):
+    pipeline, prompts, sampling = small_pipeline("sd"), ["a star", "a ring", "a red star"], Sampling(2, 2.0)
+    found = maps_at_step(pipeline, prompts, range(5, 8), ["up.1.1"], sampling, 1, side=side, batch_size=2)
+    alone = [
+        from_prompts(pipeline, [prompt], [seed], ["up.1.1"], sampling, side=side, steps=[1]).maps["up.1.1"][0].float()
+        for seed, prompt in enumerate(prompts, 5)
+    ]
+    torch.testing.assert_close(found["up.1.1"], torch.cat(alone))
 
 
 @pytest.mark.parametrize("name", GUIDED)

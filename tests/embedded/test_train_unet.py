@@ -52,8 +52,8 @@ def test_all_lessons_are_gone_through_and_told(tmp_path, monkeypatch):
     plans = train_unet.plan_pipeline(**steps, device="cpu", model=SIZES)
     assert [plan.steps for plan in plans] == [1, 1, 4]
     for plan, folder in zip(plans, ("vae", "text", "practice"), strict=True):
-        assert plan.checkpoint == pytest.approx((tmp_path / folder / CHECKPOINT).stat().st_size, rel=0.1)
-    assert plans[-1].written == 3 * plans[-1].checkpoint  # one of each lesson
+        assert plan.checkpoint_bytes == pytest.approx((tmp_path / folder / CHECKPOINT).stat().st_size, rel=0.1)
+    assert plans[-1].disk_bytes == 3 * plans[-1].checkpoint_bytes  # one of each lesson
     again = train_unet.train_pipeline(tmp_path, **steps, device="cpu", model=SIZES)
     assert [part.resumed_at for part in (again.vae, again.text, *again.lessons.values())] == [1, 1, 2, 1, 1]
     for one, other in zip(made.pipeline.unet.parameters(), again.pipeline.unet.parameters(), strict=True):

@@ -180,17 +180,18 @@ def scored(column, value, **f1):
 def test_features_are_scored_against_the_truth_beside_their_rivals():
     f1 = {"sae": 0.4, "neurons": 0.5, "pca": 0.3, "ica": 0.4, "frozen_decoder": 0.3}
     shown = turbo.truth(planted("35_feature_scores/full", {}, {"truth": scored("block", "up.1.2", **f1)}))
-    assert "behind neurons" in shown.finding and "ahead of PCA and a frozen decoder" in shown.finding
+    assert "it is behind neurons in 1" in shown.finding
+    assert "ahead of PCA and a frozen decoder in 1 of 1 blocks" in shown.finding
     lines = shown.blocks[1].splitlines()
     assert lines[0] == "| features | `up.1.2` |" and "0.40 (0.39 to 0.41)" in lines[2]
     assert "0.70 | 0.20 | 50 % |" in shown.blocks[3]
 
 
-@pytest.mark.parametrize(("ica", "words"), [(0.3, "ahead of all of"), (0.5, "not ahead of all of")])
+@pytest.mark.parametrize(("ica", "words"), [(0.3, "is ahead of neurons"), (0.5, "at no number")])
 def test_where_autoencoders_must_win_is_told(ica, words):
     rows = scored("concepts_per_dimension", 2.0, sae=0.4, neurons=0.1, pca=0.1, ica=ica, frozen_decoder=0.3)
     shown = turbo.positive_controls(planted("35_feature_scores/full", {}, {"planted": rows}))
-    assert words in shown.finding and shown.finding.startswith("Planted directions: the trained autoencoder")
+    assert words in shown.finding and shown.finding.startswith("Planted directions: ")
 
 
 def test_steering_is_told_beside_the_prompt_and_beside_finding():
@@ -204,7 +205,7 @@ def test_steering_is_told_beside_the_prompt_and_beside_finding():
              for name, f1, effect in (("sae", 0.4, 0.3), ("pca", 0.5, None), ("random", None, 0.1))]  # fmt: skip
     tables = {"steering": rows, "steering_curve": rows, "find_or_change": found}
     shown = turbo.steered(planted("35_feature_scores/full-steering", {}, tables, {"steered_values": 10}))
-    assert "the difference of class means in 60 % of pictures (damage 0.50) and the prompt in 100 %" in shown.finding
+    assert "60 % of pictures (difference of means, damage 0.50) and 100 % of pictures (the prompt" in shown.finding
     assert "the prompt that names it | 1.00 (0.50 to 0.50)" in shown.blocks[1]
     assert len(shown.blocks[3].splitlines()) == 3 and "| trained SAE | 0.40 | add | 0.30 |" in shown.blocks[3]
 

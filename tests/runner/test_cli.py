@@ -382,7 +382,7 @@ def test_the_front_page_lists_ones_own_runs_with_their_notebooks(project):
 
 
 def test_the_front_page_reloads_only_while_runs_are_left(project):
-    progress = index.Progress(
+    progress = index.RunStates(
         running=["10_one/demo"], waiting=["20_two/demo"], ended=1, time_left="about 2 minutes left"
     )
     page = index.write(project / "outputs", progress).read_text()

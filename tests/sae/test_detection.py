@@ -79,7 +79,7 @@ def test_features_are_chosen_on_one_half_and_scored_on_the_other():
             for v in range(3) for sign in (1, -1))
         for f in range(D)
     ]  # fmt: skip
-    np.testing.assert_allclose(found.by_feature, gains, atol=1e-12)
+    np.testing.assert_allclose(found.feature_gain, gains, atol=1e-12)
     assert table.loc["b", "sharing"] == 1
 
 

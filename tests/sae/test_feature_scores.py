@@ -145,7 +145,7 @@ def test_the_table_has_mean_and_deviation_of_every_score():
          "outside_-5": 2.0},
         {"who": "random pictures", "colour": 50.0},
     ])  # fmt: skip
-    table = feature_scores.table_1(scores)
+    table = feature_scores.summarise_scores(scores)
     assert table.to_dict("records")[0] == {
         "block": "up", "who": "sae", "score": "colour", "mean": 12.0, "deviation": pytest.approx(8**0.5), "count": 2,
     }  # fmt: skip

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vaelab import models
+from vaelab import activations, models
 from vaelab.activations.denoiser import Sampling
 from vaelab.models.conditioning import encode_pictures, encode_prompts
 from vaelab.sae import steering_scores
@@ -34,15 +34,15 @@ def with_things(*things, texture="plain", ground="grey"):
 
 def test_effect_and_selectivity_compare_the_objects_that_were_there():
     blue = with_things(Thing("star", "blue", "small", "left"))
-    assert steering_scores.reads(STAR, blue, Value("colour", "blue"))
-    assert steering_scores.stays(STAR, blue, "colour") == 1
+    assert steering_scores.has_value(STAR, blue, Value("colour", "blue"))
+    assert steering_scores.kept_share(STAR, blue, "colour") == 1
     other = with_things(Thing("star", "red", "small", "left"), Thing("ring", "blue", "small", "right"))
-    assert not steering_scores.reads(STAR, other, Value("colour", "blue"))
-    assert steering_scores.stays(STAR, other, "colour") == pytest.approx(5 / 6)  # the number of objects changed
+    assert not steering_scores.has_value(STAR, other, Value("colour", "blue"))
+    assert steering_scores.kept_share(STAR, other, "colour") == pytest.approx(5 / 6)  # the number of objects changed
     gone = with_things(ground="pink")
-    assert not steering_scores.reads(STAR, gone, Value("colour", "blue"))
-    assert steering_scores.reads(STAR, gone, Value("ground", "pink"))
-    assert steering_scores.stays(STAR, gone, "ground") == pytest.approx(1 / 6)  # only the texture stays
+    assert not steering_scores.has_value(STAR, gone, Value("colour", "blue"))
+    assert steering_scores.has_value(STAR, gone, Value("ground", "pink"))
+    assert steering_scores.kept_share(STAR, gone, "ground") == pytest.approx(1 / 6)  # only the texture stays
 
 
 def test_a_value_is_written_where_the_factor_is():
@@ -77,7 +77,7 @@ def test_directions_have_the_same_length_and_the_mean_difference_is_between_valu
     made = steering_scores.steering_directions(sae, {"colour: red": 4, "colour: blue": 7}, vectors, values)
     assert made["sae"].features == {values[0]: 4, values[1]: 7}
     for own in made.values():
-        assert own.units[values[0]] == pytest.approx(expected.norm().item(), rel=1e-4)
+        assert own.lengths[values[0]] == pytest.approx(expected.norm().item(), rel=1e-4)
         for value in values:
             written = own.directions.written_by(own.features[value])
             assert written.norm().item() == pytest.approx(1, abs=1e-4)
@@ -167,9 +167,8 @@ def experiment():
 @pytest.fixture(scope="module")
 def candidates(experiment):
     scenes = steering_scores.single_scenes(16, "train")
-    maps = steering_scores.capture_generation(experiment.pipeline, scenes, ["up.1.2"], experiment.settings.sampling, 0)[
-        "up.1.2"
-    ]
+    prompts, sampling = [scene.prompt for scene in scenes], experiment.settings.sampling
+    maps = activations.maps_at_step(experiment.pipeline, prompts, range(16), ["up.1.2"], sampling)["up.1.2"]
     halves, value = label_factors(maps, scenes), Value("ground", "pink")
     sae = SAE(SAEConfig(maps.shape[-1], 32, 4))
     return steering_scores.steering_directions(sae, {value.concept: 3}, halves.choosing, [value])
@@ -189,7 +188,7 @@ def test_the_difference_of_means_changes_the_ground_and_a_random_direction_does_
 def test_clamping_at_the_largest_activation_is_replacing_by_it(experiment, candidates):
     own = candidates["mean_difference"]
     value = experiment.values[0]
-    largest = float(own.directions.largest[own.features[value]]) / own.units[value]
+    largest = float(own.directions.largest[own.features[value]]) / own.lengths[value]
     table = experiment.score("up.1.2", {"mean_difference": own}, [0.9 * largest, 2 * largest], ["replace", "clamp"])
     pictures = {key[2:4]: each for key, each in experiment.pictures.items() if key[1] == "mean_difference"}
     low, high = 0.9 * largest, 2 * largest

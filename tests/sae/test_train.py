@@ -66,7 +66,7 @@ def test_a_plan_is_of_all_autoencoders_and_counts_them_as_saved(tmp_path):
     weights = 2 * (2 * 64 * 32 + 64 + 32)
     assert (plan.title, plan.steps, plan.parameters) == ("2 autoencoders", 50, weights)
     assert plan.seconds > 0
-    assert plan.written == pytest.approx((3 + 1) * 4 * weights, rel=0.2)  # with moments; and the weights again
+    assert plan.disk_bytes == pytest.approx((3 + 1) * 4 * weights, rel=0.2)  # with moments; and the weights again
 
 
 def test_an_empty_store_and_an_unknown_block_are_refused(tmp_path):

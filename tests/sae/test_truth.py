@@ -19,7 +19,7 @@ PLAN = {"active": 1, "strength": 20.0, "scored": 10, "seed": 0}
 
 def setting(**changes):
     train = TrainConfig(steps=120, learning_rate=0.02, schedule="linear", clip_norm=0.0, device="cpu", log_every=120)
-    return truth.Comparison(**{
+    return truth.ComparisonSetting(**{
         "k": 1, "n_features": 48, "train": train, "batch_size": 128, "resamples": 50, "options": {"dead_after": 2000},
         **changes,
     })  # fmt: skip
@@ -38,7 +38,7 @@ def test_a_planted_dictionary_is_found_by_the_trained_autoencoder_and_by_no_cont
     assert compared.explained["sae"] > compared.explained["frozen_decoder"] > compared.explained["untrained"]
     with_level = pd.concat([compared.summary.table.assign(concepts_per_dimension=30 / 12)])
     assert truth.worth_from(with_level) == 30 / 12
-    assert "ahead of all of neurons, PCA, ICA, a frozen decoder from 2.5" in truth.worth_sentence(with_level)
+    assert "ahead of neurons, PCA, ICA and a frozen decoder from 2.5" in truth.worth_sentence(with_level)
 
 
 def test_what_is_planted_has_the_strength_asked_for_and_its_labels():
@@ -134,11 +134,12 @@ def test_the_verdict_names_what_the_autoencoder_is_not_ahead_of():
         + rows("b", neurons=-0.1, pca=0.2, ica=-0.1, frozen_decoder=0.1)
     )
     assert truth.verdict(table, "block") == (
-        "Single features of a trained autoencoder are behind ICA and neurons (b); level with neurons (a); "
-        "ahead of PCA and a frozen decoder: mean F1 0.50, ICA 0.60."
+        "The best single features of a trained autoencoder have a mean F1 of 0.50, those of ICA 0.60. The autoencoder "
+        "is ahead of PCA and a frozen decoder in 2 of 2 blocks, of neurons and ICA in none; it is behind ICA in 2 and "
+        "neurons in 1."
     )
     dense = table.assign(concepts_per_dimension=1.0)
-    assert truth.worth_from(dense) is None and "not ahead of all" in truth.worth_sentence(dense)
+    assert truth.worth_from(dense) is None and "at no number of concepts" in truth.worth_sentence(dense)
 
 
 def test_the_interval_of_a_mean_over_blocks_is_that_of_the_resamples_mean():
@@ -147,4 +148,4 @@ def test_the_interval_of_a_mean_over_blocks_is_that_of_the_resamples_mean():
         block: truth.Compared(truth.Summary(pd.DataFrame(), {"sae": own}), {}, {}, {})
         for block, own in zip("ab", drawn, strict=True)
     }
-    assert truth.mean_interval(compared, "sae") == pytest.approx(np.quantile(drawn.mean(0), [0.025, 0.975]))
+    assert truth.f1_interval(compared, "sae") == pytest.approx(np.quantile(drawn.mean(0), [0.025, 0.975]))

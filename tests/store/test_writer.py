@@ -772,5 +772,5 @@ def test_numbers_that_are_not_finite_are_recognised_by_their_bits(dtype):
     assert {True, False} == set(truth)
     among = torch.tensor([[-1.0, 0.0, 2.0]] * len(numbers), dtype=dtype)
     among[:, 1] = numbers
-    assert [store_writer.all_finite(row) for row in numbers[:, None]] == truth
-    assert [store_writer.all_finite(row) for row in among] == truth
+    assert [store_writer.bits_are_finite(row) for row in numbers[:, None]] == truth
+    assert [store_writer.bits_are_finite(row) for row in among] == truth

@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 from vaelab.core import disk
 from vaelab.training import TrainConfig, announce, plan_training, train
 from vaelab.training.checkpoint import CHECKPOINT
+from vaelab.training.planning import require_training_space
 
 
 class Slow(nn.Module):
@@ -51,8 +53,8 @@ def test_space_is_that_of_the_checkpoint_and_the_saved_weights(tmp_path):
 
     plan = plan_training(Quick(), batches, config(10), "quick", checkpoints=2, saved=3)
     train(Quick(), batches, config(2), folder=tmp_path, progress=False)
-    assert plan.checkpoint == pytest.approx((tmp_path / CHECKPOINT).stat().st_size, rel=0.05)
-    assert plan.written == 2 * plan.checkpoint + 3 * 4 * 11_000
+    assert plan.checkpoint_bytes == pytest.approx((tmp_path / CHECKPOINT).stat().st_size, rel=0.05)
+    assert plan.disk_bytes == 2 * plan.checkpoint_bytes + 3 * 4 * 11_000
 
 
 def test_what_is_short_or_finished_is_not_measured(tmp_path, capsys):
@@ -68,7 +70,7 @@ def test_what_is_short_or_finished_is_not_measured(tmp_path, capsys):
 
 def test_what_the_disk_cannot_hold_is_refused_and_what_is_there_counts(tmp_path, monkeypatch, capsys):
     plans = [plan_training(Slow(), batches, config(9), "any", checkpoints=count) for count in (1, 2)]
-    needed = 4 * plans[0].checkpoint  # the last one stands beside its predecessor
+    needed = 4 * plans[0].checkpoint_bytes  # the last one stands beside its predecessor
     monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 0, needed - 1))
     with pytest.raises(ValueError, match=r"^output_dir: training needs 496 kB of disk space, and 496 kB are free"):
         announce(plans, [tmp_path / "not" / "yet", tmp_path / "other"], "cpu")
@@ -88,3 +90,14 @@ def test_measuring_leaves_the_random_numbers_as_they_are():
     torch.manual_seed(3)
     plan_training(Quick(), batches, config(10), "quick")
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_training_that_the_disk_cannot_hold_is_refused_before_it_starts(tmp_path, monkeypatch, capsys):
+    """Two models of 100 and 50 parameters: weights, checkpoints, and the largest checkpoint a second time."""
+    expected = 150 * 4 + 150 * 12 + 100 * 12
+    assert require_training_space("2 models", 100, 150, tmp_path / "not" / "yet", together=False) == expected
+    assert require_training_space("2 models", 100, 150, tmp_path, together=True) == 150 * 28
+    assert "2 models: 150 parameters; 3.6 kB on disk" in capsys.readouterr().out
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: SimpleNamespace(free=expected - 1))
+    with pytest.raises(ValueError, match=r"^output_dir: the training of 2 models needs 3.6 kB of disk space"):
+        require_training_space("2 models", 100, 150, tmp_path, together=False)

@@ -412,6 +412,6 @@ def test_a_plan_leaves_out_finished_trainings_and_counts_validations(model, pict
     # 6 pictures in batches of 4, before training and after every fifth step
     assert 3 * 5 * 1.5 * 0.1 < plan.seconds < 600
     weights = sum(value.nbytes for value in models.load_vae(model, device="cpu").state_dict().values())
-    assert plan.written == plan.checkpoint + weights  # of the nudge with the first seed; others leave none
+    assert plan.disk_bytes == plan.checkpoint_bytes + weights  # of the nudge with the first seed; others leave none
     with pytest.raises(ValueError, match=r"^conditions: expected baseline"):
         finetune.plan_conditions(model, ["nudge"], [0], settings, pictures, tmp_path)

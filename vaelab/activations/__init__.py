@@ -8,6 +8,7 @@ from vaelab.activations.denoiser import (
     from_prompts,
     generate,
     generate_all,
+    maps_at_step,
     validate_size,
 )
 
@@ -18,6 +19,7 @@ __all__ = [
     "from_prompts",
     "generate",
     "generate_all",
+    "maps_at_step",
     "count_passes",
     "validate_size",
 ]

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from vaelab.core.validate import at_least
 from vaelab.models import block_names
@@ -33,7 +34,7 @@ from vaelab.models.vocabulary import report_unknown_words
 
 __all__ = [
     "Features", "Sampling", "add_noise", "count_passes", "encode_pictures", "encode_prompts", "from_pictures",
-    "from_prompts", "generate", "generate_all", "last_timestep", "predict", "validate_size",
+    "from_prompts", "generate", "generate_all", "last_timestep", "maps_at_step", "predict", "validate_size",
 ]  # fmt: skip
 
 OWN_ARGUMENTS = (
@@ -207,6 +208,36 @@ def from_pictures(
         for name, path in found.items():
             captured[name].append(block_names.to_maps(seen[path][0], latents.shape[-2] / latents.shape[-1]))
     return Features(captured, {}, None)
+
+
+def maps_at_step(
+    pipeline: Any, prompts: Sequence[str], seeds: Sequence[int], blocks: Sequence[str], sampling: Sampling,
+    step: int = 0, *, side: str = "update", batch_size: int = 16,
+) -> dict[str, Tensor]:  # fmt: skip
+    """Capture blocks at one pass of the denoiser for any number of prompts, batch by batch.
+
+    Args:
+        pipeline: a diffusers pipeline.
+        prompts: N prompts.
+        seeds: one seed per prompt.
+        blocks: short names or module paths.
+        sampling: steps, guidance and size.
+        step: the pass, counted from 0.
+        side: as in :func:`from_prompts`, whose errors are raised.
+        batch_size: prompts per batch.
+
+    Returns:
+        For each block (N, h, w, d) in float32, on the CPU.
+    """
+    parts: dict[str, list[Tensor]] = {block: [] for block in blocks}
+    for first in tqdm(range(0, len(prompts), batch_size), desc="activations"):
+        part = slice(first, first + batch_size)
+        found = from_prompts(
+            pipeline, list(prompts[part]), list(seeds[part]), blocks, sampling, side=side, steps=[step]
+        )
+        for block in blocks:
+            parts[block].append(found.maps[block][0].float().cpu())
+    return {block: torch.cat(each) for block, each in parts.items()}
 
 
 def count_passes(pipeline: Any, sampling: Sampling) -> int:

@@ -29,6 +29,7 @@ from vaelab.sae.model import SAEConfig
 from vaelab.sae.steering import Directions, Steerer, modulate
 from vaelab.sae.sweep import iterate_vectors
 from vaelab.sae.train import SAESpec, store_batches, train_saes
+from vaelab.store.format import BlockShape
 from vaelab.training import TrainConfig
 
 SDXL = {
@@ -170,7 +171,7 @@ def measure_full_size(
     with tempfile.TemporaryDirectory() as folder:
         trial = next(collect.capture_batches(pipeline, texts[:1], settings))
         done("collect one prompt")
-        layout = {name: collect.store.BlockShape(tuple(x.shape[1:-1]), x.shape[-1]) for name, x in trial.maps.items()}
+        layout = {name: BlockShape(tuple(x.shape[1:-1]), x.shape[-1]) for name, x in trial.maps.items()}
         stored = collect.collect_prompts(
             pipeline, texts, settings, Path(folder, "store"), layout=layout, items_per_prompt=1, progress=False
         )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vaelab.core import devices, hub
+from vaelab.core.finite import all_finite
 
 FILES = (
     "config.json", "preprocessor_config.json", "processor_config.json", "tokenizer*.json", "vocab.json", "merges.txt",
@@ -89,7 +90,7 @@ def load_clip(name: str, *, device: str = "auto", revision: str | None = None, p
             listed = ", ".join(keys[:3])
             raise ValueError(f"{parameter}: {name!r} has {len(keys)} {what.replace('_keys', '')} weights: {listed}")
     for key, value in model.state_dict().items():
-        if not value.isfinite().all():
+        if not all_finite(value):
             raise ValueError(f"{parameter}: {name!r} has NaN or infinite values in {key}")
     return Clip(model.to(devices.pick(device)), processor, name)
 

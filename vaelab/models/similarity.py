@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vaelab.core import devices
+from vaelab.core.finite import all_finite
 from vaelab.models.clip import load_clip
 
 EFFICIENTNET, MINILM = "efficientnet-lite0", "all-MiniLM-L6-v2"
@@ -166,10 +167,10 @@ def embed_in_batches(model: PictureModel, pictures: Tensor, batch_size: int = 8)
     Raises:
         ValueError: a picture or a vector is not finite.
     """
-    if not pictures.isfinite().all():
+    if not all_finite(pictures):
         raise ValueError("pictures: some have NaN or infinite values")
     vectors = torch.cat([model.embed_pictures(part).cpu() for part in pictures.split(batch_size)])
-    if not vectors.isfinite().all():
+    if not all_finite(vectors):
         raise ValueError(f"picture_model: {model.name} gave NaN or infinite vectors")
     return vectors
 

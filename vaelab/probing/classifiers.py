@@ -35,9 +35,9 @@ from vaelab.probing.layer_features import (
     split_layer_name,
 )
 from vaelab.probing.linear import Accuracy, fit_linear_probe, measure_accuracy
-from vaelab.probing.space import require_training_space
 from vaelab.probing.tables import best_layer, matching_layers
 from vaelab.probing.tasks import Task, require_maps
+from vaelab.training.planning import require_training_space
 
 TOLERANCE = 0.05
 """Largest distance of a picture's features from the stored ones, relative to their norm; half precision causes less."""

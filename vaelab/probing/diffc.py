@@ -258,7 +258,7 @@ class EpochSelection(Watcher):
                 file.unlink()
 
 
-class Progress(Watcher):
+class StepReport(Watcher):
     """A training callback that passes on the number of steps."""
 
     def __init__(self, report: Callable[[int], Any]):
@@ -312,7 +312,7 @@ def train_diffc(
             device=config.device, seed=config.seed, log_every=steps, checkpoint_every=steps,
         ),
         folder=folder,
-        watchers=[selection, Progress(progress)] if progress else [selection],
+        watchers=[selection, StepReport(progress)] if progress else [selection],
         settings={"diffc": asdict(config), "block": layer, "pictures": len(training), **(settings or {})},
         title="Diff-C",
         progress=progress is None,

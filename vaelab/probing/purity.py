@@ -23,12 +23,12 @@ from vaelab.core.validate import at_least, one_of, unknown
 from vaelab.data.labelled import LabelledPictures
 from vaelab.probing.dataset import Examples, load_examples
 from vaelab.probing.layer_features import require_same_model, require_same_source
-from vaelab.probing.space import require_training_space
 from vaelab.sae.model import SAE, SAEConfig
 from vaelab.sae.top_activating import FeatureSummary, summarise_features
 from vaelab.sae.train import SAESpec
 from vaelab.store.format import Layout
 from vaelab.store.reader import Store
+from vaelab.training.planning import require_training_space
 
 MEASURES = ("sigma_label", "entropy", "majority", "permutation_p")
 """The fields of :class:`Purity` that are recorded as metrics."""

@@ -140,17 +140,23 @@ def figure_4(run: FinishedRun) -> Shown:
     )  # fmt: skip
 
 
-def table_1(run: FinishedRun) -> Shown:
-    """Show the scores of Table 1 beside their controls."""
+def scored_features(run: FinishedRun) -> Shown:
+    """Show the scores of the paper's Table 1 beside their controls."""
     scores = run.table("table1").fillna("")
     names = [name for name in scores if name not in ("block", "who")]
     rows = [(f"`{row['block']}`" if row["block"] else "", row["who"], *(row[name] for name in names))
             for row in scores.to_dict("records")]  # fmt: skip
     encoders = f"{run.params['picture_model']} (pictures) and {run.params['sentence_model']} (sentences)"
     return Shown(run.results["finding"], [
-        f"{run.params['scored_features']} features of each block, chosen at random; mean (standard deviation) over "
-        f"features or samples. Similarities are those of {encoders}. `beta`: change of a pixel inside / outside the "
-        "feature's active area, of at most 765. A score that a control reaches too says nothing about the feature.",
+        f"{run.params['scored_features']} features of each block, chosen at random, so differences between rows are "
+        "hints; mean (standard deviation) over features or samples. Similarities are those of "
+        f"{encoders}. `specificity`: similarity of a feature's top pictures to each other. `monosemanticity`: "
+        "similarity of all pictures, weighted by activation. `colour`: distance of the feature's pixels from their "
+        "mean colour. `texture`, `causality`: similarity of the picture that the feature draws alone to textures, and "
+        "to its top pictures. `active > x`: share of the prompts near the feature's words / of all prompts whose "
+        "pictures have it on more of their area. `beta`: change of a pixel, summed over red, green and blue (0 to "
+        "765), inside / outside the feature's active area when it is turned up or down by beta. A score that a control "
+        "reaches too says nothing about the feature.",
         table(("block", "features", *names), rows),
     ])  # fmt: skip
 
@@ -178,6 +184,7 @@ def positive_controls(run: FinishedRun) -> Shown:
         sentences.append(f"{title}: {worth_sentence(panels[title])}")
         blocks += [f"F1 of the best feature, {title}, by the number of concepts for each dimension of the update:",
                    _f1_table(panels[title], "concepts_per_dimension", "{:.3g} a dimension".format)]  # fmt: skip
+    soft = _soft_frozen(panels["planted directions"]) if "planted directions" in panels else ""
     finding = " ".join(sentence[0].upper() + sentence[1:] for sentence in sentences)
     chart = Chart("density", lambda: truth_plots.against_density(panels),
                   "F1 of the best feature against the number of concepts per dimension. A trained autoencoder is worth "
@@ -185,9 +192,20 @@ def positive_controls(run: FinishedRun) -> Shown:
     return Shown(finding, [
         "A benchmark on which an autoencoder cannot win says nothing when it loses. So known directions are added to "
         "the update, more than it has dimensions, and the update itself is projected to fewer dimensions than there "
-        "are factor values.",
+        "are factor values. A *frozen* decoder or encoder stays random while the rest is trained; the rows of a "
+        f"*soft-frozen* decoder may turn little, so it shows how much of a result needs learned directions.{soft}",
         *blocks, chart,
     ])  # fmt: skip
+
+
+def _soft_frozen(planted: pd.DataFrame) -> str:
+    """How near the soft-frozen decoder comes to the trained autoencoder at the largest number of planted directions."""
+    rows = planted[planted["method"] == "soft_frozen"]
+    if rows.empty:
+        return ""
+    last = rows.iloc[-1]
+    return (f" At {last['concepts_per_dimension']:.2g} planted directions a dimension the trained autoencoder is ahead "
+            f"of it by {last['ahead']:.2f} ({last['ahead_low']:.2f} to {last['ahead_high']:.2f}).")  # fmt: skip
 
 
 def truth(run: FinishedRun) -> Shown:
@@ -202,16 +220,17 @@ def truth(run: FinishedRun) -> Shown:
     return Shown(verdict(rows, "block"), [
         "For every value of a factor, such as red or top left, the best feature and its threshold are chosen on one "
         "half of the scenes and scored on the other. F1 per patch, mean over all values, with intervals over scenes "
-        "and seeds. Class means and the linear probe know the labels; the probe is the ceiling.",
+        "and seeds. A method is ahead or behind where the interval of the difference, on the same scenes, excludes 0. "
+        "The difference of means and the linear probe know the labels; the probe is the ceiling.",
         _f1_table(rows, "block", "`{}`".format),
         "Area under the curve, overlap of the feature's map with the thing's mask (intersection over union), and the "
         "share of values found with an F1 above 0.8, mean over the blocks:",
         table(("features", "AUROC", "IoU", "coverage"),
               [(LABELS.get(method, method), number(row["auroc"], 2), number(row["iou"], 2), percent(row["coverage"]))
                for method, row in means.iterrows()]),
-        *(["Are features found again? Mean cosine of features of different seeds, matched one to one; the same without "
-           "training; and the rank correlation of a feature's cosine with the gain of its F1 over marking every "
-           "patch:",
+        *(["Are features found again, and do those detect better? Mean cosine of features of different seeds, "
+           "matched one to one; the same without training; and the rank correlation of a feature's cosine with the "
+           "gain of its F1 over marking every patch:",
            table(("block", "trained", "untrained", "correlation with the gain in F1"), stable)] if stable else []),
     ])  # fmt: skip
 
@@ -235,15 +254,16 @@ def steered(run: FinishedRun) -> Shown:
         for block, own in curve.groupby("block", sort=False)
     ]  # fmt: skip
     return Shown(change_sentence(rows), [
-        f"From prompts that name another value, or leave it open, a direction is turned on where the factor is, for "
+        f"From prompts that name another value, or leave it open, a direction is written where the factor is, for "
         f"the {run.params['steered_values']} values that are found best. Effect: how often the oracle then reads the "
         "value. Selectivity: the share of the other factors that stay. Damage: the denoiser's own loss on the picture, "
         "relative to pictures without steering. Distance: to the picture that a prompt with the value gives, by "
         "EfficientNet-Lite0. The best strength of each value is chosen on one half of the scenes; the numbers are of "
-        "the other half, with intervals over scenes.",
+        "the other half, with intervals over scenes. *Add* adds the direction; *replace* first takes away what is "
+        "there along it; *clamp* goes no further than the largest amount seen in the data.",
         table(("block", "way", "direction", *MEASURES), cells),
-        "Which to find a factor, and which to change it? F1 of the best feature, beside the way of steering that does "
-        "most:",
+        "Which to find a factor, and which to change it? F1 of the best feature, in this run's small truth table of "
+        f"{run.params.get('max_images')} scenes, beside the way of steering that does most:",
         table(("block", "direction", "F1", "way", "effect", "selectivity", "damage"), compared),
         *charts,
         *[Picture(path, "One scene for each value: without steering, steered, and of the prompt that names the value.")
@@ -328,7 +348,7 @@ SECTION = Section(
         ),
         Entry("Figure 4: such pictures", ("32_evaluate_sae/full",), figure_4,
               paper="pictures of `down.2.1` replaced by its reconstruction, k = 10, n = 5,120."),
-        Entry("Table 1: scores of features", (GALLERY,), table_1,
+        Entry("Table 1: scores of features", (GALLERY,), scored_features,
               paper="specificity, texture, colour and locality of four blocks, beside random pictures.",
               differs="another model, and smaller networks in place of CLIP; textures are photographs that come with "
               "scikit-image.",

@@ -77,7 +77,7 @@ def _execute(chosen: argparse.Namespace) -> int:
             failed = Schedule(chosen.name, chosen.jobs, overwrite=chosen.overwrite).execute()
         elif chosen.verb == "run":
             path = chosen.params.absolute()
-            index.write(project_root() / "outputs", index.Progress(running=[label(path)]))
+            index.write(project_root() / "outputs", index.RunStates(running=[label(path)]))
             # in a thread, since signals are handled in the main thread
             with ThreadPoolExecutor(1) as pool:
                 if not pool.submit(run, path, overwrite=chosen.overwrite).result():

@@ -44,7 +44,7 @@ THUMBNAIL = "thumbnail.png"
 
 
 @dataclass
-class Progress:
+class RunStates:
     """What ``vaelab all`` is doing; runs are named ``notebook/run``."""
 
     running: list[str] = field(default_factory=list)
@@ -97,7 +97,7 @@ def page_of(outputs: Path) -> Path:
     return outputs / "index.html"
 
 
-def write(outputs: Path, progress: Progress | None = None) -> Path:
+def write(outputs: Path, progress: RunStates | None = None) -> Path:
     """Write the front page of everything run under ``outputs``; returns its path.
 
     Args:
@@ -106,7 +106,7 @@ def write(outputs: Path, progress: Progress | None = None) -> Path:
     """
     from jinja2 import Environment
 
-    progress = progress or Progress()
+    progress = progress or RunStates()
     known = sorted((outputs.parent / "notebooks").glob("*.ipynb"))
     entries = [*_entries(outputs, progress)]
     wings = []
@@ -142,7 +142,7 @@ def _cards(wings: list[dict[str, Any]]) -> list[tuple[Entry, str]]:
     return cards
 
 
-def _entries(outputs: Path, progress: Progress) -> Iterator[Entry]:
+def _entries(outputs: Path, progress: RunStates) -> Iterator[Entry]:
     """Every run under ``outputs``, those that have not begun, and notebooks without a run."""
     found = {str(folder.relative_to(outputs)): folder for folder in _run_folders(outputs)}
     executed = _executed(outputs)

@@ -137,7 +137,7 @@ class Schedule:
 
     def _write_page(self) -> None:
         waiting = [path for path in self.todo if path not in self.running and path not in self.ended]
-        status = index.Progress(
+        status = index.RunStates(
             running=[label(path) for path in self.running],
             waiting=[label(path) for path in waiting],
             failed={label(path): error for path, error in self.errors.items()},

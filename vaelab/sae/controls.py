@@ -35,7 +35,7 @@ class Readout(Protocol):
     """Scores of vectors, and the directions that belong to them."""
 
     signed: bool
-    """Whether a feature is also looked for with the opposite sign; codes of an autoencoder are not."""
+    """Whether a feature may also count when it is negative; an autoencoder's never does."""
 
     @property
     def directions(self) -> Tensor:

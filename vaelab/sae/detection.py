@@ -21,8 +21,8 @@ from vaelab.world.scenes import FACTORS, SCENE_FACTORS, THING_FACTORS, Scene
 COVERED = 0.8
 """A concept is covered if the F1 of its best feature is above this."""
 SHARING = 0.9
-"""A feature shares a concept if its F1 is at least this fraction of the best feature's, and above that of calling every
-patch one that shows the concept."""
+"""A feature shares a concept if its F1 is at least this fraction of the best feature's, and above that of marking every
+patch."""
 SCORES = ("f1", "coverage", "iou", "auroc", "picture_f1", "picture_auroc", "sharing")
 
 
@@ -190,25 +190,26 @@ class Detection(NamedTuple):
 
     table: pd.DataFrame
     """One row per concept: ``concept``; ``feature``, ``sign`` and ``threshold``, chosen by F1 per patch; ``chosen_f1``
-    in the half they were chosen in; ``sharing``, the number of features with nearly the same F1 there; and in the other
-    half ``f1``, ``auroc``, ``iou``, ``picture_f1`` and ``picture_auroc``."""
+    in the half they were chosen in; ``sharing``, the number of features with at least :data:`SHARING` of that F1
+    there; and in the other half ``f1``, ``auroc``, ``iou``, ``picture_f1`` and ``picture_auroc``."""
     patches: np.ndarray
     """(S, V, 3) true positives, false positives and false negatives per scene."""
     pictures: np.ndarray
     """(S, V, 3) the same for whole pictures."""
     overlap: np.ndarray
     """(S, V) overlap with the concept's mask; NaN where the scene does not show it."""
-    by_feature: np.ndarray
-    """(m,) in the half in which features are chosen, the largest difference over the concepts between a feature's F1
-    and that of calling every patch one that shows the concept."""
+    feature_gain: np.ndarray
+    """(m,) in the half in which features are chosen: for each feature its largest gain in F1 over marking every patch,
+    over the concepts."""
 
 
 def detect(readout: Readout, halves: Halves) -> Detection:
     """Choose the best feature of a readout for every concept on one half of the scenes; score it on the other.
 
     Per picture, a feature's score is its maximum or its mean over the patches (Surkov et al., equation 9), whichever is
-    better in the first half. The overlap (IoU) compares patches at or above the threshold with the concept's mask, in
-    pixels, in every scene that shows the concept.
+    better in the first half. The overlap (IoU) is that of the marked patches, scaled up to pixels, with the concept's
+    mask, in every scene that shows the concept. The AUROC is that of the feature with the best AUROC in the first half,
+    since it needs no threshold.
     """
     first, second = halves
     scores = _scores(readout, first)

@@ -58,23 +58,8 @@ ALIKE = 0.95
 """Of two prompts whose sentences are more similar than this, only one is among the prompts near a caption."""
 TEXTURES = ("brick.png", "grass.png", "gravel.png")
 """Photographs of textures among the embedded ones."""
-FUNCTION_WORDS = (
-    "a",
-    "an",
-    "and",
-    "are",
-    "at",
-    "by",
-    "for",
-    "from",
-    "in",
-    "is",
-    "its",
-    "of",
-    "on",
-    "the",
-    "to",
-    "with",
+FUNCTION_WORDS = frozenset(
+    ["a", "an", "and", "are", "at", "by", "for", "from", "in", "is", "its", "of", "on", "the", "to", "with"]
 )
 """Words that no caption has."""
 TELLING = 1.25
@@ -303,18 +288,12 @@ def probe_positions(
     """
     records = [activation_store.items[item] for item in items_at_step(activation_store, step, pictures)]
     sampling = Sampling(**activation_store.settings["sampling"])
-    maps: dict[str, list[Tensor]] = {block: [] for block in blocks}
-    for begin in range(0, len(records), batch_size):
-        part = records[begin : begin + batch_size]
-        found = activations.from_prompts(
-            pipeline, [one["prompt"] for one in part], [one["seed"] for one in part], blocks, sampling, side="input",
-            steps=[step],
-        )  # fmt: skip
-        for block in blocks:
-            maps[block].append(found.maps[block][0].float().cpu())
+    prompts, seeds = ([record[name] for record in records] for name in ("prompt", "seed"))
+    maps = activations.maps_at_step(
+        pipeline, prompts, seeds, blocks, sampling, step, side="input", batch_size=batch_size
+    )
     rows = []
-    for block, parts in maps.items():
-        inputs = torch.cat(parts)
+    for block, inputs in maps.items():
         chance = {"chance_row": 1 / inputs.shape[1], "chance_column": 1 / inputs.shape[2]}
         rows.append({"block": block, **position_accuracy(inputs, seed), **chance})
     return pd.DataFrame(rows)
@@ -655,7 +634,7 @@ def choose_features(statistics: FeatureStatistics, count: int, least: int, seed:
     return active[order].sort().values.tolist()
 
 
-def table_1(scores: pd.DataFrame) -> pd.DataFrame:
+def summarise_scores(scores: pd.DataFrame) -> pd.DataFrame:
     """Make Table 1: for each block and autoencoder, or each baseline, the mean and the standard deviation of every
     score over features or samples.
 
@@ -673,9 +652,9 @@ def table_1(scores: pd.DataFrame) -> pd.DataFrame:
 
 
 def paper_layout(table: pd.DataFrame) -> pd.DataFrame:
-    """Lay out a table of :func:`table_1` as the paper prints it, baselines last: ``mean (deviation)``, for each
-    sensitivity the share of the prompts near the caption / of all prompts, and for each strength the distance inside /
-    outside."""
+    """Lay out a table of :func:`summarise_scores` as the paper prints it, baselines last: ``mean (deviation)``, for
+    each sensitivity the share of the prompts near the caption / of all prompts, and for each strength the distance
+    inside / outside."""
     values = {(row["block"], row["who"], row["score"]): row for row in table.to_dict("records")}
     pairs = {"inside_": ("outside_", "beta ", 1), "sensitivity_": ("any_prompt_", "active > ", 2)}
     rows: dict[tuple[str, str], dict[str, str]] = {}
@@ -698,8 +677,8 @@ def paper_layout(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def compare_with_paper(table: pd.DataFrame) -> pd.DataFrame:
-    """Put the paper's numbers beside those of a table of :func:`table_1`: ``block``, ``who``, ``score``, ``here``,
-    ``paper`` (means), for the trained autoencoders of the paper's blocks and for its baselines."""
+    """Put the paper's numbers beside those of a table of :func:`summarise_scores`: ``block``, ``who``, ``score``,
+    ``here``, ``paper`` (means), for the trained autoencoders of the paper's blocks and for its baselines."""
     rows = []
     for row in table.to_dict("records"):
         if row["who"] == "sae":

@@ -33,6 +33,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from vaelab.core.finite import all_finite
 from vaelab.core.hub import find_folder
 from vaelab.core.paths import local
 from vaelab.core.validate import at_least
@@ -574,7 +575,7 @@ class Tensors:
         if tuple(value.shape) != shape:
             raise ValueError(f"{self.path}: its {name} is {tuple(value.shape)}; its configuration says {shape}")
         value = value.detach().double()
-        if not value.isfinite().all():
+        if not all_finite(value):
             raise ValueError(f"{self.path}: {name} holds NaN or infinity")
         return value
 

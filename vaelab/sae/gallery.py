@@ -331,7 +331,7 @@ def draw_locality(table: pd.DataFrame, title: str = "") -> Figure:
     strength the two mean distances of the autoencoder's features and of its controls, joined by a line.
 
     Args:
-        table: a table of :func:`vaelab.sae.feature_scores.table_1`.
+        table: a table of :func:`vaelab.sae.feature_scores.summarise_scores`.
         title: the figure's title.
     """
     kinds = table["score"].str.extract(r"^(?P<area>inside|outside)_(?P<beta>.+)$")

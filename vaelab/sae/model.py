@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vaelab.core import devices
+from vaelab.core.finite import all_finite
 from vaelab.core.hub import find_folder
 from vaelab.core.io import atomic, read_json, write_json
 from vaelab.core.validate import at_least, one_of
@@ -598,7 +599,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
 def require_finite_weights(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Raise ValueError, naming the tensor, if a weight is NaN or infinite."""
     for name, value in tensors.items():
-        if not value.isfinite().all():
+        if not all_finite(value):
             raise ValueError(f"{path}: {name} holds NaN or infinity")
 
 

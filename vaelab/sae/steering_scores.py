@@ -1,20 +1,20 @@
 """Which direction changes a factor: steering scored against the truth of the scene world.
 
-Pictures are generated with a direction of a block's update turned on (:mod:`vaelab.sae.steering`), from prompts that
-name another value of a factor or leave the factor open, and are compared with the pictures of the same prompts and
-seeds without steering. The scene reader (:mod:`vaelab.world.oracle`) and two models score every picture:
+Pictures are generated with a direction added to what a block adds to its input (:mod:`vaelab.sae.steering`), from
+prompts that name another value of a factor or leave the factor open. They are compared with the pictures of the same
+prompts and seeds without steering. The scene reader (:mod:`vaelab.world.oracle`) and two models score every picture:
 
 - *effect*: whether the object, or the ground, now has the value;
 - *selectivity*: the share of the other factors, and of the number of objects, that stay as they were;
-- *damage*: the denoiser's own loss on the picture, divided by its loss on the pictures without steering. It is the
-  loss without a prompt, with the same noise for all pictures. A value of 1 means that steered pictures are as likely
-  to the model as its own; simpler pictures, such as an empty ground, can have less;
+- *damage*: the denoiser's own loss on the picture without a prompt, divided by that on the pictures without steering,
+  with the same noise for all. At 1 steered pictures are as easy for the model to denoise as its own; simpler pictures,
+  such as an empty ground, can have less. It is computed from ``loss`` and ``loss_before`` when they are averaged;
 - *distance*: 1 - cosine in the space of a picture model to the picture that a prompt with the value gives from the
   same seed.
 
 A direction is turned on where the factor is: at the objects in the picture without steering, at its ground, or for a
-position where an object there would be. The prompt that names the value is the ceiling. Features that detect a value
-well need not change it, since adding a multiple of a direction leaves the model's distribution (arXiv 2606.31699).
+position at the place that it names. The prompt that names the value is the ceiling. Features that detect a value
+well need not change it, since the sum can be a vector that the model never produces (arXiv 2606.31699).
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,7 +29,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from vaelab import activations, world
-from vaelab.activations.denoiser import Sampling, from_prompts
+from vaelab.activations import Sampling
 from vaelab.core.validate import at_least, one_of
 from vaelab.models.block_names import find_denoiser
 from vaelab.models.conditioning import add_noise, encode_pictures, encode_prompts, predict, prediction_target
@@ -39,7 +39,7 @@ from vaelab.sae.controls import train_readouts
 from vaelab.sae.detection import Halves, LabelledVectors, detect
 from vaelab.sae.model import SAE
 from vaelab.sae.steering import Directions, Steerer, Steering
-from vaelab.sae.truth import Comparison
+from vaelab.sae.truth import ComparisonSetting
 from vaelab.world import oracle
 from vaelab.world.scenes import (
     CENTRES,
@@ -88,30 +88,6 @@ class Value(NamedTuple):
         return cls(factor, value)
 
 
-def capture_generation(
-    pipeline: Any, scenes: Sequence[Scene], blocks: Sequence[str], sampling: Sampling, step: int, *,
-    batch_size: int = 16, seed: int = 0,
-) -> dict[str, Tensor]:  # fmt: skip
-    """Capture the updates of blocks at one step of the generation of scenes from their prompts.
-
-    Steering changes these vectors. Those of noised pictures (:func:`vaelab.sae.truth.capture_scenes`) differ, since
-    there the denoiser sees the object, and at the first step it sees noise alone.
-
-    Returns:
-        For each block (S, h, w, d), on the CPU.
-    """
-    parts: dict[str, list[Tensor]] = {block: [] for block in blocks}
-    for first in tqdm(range(0, len(scenes), batch_size), desc="updates while generating"):
-        batch = scenes[first : first + batch_size]
-        seeds = range(seed + first, seed + first + len(batch))
-        maps = from_prompts(
-            pipeline, [scene.prompt for scene in batch], list(seeds), blocks, sampling, side="update", steps=[step]
-        ).maps
-        for block in blocks:
-            parts[block].append(maps[block][0].float().cpu())
-    return {block: torch.cat(each) for block, each in parts.items()}
-
-
 def single_scenes(count: int, split: str, first_seed: int = 0) -> list[Scene]:
     """Sample scenes of one object, with prompts that name every factor."""
     at_least("max_images", count, 1)
@@ -124,18 +100,19 @@ def single_scenes(count: int, split: str, first_seed: int = 0) -> list[Scene]:
     return found
 
 
-class Learned(NamedTuple):
+class LearnedDirections(NamedTuple):
     """Directions learned from the first half of the scenes."""
 
     values: list[Value]
-    """The values whose best feature has the largest F1 on the other half, in decreasing order."""
-    candidates: dict[str, "Amounts"]
+    """The values that are found best, by the F1 of their best feature on the other half, in decreasing order. Steering
+    is scored on scenes of neither half."""
+    candidates: dict[str, "ValueDirections"]
     """The directions, see :func:`steering_directions`."""
     detected: pd.DataFrame
     """The autoencoder's table of :func:`vaelab.sae.detection.detect`."""
 
 
-def learn_directions(halves: Halves, setting: Comparison, count: int, seed: int = 0) -> Learned:
+def learn_directions(halves: Halves, setting: ComparisonSetting, count: int, seed: int = 0) -> LearnedDirections:
     """Train an autoencoder on the first half, and make directions for the values that it finds best.
 
     A value whose best feature is never active is left out.
@@ -155,23 +132,23 @@ def learn_directions(halves: Halves, setting: Comparison, count: int, seed: int 
     detected = detected[active[detected["feature"]]].reset_index(drop=True)
     values = [Value.of(concept) for concept in detected["concept"][:count]]
     chosen = dict(zip(detected["concept"], detected["feature"], strict=True))
-    return Learned(values, steering_directions(readout.sae, chosen, halves.choosing, values, seed), detected)
+    return LearnedDirections(values, steering_directions(readout.sae, chosen, halves.choosing, values, seed), detected)
 
 
-class Amounts(NamedTuple):
+class ValueDirections(NamedTuple):
     """A direction for every steered value of a block."""
 
     directions: Directions
     """The directions."""
     features: dict[Value, int]
     """The number of each value's direction."""
-    units: dict[Value, float]
+    lengths: dict[Value, float]
     """The length of the change at strength 1."""
 
 
 def steering_directions(
     sae: SAE, chosen: Mapping[str, int], vectors: LabelledVectors, values: Sequence[Value], seed: int = 0
-) -> dict[str, Amounts]:
+) -> dict[str, ValueDirections]:
     """Make the directions that are compared, by the names :data:`DIRECTIONS`.
 
     ``sae`` is the feature that was chosen for a value; ``mean_difference`` the mean of the vectors that show the value
@@ -187,17 +164,17 @@ def steering_directions(
         seed: determines the random directions.
     """
     x, differences = vectors.flat, factor_differences(vectors, values)
-    units = dict(zip(values, differences.norm(dim=1).tolist(), strict=True))
+    lengths = dict(zip(values, differences.norm(dim=1).tolist(), strict=True))
     random = torch.randn(differences.shape, generator=torch.Generator().manual_seed(30_000 + seed))
     numbers = {value: i for i, value in enumerate(values)}
     made = {
-        "sae": Amounts(
-            _directions(sae, x, sae.config.k), {value: int(chosen[value.concept]) for value in values}, units
+        "sae": ValueDirections(
+            _directions(sae, x, sae.config.k), {value: int(chosen[value.concept]) for value in values}, lengths
         )
     }
     for name, rows in (("mean_difference", differences), ("random", random)):
         dictionary = LinearDictionary(F.normalize(rows), x.mean(0))
-        made[name] = Amounts(_directions(dictionary, x, 1), numbers, units)
+        made[name] = ValueDirections(_directions(dictionary, x, 1), numbers, lengths)
     return made
 
 
@@ -347,14 +324,18 @@ class SteeringExperiment:
         return pd.concat(rows).assign(direction=PROMPT, way=PROMPT, strength=0.0)
 
     def score(
-        self, block: str, candidates: Mapping[str, Amounts], strengths: Sequence[float], ways: Sequence[str] = WAYS
+        self,
+        block: str,
+        candidates: Mapping[str, ValueDirections],
+        strengths: Sequence[float],
+        ways: Sequence[str] = WAYS,
     ) -> pd.DataFrame:
         """Steer every scene to every value, with every direction, way and strength.
 
         Args:
             block: the block's short name.
             candidates: the directions by name, see :func:`steering_directions`.
-            strengths: multiples of each value's unit.
+            strengths: multiples of each value's length.
             ways: of :data:`WAYS`.
 
         Returns:
@@ -364,8 +345,8 @@ class SteeringExperiment:
             without steering are left out.
 
         Raises:
-            ValueError: a way is unknown, there is no positive strength, a direction was never active, or a strength
-                gives pictures that are not finite, which is tried with the largest first.
+            ValueError: a way is unknown, there is no positive strength, a direction was never active, or the pictures
+                have NaN or infinite values; the largest strength is tried first, on one picture.
         """
         for way in ways:
             one_of("steered_ways", way, WAYS)
@@ -402,7 +383,7 @@ class SteeringExperiment:
         return found
 
     def _score_value(
-        self, block: str, steerer: Steerer, own: Amounts, value: Value, strengths: Sequence[float],
+        self, block: str, steerer: Steerer, own: ValueDirections, value: Value, strengths: Sequence[float],
         ways: Sequence[str], name: str,
     ) -> pd.DataFrame:  # fmt: skip
         usable, largest = self.usable[value], float(own.directions.largest[own.features[value]])
@@ -412,7 +393,7 @@ class SteeringExperiment:
         same: dict[tuple[str, float], list[tuple[str, float]]] = {}
         for way in ways:
             for strength in strengths:
-                amount = strength * own.units[value]
+                amount = strength * own.lengths[value]
                 key = ("replace", min(amount, largest)) if way == "clamp" else (way, amount)
                 same.setdefault(key, []).append((way, strength))
         requests = [each[0] for each in same.values()]
@@ -431,12 +412,14 @@ class SteeringExperiment:
                 self.pictures[block, name, way, strength, value] = own_rows.pictures[:KEPT_PICTURES]
         return pd.concat(tables)
 
-    def _steering(self, block: str, own: Amounts, value: Value, way: str, strength: float, scene: int) -> Steering:
+    def _steering(
+        self, block: str, own: ValueDirections, value: Value, way: str, strength: float, scene: int
+    ) -> Steering:
         """Make the request for one picture; its strength is the amount itself."""
         mask = None
         if self.settings.where == "factor":
             mask = factor_region(self.unsteered[value.factor].scenes[scene], value)
-        return Steering(block, own.features[value], strength * own.units[value], way, "mean", mask=mask)
+        return Steering(block, own.features[value], strength * own.lengths[value], way, "mean", mask=mask)
 
     def _scored(self, value: Value, usable: Sequence[int], after: Measured) -> pd.DataFrame:
         """Score pictures after steering, one for each usable scene."""
@@ -444,8 +427,8 @@ class SteeringExperiment:
         return pd.DataFrame({
             "factor": value.factor, "value": value.value, "scene": list(usable),
             "prompt": ["open" if i % 2 else "other" for i in usable],
-            "effect": [reads(*pair, value) for pair in zip(before.scenes, after.scenes, strict=True)],
-            "selectivity": [stays(*pair, value.factor) for pair in zip(before.scenes, after.scenes, strict=True)],
+            "effect": [has_value(*pair, value) for pair in zip(before.scenes, after.scenes, strict=True)],
+            "selectivity": [kept_share(*pair, value.factor) for pair in zip(before.scenes, after.scenes, strict=True)],
             "loss": after.losses.tolist(), "loss_before": before.losses.tolist(),
             "distance": (1 - (after.embeddings * named).sum(1)).tolist(),
         })  # fmt: skip
@@ -474,7 +457,7 @@ def _shows(scene: Scene, value: Value) -> bool:
     return any(getattr(part, value.factor) == value.value for part in where)
 
 
-def reads(before: Scene, after: Scene, value: Value) -> bool:
+def has_value(before: Scene, after: Scene, value: Value) -> bool:
     """Say whether the ground, or one of the objects that were there before, has the value afterwards.
 
     Objects are matched such that as many factors as possible agree.
@@ -485,7 +468,7 @@ def reads(before: Scene, after: Scene, value: Value) -> bool:
     return any(match is not None and getattr(match, value.factor) == value.value for _, match in pairs)
 
 
-def stays(before: Scene, after: Scene, factor: str) -> float:
+def kept_share(before: Scene, after: Scene, factor: str) -> float:
     """Compute the share of the factors other than this one, and of the number of objects, that are as before.
 
     The factors of an object that is gone have changed.
@@ -642,11 +625,11 @@ def change_sentence(summary: pd.DataFrame) -> str:
     best = means.sort_values("changes", ascending=False, kind="stable").drop_duplicates("direction")
     named = {row["direction"]: row for row in best.to_dict("records")}
     words = {
-        "sae": "the best feature of an autoencoder", "mean_difference": "the difference of class means",
-        "random": "a random direction", PROMPT: "the prompt",
+        "sae": "feature of an autoencoder", "mean_difference": "difference of means", "random": "random direction",
+        PROMPT: "the prompt that names it",
     }  # fmt: skip
     parts = [
-        f"{words[name]} in {100 * row['effect']:.0f} % of pictures (damage {row['damage']:.2f})"
+        f"{100 * row['effect']:.0f} % of pictures ({words[name]}, damage {row['damage']:.2f})"
         for name, row in ((name, named[name]) for name in (*DIRECTIONS, PROMPT) if name in named)
     ]
-    return f"Steered, {', '.join(parts[:-1])} and {parts[-1]} give the value that was asked for."
+    return f"Steered, the value that was asked for appears in {', '.join(parts[:-1])} and {parts[-1]}."

@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from vaelab import world
-from vaelab.activations.denoiser import Sampling, from_pictures, from_prompts
+from vaelab.activations import from_pictures
 from vaelab.core.validate import at_least, one_of
 from vaelab.sae.controls import LinearReadout, Readout, SAEReadout, explained_variance, linear_readouts, train_readouts
 from vaelab.sae.detection import (
@@ -40,12 +40,12 @@ METRIC_SCORES = ("f1", "coverage", "iou", "auroc", "picture_f1")
 """Scores that become metrics ``<block>.truth.<score>.<method>``."""
 RIVALS = {"neurons": "neurons", "pca": "PCA", "ica": "ICA", "frozen_decoder": "a frozen decoder"}
 """What an autoencoder must beat to be worth its training, with names for sentences."""
-TOLD = {**RIVALS, "soft_frozen": "a soft-frozen decoder", "random": "random directions"}
+COMPARED = {**RIVALS, "soft_frozen": "a soft-frozen decoder", "random": "random directions"}
 """What :func:`verdict` compares it with."""
 
 
 @dataclass(frozen=True)
-class Comparison:
+class ComparisonSetting:
     """How autoencoders are trained and compared with their controls."""
 
     k: int
@@ -115,24 +115,6 @@ def capture_scenes(
     return {block: torch.cat(each) for block, each in parts.items()}
 
 
-def capture_prompts(
-    pipeline: Any, prompts: Sequence[str], blocks: Sequence[str], sampling: Sampling, *, batch_size: int, seed: int
-) -> dict[str, Tensor]:
-    """Capture the updates of blocks at the first step of generation from prompts, for data whose truth is unknown.
-
-    Returns:
-        For each block (S, h, w, d), on the CPU.
-    """
-    parts: dict[str, list[Tensor]] = {block: [] for block in blocks}
-    for first in tqdm(range(0, len(prompts), batch_size), desc="updates"):
-        batch = prompts[first : first + batch_size]
-        seeds = list(range(seed + first, seed + first + len(batch)))
-        maps = from_prompts(pipeline, batch, seeds, blocks, sampling, steps=[0]).maps
-        for block in blocks:
-            parts[block].append(maps[block][0].float().cpu())
-    return {block: torch.cat(each) for block, each in parts.items()}
-
-
 def label_factors(maps: Tensor, scenes: Sequence[world.Scene]) -> Halves:
     """Label the maps (S, h, w, d) of scenes with their factor values, and split them in two halves."""
     covered = factor_coverage(scenes, *maps.shape[1:3])
@@ -183,11 +165,11 @@ def project(halves: Halves, d: int, seed: int) -> Halves:
     return Halves(*(half._replace(vectors=half.vectors @ directions) for half in halves))
 
 
-def compare(halves: Halves, setting: Comparison) -> Compared:
+def compare(halves: Halves, setting: ComparisonSetting) -> Compared:
     """Train autoencoders and their controls on one half of the scenes, and score everything on the other.
 
     All of them choose their best feature and threshold for every concept on the half that they were trained on. The
-    method ``everything`` has one feature that is always 0, so that it calls every patch one that shows the concept.
+    method ``everything`` has one feature that is always 0, so that it marks every patch.
     """
     x = halves.choosing.flat
     trained = train_readouts(
@@ -200,7 +182,7 @@ def compare(halves: Halves, setting: Comparison) -> Compared:
     return Compared(summary, found, readouts, explained_variance(trained, halves.reporting.flat))
 
 
-def compare_settings(halves: Halves, settings: Mapping[str, Comparison]) -> pd.DataFrame:
+def compare_settings(halves: Halves, settings: Mapping[str, ComparisonSetting]) -> pd.DataFrame:
     """Train the autoencoder alone in several settings, to see whether more steps, another k or another size help.
 
     Returns:
@@ -221,7 +203,9 @@ def compare_settings(halves: Halves, settings: Mapping[str, Comparison]) -> pd.D
     return pd.DataFrame(rows)
 
 
-def train_without_truth(maps: Tensor, setting: Comparison) -> tuple[dict[str, list[SAEReadout]], dict[str, float]]:
+def train_without_truth(
+    maps: Tensor, setting: ComparisonSetting
+) -> tuple[dict[str, list[SAEReadout]], dict[str, float]]:
     """Train autoencoders and their frozen controls on the first half of maps (S, h, w, d) of which no truth is known.
 
     Returns:
@@ -243,20 +227,20 @@ class Stability(NamedTuple):
     """The same of the initial weights."""
     features: pd.DataFrame
     """One row per feature of the first seed that is ever active: ``feature``, ``cosine`` (the mean of its matches) and,
-    where the truth is known, ``gain`` (:attr:`vaelab.sae.detection.Detection.by_feature`)."""
+    where the truth is known, ``gain`` (:attr:`vaelab.sae.detection.Detection.feature_gain`)."""
     correlation: float
     """Spearman's rank correlation of ``cosine`` and ``gain``; 0 if one of them is constant or the truth is unknown."""
 
 
 def stability(
-    readouts: Mapping[str, Sequence[SAEReadout]], vectors: Tensor, by_feature: np.ndarray | None = None
+    readouts: Mapping[str, Sequence[SAEReadout]], vectors: Tensor, feature_gain: np.ndarray | None = None
 ) -> Stability:
     """Match the features of autoencoders of different seeds one to one, such that the sum of cosines is largest.
 
     Args:
         readouts: ``sae`` and ``untrained``, one readout per seed.
         vectors: (N, d), on which features count as active.
-        by_feature: (m,) the gains in F1 of the first seed's features; None if the truth is unknown.
+        feature_gain: (m,) the gains in F1 of the first seed's features; None if the truth is unknown.
 
     Raises:
         ValueError: there are fewer than two seeds.
@@ -267,8 +251,8 @@ def stability(
     cosines = {name: _matched(readouts[name]) for name in ("sae", "untrained")}
     first = np.mean([cosines["sae"][0, other] for other in range(1, len(own))], 0)
     table = pd.DataFrame({"feature": range(len(first)), "cosine": first})
-    if by_feature is not None:
-        table["gain"] = by_feature
+    if feature_gain is not None:
+        table["gain"] = feature_gain
     table = table[(own[0].scores(vectors) > 0).any(0).numpy()].reset_index(drop=True)
     varied = "gain" in table and len(table) > 1 and table[["cosine", "gain"]].nunique().min() > 1
     correlation = float(spearmanr(table["cosine"], table["gain"]).statistic) if varied else 0.0
@@ -305,7 +289,7 @@ def stack_tables(compared: Mapping[Any, Compared], column: str) -> pd.DataFrame:
     return stacked[[column, *(name for name in stacked if name != column)]]
 
 
-def mean_interval(compared: Mapping[Any, Compared], method: str) -> tuple[float, float]:
+def f1_interval(compared: Mapping[Any, Compared], method: str) -> tuple[float, float]:
     """Compute the 95 % interval of a method's F1 averaged over blocks, whose resamples hold the same scenes."""
     values = np.mean([each.summary.resamples[method] for each in compared.values()], 0)
     low, high = np.quantile(values, [0.025, 0.975])
@@ -328,28 +312,38 @@ def standing(row: Mapping[str, float]) -> str:
 
 
 def verdict(table: pd.DataFrame, key: str) -> str:
-    """Say in one sentence where the trained autoencoder is not ahead of :data:`TOLD`, and where it is.
+    """Say in two sentences how the trained autoencoder compares with :data:`COMPARED`: in how many blocks its F1 is
+    ahead, and in how many behind, see :func:`standing`.
 
     Args:
         table: the columns of :func:`vaelab.sae.detection.summarise`, and ``key``, which names the comparisons.
         key: the column of the comparisons, such as ``block``.
     """
-    rivals = table[table["method"].isin(TOLD)]
+    rivals = table[table["method"].isin(COMPARED)]
     standings, count = rivals.apply(standing, axis=1), table[key].nunique()
-    parts = []
-    for word in ("behind", "level with", "ahead of"):
-        places = rivals[standings == word].groupby("method", sort=False)[key].agg(list)
-        methods = [
-            TOLD[name] + ("" if len(own) == count else f" ({', '.join(map(str, own))})") for name, own in places.items()
-        ]
-        if methods:
-            parts.append(f"{word} {' and '.join([', '.join(methods[:-1])] * (len(methods) > 1) + methods[-1:])}")
+    ahead, behind = (
+        _grouped((standings == word).groupby(rivals["method"], sort=False).sum()) for word in ("ahead of", "behind")
+    )
+    parts = [f"of {names} in {number or 'none'}" for number, names in ahead.items()]
+    parts[0] += f" of {count} {key}s"
+    losses = _listed([f"{names} in {number}" for number, names in behind.items() if number])
     means = table.groupby("method")["f1"].mean()
     best = means[list(RIVALS)].idxmax()
     return (
-        f"Single features of a trained autoencoder are {'; '.join(parts)}: mean F1 {means['sae']:.2f}, "
-        f"{RIVALS[best]} {means[best]:.2f}."
+        f"The best single features of a trained autoencoder have a mean F1 of {means['sae']:.2f}, those of "
+        f"{RIVALS[best]} {means[best]:.2f}. The autoencoder is ahead {', '.join(parts)}"
+        + (f"; it is behind {losses}." if losses else "; it is behind none of them.")
     )
+
+
+def _grouped(numbers: pd.Series) -> dict[int, str]:
+    """List methods that have the same number, largest number first."""
+    names = {number: [COMPARED[name] for name in own.index] for number, own in numbers.groupby(numbers)}
+    return {int(number): _listed(names[number]) for number in sorted(names, reverse=True)}
+
+
+def _listed(names: list[str]) -> str:
+    return " and ".join([", ".join(names[:-1])] * (len(names) > 1) + names[-1:])
 
 
 def worth_from(table: pd.DataFrame) -> float | None:
@@ -370,11 +364,12 @@ def worth_sentence(table: pd.DataFrame) -> str:
     rivals = table[table["method"].isin(RIVALS)]
     most = rivals["concepts_per_dimension"].max()
     closest = rivals[rivals["concepts_per_dimension"] == most].sort_values("ahead").iloc[0]
-    start, names = worth_from(table), ", ".join(RIVALS.values())
+    start, names = worth_from(table), _listed(list(RIVALS.values()))
     begin = (
-        f"the trained autoencoder is ahead of all of {names} from {start:.2g} concepts per dimension on"
+        f"the trained autoencoder is ahead of {names} from {start:.2g} concepts per dimension on"
         if start is not None
-        else f"the trained autoencoder is not ahead of all of {names} at up to {most:.2g} concepts per dimension"
+        else f"at no number of concepts per dimension, up to {most:.2g}, is the trained autoencoder ahead of all of "
+        f"{names}"
     )
     return (
         f"{begin}; at {most:.2g} its F1 minus that of {RIVALS[closest['method']]}, the best of them, is "

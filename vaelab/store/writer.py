@@ -25,6 +25,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from vaelab.core.finite import all_finite
 from vaelab.core.io import DRAFT, locked, naming, write_json
 from vaelab.core.paths import resolve
 from vaelab.store.files import Folder
@@ -263,7 +264,7 @@ class Writer:
         if tuple(value.shape) != expected or not value.is_floating_point():
             raise ValueError(f"maps: {block!r} is {tuple(value.shape)} {value.dtype}, expected {expected} of floats")
         stored = flatten_positions(value.detach().to(self.spec.dtype))
-        if items and not all_finite(stored):
+        if items and not bits_are_finite(stored):
             raise self._not_finite(block, value.detach(), stored.reshape(items, -1))
         stored = stored.cpu()
         # a copy, so that the caller may reuse its tensor
@@ -458,10 +459,10 @@ def flatten_positions(maps: Tensor) -> Tensor:
     return out.flatten(0, 1)
 
 
-def all_finite(rows: Tensor) -> bool:
-    """Whether all values of a non-empty tensor are finite; much faster than ``rows.isfinite().all()``."""
+def bits_are_finite(rows: Tensor) -> bool:
+    """Whether all values of a non-empty tensor are finite, by their bits if it is on the CPU."""
     if rows.device.type != "cpu":
-        return bool(torch.stack(rows.aminmax()).isfinite().all())  # a NaN makes both extremes NaN
+        return all_finite(rows)
     # compare the bits in numpy: torch's threads, once started, occupy the core that the background thread needs
     integer = {2: torch.int16, 4: torch.int32}[rows.itemsize]
     bits, infinity = rows.view(integer).numpy(), int(torch.tensor(math.inf, dtype=rows.dtype).view(integer))

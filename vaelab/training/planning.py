@@ -19,6 +19,10 @@ MEASURED_STEPS = 2
 """Number of steps that are taken to measure the time of a step; the last one is timed."""
 MEASURED_FROM = 10
 """A training of fewer steps is not measured: measuring would take as long as the training."""
+CHECKPOINT_BYTES = 3 * 4
+"""Bytes per parameter in a checkpoint: the weight and AdamW's two moments, in float32."""
+WEIGHT_BYTES = 4
+"""Bytes per parameter in a file of weights."""
 
 
 class TrainingPlan(NamedTuple):
@@ -34,9 +38,9 @@ class TrainingPlan(NamedTuple):
     """Number of parameters that one training changes."""
     seconds: float | None
     """Time of all trainings in seconds; None if a training has too few steps to be measured."""
-    checkpoint: int
+    checkpoint_bytes: int
     """Size of a checkpoint in bytes."""
-    written: int
+    disk_bytes: int
     """Size of the checkpoints and weights on the disk at the end, in bytes."""
 
 
@@ -62,18 +66,18 @@ def plan_training(
     saved: int = 0,
     other_seconds: float = 0.0,
 ) -> TrainingPlan:
-    """Estimate what training takes, from the time of one real step.
+    """Estimate what training takes by timing a few real steps.
 
     Args:
-        objective: the module to train, see :func:`vaelab.training.loop.train`. A few steps of training change it, so it
-            must not be used afterwards.
+        objective: the module to train, see :func:`vaelab.training.loop.train`. It is trained for these steps, so do not
+            use it afterwards.
         batches: the source of batches.
         config: how each training is done.
         title: the name of the training.
         trainings: the number of such trainings.
-        checkpoints: the number of checkpoints that are on the disk at the end.
-        saved: the number of copies of the weights that are saved besides.
-        other_seconds: the time of each training that is not spent in steps, such as validations.
+        checkpoints: the number of checkpoints of all trainings that are on the disk at the end.
+        saved: the number of copies of the weights that all trainings save besides.
+        other_seconds: the seconds of each training outside its steps, such as those of validations.
 
     Raises:
         ValueError: ``config`` does not fit the model or this machine.
@@ -91,15 +95,15 @@ def plan_training(
 
 
 def announce(plans: Sequence[TrainingPlan], folders: Sequence[Path], device: str) -> float:
-    """Print what the trainings of a notebook will take, and require the disk space.
+    """Print what the trainings of a notebook will take, and check that the disk has room.
 
     Args:
         plans: the trainings.
-        folders: the folders on one disk that the trainings write to. What they already hold is not needed again.
+        folders: the folders on one disk that the trainings write to. What they hold already counts towards the need.
         device: the device of the trainings.
 
     Returns:
-        The estimated time in seconds, without trainings that were not measured.
+        The estimated time in seconds; trainings that were too short to be timed count as 0.
 
     Raises:
         ValueError: the disk does not have enough free space; the error begins with ``output_dir``.
@@ -109,9 +113,11 @@ def announce(plans: Sequence[TrainingPlan], folders: Sequence[Path], device: str
         print("every training is finished already")
         return 0.0
     # a checkpoint is written beside its predecessor before it replaces it
-    needed = sum(plan.written for plan in plans) + max(plan.checkpoint for plan in plans)
+    needed = sum(plan.disk_bytes for plan in plans) + max(plan.checkpoint_bytes for plan in plans)
     seconds = sum(plan.seconds or 0.0 for plan in plans)
-    rows = [(_title(plan), plan.steps, plan.parameters, _time(plan.seconds), readable(plan.written)) for plan in plans]
+    rows = [
+        (_title(plan), plan.steps, plan.parameters, _time(plan.seconds), readable(plan.disk_bytes)) for plan in plans
+    ]
     width = max(len(title) for title, *_ in rows)
     for title, steps, parameters, time_, size in rows:
         print(f"{title:<{width}}  {steps:>9,} steps  {parameters:>13,} parameters  {time_:>16}  {size:>8} on disk")
@@ -124,6 +130,36 @@ def announce(plans: Sequence[TrainingPlan], folders: Sequence[Path], device: str
     advice = "train less, or give a folder on a larger disk"
     require_free(left, folders[0], parameter="output_dir", what="training", advice=advice)
     return seconds
+
+
+def require_training_space(what: str, largest: int, total: int, folder: str | Path, *, together: bool) -> int:
+    """Print how much disk space and memory the training of some models takes, and require the space.
+
+    A checkpoint is written beside its predecessor before it replaces it, so the largest one needs its space twice.
+
+    Args:
+        what: the name of the models in the message.
+        largest: the number of parameters of the largest model.
+        total: the number of parameters of all models.
+        folder: the folder for the checkpoints and weights.
+        together: whether all models are trained at once, with one checkpoint.
+
+    Returns:
+        The number of bytes needed on disk.
+
+    Raises:
+        ValueError: the disk does not have that much free space.
+    """
+    at_once = total if together else largest
+    needed = total * (CHECKPOINT_BYTES + WEIGHT_BYTES) + at_once * CHECKPOINT_BYTES
+    memory = at_once * (CHECKPOINT_BYTES + WEIGHT_BYTES)  # weights, gradients and two moments
+    print(f"{what}: {total:,} parameters; {readable(needed)} on disk ({readable(free_bytes(folder))} are free), "
+          f"{readable(memory)} of memory for training")  # fmt: skip
+    require_free(
+        needed, folder, parameter="output_dir", what=f"the training of {what}",
+        advice="train fewer or smaller ones, or take another disk",
+    )  # fmt: skip
+    return needed
 
 
 def _title(plan: TrainingPlan) -> str:
