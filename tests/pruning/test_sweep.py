@@ -1,6 +1,7 @@
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 import torch
 from scipy import stats
 from small_latents import small_config
@@ -36,7 +37,9 @@ def test_the_findings_describe_the_numbers():
     text = results.describe_results(measured, parts).data
     assert "collapses below a tenth of its scale with lambda_0, without any penalty too" in text
     assert "Its pictures are then lost. The diffusion loss" in text
-    assert "falls by 0.15; scaling alone, of the denoiser without a mask, brings 0.14." in text
+    ends = stats.t.interval(0.95, 1, 0.1505, stats.sem([0.15, 0.151]))
+    assert f"falls by 0.15 ({ends[0]:.3g} to {ends[1]:.3g}); scaling alone" in text
+    assert "of the denoiser without a mask, brings 0.14 (0.14 to 0.14)." in text
     assert "0.15 lower, of which scaling alone brings 0.14" in text and "have 9 times the error" in text
     assert "**lambda_1**: mean mask 0.9, 0 inactive channels; the diffusion loss is not clearly another" in text
     assert results.describe_collapse(measured, parts) in text

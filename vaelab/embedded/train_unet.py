@@ -158,9 +158,9 @@ def train_pipeline(
 
 def plan_pipeline(
     *,
-    vae_steps: int = 3000,
-    text_steps: int = 800,
-    lesson_steps: Sequence[int] = (1200, 3000, 4000),
+    vae_steps: int,
+    text_steps: int,
+    lesson_steps: Sequence[int],
     device: str = "auto",
     seed: int = 0,
     model: ModelConfig | None = None,

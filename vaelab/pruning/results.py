@@ -135,11 +135,17 @@ def describe_collapse(measured: pd.DataFrame, parts: pd.DataFrame) -> str:
         summary += ". Its pictures are then lost" + ("." if worse == collapsed else f" with {', '.join(worse)}.")
     else:
         summary += "; its pictures are not lost."
-    fell = parts[parts["setting"].isin(collapsed)][["by_scaling", "improvement"]].mean()
+    by_seed = parts[parts["setting"].isin(collapsed)].groupby("seed")[["by_scaling", "improvement"]].mean()
+    fell, by_scaling = (_with_ends(mean_interval(by_seed[name])) for name in ("improvement", "by_scaling"))
     return summary + (
-        f" The diffusion loss falls by {fell['improvement']:.3g}; scaling alone, of the denoiser without a mask, "
-        f"brings {fell['by_scaling']:.3g}."
+        f" The diffusion loss falls by {fell}; scaling alone, of the denoiser without a mask, brings {by_scaling}."
     )
+
+
+def _with_ends(interval: Interval) -> str:
+    """A mean with its 95 % interval over seeds, where there is one."""
+    ends = "" if np.isnan(interval.low) else f" ({interval.low:.3g} to {interval.high:.3g})"
+    return f"{interval.mean:.3g}{ends}"
 
 
 def describe_mask(measured: pd.DataFrame, setting: str) -> str:
