@@ -1,7 +1,6 @@
 import numpy as np
 import pandas as pd
 import pytest
-from scipy import stats
 import torch
 from scipy import stats
 from small_latents import small_config
