@@ -39,15 +39,20 @@ class Letters:
         return torch.nn.functional.normalize(torch.tensor(counts))
 
 
+def collect_small(pipeline, folder, blocks, count, *, side="update", settings=None):
+    """A store of both halves of a few prompts, as notebook 30 collects it."""
+    prompts = load_prompts("world", count=count)
+    config = CollectConfig(blocks, Sampling(1, 2.0), side=side, halves="both")
+    layout, per_prompt, _ = collect.run_trial_batch(pipeline, prompts.texts, config)
+    return collect.collect_prompts(
+        pipeline, prompts.texts, config, folder, layout=layout, items_per_prompt=per_prompt, rows=prompts.rows,
+        settings=settings, progress=False,
+    )  # fmt: skip
+
+
 def build(pipeline, folder):
     """A small pipeline, a store of six prompts, an autoencoder with its statistics, and a scorer."""
-    prompts = load_prompts("world", count=6)
-    config = CollectConfig((BLOCK,), Sampling(1, 2.0), halves="both")
-    layout, per_prompt, _ = collect.run_trial_batch(pipeline, prompts.texts, config)
-    stored = collect.collect_prompts(
-        pipeline, prompts.texts, config, folder, layout=layout,
-        items_per_prompt=per_prompt, rows=prompts.rows, progress=False,
-    )  # fmt: skip
+    stored = collect_small(pipeline, folder, (BLOCK,), 6)
     mean = stored.maps(BLOCK, range(4)).float().mean((0, 1, 2))
     sae = feature_scores.controls_of(SAE(SAEConfig(WIDTH, N, 3)), mean)["untrained"]
     statistics = collect_statistics(sae, stored, BLOCK, step=0)

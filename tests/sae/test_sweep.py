@@ -6,6 +6,7 @@ import shutil
 import pandas as pd
 import pytest
 import torch
+from small_features import collect_small
 
 from vaelab import models, store
 from vaelab.activations import collect
@@ -30,16 +31,11 @@ ITEM = {"prompt": "a star", "seed": 0, "timestep": 9}
 def finished(tmp_path_factory, small_pipeline):
     """The folder of a run with two blocks and two seeds, as notebook 31 leaves it."""
     folder = tmp_path_factory.mktemp("run")
-    pipeline, prompts = small_pipeline("sd2"), load_prompts("world", count=2)
-    config = CollectConfig((BLOCK, OTHER), Sampling(1, 2.0), halves="both")
-    layout, per_prompt, _ = collect.run_trial_batch(pipeline, prompts.texts, config)
-    stored = collect.collect_prompts(
-        pipeline, prompts.texts, config, folder / "activations", layout=layout, items_per_prompt=per_prompt,
-        rows=prompts.rows, settings=SOURCE,
-    )  # fmt: skip
+    pipeline = small_pipeline("sd2")
+    stored = collect_small(pipeline, folder / "activations", (BLOCK, OTHER), 2, settings=SOURCE)
     others = sweep.held_out_prompts(stored.settings, "world", "train", 1)
     sweep.collect_held_out(stored, pipeline, IDENTITY, others, folder / "held_out", blocks=[BLOCK, OTHER], batch_size=1)
-    specs = sweep.build_grid(layout, [BLOCK, OTHER], [2, 4], [8, 24], [5, 6])
+    specs = sweep.build_grid(stored.layout, [BLOCK, OTHER], [2, 4], [8, 24], [5, 6])
     saes = {name: SAE(one.config, one.seed) for name, one in specs.items()}
     sweep.save_sweep(saes, specs, stored, folder / "saes")
     rows = [{"block": one.block, "k": one.config.k, "n_features": one.config.n_features, "seed": one.seed, "name": name}

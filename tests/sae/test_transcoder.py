@@ -3,14 +3,12 @@
 import dense_sae
 import pytest
 import torch
+from small_features import collect_small
 from small_sae import relative
 
 from vaelab import activations
-from vaelab.activations import collect
-from vaelab.activations.collect import CollectConfig
 from vaelab.activations.denoiser import Sampling
 from vaelab.core.io import write_json
-from vaelab.data.prompts import load_prompts
 from vaelab.hooks import capture
 from vaelab.models.block_names import find_blocks
 from vaelab.sae import interventions, sweep, train
@@ -155,18 +153,12 @@ def test_wrong_settings_are_refused_by_name():
 def finished(tmp_path_factory, small_pipeline):
     """The folder of a run of notebook 31 that trained transcoders on one block."""
     folder, pipeline = tmp_path_factory.mktemp("transcoders"), small_pipeline("sd2")
-    config = CollectConfig((BLOCK,), Sampling(1, 2.0), side=PAIRS, halves="both")
-    prompts = load_prompts("world", count=2)
-    layout, per_prompt, _ = collect.run_trial_batch(pipeline, prompts.texts, config)
-    stored = collect.collect_prompts(
-        pipeline, prompts.texts, config, folder / "activations", layout=layout, items_per_prompt=per_prompt,
-        rows=prompts.rows, settings=SOURCE,
-    )  # fmt: skip
+    stored = collect_small(pipeline, folder / "activations", (BLOCK,), 2, side=PAIRS, settings=SOURCE)
     others = sweep.held_out_prompts(stored.settings, "world", "train", 1)
     held_out = sweep.collect_held_out(
         stored, pipeline, IDENTITY, others, folder / "held_out", blocks=[BLOCK], batch_size=1
     )
-    specs = sweep.build_grid(layout, [BLOCK], [3], [32], [0], side=PAIRS, skip=True)
+    specs = sweep.build_grid(stored.layout, [BLOCK], [3], [32], [0], side=PAIRS, skip=True)
     config = TrainConfig(steps=20, learning_rate=1e-2, clip_norm=0.0, device="cpu")
     trained = train.train_saes(specs, train.store_batches(stored, [BLOCK], 64, 0), config)
     sweep.save_sweep(trained.saes, specs, stored, folder / "saes")
