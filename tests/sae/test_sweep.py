@@ -103,6 +103,10 @@ def test_an_unfinished_run_another_model_size_block_or_side_is_refused(
         found.dictionaries([BLOCK], (7, 8), others=False, seed=0)
     with pytest.raises(ValueError, match=r"blocks \(of the autoencoders\): unknown name 'up.1.0'.*up.1.1"):
         found.dictionaries(["up.1.0"], (2, 8), others=False, seed=0)
+    opened = sweep.open_sweep(str(finished))  # without a model
+    assert opened.validate([], (2, 8)) == [BLOCK, OTHER] and opened.validate([OTHER], (2, 24)) == [OTHER]
+    with pytest.raises(ValueError, match=r"blocks \(of the autoencoders\): unknown name 'up.1.0'"):
+        opened.validate(["up.1.0"], (2, 8))
     with pytest.raises(ValueError, match=r"saes: .*held_out was collected with other weights than local \(.* has now"):
         sweep.load_sweep(str(finished), IDENTITY, retrained)
     other_side = shutil.copytree(finished, tmp_path / "run")

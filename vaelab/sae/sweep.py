@@ -342,6 +342,24 @@ class SAESweep(NamedTuple):
         """The width d of each block's vectors."""
         return {block: shape.width for block, shape in self.held_out.layout.items()}
 
+    def validate(self, blocks: Sequence[str], size: tuple[int, int]) -> list[str]:
+        """Return the blocks, or all that have autoencoders if there are none.
+
+        Args:
+            blocks: the blocks' short names.
+            size: k and n_features.
+
+        Raises:
+            ValueError: a block has no autoencoder, or there are none of that size.
+        """
+        if size not in self.sizes():
+            there = ", ".join(f"{k} and {n}" for k, n in self.sizes())
+            raise ValueError(f"k and n_features: the run has none of {size[0]} and {size[1]}; it has {there}")
+        for block in blocks:
+            if block not in self.blocks:
+                raise unknown("blocks (of the autoencoders)", block, self.blocks)
+        return list(blocks) or self.blocks
+
     def sizes(self) -> list[tuple[int, int]]:
         """List the pairs of k and n_features."""
         return list(dict.fromkeys((k, size) for _, k, size, _ in self.names))
@@ -363,15 +381,11 @@ class SAESweep(NamedTuple):
         Raises:
             ValueError: the run has no autoencoder for a block, or none of that size.
         """
-        if size not in self.sizes():
-            there = ", ".join(f"{k} and {n}" for k, n in self.sizes())
-            raise ValueError(f"k and n_features: the run has none of {size[0]} and {size[1]}; it has {there}")
+        blocks = self.validate(blocks, size)
         sizes = [size, *([other for other in self.sizes() if other != size] if others else [])]
         first_seed = next(iter(self.names))[3]
         dictionaries: dict[tuple[str, str, int, int], Dictionary] = {}
         for block in blocks:
-            if block not in self.blocks:
-                raise unknown("blocks (of the autoencoders)", block, self.blocks)
             for each in sizes:
                 folder = self.folder / self.names[block, *each, first_seed]
                 dictionaries[block, "sae", *each] = load_trained(folder, device=device)
@@ -384,17 +398,15 @@ class SAESweep(NamedTuple):
         return dictionaries
 
 
-def load_sweep(folder: str, identity: Mapping[str, str], pipeline: Any) -> SAESweep:
-    """Open the autoencoders of a finished run of notebook 31.
+def open_sweep(folder: str) -> SAESweep:
+    """Open the autoencoders of a finished run of notebook 31, whatever model is at hand.
 
     Args:
         folder: the run's output folder.
-        identity: the :func:`vaelab.models.identity` of ``pipeline``.
-        pipeline: the model to use the autoencoders on; it must be the model that they were trained on.
 
     Raises:
-        ValueError: the run is unfinished or damaged, the model is another or its weights have changed, or the
-            autoencoders were trained neither on updates nor on pairs of input and output.
+        ValueError: the run is unfinished or damaged, or the autoencoders were trained neither on updates nor on pairs
+            of input and output.
     """
     place, results = resolve(folder), read_results(folder, "31_train_sae", "saes")
     if not (place / "saes" / "source.json").is_file():
@@ -402,9 +414,24 @@ def load_sweep(folder: str, identity: Mapping[str, str], pipeline: Any) -> SAESw
     names = {tuple(row[column] for column in SAE_KEY): row["name"] for row in results["tables"]["saes"]}
     held_out = store.open(place / "held_out")
     sweep = SAESweep(place / "saes", read_config_file(place / "saes" / "source.json"), names, held_out)
-    require_same_model(held_out, pipeline, identity, "saes")
     if sweep.side not in ("update", PAIRS):
         raise ValueError(f"saes: trained on the {sweep.side} of blocks; only an update can be replaced")
+    return sweep
+
+
+def load_sweep(folder: str, identity: Mapping[str, str], pipeline: Any) -> SAESweep:
+    """Open the autoencoders of a finished run of notebook 31 to use them on a model.
+
+    Args:
+        folder: the run's output folder.
+        identity: the :func:`vaelab.models.identity` of ``pipeline``.
+        pipeline: the model; it must be the one that the autoencoders were trained on.
+
+    Raises:
+        ValueError: as :func:`open_sweep`; or the model is another, or its weights have changed.
+    """
+    sweep = open_sweep(folder)
+    require_same_model(sweep.held_out, pipeline, identity, "saes")
     return sweep
 
 
