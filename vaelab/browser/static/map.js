@@ -1,0 +1,270 @@
+// The map of the dictionary: a dot, or near by a thumbnail, where each feature's direction lies.
+
+const MAP_ROOM = 14; // px around the map
+const THUMBS_FROM = 700; // thumbnails are drawn when at most so many features are in sight
+const NEAR = 12; // px within which the pointer meets a dot
+
+function featureMap(app) {
+  const { columns, positions, count } = app.table;
+  const numeric = columns.filter((one) => one.numbers && one.name !== "feature" && one.numbers.some((v) => !Number.isNaN(v)));
+  const canvas = h("canvas", {
+    class: "map", tabindex: "0", role: "img",
+    "aria-label": "Map of the features. Arrow keys move, plus and minus zoom, Enter opens the feature at the centre",
+  });
+  const context = canvas.getContext("2d");
+  const under = h("p", { class: "under" }, " ");
+  const legend = h("span", { class: "legend" });
+  const view = { scale: 1, x: 0.5, y: 0.5 }; // x, y: the point of the map at the centre
+  let mode = "move";
+  let drag = null; // {x, y, moved, path}
+  let frame = 0;
+  let colours = null;
+
+  const size = () => [canvas.clientWidth, canvas.clientHeight];
+  function toScreen(feature) {
+    const [width, height] = size();
+    const [w, t] = [(width - 2 * MAP_ROOM) * view.scale, (height - 2 * MAP_ROOM) * view.scale];
+    return [width / 2 + (positions[2 * feature] - view.x) * w, height / 2 + (positions[2 * feature + 1] - view.y) * t];
+  }
+
+  /** A colour bucket per feature, from the 2nd to the 98th percentile; logarithmic where the values span a lot. */
+  function chooseColours(name) {
+    const { numbers } = numeric.find((one) => one.name === name);
+    const sorted = numbers.filter((value) => !Number.isNaN(value)).sort();
+    const positive = sorted.filter((value) => value > 0);
+    const at = (values, share) => values[Math.min(values.length - 1, Math.floor(share * values.length))];
+    const logarithmic = sorted[0] >= 0 && positive.length > 1 && at(positive, 0.98) > 50 * at(positive, 0.02);
+    const used = logarithmic ? positive : sorted;
+    const [low, high] = [at(used, 0.02), at(used, 0.98)];
+    const scale = (value) => (logarithmic ? Math.log(value / low) / Math.log(high / low) : (value - low) / (high - low || 1));
+    colours = new Uint8Array(count);
+    for (let feature = 0; feature < count; feature++) {
+      const value = numbers[feature];
+      const missing = Number.isNaN(value) || (logarithmic && value <= 0);
+      colours[feature] = missing ? 255 : Math.round(Math.min(Math.max(scale(value), 0), 1) * 31);
+    }
+    legend.replaceChildren(shown(low), h("i", { "aria-hidden": "true" }), `${shown(high)}${logarithmic ? " (log)" : ""}`);
+  }
+  const palette = Array.from({ length: 32 }, (_, step) => `rgb(${colourAt(VIRIDIS, step / 31).join(" ")})`);
+
+  function paint() {
+    frame = 0;
+    const [width, height] = size();
+    if (!width) return;
+    const ratio = window.devicePixelRatio || 1;
+    if (canvas.width !== Math.round(width * ratio)) canvas.width = Math.round(width * ratio);
+    if (canvas.height !== Math.round(height * ratio)) canvas.height = Math.round(height * ratio);
+    context.setTransform(ratio, 0, 0, ratio, 0, 0);
+    context.clearRect(0, 0, width, height);
+    const style = getComputedStyle(canvas);
+    const [faint, ink] = [style.getPropertyValue("--dot-off"), style.color];
+    const { inside, rows } = app.list;
+    const inSight = (x, y) => x > -32 && y > -32 && x < width + 32 && y < height + 32;
+    const buckets = Array.from({ length: 34 }, () => []); // 32 colours, no value, filtered out
+    const seen = [];
+    for (let feature = 0; feature < count; feature++) {
+      const [x, y] = toScreen(feature);
+      if (!inSight(x, y)) continue;
+      const bucket = inside[feature] ? Math.min(colours[feature], 32) : 33;
+      buckets[bucket].push(x, y);
+      if (inside[feature]) seen.push(feature);
+    }
+    const radius = Math.min(5, Math.max(1.1, (70 * Math.sqrt(view.scale)) / Math.sqrt(count)));
+    const dots = (places, colour, r) => {
+      context.fillStyle = colour;
+      context.beginPath();
+      for (let i = 0; i < places.length; i += 2) {
+        if (count > 20000) context.rect(places[i] - r, places[i + 1] - r, 2 * r, 2 * r);
+        else {
+          context.moveTo(places[i] + r, places[i + 1]);
+          context.arc(places[i], places[i + 1], r, 0, 7);
+        }
+      }
+      context.fill();
+    };
+    dots(buckets[33], faint, radius * 0.8);
+    dots(buckets[32], style.getPropertyValue("--dot-none"), radius);
+    for (let step = 0; step < 32; step++) dots(buckets[step], palette[step], radius);
+    const thumbs = seen.length <= THUMBS_FROM && seen.length > 0;
+    canvas.dataset.drawn = thumbs ? "thumbnails" : "dots";
+    if (thumbs) paintThumbnails(rows, new Set(seen));
+    if (app.feature >= 0) ring(toScreen(app.feature), ink);
+    if (drag?.path) paintLasso(ink);
+    if (document.activeElement === canvas || canvas.getRootNode().activeElement === canvas) paintCentre(width, height, ink);
+  }
+
+  /** Thumbnails in the order of the table, where they do not cover one another; the other features stay dots. */
+  function paintThumbnails(rows, seen) {
+    const side = 32;
+    const taken = new Map();
+    for (const feature of rows) {
+      if (!seen.has(feature)) continue;
+      const [x, y] = toScreen(feature);
+      const [column, row] = [Math.floor(x / side), Math.floor(y / side)];
+      let free = true;
+      for (let dx = -1; dx <= 1 && free; dx++) for (let dy = -1; dy <= 1 && free; dy++) {
+        const other = taken.get(`${column + dx},${row + dy}`);
+        if (other && Math.abs(other[0] - x) < side + 3 && Math.abs(other[1] - y) < side + 3) free = false;
+      }
+      if (!free) continue;
+      taken.set(`${column},${row}`, [x, y]);
+      context.fillStyle = colours[feature] === 255 ? "gray" : palette[colours[feature]];
+      context.fillRect(x - side / 2 - 2, y - side / 2 - 2, side + 4, side + 4);
+      app.thumbs.draw(context, feature, x - side / 2, y - side / 2, side);
+    }
+  }
+
+  function ring([x, y], ink) {
+    context.lineWidth = 2.5;
+    context.strokeStyle = ink;
+    context.beginPath();
+    context.arc(x, y, canvas.dataset.drawn === "thumbnails" ? 26 : 9, 0, 7);
+    context.stroke();
+  }
+
+  function paintLasso(ink) {
+    context.strokeStyle = ink;
+    context.lineWidth = 1.5;
+    context.setLineDash([5, 4]);
+    context.beginPath();
+    drag.path.forEach(([x, y], place) => (place ? context.lineTo(x, y) : context.moveTo(x, y)));
+    context.closePath();
+    context.stroke();
+    context.setLineDash([]);
+  }
+
+  function paintCentre(width, height, ink) {
+    context.strokeStyle = ink;
+    context.lineWidth = 1;
+    context.beginPath();
+    context.moveTo(width / 2 - 8, height / 2); context.lineTo(width / 2 + 8, height / 2);
+    context.moveTo(width / 2, height / 2 - 8); context.lineTo(width / 2, height / 2 + 8);
+    context.stroke();
+  }
+
+  const draw = () => { frame ||= requestAnimationFrame(paint); };
+
+  /** The listed feature nearest to a place on the screen. */
+  function nearest(x, y, within = NEAR) {
+    let [best, distance] = [-1, within * within];
+    for (const feature of app.list.rows) {
+      const [left, top] = toScreen(feature);
+      const far = (left - x) ** 2 + (top - y) ** 2;
+      if (far < distance) [best, distance] = [feature, far];
+    }
+    return best;
+  }
+
+  function zoom(factor, x, y) {
+    const [width, height] = size();
+    const scale = Math.min(Math.max(view.scale * factor, 1), 400);
+    const [w, t] = [width - 2 * MAP_ROOM, height - 2 * MAP_ROOM];
+    view.x += ((x - width / 2) / w) * (1 / view.scale - 1 / scale);
+    view.y += ((y - height / 2) / t) * (1 / view.scale - 1 / scale);
+    view.scale = scale;
+    clamp();
+  }
+  function pan(dx, dy) {
+    const [width, height] = size();
+    view.x -= dx / ((width - 2 * MAP_ROOM) * view.scale);
+    view.y -= dy / ((height - 2 * MAP_ROOM) * view.scale);
+    clamp();
+  }
+  function clamp() {
+    const half = 0.5 / view.scale;
+    view.x = Math.min(Math.max(view.x, half), 1 - half);
+    view.y = Math.min(Math.max(view.y, half), 1 - half);
+    draw();
+  }
+  const zoomCentre = (factor) => zoom(factor, ...size().map((side) => side / 2));
+  const whole = () => { Object.assign(view, { scale: 1, x: 0.5, y: 0.5 }); draw(); };
+
+  function within(path, x, y) {
+    let inside = false;
+    for (let i = 0, j = path.length - 1; i < path.length; j = i++) {
+      const [[xi, yi], [xj, yj]] = [path[i], path[j]];
+      if (yi > y !== yj > y && x < ((xj - xi) * (y - yi)) / (yj - yi) + xi) inside = !inside;
+    }
+    return inside;
+  }
+  const listedWhere = (test) => app.list.rows.filter((feature) => test(...toScreen(feature)));
+
+  const pointer = {
+    pointerdown(event) {
+      if (event.button) return;
+      canvas.setPointerCapture(event.pointerId);
+      drag = { x: event.offsetX, y: event.offsetY, moved: false, path: mode === "lasso" ? [[event.offsetX, event.offsetY]] : null };
+    },
+    pointermove(event) {
+      if (!drag) {
+        const feature = nearest(event.offsetX, event.offsetY);
+        under.textContent = feature < 0 ? " " : app.nameOf(feature);
+        canvas.style.cursor = feature < 0 ? "" : "pointer";
+        return;
+      }
+      drag.moved ||= Math.hypot(event.offsetX - drag.x, event.offsetY - drag.y) > 4;
+      if (drag.path) drag.path.push([event.offsetX, event.offsetY]);
+      else if (drag.moved) {
+        pan(event.offsetX - drag.x, event.offsetY - drag.y);
+        [drag.x, drag.y] = [event.offsetX, event.offsetY];
+      }
+      draw();
+    },
+    pointerup(event) {
+      const finished = drag;
+      drag = null;
+      draw();
+      if (!finished) return;
+      if (!finished.moved) {
+        const feature = nearest(event.offsetX, event.offsetY, canvas.dataset.drawn === "thumbnails" ? 20 : NEAR);
+        if (feature >= 0) app.open(feature, "see");
+      } else if (finished.path) {
+        app.setSubset("lasso", listedWhere((x, y) => within(finished.path, x, y)), false);
+      }
+    },
+    pointercancel() { drag = null; draw(); },
+    wheel(event) { // without ctrl or cmd the wheel scrolls the page, as everywhere
+      if (!event.ctrlKey && !event.metaKey) return;
+      event.preventDefault();
+      zoom(Math.exp(-event.deltaY / 300), event.offsetX, event.offsetY);
+    },
+    keydown(event) {
+      const moves = { ArrowLeft: [40, 0], ArrowRight: [-40, 0], ArrowUp: [0, 40], ArrowDown: [0, -40] };
+      if (event.key in moves) pan(...moves[event.key]);
+      else if (event.key === "+" || event.key === "=") zoomCentre(1.5);
+      else if (event.key === "-") zoomCentre(1 / 1.5);
+      else if (event.key === "0") whole();
+      else if (event.key === "Enter") {
+        const feature = nearest(...size().map((side) => side / 2), Infinity);
+        if (feature >= 0) app.open(feature, "see");
+      } else return;
+      event.preventDefault();
+    },
+    focus: draw,
+    blur: draw,
+  };
+  for (const [name, action] of Object.entries(pointer)) canvas.addEventListener(name, action, { passive: false });
+
+  const setMode = (value) => { mode = value; canvas.dataset.mode = value; };
+  setMode("move");
+  const start = numeric.some((one) => one.name === "f1") ? "f1" : "frequency";
+  const colour = select(numeric.map(({ name }) => [name, title(name)]), () => { chooseColours(colour.value); draw(); });
+  colour.value = start;
+  chooseColours(start);
+  const observer = new ResizeObserver(draw);
+  observer.observe(canvas);
+  const element = h("div", { class: "map-part" },
+    h("div", { class: "line" },
+      choice("What dragging on the map does", [["move", "Move"], ["lasso", "Lasso"]], mode, setMode),
+      h("div", { class: "choice", role: "group", "aria-label": "Zoom of the map" },
+        button("−", () => zoomCentre(1 / 1.6), { "aria-label": "zoom out" }),
+        button("+", () => zoomCentre(1.6), { "aria-label": "zoom in" }),
+        button("Whole", whole, { "aria-label": "show the whole map" })),
+      button("Select in sight", () => {
+        const [width, height] = size();
+        app.setSubset("in sight on the map", listedWhere((x, y) => x >= 0 && y >= 0 && x <= width && y <= height), false);
+      }),
+      h("span", { class: "push" }), labelled("Colour", colour), legend),
+    canvas, under);
+  return { element, draw, close: () => { observer.disconnect(); cancelAnimationFrame(frame); } };
+}
