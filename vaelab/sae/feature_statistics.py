@@ -288,6 +288,17 @@ class FeatureStatistics:
         table = table[table["items"] > 0]
         return table.sort_values("ratio", ascending=False, kind="stable", ignore_index=True)[:count]
 
+    def word_ratios(self) -> tuple[Tensor, Tensor]:
+        """Compute the ratios of :meth:`by_word` of all n features.
+
+        Returns:
+            (W,) the number of items whose prompt has each of the W :attr:`words`; and (W, n) the ratios, 0 for features
+            that were never active.
+        """
+        mean = self._total_with.cpu() / self._items_with.double().clamp_min(1)[:, None]
+        everywhere = self._peaks.totals() / max(self._peaks.row_count, 1)
+        return self._items_with, torch.where(everywhere != 0, mean / everywhere, 0)
+
     def table(self) -> pd.DataFrame:
         """Make the table of :meth:`vaelab.sae.top_activating.FeatureSummary.table`, with mu as ``mean_positive``."""
         return self.summary().table().assign(mean_positive=self.mean_activation().tolist())

@@ -225,6 +225,10 @@ class FeatureAccumulator:
         self._best.add(active.feature, active.largest, item=numbers[active.item], position=active.position)
         return active
 
+    def totals(self) -> Tensor:
+        """Return the sum (n,) float64 of each feature's activations so far, on the CPU."""
+        return self._total.cpu()
+
     def summary(self) -> FeatureSummary:
         """Return the statistics of all batches so far."""
         items = self._best.columns["item"]
