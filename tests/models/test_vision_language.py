@@ -250,3 +250,68 @@ def test_an_endpoint_needs_an_address_or_a_key(monkeypatch):
         vision_language.load_model("endpoint:seer", revision="main")
     with pytest.raises(ValueError, match=r"^annotator: expected the name of a model after 'endpoint:'"):
         vision_language.load_model("endpoint:")
+
+
+@pytest.fixture(scope="module")
+def local_folder(tmp_path_factory):
+    """Folder of a small LLaVA with random weights."""
+    import torch
+    import transformers
+    from small_pipelines import SENTENCES
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    folder = tmp_path_factory.mktemp("llava")
+    words = Tokenizer(models.BPE())
+    words.pre_tokenizer = pre_tokenizers.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    words.train_from_iterator(
+        SENTENCES, trainers.BpeTrainer(special_tokens=["<pad>", "<s>", "</s>", "<image>"], initial_alphabet=alphabet,
+                                       show_progress=False),
+    )  # fmt: skip
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        extra_special_tokens={"image_token": "<image>"},
+    )
+    sides = transformers.CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    template = (
+        "{% for message in messages %}{{ message['role'] }}: {% for part in message['content'] %}"
+        "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"
+    )
+    transformers.LlavaProcessor(
+        sides, tokenizer, patch_size=8, vision_feature_select_strategy="default", chat_template=template,
+        num_additional_image_tokens=1,
+    ).save_pretrained(folder)  # fmt: skip
+    size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        transformers.LlavaForConditionalGeneration(
+            transformers.LlavaConfig(
+                vision_config=transformers.CLIPVisionConfig(image_size=16, patch_size=8, **size),
+                text_config=transformers.LlamaConfig(vocab_size=len(tokenizer), pad_token_id=0, bos_token_id=1, eos_token_id=2, **size),
+                image_token_id=3, vision_feature_layer=-1,
+            )
+        ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def test_a_local_model_sees_text_and_pictures(local_folder, tmp_path):
+    model = vision_language.load_model(str(local_folder), device="cpu")
+    model._longest = 8
+    first = model.answer(question())
+    inputs = model.processor(
+        images=[Image.new("RGB", (8, 8), "red")],
+        text="user: You name colours.Picture 0:<image>Which colour?", return_tensors="pt",
+    )  # fmt: skip
+    tokens = model.model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert first == model.processor.decode(tokens, skip_special_tokens=True) and first
+    other = Question("You name colours.", ("Picture 0:", png("blue"), "Which colour?"))
+    assert model.answer(other) != first
+    assert model.answer(question(), [Reply(first, "In one word.")]) != first
+    (kept,) = ask_all(model, [question()], str, tmp_path, progress=False)
+    assert kept.value == first
+    (local_folder / "chat_template.jinja").unlink()
+    with pytest.raises(ValueError, match=r"^annotator: .*llava.* has no chat template"):
+        vision_language.load_model(str(local_folder))
