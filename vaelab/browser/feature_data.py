@@ -167,6 +167,11 @@ class FeatureData:
     def __len__(self) -> int:
         return self.sae.config.n_features
 
+    @cached_property
+    def passes(self) -> int:
+        """Number of the denoiser's passes in which a picture is generated."""
+        return activations.count_passes(self._pipeline, self.sampling)
+
     def card(self, feature: int) -> dict[str, Any]:
         """Describe a feature.
 
@@ -535,9 +540,10 @@ class FeatureData:
         steps: tuple[int, ...] = ()
         if step_range is not None:
             first, last = step_range
-            passes = activations.count_passes(self._pipeline, self.sampling)
-            if not 0 <= first <= last < passes:
-                raise ValueError(f"step_range: expected two rising numbers from 0 to {passes - 1}, got {first}, {last}")
+            if not 0 <= first <= last < self.passes:
+                raise ValueError(
+                    f"step_range: expected two rising numbers from 0 to {self.passes - 1}, got {first} and {last}"
+                )
             steps = tuple(range(first, last + 1))
         return Steering(
             self.block, self._require(one["feature"]), float(one["strength"]), one.get("way", "add"), "k_mean",

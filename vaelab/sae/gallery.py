@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import seaborn as sns
 import torch
@@ -231,9 +232,14 @@ def heat(pictures: Tensor, maps: Tensor) -> Tensor:
         return grey.clone()
     low, high = spread[active].min(), spread.max()
     scaled = ((spread - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
-    colours = torch.from_numpy(mpl.colormaps["turbo"](0.08 + 0.84 * scaled.numpy())[..., :3]).float() * 2 - 1
+    colours = torch.from_numpy(heat_colours(scaled)).float() * 2 - 1
     weight = HEAT_STRENGTH * active[:, None]
     return (1 - weight) * grey + weight * colours.permute(0, 3, 1, 2)
+
+
+def heat_colours(scaled: Tensor) -> np.ndarray:
+    """Return the colours (..., 3) in [0, 1] of activations that are scaled to [0, 1]: blue for 0, red for 1."""
+    return mpl.colormaps["turbo"](0.08 + 0.84 * scaled.numpy())[..., :3]
 
 
 def box_mask(box: Sequence[float], side: int = 64) -> Tensor | None:
