@@ -9,14 +9,15 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import anywidget
 import numpy as np
 import pandas as pd
 import traitlets
 
-from vaelab.browser.feature_data import WAYS, FeatureData
+if TYPE_CHECKING:
+    from vaelab.browser.feature_data import FeatureData
 
 STATIC = Path(__file__).with_name("static")
 SCRIPTS = ("helpers.js", "table.js", "map.js", "card.js", "turn.js", "shelf.js", "main.js")
@@ -41,7 +42,7 @@ class FeatureBrowser(anywidget.AnyWidget):
     selected = traitlets.List(traitlets.Int()).tag(sync=True)
     """The features of the last lasso or search."""
 
-    def __init__(self, data: FeatureData, *, prompt: str = "", seed: int = 0, feature: int = -1):
+    def __init__(self, data: "FeatureData", *, prompt: str = "", seed: int = 0, feature: int = -1):
         """Show the features of ``data``.
 
         Args:
@@ -84,7 +85,7 @@ class FeatureBrowser(anywidget.AnyWidget):
     def _open(self, request: Mapping[str, Any], buffers: Sequence[Any]) -> dict[str, Any]:
         data = self._data
         return {
-            **self._start, "block": data.block, "count": len(data.table), "passes": data.passes, "ways": list(WAYS),
+            **self._start, "block": data.block, "count": len(data.table), "passes": data.passes,
             "columns": [packed_column(name, data.table[name]) for name in data.table],
             "positions": np.ascontiguousarray(data.positions, np.float32).tobytes(),
             "sprites": list(data.sprites), "sprite_grid": list(data.sprite_grid), "shelf": self._kept(),

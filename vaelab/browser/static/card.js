@@ -55,6 +55,7 @@ function exampleTile() {
 function cardPanel(app) {
   const tiles = []; // kept from card to card, so that pictures are swapped and not made anew
   const grid = h("div", { class: "examples" });
+  const deciles = h("p", { class: "hint wide" }, "One of each decile of the items in which it is active, the strongest first");
   const opacity = h("input", { type: "range", min: 0, max: 1, step: 0.05, value: 0.6,
     oninput: () => grid.style.setProperty("--heat", opacity.value) });
   const content = h("div", { class: "card" });
@@ -65,7 +66,7 @@ function cardPanel(app) {
   const facts = h("dl", { class: "facts" });
   const rest = h("div", { class: "card-rest" });
   content.append(head, facts,
-    h("div", { class: "line" }, h("h4", {}, "Examples"), h("span", { class: "push" }), labelled("Heat map", opacity)),
+    h("div", { class: "line" }, h("h4", {}, "Where it is most active"), h("span", { class: "push" }), labelled("Heat map", opacity)),
     grid, rest);
 
   function showFacts(feature) {
@@ -99,6 +100,9 @@ function cardPanel(app) {
       if (place < examples.length) tile.show(examples[place]);
       else { tile.element.hidden = true; tile.clear(); }
     });
+    const first = examples.findIndex((one) => one.group !== "top");
+    if (first > 0) tiles[first].element.before(deciles);
+    else deciles.remove();
   }
 
   function scoresTable(scores) {
@@ -130,7 +134,7 @@ function cardPanel(app) {
         timesteps?.timestep.length > 1 ? chart("Mean activation over timesteps", "timestep", timesteps.timestep, timesteps.mean, false) : ""),
       related("Active at the same positions", card.co_active, (share) => `${Math.round(100 * share)} %`) ?? "",
       related("Nearest directions", card.nearest, (cosine) => `cos ${cosine.toFixed(2)}`) ?? "",
-      twin ? h("p", {}, h("b", {}, "Twin: "), `feature ${twin.feature} of the autoencoder with seed ${twin.seed}, cosine ${twin.cosine.toFixed(3)}`) : "",
+      twin ? h("p", { class: "twin" }, h("b", {}, "Twin: "), `feature ${twin.feature} of the autoencoder with seed ${twin.seed}, cosine ${twin.cosine.toFixed(3)}`) : "",
       card.scores?.length ? h("div", {}, h("h4", {}, "Scores and their controls"), scoresTable(card.scores)) : "",
       card.reasoning ? h("details", {}, h("summary", {}, "Reasoning behind the caption"), h("p", {}, card.reasoning)) : "");
   }

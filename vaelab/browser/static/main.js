@@ -119,6 +119,7 @@ function buildBrowser(root, model, link, report, start) {
   find.refresh();
   const fromPython = () => { if (model.get("feature") >= 0) app.open(model.get("feature"), null); };
   fromPython();
+  if (app.feature < 0 && app.list.rows.length) app.open(app.list.rows[0], null);
   model.on("change:feature", fromPython);
 
   // canvases take their colours from the theme, so they are drawn again when it changes

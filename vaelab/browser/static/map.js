@@ -12,8 +12,10 @@ function featureMap(app) {
     "aria-label": "Map of the features. Arrow keys move, plus and minus zoom, Enter opens the feature at the centre",
   });
   const context = canvas.getContext("2d");
-  const under = h("p", { class: "under" }, " ");
+  const hint = "Ctrl or ⌘ with the wheel zooms.";
+  const under = h("span", { class: "under" }, hint);
   const legend = h("span", { class: "legend" });
+  const [unlisted, without] = ["unlisted", "without"].map((name) => h("i", { class: name, "aria-hidden": "true" }));
   const view = { scale: 1, x: 0.5, y: 0.5 }; // x, y: the point of the map at the centre
   let mode = "move";
   let drag = null; // {x, y, moved, path}
@@ -43,7 +45,8 @@ function featureMap(app) {
       const missing = Number.isNaN(value) || (logarithmic && value <= 0);
       colours[feature] = missing ? 255 : Math.round(Math.min(Math.max(scale(value), 0), 1) * 31);
     }
-    legend.replaceChildren(shown(low), h("i", { "aria-hidden": "true" }), `${shown(high)}${logarithmic ? " (log)" : ""}`);
+    legend.replaceChildren(shown(low), h("i", { "aria-hidden": "true" }), `${shown(high)}${logarithmic ? " (log)" : ""}`,
+      without, "no value", unlisted, "not listed");
   }
   const palette = Array.from({ length: 32 }, (_, step) => `rgb(${colourAt(VIRIDIS, step / 31).join(" ")})`);
 
@@ -56,8 +59,8 @@ function featureMap(app) {
     if (canvas.height !== Math.round(height * ratio)) canvas.height = Math.round(height * ratio);
     context.setTransform(ratio, 0, 0, ratio, 0, 0);
     context.clearRect(0, 0, width, height);
-    const style = getComputedStyle(canvas);
-    const [faint, ink] = [style.getPropertyValue("--dot-off"), style.color];
+    const ink = getComputedStyle(canvas).color;
+    const [faint, empty] = [unlisted, without].map((one) => getComputedStyle(one).backgroundColor);
     const { inside, rows } = app.list;
     const inSight = (x, y) => x > -32 && y > -32 && x < width + 32 && y < height + 32;
     const buckets = Array.from({ length: 34 }, () => []); // 32 colours, no value, filtered out
@@ -83,7 +86,7 @@ function featureMap(app) {
       context.fill();
     };
     dots(buckets[33], faint, radius * 0.8);
-    dots(buckets[32], style.getPropertyValue("--dot-none"), radius);
+    dots(buckets[32], empty, radius);
     for (let step = 0; step < 32; step++) dots(buckets[step], palette[step], radius);
     const thumbs = seen.length <= THUMBS_FROM && seen.length > 0;
     canvas.dataset.drawn = thumbs ? "thumbnails" : "dots";
@@ -108,7 +111,7 @@ function featureMap(app) {
       }
       if (!free) continue;
       taken.set(`${column},${row}`, [x, y]);
-      context.fillStyle = colours[feature] === 255 ? "gray" : palette[colours[feature]];
+      context.fillStyle = colours[feature] === 255 ? getComputedStyle(without).backgroundColor : palette[colours[feature]];
       context.fillRect(x - side / 2 - 2, y - side / 2 - 2, side + 4, side + 4);
       app.thumbs.draw(context, feature, x - side / 2, y - side / 2, side);
     }
@@ -198,7 +201,7 @@ function featureMap(app) {
     pointermove(event) {
       if (!drag) {
         const feature = nearest(event.offsetX, event.offsetY);
-        under.textContent = feature < 0 ? " " : app.nameOf(feature);
+        under.textContent = feature < 0 ? hint : app.nameOf(feature);
         canvas.style.cursor = feature < 0 ? "" : "pointer";
         return;
       }
@@ -248,7 +251,8 @@ function featureMap(app) {
   const setMode = (value) => { mode = value; canvas.dataset.mode = value; };
   setMode("move");
   const start = numeric.some((one) => one.name === "f1") ? "f1" : "frequency";
-  const colour = select(numeric.map(({ name }) => [name, title(name)]), () => { chooseColours(colour.value); draw(); });
+  const colour = select(numeric.map(({ name }) => [name, `colour: ${title(name)}`]), () => { chooseColours(colour.value); draw(); },
+    { "aria-label": "colour of the dots" });
   colour.value = start;
   chooseColours(start);
   const observer = new ResizeObserver(draw);
@@ -264,7 +268,7 @@ function featureMap(app) {
         const [width, height] = size();
         app.setSubset("in sight on the map", listedWhere((x, y) => x >= 0 && y >= 0 && x <= width && y <= height), false);
       }),
-      h("span", { class: "push" }), labelled("Colour", colour), legend),
-    canvas, under);
+      h("span", { class: "push" }), colour),
+    canvas, h("div", { class: "line" }, under, legend));
   return { element, draw, close: () => { observer.disconnect(); cancelAnimationFrame(frame); } };
 }

@@ -184,9 +184,9 @@ function featureGrid(app, sortBy) {
 
   function build() {
     const columns = names.map((name) => app.table.columns.find((one) => one.name === name));
-    const widths = columns.map((one) => one.name === "feature" ? "4.2rem"
-      : one.numbers ? "minmax(4.6rem, 0.8fr)" : one.name === "value" ? "minmax(5.5rem, 1fr)" : "minmax(7rem, 3fr)");
-    scroller.style.setProperty("--columns", `2.6rem ${widths.join(" ")}`);
+    const widths = columns.map((one) => one.name === "feature" ? "60px"
+      : one.numbers ? "minmax(84px, 0.8fr)" : one.name === "value" ? "minmax(90px, 1fr)" : "minmax(110px, 3fr)");
+    scroller.style.setProperty("--columns", `32px ${widths.join(" ")}`);
     head.replaceChildren(h("span", { role: "columnheader" }, h("span", { class: "unseen" }, "thumbnail")),
       ...columns.map((one) => h("span", { role: "columnheader", title: EXPLAINED[one.name], class: one.numbers ? "number" : "" },
         h("button", { type: "button", onclick: () => sortBy(one.name), "data-name": one.name }, title(one.name)))));

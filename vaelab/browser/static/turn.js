@@ -1,6 +1,7 @@
 // Turning a feature: a picture before and after, their difference, a painted mask, and a random direction as control.
 
 const MASK = 64; // positions on each side of the mask
+const FINE = 4; // pixels on the canvas for a position of the mask
 const UNDO = 50; // strokes that can be undone
 const GAIN = 2; // by which differences are brightened
 const WAYS = { add: "add to the update", replace: "replace its activation", clamp: "replace, at most the largest seen" };
@@ -31,9 +32,10 @@ function differenceCanvas(alt) {
 
 /** What lies over the picture: the painted mask, the box that was asked about, and the cursor of the keyboard. */
 function brushLayer(changed, asked) {
-  const canvas = h("canvas", { class: "brush", width: MASK, height: MASK, tabindex: "0", role: "img",
+  const canvas = h("canvas", { class: "brush", width: FINE * MASK, height: FINE * MASK, tabindex: "0", role: "img",
     "aria-label": "Picture before. Arrow keys move the cursor, the space bar uses the tool there" });
   const context = canvas.getContext("2d");
+  context.scale(FINE, FINE);
   const past = [];
   const state = { tool: "ask", size: 12 };
   let mask = new Uint8Array(MASK * MASK);
@@ -45,12 +47,12 @@ function brushLayer(changed, asked) {
     context.clearRect(0, 0, MASK, MASK);
     context.fillStyle = "rgb(255 80 20 / 55%)";
     mask.forEach((value, place) => { if (value) context.fillRect(place % MASK, Math.floor(place / MASK), 1, 1); });
-    context.lineWidth = 1;
     if (box) {
-      context.strokeStyle = "white";
-      context.strokeRect(box[0] - 0.5, box[1] - 0.5, box[2] - box[0] + 1, box[3] - box[1] + 1);
-      context.strokeStyle = "black";
-      context.strokeRect(box[0] + 0.5, box[1] + 0.5, box[2] - box[0] - 1, box[3] - box[1] - 1);
+      for (const [width, colour] of [[1.5, "black"], [0.75, "white"]]) {
+        context.lineWidth = width;
+        context.strokeStyle = colour;
+        context.strokeRect(box[0], box[1], box[2] - box[0], box[3] - box[1]);
+      }
     }
     if (canvas.matches(":focus-visible")) {
       context.fillStyle = "magenta";
@@ -139,7 +141,7 @@ function brushLayer(changed, asked) {
 }
 
 function turnPanel(app) {
-  const { prompt: firstPrompt, seed: firstSeed, passes, ways } = app.start;
+  const { prompt: firstPrompt, seed: firstSeed, passes } = app.start;
   const turnSoon = afterPause(250, () => turn());
   const changed = () => turnSoon();
 
@@ -149,7 +151,7 @@ function turnPanel(app) {
   const from = select(steps, changed);
   const to = select(steps, changed);
   to.value = String(passes - 1);
-  const way = select(ways.map((name) => [name, WAYS[name] ?? name]), changed);
+  const way = select(Object.entries(WAYS), changed);
   const strength = h("input", { type: "range", min: -4, max: 4, step: 0.25, value: 1, onchange: changed,
     oninput: () => { exact.value = strength.value; } });
   const exact = h("input", { type: "number", step: "any", value: 1, "aria-label": "strength, as a number",
@@ -169,6 +171,7 @@ function turnPanel(app) {
     controlDifference: figure(`its difference × ${GAIN}`, differences.control.element),
   };
   figures.control.hidden = figures.controlDifference.hidden = true;
+  figures.control.classList.add("below-after");
 
   const brushSize = h("input", { type: "range", min: 2, max: 32, value: layer.state.size,
     oninput: () => { layer.state.size = Number(brushSize.value); } });
