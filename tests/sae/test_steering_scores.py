@@ -142,6 +142,17 @@ def test_strengths_are_chosen_on_one_half_and_reported_on_the_other():
     assert set(metrics) == {f"up.steer.add.{name}.sae" for name in steering_scores.MEASURES}
 
 
+def test_blocks_are_summarised_together_and_the_best_way_is_told():
+    weak = planted_table().assign(block="low", way="replace", effect=False)
+    prompt = planted_table().assign(direction="prompt", way="prompt", effect=True, selectivity=1.0)
+    summary = steering_scores.steering_summary(pd.concat([planted_table(), weak, prompt]), resamples=20)
+    assert summary["block"].tolist() == ["up", "low", "up", "all", "all", "all"]
+    best = steering_scores.best_ways(summary)
+    assert best.loc["sae", "way"] == "add" and best.loc["sae", "effect"] == 0.75 and best.loc["sae", "pictures"] == 4
+    sentence = steering_scores.change_sentence(summary)
+    assert "75 % of pictures (feature of an autoencoder, damage 3.00) and 100 % of pictures (the prompt" in sentence
+
+
 def test_finding_and_changing_stand_in_one_table():
     found = pd.DataFrame({"method": ["sae", "pca"], "f1": [0.4, 0.5], "f1_low": [0.3, 0.4], "f1_high": [0.5, 0.6],
                           "coverage": [0.1, 0.2]})  # fmt: skip

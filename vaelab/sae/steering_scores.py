@@ -59,6 +59,8 @@ DIRECTIONS = ("sae", "mean_difference", "random")
 """The directions of :func:`steering_directions`."""
 PROMPT = "prompt"
 """Name, in the tables, of the prompt that names the value."""
+ALL_BLOCKS = "all"
+"""Name, in the tables, of all steered blocks together."""
 MEASURES = ("effect", "selectivity", "damage", "distance")
 KEPT_PICTURES = 6
 """Number of pictures of every condition that are kept to be shown."""
@@ -547,7 +549,8 @@ def steering_summary(table: pd.DataFrame, *, resamples: int = 500, seed: int = 0
     """Average over values and scenes for each block, direction and way, at the best strength of each value.
 
     The strength of a value is the one with the largest product of effect and selectivity in the first half of the
-    scenes, among equal ones the smallest. Everything is reported on the other half.
+    scenes, among equal ones the smallest. Everything is reported on the other half. If there are several blocks, rows
+    over all their pictures together follow, with :data:`ALL_BLOCKS` as block.
 
     Args, and columns without ``strength``: as in :func:`steering_curve`.
     """
@@ -558,7 +561,9 @@ def steering_summary(table: pd.DataFrame, *, resamples: int = 500, seed: int = 0
     product = (means["effect"] * means["selectivity"]).rename("product")
     order = means.assign(product=product).sort_values(["product", "strength"], ascending=[False, True], kind="stable")
     best = order.drop_duplicates(keys)[[*keys, "strength"]]
-    return _averaged(second.merge(best, on=[*keys, "strength"]), ["block", "direction", "way"], resamples, seed)
+    chosen, by = second.merge(best, on=[*keys, "strength"]), ["block", "direction", "way"]
+    parts = [chosen] if chosen["block"].nunique() == 1 else [chosen, chosen.assign(block=ALL_BLOCKS)]
+    return pd.concat([_averaged(part, by, resamples, seed) for part in parts], ignore_index=True)
 
 
 def _averaged(table: pd.DataFrame, keys: list[str], resamples: int, seed: int) -> pd.DataFrame:
@@ -614,16 +619,29 @@ def find_or_change(found: pd.DataFrame, summary: pd.DataFrame) -> pd.DataFrame:
     return found[["method", "f1", "f1_low", "f1_high", "coverage"]].merge(best[columns], on="method", how="outer")
 
 
+def best_ways(summary: pd.DataFrame) -> pd.DataFrame:
+    """Choose for each direction, and for the prompt, the way with the largest product of effect and selectivity.
+
+    Args:
+        summary: rows of :func:`steering_summary`. If they have several blocks, those of :data:`ALL_BLOCKS` count.
+
+    Returns:
+        The rows chosen, with the index ``direction``.
+    """
+    rows = summary[summary["block"] == ALL_BLOCKS] if summary["block"].nunique() > 1 else summary
+    order = rows.assign(changes=rows["effect"] * rows["selectivity"]).sort_values(
+        "changes", ascending=False, kind="stable"
+    )
+    return order.drop_duplicates("direction").set_index("direction")
+
+
 def change_sentence(summary: pd.DataFrame) -> str:
     """State in one sentence how often directions change a factor, each in its best way, and how often the prompt does.
 
     Args:
-        summary: rows of :func:`steering_summary`; the blocks are averaged.
+        summary: as for :func:`best_ways`.
     """
-    means = summary.groupby(["direction", "way"])[["effect", "selectivity", "damage"]].mean().reset_index()
-    means = means.assign(changes=means["effect"] * means["selectivity"])
-    best = means.sort_values("changes", ascending=False, kind="stable").drop_duplicates("direction")
-    named = {row["direction"]: row for row in best.to_dict("records")}
+    named = best_ways(summary).to_dict("index")
     words = {
         "sae": "feature of an autoencoder", "mean_difference": "difference of means", "random": "random direction",
         PROMPT: "the prompt that names it",
