@@ -45,7 +45,7 @@ from vaelab.data import bundled, load_images
 from vaelab.data.transforms import square
 from vaelab.models.similarity import PictureModel, SentenceModel, embed_in_batches, embeds_sentences
 from vaelab.sae.controls import untrained
-from vaelab.sae.feature_statistics import FeatureStatistics, feature_maps
+from vaelab.sae.feature_statistics import FeatureStatistics, feature_maps, mean_activations
 from vaelab.sae.model import SAE, SAEConfig
 from vaelab.sae.steering import Directions, Steerer, activate_alone, modulate
 from vaelab.store.reader import Store
@@ -488,7 +488,8 @@ class FeatureScorer:
             statistics.require_feature(feature, block)
         own = Directions(written_by or sae, statistics.mean_activation(), statistics.largest_activation(), sae.config.k)
         steerer = Steerer(self._pipeline, {block: own})
-        scored = monosemanticity(self._mean_activations(sae, block, features), self.pictures.vectors(self.pool))
+        means = mean_activations(sae, self.pictures.store, block, self.pool, features)
+        scored = monosemanticity(means, self.pictures.vectors(self.pool))
         rows = []
         for feature, mono in zip(features, scored.tolist(), strict=True):
             items, _ = statistics.sample_items(feature, 1 - self.config.top, 1, self.config.examples, self.config.seed)
@@ -503,11 +504,6 @@ class FeatureScorer:
                 }  # fmt: skip
             rows.append(row | self._effects(steerer, block, feature, caption, items, maps))
         return pd.DataFrame(rows)
-
-    def _mean_activations(self, sae: SAE, block: str, features: Sequence[int]) -> Tensor:
-        parts = [self.pool[begin : begin + 64] for begin in range(0, len(self.pool), 64)]
-        maps = (feature_maps(sae, self.pictures.store, block, part, features) for part in parts)
-        return torch.cat([one.mean((2, 3)) for one in maps])
 
     def _sensitivity(self, sae: SAE, block: str, feature: int, caption: str) -> dict[str, float]:
         """Compute the shares of near and of all held-out pictures in which a feature is active."""

@@ -449,10 +449,33 @@ def feature_maps(sae: SAE, activations: Store, block: str, items: Sequence[int],
     Raises:
         ValueError: the store has no such block or item, or the autoencoder has no such feature.
     """
+    _require_features(sae, features)
+    return encoded_maps(sae, activations.maps(block, items), features)
+
+
+def _require_features(sae: SAE, features: Sequence[int]) -> None:
     for feature in features:
         if not 0 <= feature < sae.config.n_features:
             raise ValueError(f"feature: the autoencoder has features 0 to {sae.config.n_features - 1}, got {feature}")
-    return encoded_maps(sae, activations.maps(block, items), features)
+
+
+def mean_activations(
+    sae: SAE, activations: Store, block: str, items: Sequence[int], features: Sequence[int], batch_items: int = 64
+) -> Tensor:
+    """Compute the mean spatial activations (N, F) of F features in N items of a store (equation 9); on the CPU.
+
+    Raises:
+        ValueError: as :func:`feature_maps`.
+    """
+    _require_features(sae, features)
+    parts = []
+    for begin in range(0, len(items), batch_items):
+        maps = activations.maps(block, items[begin : begin + batch_items]).to(sae.device).float()
+        codes = sae.encode(maps.flatten(1, 2))
+        total = torch.zeros(len(maps), sae.config.n_features, device=sae.device)
+        total.scatter_add_(1, codes.indices.flatten(1), codes.values.flatten(1))
+        parts.append((total / codes.values.shape[1])[:, list(features)].cpu())
+    return torch.cat(parts)
 
 
 def encoded_maps(sae: SAE, maps: Tensor, features: Sequence[int]) -> Tensor:
