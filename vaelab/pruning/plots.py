@@ -85,7 +85,7 @@ def loss_over_scale(
     losses = [loss for loss, _ in paper.values()]
     for loss in losses:
         left.axhline(loss, color=GREY, linewidth=1, linestyle=":")
-    label = "the paper's losses: " + " and ".join(f"{loss:g}" for loss in losses)
+    label = "PeLAP-A's losses: " + " and ".join(f"{loss:g}" for loss in losses)
     left.annotate(label, (1, max(losses)), xycoords=("axes fraction", "data"), fontsize=7, ha="right", va="bottom")
     for axis, column in ((left, "diffusion_loss"), (right, "masked_recon_mse")):
         for name, part in measured.groupby("setting", sort=False):

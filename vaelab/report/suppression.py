@@ -188,14 +188,22 @@ def causes(run: FinishedRun) -> Shown:
         f"{span(means[without], percent)} of the channels are suppressed, with it {percent(with_decay)}."
     )
     order = [f"{name} {percent(share)}" for name, share in sorted(data.items(), key=lambda pair: -pair[1])]
+    few = [name for name, share in means.items() if share < 0.1 * with_decay]
+    mixture = run.params["dataset"].replace("+", ", ")
+    shown = {"reference": f"reference ({mixture})", "twice the length": "twice the steps"}
+    final["variant"] = final["variant"].replace(shown)
+    others = [
+        f"{shown.get(name, name)} {percent(means[name])}"
+        for name in ("half the decay", "half the width", "twice the length") if name in means
+    ]  # fmt: skip
     return Shown(finding, [
         f"A VAE is trained from scratch, {int(final['seed'].nunique())} seeds a variant, and each variant changes one "
         "thing. A channel counts as suppressed where m_c is below "
-        f"{run.params['threshold']:g}. By data: {listed(order)}. The paper expects more on simpler data.",
+        f"{run.params['threshold']:g}. By data: {listed(order)}. The paper expects more on simpler data. "
+        f"By training: {listed(others)}.",
         Chart("causes", lambda: viz.bars(final, "variant", "percent", None, "suppressed channels (%)"),
-              "Share of suppressed channels at the end of training, by variant; each point is a seed. Only the "
-              "variants whose scales are not decayed have almost none."
-              if none else "Share of suppressed channels at the end of training, by variant; each point is a seed."),
+              "Share of suppressed channels at the end of training, by variant; each point is a seed."
+              + (f" Almost none are suppressed with {listed(few)}." if few else "")),
     ])  # fmt: skip
 
 

@@ -102,8 +102,10 @@ def forest(table: pd.DataFrame, title: str = "") -> Figure:
         reach = 1.5 * max(1, np.abs(axis.get_xlim()).max())
         axis.set(xlabel="difference (%)", xlim=(-reach, reach), ylim=(len(datasets) - 0.5, -0.5))
         outer = [100] if reach > 100 else [10] if reach > 10 else []
-        axis.set_xticks([*(-tick for tick in outer), -1, 0, 1, *outer])
+        inner = [SMALL_PERCENT, 1, *outer]
+        axis.set_xticks([*(-tick for tick in inner), 0, *inner])
         axis.xaxis.set_major_formatter("{x:g}")
+        axis.tick_params(axis="x", labelsize=8)
         axis.minorticks_off()
         axis.axvspan(-SMALL_PERCENT, SMALL_PERCENT, color="#eef1f4", zorder=0)
         axis.set_yticks(range(len(datasets)), datasets)
