@@ -76,6 +76,23 @@ def url(request, written):
 
 
 @pytest.fixture
+def forked_kernels(monkeypatch):
+    """What the runner executes has its kernel forked from the tests' server, which has the imports."""
+    from helpers import PRELOADED
+
+    from vaelab.runner import cli, execute, forked, schedule
+
+    def run(path, **options):
+        return execute.run(path, **{**options, "fork": True})
+
+    monkeypatch.setattr(cli, "run", run)
+    monkeypatch.setattr(schedule, "run", run)
+    monkeypatch.setattr(forked, "LIBRARIES", PRELOADED)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return {"kernel_manager_class": forked.ForkedKernelManager}
+
+
+@pytest.fixture
 def complaints(recwarn):
     """What the libraries of models warn of: a function that gives the messages so far."""
     records = []

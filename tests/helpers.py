@@ -12,10 +12,12 @@ import torch
 
 # one server for the whole test run, whose children have these imports; it keeps the environment it began with
 CHILDREN = multiprocessing.get_context("forkserver")
-CHILDREN.set_forkserver_preload(
-    ["accelerate", "datasets", "diffusers.models.autoencoders.autoencoder_kl", "torchmetrics.image",
-     "sklearn.datasets", "vaelab.store.reader", "vaelab.vae.finetune"]
-)  # fmt: skip
+PRELOADED = [
+    "accelerate", "datasets", "diffusers.models.autoencoders.autoencoder_kl", "ipykernel.kernelapp",
+    "matplotlib.pyplot", "papermill", "sklearn.datasets", "torchmetrics.image", "vaelab.runner.cli",
+    "vaelab.runner.forked", "vaelab.store.reader", "vaelab.vae.finetune",
+]  # fmt: skip
+CHILDREN.set_forkserver_preload(PRELOADED)
 SILENT = {"decoder.conv_norm_out": (1, 3), "encoder.mid_block.resnets.0.norm1": (0, 2, 5)}
 
 

@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from command_line import call, start, start_holding
 
 from vaelab.runner import execute, index
 from vaelab.runner.output import Lock
@@ -48,6 +50,7 @@ def new_project(folder):
 
 @pytest.fixture
 def project(tmp_path, monkeypatch):
+    """The project as the current folder."""
     monkeypatch.chdir(tmp_path)
     return new_project(tmp_path)
 
@@ -75,14 +78,10 @@ def write_params(root, notebook, name, text):
 
 
 def command(project, *words):
+    """The command as users give it, in a new process."""
     line = [sys.executable, "-m", "vaelab.runner.cli", *words]
-    return subprocess.run(line, cwd=project, env=environment(), capture_output=True, text=True)
-
-
-def environment():
-    import os
-
-    return {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(line, cwd=project, env=environment, capture_output=True, text=True)
 
 
 def test_the_path_is_the_name_and_what_is_read_is_run_first(ran):
@@ -97,9 +96,9 @@ def test_the_path_is_the_name_and_what_is_read_is_run_first(ran):
     assert page.count(" begun") == 1  # in the source, no longer in the output
 
 
-def test_a_failed_run_is_told_and_never_taken_for_a_finished_one(project):
+def test_a_failed_run_is_told_and_never_taken_for_a_finished_one(project, forked_kernels):
     write_params(project, "10_one", "wrong", "fail: true")
-    ran = command(project, "run", "params/10_one/wrong.yaml")
+    ran = call("run", "params/10_one/wrong.yaml")
     assert ran.returncode == 1
     assert "AssertionError: it was to fail" in ran.stderr
     assert ran.stderr.splitlines()[-1].endswith("the executed notebook is outputs/10_one/wrong.ipynb")
@@ -116,10 +115,10 @@ def test_a_wrong_parameter_is_told_in_one_line(project):
     assert "fial" in ran.stderr and "fail" in ran.stderr and "Traceback" not in ran.stderr
 
 
-def test_all_runs_go_on_past_a_failure_but_not_what_reads_it(project):
+def test_all_runs_go_on_past_a_failure_but_not_what_reads_it(project, forked_kernels):
     write_params(project, "10_one", "demo", "fail: true")
     write_params(project, "10_one", "demo-other", "")
-    ran = command(project, "all", "demo", "--jobs", "2")
+    ran = call("all", "demo", "--jobs", "2")
     assert ran.returncode == 1
     assert "failed: 10_one/demo, 20_two/demo" in ran.stderr
     assert (project / "outputs" / "10_one" / "demo-other" / "results.json").exists()
@@ -133,27 +132,27 @@ def inodes(folder):
 
 def test_finished_run_is_not_run_again_without_overwrite(finished):
     before = inodes(finished / "outputs")
-    again = command(finished, "run", "params/10_one/demo.yaml")
+    again = call("run", "params/10_one/demo.yaml")
     assert again.returncode == 0 and "10_one/demo is finished already; --overwrite" in again.stdout
     assert (
         "outputs/index.html shows the progress: 0 runs, 1 at a time; 2 are finished already"
-        in command(finished, "all", "demo", "--jobs", "1").stdout
+        in call("all", "demo", "--jobs", "1").stdout
     )
     page = finished / "outputs" / "index.html"
     assert {**inodes(finished / "outputs"), page: 0} == {**before, page: 0}
 
 
-def test_overwrite_replaces_what_the_run_made(finished):
+def test_overwrite_replaces_what_the_run_made(finished, forked_kernels):
     before = inodes(finished / "outputs" / "10_one")
-    assert command(finished, "run", "params/10_one/demo.yaml", "--overwrite").returncode == 0
+    assert call("run", "params/10_one/demo.yaml", "--overwrite").returncode == 0
     after = inodes(finished / "outputs" / "10_one")
     assert after.keys() == before.keys() and all(after[path] != before[path] for path in before)
 
 
-def test_failed_overwrite_leaves_the_finished_run_and_its_notebook(finished):
+def test_failed_overwrite_leaves_the_finished_run_and_its_notebook(finished, forked_kernels):
     before = inodes(finished / "outputs" / "10_one")
     write_params(finished, "10_one", "demo", "fail: true")
-    failed = command(finished, "run", "params/10_one/demo.yaml", "--overwrite")
+    failed = call("run", "params/10_one/demo.yaml", "--overwrite")
     assert failed.returncode == 1 and "it was to fail" in failed.stderr
     after = inodes(finished / "outputs" / "10_one")
     assert (finished / "outputs" / "10_one" / "demo.new.ipynb") in after
@@ -165,7 +164,7 @@ def test_run_that_is_finished_with_other_parameters_is_neither_taken_nor_replace
     write_params(finished, "10_one", "demo", "runs: [outputs/10_one/other]")
     write_params(finished, "20_two", "new", "runs: [outputs/10_one/demo]")
     for params in ("params/10_one/demo.yaml", "params/20_two/new.yaml"):
-        refused = command(finished, "run", params)
+        refused = call("run", params)
         assert refused.returncode == 2
         assert "10_one/demo is finished, but was made with another runs than" in refused.stderr
     assert inodes(finished / "outputs" / "10_one") == before
@@ -175,7 +174,7 @@ def test_run_that_is_finished_with_other_parameters_is_neither_taken_nor_replace
 def test_damaged_results_are_named_and_cost_the_front_page_one_row(finished):
     damaged = finished / "outputs" / "10_one" / "demo" / "results.json"
     damaged.write_text('{"metrics": ')
-    refused = command(finished, "run", "params/10_one/demo.yaml")
+    refused = call("run", "params/10_one/demo.yaml")
     assert refused.returncode == 2 and "outputs/10_one/demo/results.json' is damaged" in refused.stderr
     assert "Traceback" not in refused.stderr
     page = (finished / "outputs" / "index.html").read_text()
@@ -184,17 +183,13 @@ def test_damaged_results_are_named_and_cost_the_front_page_one_row(finished):
 
 def test_two_commands_on_one_run_are_told_apart(project):
     params = write_params(project, "10_one", "slow", "")
-    nb = nbformat.read(project / "notebooks" / "10_one.ipynb", as_version=4)
-    nb.cells.insert(1, nbformat.v4.new_code_cell("import time; time.sleep(30)"))
-    nbformat.write(nb, project / "notebooks" / "10_one.ipynb")
-    line = [sys.executable, "-m", "vaelab.runner.cli", "run", str(params)]
-    first = subprocess.Popen(line, cwd=project, env=environment(), stdout=subprocess.DEVNULL)
+    first = start_holding(project, "run", str(params))
     lock = project / "outputs" / "10_one" / "slow" / ".run" / "notebook.lock"
     while not (lock.exists() and lock.read_text()):
-        assert first.poll() is None
-    second = command(project, "run", "params/10_one/slow.yaml")
+        assert first.is_alive()
+    second = call("run", "params/10_one/slow.yaml")
     first.kill()
-    first.wait()
+    first.join()
     assert second.returncode == 2
     assert f"10_one/slow is in use by process {first.pid} since" in second.stderr
 
@@ -254,17 +249,16 @@ def test_a_stopped_command_leaves_no_process_and_says_one_line(project, words):
     nb = nbformat.read(project / "notebooks" / "10_one.ipynb", as_version=4)
     nb.cells.insert(1, nbformat.v4.new_code_cell('open("begun", "w").close()\nimport time; time.sleep(60)'))
     nbformat.write(nb, project / "notebooks" / "10_one.ipynb")
-    line = [sys.executable, "-m", "vaelab.runner.cli", *words]
-    process = subprocess.Popen(line, cwd=project, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                               text=True)  # fmt: skip
+    process = start(project, *words)
     while not (project / "begun").exists():
-        assert process.poll() is None
+        assert process.is_alive()
         time.sleep(0.1)
     children = psutil.Process(process.pid).children(recursive=True)
     assert children
-    process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=20)
-    assert process.returncode == 128 + signal.SIGTERM
+    process.terminate()
+    process.join(timeout=20)
+    assert process.exitcode == 128 + signal.SIGTERM
+    said = (project / "stderr").read_text()
     assert said.splitlines()[-1] == "stopped by SIGTERM; every process was ended, and finished runs are kept"
     assert "Traceback" not in said
     assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
@@ -304,9 +298,9 @@ def test_a_full_disk_in_a_cell_is_one_sentence_about_the_machine(project):
     assert "\n" not in str(failure) and "demo.ipynb" in str(failure)
 
 
-def test_outside_of_a_project_the_error_says_what_is_missing(tmp_path):
-    (tmp_path / "elsewhere").mkdir()
-    ran = command(tmp_path / "elsewhere", "all", "demo")
+def test_outside_of_a_project_the_error_says_what_is_missing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ran = call("all", "demo")
     assert ran.returncode == 2 and "no folders 'notebooks' and 'params'" in ran.stderr
     assert len(ran.stderr.splitlines()) == 1
 
