@@ -37,7 +37,7 @@ def test_diffc_learns_what_is_planted(device, tmp_path, precision):
         width=16, epochs=20, batch_size=8, learning_rate=1e-2, final_rate=5e-3, device=str(device),
         training_precision=precision,
     )  # fmt: skip
-    model = diffc.train_diffc(learn, validate, "up.t25.maps", config).model
-    predicted = diffc.classify_stored(model, test, "up.t25.maps")
+    model = diffc.train_together({"": learn}, {"": validate}, "up.t25.maps", config)[""].model
+    predicted = diffc.classify_stored([model], test, "up.t25.maps")[0]
     # float16's loss scaler skips the first steps, so that it ends with other weights than float32 does
     assert measure_accuracy(predicted, test.labels, learn.labels).accuracy > 0.9

@@ -50,9 +50,8 @@ def test_probes_and_diffcs_read_what_is_planted(by_factor, tmp_path):
     assert probed.loc["colour", "low"] < 0.55 < probed.loc["colour", "high"] + 0.1
     rows, models = classifiers.train_diffcs({"shape": by_factor["shape"]}, {"shape": [LAYER]}, SMALL, tmp_path)
     row, task = rows.iloc[0], by_factor["shape"]
-    again = measure_accuracy(
-        classify_stored(models[LAYER, "shape"], task.test, LAYER + ".maps"), task.test.labels, task.training.labels
-    )
+    predicted = classify_stored([models[LAYER, "shape"]], task.test, LAYER + ".maps")[0]
+    again = measure_accuracy(predicted, task.test.labels, task.training.labels)
     assert (row["accuracy"], row["low"], row["high"], row["chance"], row["count"], row["uniform"]) == again
     assert row["accuracy"] > 0.9 and (row["classifier"], row["layer"]) == ("diffc", LAYER)
 
@@ -63,7 +62,7 @@ def test_all_diffcs_share_one_progress_bar_which_leaves_one_line(by_factor, tmp_
     for _ in range(2):  # the second time, both are finished
         classifiers.train_diffcs(by_factor, layers, brief, tmp_path)
         lines = capsys.readouterr().out.split("\n")
-        assert [line.split("\r")[-1][:20] for line in lines] == ["Diff-C, 2 of 2: 100%", ""]
+        assert [line.split("\r")[-1][:21] for line in lines] == ["Diff-C, layer 1 of 1:", ""]
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +101,7 @@ def test_the_zero_shot_classifier_and_diffc_are_scored_and_timed_on_the_same_pic
     assert first["accuracy"] == first["accuracy_on_these"] == sum(chosen == 0 for chosen in alone) / 2
     assert (first["passes"], first["count"]) == (4, 2)
     assert (second["passes"], second["accuracy"], second["count"]) == (1, 0.7, 60)
-    on_stored = classify_stored(model, task.test, "up_ft0.t25.maps")
+    on_stored = classify_stored([model], task.test, "up_ft0.t25.maps")[0]
     assert second["accuracy_on_these"] == (on_stored == 0).float().mean()
     names = ZeroShotClip(load_clip(str(clip_folder), device="cpu"), {"colour": prompts})
     assert third["accuracy"] == sum(one["colour"] == 0 for one in names.classify(readable)) / 2

@@ -57,6 +57,17 @@ def test_an_epoch_has_every_picture_in_one_of_its_views_and_can_be_taken_up_anyw
     assert torch.equal(torch.cat(ranks), torch.cat([batch["labels"] for batch in first[:2]]))
 
 
+def test_maps_held_in_memory_are_those_of_the_store(stored, monkeypatch):
+    found, layer = dataset.load_examples(stored).take(np.array([7, 2, 4])), "up.t25.maps"
+    held = found.hold(layer)
+    for one, other in zip(found.batches(layer, 2), held.batches(layer, 2), strict=True):
+        assert torch.equal(one["maps"], other["maps"])
+    for one, other in islice(zip(found.shuffled(layer, 2, 1)(), held.shuffled(layer, 2, 1)(), strict=True), 4):
+        assert torch.equal(one["maps"], other["maps"])
+    monkeypatch.setattr(dataset, "HELD_BYTES", 3 * 3 * 16 * planted_pictures.WIDTH * 4 - 1)
+    assert list(held.held) == [layer] and not found.hold(layer).held
+
+
 def test_vector_batches_are_of_the_pictures_as_they_are_each_once_a_pass(stored):
     found = dataset.load_examples(stored)
     whole = torch.from_numpy(found.vectors("up.t25")[0])

@@ -24,7 +24,8 @@ from vaelab.data.labelled import LabelledPicture, LabelledPictures
 from vaelab.models.block_names import find_denoiser
 from vaelab.models.clip import load_clip
 from vaelab.probing.clip import ZeroShotClip
-from vaelab.probing.diffc import DiffC, DiffCConfig, classify_stored, train_diffc
+from vaelab.probing.dataset import join_factors
+from vaelab.probing.diffc import DiffC, DiffCConfig, classify_stored, train_together
 from vaelab.probing.diffusion_classifier import DiffusionClassifier, class_texts
 from vaelab.probing.layer_features import (
     MAPS,
@@ -73,24 +74,27 @@ def require_disk_space(
         config: the size and training of each Diff-C.
         folder: the run's folder.
     """
-    sizes = []
+    sizes: dict[str, list[int]] = {}
     for task in tasks.values():
         layers, layout = pooled_layers(task.training.store), task.training.store.layout
         chosen = matching_layers(layers, patterns) or [max(layers, key=lambda layer: layout[layer].width)]
         for layer in chosen:
             with torch.device("meta"):
                 model = DiffC(layout[layer].width, len(task.training.classes), config.width)
-            sizes.append(sum(parameter.numel() for parameter in model.parameters()))
-    return require_training_space(f"{len(sizes)} Diff-Cs", max(sizes), sum(sizes), folder, together=False)
+            sizes.setdefault(layer, []).append(sum(parameter.numel() for parameter in model.parameters()))
+    together = [sum(each) for each in sizes.values()]
+    count = sum(map(len, sizes.values()))
+    return require_training_space(f"{count} Diff-Cs", max(together), sum(together), folder, together=False)
 
 
 def train_diffcs(
     tasks: Mapping[str, Task], layers: Mapping[str, Sequence[str]], config: DiffCConfig, folder: Path
 ) -> tuple[pd.DataFrame, dict[tuple[str, str], DiffC]]:
-    """Train a Diff-C on the maps of each layer, for each factor. Interrupted training runs are resumed.
+    """Train a Diff-C on the maps of each layer, for each factor; all factors of a layer are trained together.
+    Interrupted training runs are resumed.
 
     Args:
-        tasks: the tasks by factor.
+        tasks: the tasks by factor, with the same pictures.
         layers: for each factor the names of the layers, such as ``up_ft1.t25``.
         config: the size and training of each Diff-C.
         folder: the folder for the checkpoints.
@@ -102,29 +106,36 @@ def train_diffcs(
     Raises:
         ValueError: the stores hold no maps.
     """
-    rows, models, done = [], {}, 0
-    steps = {factor: task.training.steps(config.batch_size) * config.epochs for factor, task in tasks.items()}
+    rows, models, factors_of = {}, {}, {}
     for factor, task in tasks.items():
         require_maps(task.training.store, layers[factor])
-    total = sum(steps[factor] * len(layers[factor]) for factor in tasks)
-    bar = tqdm(total=total, desc="Diff-C", unit="step", file=sys.stdout, mininterval=2, ncols=100)
-    for factor, task in tasks.items():
         for layer in layers[factor]:
-            bar.set_description(f"Diff-C, {len(rows) + 1} of {sum(map(len, layers.values()))}", refresh=False)
-            trained = train_diffc(
-                task.training, task.validation, layer + MAPS, config, folder=Path(folder, f"{layer}.{factor}"),
-                settings={"activations": task.training.store.settings, "factor": factor},
-                progress=lambda step, done=done: bar.update(done + step - bar.n),
-            )  # fmt: skip
-            done += steps[factor]
-            bar.update(done - bar.n)  # a finished training that is resumed makes no step
-            predicted = classify_stored(trained.model, task.test, layer + MAPS, config.batch_size)
-            accuracy = measure_accuracy(predicted, task.test.labels, task.training.labels)
-            validation = trained.epochs.set_index("epoch")["accuracy"][trained.epoch]
-            rows.append(_row(layer, factor, "diffc", accuracy, validation, trained.epoch))
-            models[layer, factor] = trained.model
+            factors_of.setdefault(layer, []).append(factor)
+    steps = next(iter(tasks.values())).training.steps(config.batch_size) * config.epochs
+    bar = tqdm(
+        total=steps * len(factors_of), desc="Diff-C", unit="step", file=sys.stdout, mininterval=2, ncols=100
+    )  # fmt: skip
+    for number, (layer, factors) in enumerate(factors_of.items()):
+        bar.set_description(f"Diff-C, layer {number + 1} of {len(factors_of)}", refresh=False)
+        together = {factor: tasks[factor] for factor in factors}
+        trained = train_together(
+            {factor: task.training for factor, task in together.items()},
+            {factor: task.validation for factor, task in together.items()},
+            layer + MAPS, config, folder=Path(folder, layer),
+            settings={"activations": tasks[factors[0]].training.store.settings},
+            progress=lambda step, done=steps * number: bar.update(done + step - bar.n),
+        )  # fmt: skip
+        bar.update(steps * (number + 1) - bar.n)  # a finished training that is resumed makes no step
+        test = join_factors([task.test for task in together.values()])
+        for factor, each in trained.items():
+            models[layer, factor] = each.model
+        predictions = classify_stored([each.model for each in trained.values()], test, layer + MAPS, config.batch_size)
+        for (factor, each), predicted in zip(trained.items(), predictions, strict=True):
+            accuracy = measure_accuracy(predicted, tasks[factor].test.labels, tasks[factor].training.labels)
+            validation = each.epochs.set_index("epoch")["accuracy"][each.epoch]
+            rows[layer, factor] = _row(layer, factor, "diffc", accuracy, validation, each.epoch)
     bar.close()
-    return pd.DataFrame(rows), models
+    return pd.DataFrame([rows[layer, factor] for factor in tasks for layer in layers[factor]]), models
 
 
 def compare_classifiers(

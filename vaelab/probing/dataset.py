@@ -1,16 +1,20 @@
 """Labelled examples from a store of pictures' features, for training, validation and test."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from vaelab.core.devices import dtype
 from vaelab.core.validate import unknown
 from vaelab.store.reader import Store
 from vaelab.training.batches import NumberedBatches, shuffled_batches
+
+HELD_BYTES = 2**30
+"""Maps of one layer that take at most so many bytes are held in memory by :meth:`Examples.hold`."""
 
 
 @dataclass(frozen=True)
@@ -25,9 +29,11 @@ class Examples:
     items: list[list[int]]
     """For each picture the indices of its views among the store's items. The first view is the uncropped picture."""
     labels: Tensor
-    """(N,) int64 class indices."""
+    """(N,) int64 class indices; (N, factors) if :func:`join_factors` made the examples."""
     classes: list[str]
     """The class names."""
+    held: dict[str, tuple[dict[int, int], Tensor]] = field(default_factory=dict)
+    """Layers whose maps are in memory: the row of each item of the store, and the maps in the store's precision."""
 
     def __len__(self) -> int:
         return len(self.items)
@@ -61,11 +67,26 @@ class Examples:
         rows = self.store.maps(layer, [views[0] for views in self.items])
         return rows.float().reshape(len(self), -1).numpy(), self.labels.numpy()
 
+    def hold(self, layer: str) -> "Examples":
+        """Return the examples with a layer's maps held in memory, if all views take at most :data:`HELD_BYTES`."""
+        shape, items = self.store.layout[layer], [item for views in self.items for item in views]
+        if len(items) * shape.count * shape.width * dtype(self.store.precision).itemsize > HELD_BYTES:
+            return self
+        rows = {item: row for row, item in enumerate(items)}
+        return replace(self, held={**self.held, layer: (rows, self.store.maps(layer, items))})
+
+    def maps(self, layer: str, items: Sequence[int]) -> Tensor:
+        """Read the maps (n, h, w, d) float32 of some of the store's items."""
+        if layer not in self.held:
+            return self.store.maps(layer, items).float()
+        rows, maps = self.held[layer]
+        return maps[[rows[item] for item in items]].float()
+
     def batches(self, layer: str, batch_size: int) -> Iterator[dict[str, Tensor]]:
         """Read the uncropped pictures once, in order: ``maps`` (B, h, w, d) float32 and ``labels`` (B,)."""
         for begin in range(0, len(self), batch_size):
             part = range(begin, min(begin + batch_size, len(self)))
-            maps = self.store.maps(layer, [self.items[i][0] for i in part]).float()
+            maps = self.maps(layer, [self.items[i][0] for i in part])
             yield {"maps": maps, "labels": self.labels[begin : begin + batch_size]}
 
     def shuffled(self, layer: str, batch_size: int, seed: int) -> NumberedBatches:
@@ -85,7 +106,7 @@ class Examples:
         def take(pictures: np.ndarray, epoch: int) -> dict[str, Tensor]:
             drawn = views(epoch)
             items = [self.items[i][int(drawn[i] * len(self.items[i]))] for i in pictures]
-            return {"maps": self.store.maps(layer, items).float(), "labels": self.labels[torch.from_numpy(pictures)]}
+            return {"maps": self.maps(layer, items), "labels": self.labels[torch.from_numpy(pictures)]}
 
         return shuffled_batches(len(self), batch_size, seed, take, remainder="wrap")
 
@@ -139,3 +160,15 @@ def load_examples(store: Store, factor: str = "") -> Examples:
         raise ValueError(f"split: {len(unlabelled)} of {len(labels)} pictures have no label, first {unlabelled[0]}")
     ordered = [[number for _, number in sorted(views)] for views in items.values()]
     return Examples(store, ordered, torch.tensor(list(labels.values())), list(classes[factor]))
+
+
+def join_factors(examples: Sequence[Examples]) -> Examples:
+    """Join the labels of several factors of the same pictures: ``labels`` (N, factors); the class names are left out.
+
+    Raises:
+        ValueError: the pictures are not the same.
+    """
+    first = examples[0]
+    if any(each.store is not first.store or each.items != first.items for each in examples):
+        raise ValueError("examples: the factors have different pictures")
+    return replace(first, labels=torch.stack([each.labels for each in examples], 1), classes=[])

@@ -12,7 +12,7 @@ Diff-C needs more training steps than a wide one until it is sensitive to the sm
 import math
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from vaelab.core import devices
 from vaelab.core.validate import at_least
-from vaelab.probing.dataset import Examples
+from vaelab.probing.dataset import Examples, join_factors
 from vaelab.store.format import BlockShape
 from vaelab.training import evaluation_mode
 from vaelab.training.checkpoint import not_finite, read_tensors, write_tensors
@@ -104,34 +104,37 @@ def choose_size(
     return width, epochs, learning_rate
 
 
-def estimate_training(shape: BlockShape, classes: int, pictures: int, config: DiffCConfig, trainings: int) -> float:
-    """Estimate the seconds that training some Diff-Cs takes, from a measured step, and print them with their size.
+def estimate_training(
+    shape: BlockShape, classes: Sequence[int], pictures: int, config: DiffCConfig, layers: int
+) -> float:
+    """Estimate the seconds that training Diff-Cs takes, from a measured step, and print them with their size.
 
     Args:
         shape: the shape of the largest layer's maps.
-        classes: the number of classes.
+        classes: the number of classes of each factor; these Diff-Cs are trained together.
         pictures: the number of training pictures.
         config: the size and training of each Diff-C.
-        trainings: the number of Diff-Cs.
+        layers: how often this is done, one after another: the number of layers.
     """
     device = devices.pick(config.device)
-    model = DiffC(shape.width, classes, config.width).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate)
+    objective = DiffCObjective(DiffCs(DiffC(shape.width, count, config.width) for count in classes)).to(device)
+    optimizer = torch.optim.AdamW(objective.parameters(), lr=config.learning_rate)
     maps = torch.randn(config.batch_size, *shape.positions, shape.width, device=device)
-    labels = torch.zeros(config.batch_size, dtype=torch.long, device=device)
+    labels = torch.zeros(config.batch_size, len(classes), dtype=torch.long, device=device)
     for _ in range(3):  # the last step is timed
         devices.synchronize(device)
         began = time.perf_counter()
-        F.cross_entropy(model(maps), labels).backward()
+        objective({"maps": maps, "labels": labels})["loss"].backward()
         optimizer.step()
         optimizer.zero_grad()
         devices.synchronize(device)
-    steps = math.ceil(pictures / config.batch_size) * config.epochs * trainings
+    steps = math.ceil(pictures / config.batch_size) * config.epochs * layers
     seconds = (time.perf_counter() - began) * steps
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    parameters = sum(parameter.numel() for parameter in objective.parameters())
     print(
-        f"training: {trainings} Diff-Cs of up to {parameters:,} parameters on {pictures} pictures, {steps:,} steps, "
-        f"at most about {seconds / 60:.1f} minutes, {parameters * 16 / 1e9:.2g} GB of memory for weights and optimizer"
+        f"training: {len(classes) * layers} Diff-Cs on {pictures} pictures, {len(classes)} at a time with up to "
+        f"{parameters:,} parameters, {steps:,} steps, at most about {seconds / 60:.1f} minutes, "
+        f"{parameters * 16 / 1e9:.2g} GB of memory for weights and optimizer"
     )
     return seconds
 
@@ -154,6 +157,32 @@ class DiffC(nn.Module):
         return self.fc(self.gap(x).flatten(1))
 
 
+class DiffCs(nn.Module):
+    """Several Diff-Cs of one size on the same maps, computed together: one convolution with the first layers of all,
+    and then convolutions with one group for each.
+
+    On one core of a CPU, six Diff-Cs of width 32 take about two thirds of the time that they take one after
+    another.
+    """
+
+    def __init__(self, models: Iterable[DiffC]):
+        super().__init__()
+        self.models = nn.ModuleList(models)
+
+    def forward(self, maps: Tensor) -> list[Tensor]:
+        """Classify maps (B, h, w, d), and return the logits (B, classes) of each Diff-C."""
+        x = maps.permute(0, 3, 1, 2)
+        if x.device.type == "cpu":
+            x = x.contiguous()  # wide convolutions of maps with channels last take up to twice the time
+        for name in ("conv1", "conv2", "conv3", "conv4"):
+            layers = [getattr(model, name) for model in self.models]
+            weight, bias = (torch.cat([getattr(layer, part) for layer in layers]) for part in ("weight", "bias"))
+            groups = 1 if name == "conv1" else len(layers)
+            x = F.relu(F.conv2d(x, weight, bias, layers[0].stride, layers[0].padding, groups=groups))
+        pooled = x.mean((2, 3)).chunk(len(self.models), 1)
+        return [model.fc(means) for model, means in zip(self.models, pooled, strict=True)]
+
+
 class TrainedDiffC(NamedTuple):
     """A trained Diff-C with the weights of its best epoch."""
 
@@ -164,47 +193,39 @@ class TrainedDiffC(NamedTuple):
     epoch: int
     """The selected epoch: highest validation accuracy, among equals the lowest loss."""
     seconds: float
-    """Training time in this process."""
+    """Training time in this process, of all that were trained together."""
 
 
 class DiffCObjective(nn.Module):
-    """Cross-entropy of a Diff-C on batches of ``maps`` (B, h, w, d) and ``labels`` (B,)."""
+    """Cross-entropy of Diff-Cs on batches of ``maps`` (B, h, w, d) and ``labels`` (B, number of Diff-Cs).
 
-    def __init__(self, model: DiffC):
+    The loss is the sum over the Diff-Cs. They share no weight, and AdamW treats each weight by itself, so each is
+    trained as if it were alone.
+    """
+
+    def __init__(self, models: DiffCs):
         super().__init__()
-        self.model = model
+        self.models = models
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Compute the ``loss`` and the training ``accuracy`` of the batch."""
-        logits = self.model(batch["maps"])
-        accuracy = (logits.argmax(1) == batch["labels"]).float().mean()
-        return {"loss": F.cross_entropy(logits, batch["labels"]), "accuracy": accuracy.detach()}
+        """Compute the ``loss`` and the mean training ``accuracy`` of the batch."""
+        pairs = list(zip(self.models(batch["maps"]), batch["labels"].unbind(1), strict=True))
+        correct = torch.stack([(logits.argmax(1) == labels).float().mean() for logits, labels in pairs])
+        loss = torch.stack([F.cross_entropy(logits, labels) for logits, labels in pairs]).sum()
+        return {"loss": loss, "accuracy": correct.mean().detach()}
 
 
-class EpochSelection(Watcher):
-    """A training callback that validates every epoch and keeps the weights of the best one."""
+class BestEpoch:
+    """The validation results of one Diff-C, and the weights of its best epoch."""
 
-    def __init__(
-        self,
-        model: DiffC,
-        validation: Examples,
-        layer: str,
-        batch_size: int,
-        steps_per_epoch: int,
-        folder: str | Path | None,
-    ):
-        """Watch a model in training.
+    def __init__(self, model: DiffC, folder: Path | None):
+        """Start without an epoch.
 
         Args:
-            model: the model in training.
-            validation: the pictures by which the epoch is selected.
-            layer: the name in the store of the maps to classify.
-            batch_size: the number of pictures per pass.
-            steps_per_epoch: the number of optimizer steps per epoch.
-            folder: the folder for the best weights, beside the checkpoint; None keeps them in memory only.
+            model: the Diff-C in training.
+            folder: the folder for the best weights; None keeps them in memory only.
         """
-        self._model, self._validation, self._layer, self._batch_size = model, validation, layer, batch_size
-        self._steps_per_epoch, self._folder = steps_per_epoch, Path(folder) if folder else None
+        self._model, self._folder = model, folder
         self.rows: list[dict[str, float]] = []
         self.best: dict[str, Tensor] = {}
 
@@ -213,34 +234,27 @@ class EpochSelection(Watcher):
         """The best epoch so far, counted from 1."""
         return max(self.rows, key=lambda row: (row["accuracy"], -row["loss"]))["epoch"]
 
-    def after(self, step: int, optimizer: torch.optim.Optimizer) -> None:
-        """Validate at the end of an epoch."""
-        if step % self._steps_per_epoch:
-            return
-        logits = _logits(self._model, self._validation, self._layer, self._batch_size)
-        truth = self._validation.labels
+    def add(self, logits: Tensor, truth: Tensor) -> None:
+        """Add an epoch, from the logits (N, classes) and the classes (N,) of the validation pictures."""
+        before = self.epoch if self.rows else 0
         accuracy = (logits.argmax(1) == truth).float().mean().item()
         loss = F.cross_entropy(logits, truth).item()
-        before = self.epoch if self.rows else 0
-        self.rows.append({"epoch": step // self._steps_per_epoch, "accuracy": accuracy, "loss": loss})
+        self.rows.append({"epoch": len(self.rows) + 1, "accuracy": accuracy, "loss": loss})
         if self.epoch == self.rows[-1]["epoch"]:
             self.best = {name: value.detach().to("cpu", copy=True) for name, value in self._model.state_dict().items()}
             if self._folder:
+                self._folder.mkdir(parents=True, exist_ok=True)
                 write_tensors(self._file(self.epoch), self.best, {})
                 # the last checkpoint may still refer to the best epoch before this one
                 self._remove_but(before, self.epoch)
 
-    def state(self) -> dict[str, Any]:
-        """Return the measurements so far; the weights are in a file beside the checkpoint."""
-        return {"rows": self.rows}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Resume from :meth:`state`.
+    def restore(self, rows: list[dict[str, float]]) -> None:
+        """Resume from the rows of a checkpoint.
 
         Raises:
             ValueError: the file of the best weights is missing or damaged, or a weight is not finite.
         """
-        self.rows = state["rows"]
+        self.rows = rows
         self.best = read_weights(self._file(self.epoch), self._model) if self.rows else {}
 
     def finish(self) -> None:
@@ -258,6 +272,50 @@ class EpochSelection(Watcher):
                 file.unlink()
 
 
+class EpochSelection(Watcher):
+    """A training callback that validates every epoch and keeps the weights of each Diff-C's best one."""
+
+    def __init__(
+        self,
+        models: DiffCs,
+        validation: Examples,
+        layer: str,
+        batch_size: int,
+        steps_per_epoch: int,
+        folders: Sequence[Path | None],
+    ):
+        """Watch Diff-Cs in training.
+
+        Args:
+            models: the Diff-Cs in training.
+            validation: the pictures by which the epochs are selected, with labels (N, number of Diff-Cs).
+            layer: the name in the store of the maps to classify.
+            batch_size: the number of pictures per pass.
+            steps_per_epoch: the number of optimizer steps per epoch.
+            folders: for each Diff-C the folder for the best weights; None keeps them in memory only.
+        """
+        self._models, self._validation, self._layer, self._batch_size = models, validation, layer, batch_size
+        self._steps_per_epoch = steps_per_epoch
+        self.selected = [BestEpoch(model, folder) for model, folder in zip(models.models, folders, strict=True)]
+
+    def after(self, step: int, optimizer: torch.optim.Optimizer) -> None:
+        """Validate at the end of an epoch."""
+        if step % self._steps_per_epoch:
+            return
+        logits = _logits(self._models, self._validation, self._layer, self._batch_size)
+        for selected, each, truth in zip(self.selected, logits, self._validation.labels.unbind(1), strict=True):
+            selected.add(each, truth)
+
+    def state(self) -> dict[str, Any]:
+        """Return the measurements so far; the weights are in files beside the checkpoint."""
+        return {"rows": [selected.rows for selected in self.selected]}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Resume from :meth:`state`; see :meth:`BestEpoch.restore`."""
+        for selected, rows in zip(self.selected, state["rows"], strict=True):
+            selected.restore(rows)
+
+
 class StepReport(Watcher):
     """A training callback that passes on the number of steps."""
 
@@ -269,43 +327,50 @@ class StepReport(Watcher):
         self._report(step)
 
 
-def train_diffc(
-    training: Examples,
-    validation: Examples,
+def train_together(
+    training: Mapping[str, Examples],
+    validation: Mapping[str, Examples],
     layer: str,
     config: DiffCConfig | None = None,
     *,
     folder: str | Path | None = None,
     settings: dict[str, Any] | None = None,
     progress: Callable[[int], Any] | None = None,
-) -> TrainedDiffC:
-    """Train a Diff-C on a layer's stored maps.
+) -> dict[str, TrainedDiffC]:
+    """Train a Diff-C for each factor on a layer's stored maps, all on the same batches.
+
+    Each has the initial weights and the steps that it would have alone.
 
     Args:
-        training: the pictures to train on; each epoch has one random view (uncropped, or a crop) of every picture.
-        validation: the pictures by which the epoch is selected.
+        training: for each factor the pictures to train on, the same for all; each epoch has one random view (uncropped,
+            or a crop) of every picture.
+        validation: for each factor the pictures by which the epoch is selected, the same for all.
         layer: the name in the store of the layer's maps (h, w, d).
-        config: the size and training of the classifier; None means the paper's.
-        folder: the folder for the checkpoint and the best weights, from which interrupted training resumes; None means
-            that no file is written.
+        config: the size and training of each classifier; None means the paper's.
+        folder: the folder for the checkpoint, and for the best weights in a folder for each factor, from which
+            interrupted training resumes; None means that no file is written.
         settings: further settings, as plain JSON, that must be equal for a checkpoint to be resumed.
         progress: is called after each step with the number of steps so far; None shows a progress bar instead.
 
+    Returns:
+        The trained classifier of each factor.
+
     Raises:
-        ValueError: the layer does not hold maps, the checkpoint has other settings, or its weights are damaged.
+        ValueError: the layer does not hold maps, the factors have different pictures, the checkpoint has other
+            settings, or its weights are damaged.
     """
     config = config or DiffCConfig()
-    shape = training.store.layout[layer]
+    joined, held_out = (join_factors(list(each.values())) for each in (training, validation))
+    shape = joined.store.layout[layer]
     if len(shape.positions) != 2:
         raise ValueError(f"layer: {layer!r} has items with positions {shape.positions}; Diff-C takes maps (h, w, d)")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        model = DiffC(shape.width, len(training.classes), config.width)
-    steps = training.steps(config.batch_size)
-    selection = EpochSelection(model, validation, layer, config.batch_size, steps, folder)
+    models = DiffCs(_initialised(shape.width, len(each.classes), config) for each in training.values())
+    steps = joined.steps(config.batch_size)
+    folders = [Path(folder, factor) if folder else None for factor in training]
+    selection = EpochSelection(models, held_out.hold(layer), layer, config.batch_size, steps, folders)
     trained = train(
-        DiffCObjective(model),
-        training.shuffled(layer, config.batch_size, config.seed),
+        DiffCObjective(models),
+        joined.hold(layer).shuffled(layer, config.batch_size, config.seed),
         TrainConfig(
             steps=steps * config.epochs, learning_rate=config.learning_rate, final_rate=config.final_rate,
             weight_decay=config.weight_decay, schedule="cosine", clip_norm=0.0, precision=config.training_precision,
@@ -313,21 +378,27 @@ def train_diffc(
         ),
         folder=folder,
         watchers=[selection, StepReport(progress)] if progress else [selection],
-        settings={"diffc": asdict(config), "block": layer, "pictures": len(training), **(settings or {})},
+        settings={
+            "diffc": asdict(config), "block": layer, "pictures": len(joined), "factors": list(training),
+            **(settings or {}),
+        },
         title="Diff-C",
         progress=progress is None,
     )  # fmt: skip
-    selection.finish()
-    return TrainedDiffC(model.eval(), pd.DataFrame(selection.rows), selection.epoch, trained.seconds)
+    found = {}
+    for factor, model, selected in zip(training, models.models, selection.selected, strict=True):
+        selected.finish()
+        found[factor] = TrainedDiffC(model.eval(), pd.DataFrame(selected.rows), selected.epoch, trained.seconds)
+    return found
 
 
-def classify_stored(model: DiffC, examples: Examples, layer: str, batch_size: int = 16) -> Tensor:
-    """Predict the class indices (N,) of the uncropped pictures of a store.
+def classify_stored(models: Sequence[DiffC], examples: Examples, layer: str, batch_size: int = 16) -> list[Tensor]:
+    """Predict the class indices (N,) of the uncropped pictures of a store, by each of several Diff-Cs of one size.
 
     Raises:
         FloatingPointError: a logit is not finite.
     """
-    return _logits(model, examples, layer, batch_size).argmax(1)
+    return [logits.argmax(1) for logits in _logits(DiffCs(models), examples, layer, batch_size)]
 
 
 def read_weights(file: Path, model: nn.Module) -> dict[str, Tensor]:
@@ -353,11 +424,18 @@ def read_weights(file: Path, model: nn.Module) -> dict[str, Tensor]:
     return weights
 
 
+def _initialised(channels: int, classes: int, config: DiffCConfig) -> DiffC:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return DiffC(channels, classes, config.width)
+
+
 @torch.no_grad()
-def _logits(model: DiffC, examples: Examples, layer: str, batch_size: int) -> Tensor:
-    device = model.fc.weight.device
-    with evaluation_mode(model):
-        logits = [model(batch["maps"].to(device)).float().cpu() for batch in examples.batches(layer, batch_size)]
-    if not (logits := torch.cat(logits)).isfinite().all():
+def _logits(models: DiffCs, examples: Examples, layer: str, batch_size: int) -> list[Tensor]:
+    device = next(models.parameters()).device
+    with evaluation_mode(models):
+        batches = [models(batch["maps"].to(device)) for batch in examples.batches(layer, batch_size)]
+    logits = [torch.cat(parts).float().cpu() for parts in zip(*batches, strict=True)]
+    if not all(each.isfinite().all() for each in logits):
         raise FloatingPointError(f"{layer}: the logits of Diff-C are not finite")
     return logits
