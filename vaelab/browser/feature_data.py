@@ -22,9 +22,10 @@ from torch import Tensor
 
 from vaelab import activations
 from vaelab.core.io import atomic, read_json, write_json
-from vaelab.core.validate import at_least, one_of
+from vaelab.core.validate import at_least, one_of, unknown
 from vaelab.models.similarity import MINILM, load_sentence_model
 from vaelab.models.vocabulary import unknown_words
+from vaelab.runner.parameters import portable
 from vaelab.runner.run import read_results
 from vaelab.sae.controls import LinearReadout, SAEReadout
 from vaelab.sae.detection import Halves, best_f1, best_threshold, count_errors, detect, pooled_f1
@@ -32,8 +33,9 @@ from vaelab.sae.feature_scores import FUNCTION_WORDS, TELLING, ItemPictures, wit
 from vaelab.sae.feature_statistics import FeatureStatistics, encoded_maps, feature_maps, sae_checksum
 from vaelab.sae.model import SAE, config_checksum
 from vaelab.sae.steering import Directions, Steerer, Steering
+from vaelab.sae.sweep import SAESweep
 from vaelab.sae.top_activating import BINS, FINEST, OCTAVES, PARTS
-from vaelab.sae.transcoder import Transcoder
+from vaelab.sae.transcoder import Transcoder, load_trained
 
 SHELF = "shelf.json"
 """The file of the features that were kept, in the browser's folder."""
@@ -144,8 +146,9 @@ class FeatureData:
             raise ValueError(f"saes: that of {block} is a transcoder; the browser shows features of a block's update")
         at_least("thumbnails", thumbnails, 1)
         at_least("examples", examples, 1)
-        for name, table in {"scores": scores, "captions": captions}.items():
-            if table is not None and len(table) and table["feature"].max() >= sae.config.n_features:
+        own = None if scores is None else scores[scores["who"] == "sae"]
+        for name, table in {"scores": own, "captions": captions}.items():
+            if table is not None and table["feature"].max() >= sae.config.n_features:
                 raise ValueError(
                     f"{name}: has feature {table['feature'].max()}; the autoencoder of {block} has features 0 to "
                     f"{sae.config.n_features - 1}, so they belong to another one"
@@ -156,6 +159,7 @@ class FeatureData:
         self._examples, self._sentence_model = examples, sentence_model
         self._scores, self._captions = scores, captions
         self._summary, self._mean = statistics.summary(), statistics.mean_activation()
+        self._sheets: dict[int, np.ndarray] = {}
         self._drawn: OrderedDict[tuple[str, int], _Drawn] = OrderedDict()
         self._norms = sae.decoder.detach().norm(dim=1).clamp_min(1e-12)
         self.sprite_grid = sprite_grid(sae.config.n_features)
@@ -206,6 +210,16 @@ class FeatureData:
             "scores": self._scores_of(feature), "reasoning": self._reasoning(feature),
         }  # fmt: skip
 
+    def thumbnail(self, feature: int) -> np.ndarray | None:
+        """Cut a feature's thumbnail (side, side, 4) uint8 out of the sheets; None if it has none."""
+        columns, rows, side = self.sprite_grid
+        number, place = divmod(self._require(feature), columns * rows)
+        if number not in self._sheets:
+            self._sheets[number] = np.asarray(Image.open(io.BytesIO(self.sprites[number])).convert("RGBA"))
+        y, x = divmod(place, columns)
+        tile = self._sheets[number][y * side : (y + 1) * side, x * side : (x + 1) * side]
+        return tile if tile[..., 3].any() else None
+
     def generate(
         self, prompt: str, seed: int, steerings: Sequence[Mapping[str, Any]] = (),
         step_range: tuple[int, int] | None = None,
@@ -228,7 +242,7 @@ class FeatureData:
             ValueError: the prompt has words that the text model does not know, a feature does not exist or was never
                 active, or a number is out of range.
         """
-        self._require_prompt(prompt)
+        require_prompt(self._pipeline, prompt)
         requests = [self._steering(one, step_range) for one in steerings]
         controls = {bool(one.get("control")) for one in steerings}
         if len(controls) > 1:
@@ -259,7 +273,7 @@ class FeatureData:
         Raises:
             ValueError: the mask holds no position, or the prompt has words that the text model does not know.
         """
-        self._require_prompt(prompt)
+        require_prompt(self._pipeline, prompt)
         weights = None if mask is None else _mask(mask)
         updates = torch.stack(self._draw(prompt, seed).updates)  # (steps, h, w, d)
         if weights is None:
@@ -444,7 +458,7 @@ class FeatureData:
     # The parts of a card
 
     def _example_pictures(self, feature: int) -> list[dict[str, Any]]:
-        groups = {"top": self.statistics.top_items(feature, self._examples)}
+        groups = {"top": self._top(feature)}
         groups |= {f"decile {i + 1}": self._of_decile(feature, i) for i in reversed(range(DECILES))}
         found = [
             {"group": group, "item": item, "activation": mean}
@@ -462,6 +476,13 @@ class FeatureData:
             one |= {name: record.get(name) for name in ("prompt", "seed", "timestep")}
             one |= {"picture": picture, "map": own.tolist(), "vmin": low, "vmax": high}
         return found
+
+    def _top(self, feature: int) -> tuple[list[int], list[float]]:
+        """List the items in which a feature is most active; of items with the same picture only the first."""
+        items, means = self.statistics.top_items(feature)
+        first = {self._picture_file(item): place for place, item in reversed(list(enumerate(items)))}
+        places = sorted(first.values())[: self._examples]
+        return [items[i] for i in places], [means[i] for i in places]
 
     def _of_decile(self, feature: int, number: int) -> tuple[list[int], list[float]]:
         """Choose an item of a decile of the feature's active items: the first of a sample whose picture was generated
@@ -555,10 +576,6 @@ class FeatureData:
             raise ValueError(f"feature: {self.block} has features 0 to {len(self) - 1}, got {feature!r}")
         return int(feature)
 
-    def _require_prompt(self, prompt: str) -> None:
-        if unknown := unknown_words(self._pipeline.tokenizer, [prompt]):
-            raise ValueError(f"prompt: the text model does not know {', '.join(map(repr, unknown))}")
-
     # Search
 
     @cached_property
@@ -578,53 +595,72 @@ class FeatureData:
         return named.index.tolist(), torch.cat(parts)[[place[text] for text in named]]
 
 
+def require_prompt(pipeline: Any, prompt: str) -> None:
+    """Raise ValueError if a prompt has words that the pipeline's text model does not know."""
+    if unknown := unknown_words(pipeline.tokenizer, [prompt]):
+        raise ValueError(f"prompt: the text model does not know {', '.join(map(repr, unknown))}")
+
+
 # What finished runs know
 
 
-def read_captions(folder: str, block: str) -> pd.DataFrame:
+def load_autoencoders(
+    trained: SAESweep, block: str, k: int, n_features: int, device: Any = "cpu"
+) -> tuple[SAE, Twin | None]:
+    """Load a block's autoencoder of the first seed, and that of the second seed if there is one.
+
+    Raises:
+        ValueError: the run has no autoencoder for the block, or none of that size.
+    """
+    if block not in trained.blocks:
+        raise unknown("block (of the autoencoders)", block, trained.blocks)
+    seeds = [seed for (*key, seed) in trained.names if key == [block, k, n_features]]
+    if not seeds:
+        there = ", ".join(f"{a} and {b}" for a, b in trained.sizes())
+        raise ValueError(f"k and n_features: the run has none of {k} and {n_features}; it has {there}")
+    saes = [load_trained(trained.folder / trained.names[block, k, n_features, s], device=device) for s in seeds[:2]]
+    return saes[0], Twin(seeds[1], saes[1]) if len(seeds) > 1 else None
+
+
+def read_captions(folder: str, block: str, autoencoders: Mapping[str, Any]) -> pd.DataFrame:
     """Read the captions of a block's features from a finished run of notebook 36.
+
+    Args:
+        folder: the run's output folder.
+        block: the block's short name.
+        autoencoders: the parameters ``saes``, ``k`` and ``n_features`` that the run must have had.
 
     Returns:
         ``feature``, ``caption``, ``reasoning`` and ``score``.
 
     Raises:
-        ValueError: the folder holds no such run, or the run has no captions of the block.
+        ValueError: the folder holds no such run, or the run is of other autoencoders or has no captions of the block.
     """
-    table = _own_table(folder, "36_annotate_features", "captions", "captions", block)
+    table = _own_table("captions", folder, "36_annotate_features", "captions", block, autoencoders)
     return table[["feature", "caption", "reasoning", "score"]].drop_duplicates("feature")
 
 
-def read_scores(folder: str, block: str) -> pd.DataFrame:
+def read_scores(folder: str, block: str, autoencoders: Mapping[str, Any]) -> pd.DataFrame:
     """Read the scores of a block's features and of their controls from a finished run of notebook 34.
+
+    Args and errors as for :func:`read_captions`.
 
     Returns:
         ``who``, ``feature`` and the scores of :mod:`vaelab.sae.feature_scores`.
-
-    Raises:
-        ValueError: the folder holds no such run, or the run has no scores of the block.
     """
-    return _own_table(folder, "34_feature_gallery", "scores", "features", block)
+    return _own_table("scores", folder, "34_feature_gallery", "features", block, autoencoders)
 
 
-def require_same_autoencoder(folder: str, notebook: str, parameter: str, params: Mapping[str, Any]) -> None:
-    """Raise ValueError unless a finished run read the same autoencoders.
-
-    Args:
-        folder: the run's output folder.
-        notebook: the notebook that made it.
-        parameter: the notebook parameter that named the folder.
-        params: ``saes``, ``k`` and ``n_features`` that are read now.
-    """
-    there = read_results(folder, notebook, parameter)["params"]
-    for name, value in params.items():
-        if there.get(name) != value:
+def _own_table(
+    parameter: str, folder: str, notebook: str, name: str, block: str, autoencoders: Mapping[str, Any]
+) -> pd.DataFrame:
+    results = read_results(folder, notebook, parameter)
+    for key, value in autoencoders.items():
+        if (there := results["params"].get(key)) != portable(value):
             raise ValueError(
-                f"{parameter}: {folder!r} is of other autoencoders: its {name} is {there.get(name)!r}, here {value!r}"
+                f"{parameter}: {folder!r} is about other autoencoders: its {key} is {there!r}, here it is {value!r}"
             )
-
-
-def _own_table(folder: str, notebook: str, parameter: str, name: str, block: str) -> pd.DataFrame:
-    rows = read_results(folder, notebook, parameter)["tables"].get(name, [])
+    rows = results["tables"].get(name, [])
     own = [row for row in rows if row["block"] == block]
     if not own:
         there = ", ".join(dict.fromkeys(row["block"] for row in rows)) or "none"
@@ -664,6 +700,13 @@ def features_against_truth(sae: SAE, halves: Halves, seed: int = 0) -> pd.DataFr
         rows.append({"feature": feature, "value": second.concepts[value], "f1": float(pooled_f1(errors)),
                      "control": float(control[value])})  # fmt: skip
     return pd.DataFrame(rows, columns=["feature", "value", "f1", "control"])
+
+
+def write_page(path: Path, page: str) -> str:
+    """Write an HTML page; returns its path relative to the project."""
+    with atomic(path) as draft:
+        draft.write_text(page, encoding="utf-8")
+    return portable(str(path))
 
 
 # The map and the thumbnails

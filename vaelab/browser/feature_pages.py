@@ -62,52 +62,37 @@ def _render(data: "FeatureData", notes: Mapping[int, str], title: str) -> str:
     environment = Environment(
         autoescape=True, loader=FileSystemLoader(Path(__file__).parent), trim_blocks=True, lstrip_blocks=True
     )
-    tiles = _Tiles(data)
-    cards = [_prepare(data.card(feature), note, tiles) for feature, note in notes.items()]
+    cards = [_prepare(data, feature, note) for feature, note in notes.items()]
     digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
     return environment.get_template("feature_pages.html").render(
         title=title, block=data.block, cards=cards, script=SCRIPT, digest=digest, chart=CHART
     )
 
 
-class _Tiles:
-    """The thumbnails of single features, cut out of the sheets."""
-
-    def __init__(self, data: "FeatureData"):
-        self._data, self._sheets = data, {}
-
-    def uri(self, feature: int) -> str:
-        """Return a feature's thumbnail as a data URI; empty if it has none."""
-        columns, rows, side = self._data.sprite_grid
-        sheet, place = divmod(feature, columns * rows)
-        if sheet not in self._sheets:
-            self._sheets[sheet] = Image.open(io.BytesIO(self._data.sprites[sheet])).convert("RGBA")
-        y, x = divmod(place, columns)
-        tile = self._sheets[sheet].crop((x * side, y * side, (x + 1) * side, (y + 1) * side))
-        if not tile.getextrema()[3][1]:
-            return ""
-        buffer = io.BytesIO()
-        tile.convert("RGB").save(buffer, "PNG")
-        return _uri(buffer.getvalue())
+def _tile(data: "FeatureData", feature: int) -> str:
+    """Return a feature's thumbnail as a data URI; empty if it has none."""
+    tile = data.thumbnail(feature)
+    return "" if tile is None else _uri(_png(tile))
 
 
-def _prepare(card: dict[str, Any], note: str, tiles: _Tiles) -> dict[str, Any]:
-    """Add to a card what the template shows of it."""
+def _prepare(data: "FeatureData", feature: int, note: str) -> dict[str, Any]:
+    """Add to a feature's card what the template shows of it."""
+    card = data.card(feature)
     examples = [
         {**one, "src": _uri(one["picture"]), "heat": _heat(one), "activation": shown(one["activation"])}
         for one in card["examples"]
     ]
     top = [one for one in examples if one["group"] == "top"]
     related = {
-        "Active together": [(f, f"{share:.0%}") for f, share in card["co_active"][:RELATED]],
+        "Active together": [(f, f"{share:.0%}".replace("%", " %")) for f, share in card["co_active"][:RELATED]],
         "Nearest directions": [(f, f"{cosine:.2f}") for f, cosine in card["nearest"][:RELATED]],
     }
     controls = list(dict.fromkeys(name for row in card["scores"] for name in row if name not in ("score", "feature")))
     return {
-        **card, "note": note, "tile": tiles.uri(card["feature"]), "facts": _facts(card), "top": top,
+        **card, "note": note, "tile": _tile(data, feature), "facts": _facts(card), "top": top,
         "deciles": [one for one in examples if one["group"] != "top"],
         "bars": _bars(card["histogram"]), "points": _points(card["timesteps"]),
-        "related": {name: [(f, value, tiles.uri(f)) for f, value in own] for name, own in related.items()},
+        "related": {name: [(f, value, _tile(data, f)) for f, value in own] for name, own in related.items()},
         "controls": controls,
         "scores": [
             [row["score"], *(shown(row[name]) if name in row else "" for name in ("feature", *controls))]
@@ -123,7 +108,7 @@ def _facts(card: Mapping[str, Any]) -> list[tuple[str, str]]:
         "specificity": "specificity", "stability": "stability", "caption_score": "score of the caption",
     }  # fmt: skip
     facts = [
-        (label, f"{card[name]:.3%}" if name in SHARES else shown(card[name]))
+        (label, f"{shown(100 * card[name])} %" if name in SHARES else shown(card[name]))
         for name, label in names.items() if np.isfinite(card[name])
     ]  # fmt: skip
     if card["value"]:
@@ -173,10 +158,13 @@ def _heat(example: Mapping[str, Any]) -> str:
     values = torch.tensor(example["map"])
     span = max(example["vmax"] - example["vmin"], 1e-12)
     colours = heat_colours(((values - example["vmin"]) / span).clamp(0, 1))
-    pixels = np.dstack([colours, values > 0])
+    return _uri(_png((np.dstack([colours, values > 0]) * 255).round().astype(np.uint8)))
+
+
+def _png(pixels: np.ndarray) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray((pixels * 255).round().astype(np.uint8)).save(buffer, "PNG")
-    return _uri(buffer.getvalue())
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def _uri(data: bytes) -> str:
