@@ -15,12 +15,14 @@ function featureMap(app) {
   const hint = "Ctrl or ⌘ with the wheel zooms.";
   const under = h("span", { class: "under" }, hint);
   const legend = h("span", { class: "legend" });
+  const bar = h("i", { class: "bar-of-colours", "aria-hidden": "true" });
   const [unlisted, without] = ["unlisted", "without"].map((name) => h("i", { class: name, "aria-hidden": "true" }));
   const view = { scale: 1, x: 0.5, y: 0.5 }; // x, y: the point of the map at the centre
   let mode = "move";
   let drag = null; // {x, y, moved, path}
   let frame = 0;
-  let colours = null;
+  let colours = null; // of each feature the place in the palette
+  let palette = [];
 
   const size = () => [canvas.clientWidth, canvas.clientHeight];
   function toScreen(feature) {
@@ -45,10 +47,14 @@ function featureMap(app) {
       const missing = Number.isNaN(value) || (logarithmic && value <= 0);
       colours[feature] = missing ? 255 : Math.round(Math.min(Math.max(scale(value), 0), 1) * 31);
     }
-    legend.replaceChildren(shown(low), h("i", { "aria-hidden": "true" }), `${shown(high)}${logarithmic ? " (log)" : ""}`,
+    legend.replaceChildren(shown(low), bar, `${shown(high)}${logarithmic ? " (log)" : ""}`,
       without, "no value", unlisted, "not listed");
   }
-  const palette = Array.from({ length: 32 }, (_, step) => `rgb(${colourAt(VIRIDIS, step / 31).join(" ")})`);
+  /** Viridis, without its darkest part on a dark ground. */
+  function paletteOn(dark) {
+    const from = dark ? 0.25 : 0;
+    return Array.from({ length: 32 }, (_, step) => `rgb(${colourAt(VIRIDIS, from + ((1 - from) * step) / 31).join(" ")})`);
+  }
 
   function paint() {
     frame = 0;
@@ -60,6 +66,8 @@ function featureMap(app) {
     context.setTransform(ratio, 0, 0, ratio, 0, 0);
     context.clearRect(0, 0, width, height);
     const ink = getComputedStyle(canvas).color;
+    palette = paletteOn(Number(ink.match(/\d+/)[0]) > 127);
+    bar.style.background = `linear-gradient(90deg, ${palette.join(", ")})`;
     const [faint, empty] = [unlisted, without].map((one) => getComputedStyle(one).backgroundColor);
     const { inside, rows } = app.list;
     const inSight = (x, y) => x > -32 && y > -32 && x < width + 32 && y < height + 32;

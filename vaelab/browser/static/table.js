@@ -100,7 +100,8 @@ function findPanel(app) {
     if (list.subset?.ranked) names.unshift("rank");
     sort.replaceChildren(...names.map((name) => h("option", { value: name }, title(name))));
     sort.value = list.sort;
-    direction.textContent = list.descending ? "↓ high first" : "↑ low first";
+    direction.textContent = list.descending ? "↓" : "↑";
+    direction.setAttribute("aria-label", list.descending ? "highest first" : "lowest first");
     direction.disabled = list.sort === "rank";
   };
 

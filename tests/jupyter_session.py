@@ -38,7 +38,7 @@ def jupyterlab(folder, theme="JupyterLab Light"):
     (settings / "themes.jupyterlab-settings").write_text(json.dumps({"theme": theme}))
     own = {name: str(folder / f".{name.lower()}") for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR")}
     own |= {"JUPYTERLAB_SETTINGS_DIR": str(folder / ".settings"), "JUPYTERLAB_WORKSPACES_DIR": str(folder / ".workspaces")}
-    paths = os.pathsep.join([str(Path(__file__).parents[2]), str(Path(__file__).parent)])
+    paths = os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parent)])
     command = [
         sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--ServerApp.port={port}", "--ServerApp.port_retries=0",
         "--IdentityProvider.token=", "--LabApp.expose_app_in_browser=True", f"--ServerApp.root_dir={folder}",
