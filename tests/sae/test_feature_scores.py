@@ -147,7 +147,8 @@ def test_the_table_has_mean_and_deviation_of_every_score():
     ])  # fmt: skip
     table = feature_scores.summarise_scores(scores)
     assert table.to_dict("records")[0] == {
-        "block": "up", "who": "sae", "score": "colour", "mean": 12.0, "deviation": pytest.approx(8**0.5), "count": 2,
+        "block": "up", "who": "sae", "score": "colour", "mean": 12.0, "low": pytest.approx(12 - 25.41, abs=0.01),
+        "high": pytest.approx(12 + 25.41, abs=0.01), "deviation": pytest.approx(8**0.5), "count": 2,
     }  # fmt: skip
     laid_out = feature_scores.paper_layout(table).to_dict("records")
     assert laid_out == [

@@ -40,6 +40,7 @@ from torch import Tensor
 
 from vaelab import activations
 from vaelab.activations.denoiser import Sampling
+from vaelab.core.stats import mean_interval
 from vaelab.core.validate import at_least
 from vaelab.data import bundled, load_images
 from vaelab.data.transforms import square
@@ -490,8 +491,9 @@ class FeatureScorer:
         steerer = Steerer(self._pipeline, {block: own})
         means = mean_activations(sae, self.pictures.store, block, self.pool, features)
         scored = monosemanticity(means, self.pictures.vectors(self.pool))
+        shares = None if written_by else self._held_out_shares(sae, block, features)
         rows = []
-        for feature, mono in zip(features, scored.tolist(), strict=True):
+        for number, (feature, mono) in enumerate(zip(features, scored.tolist(), strict=True)):
             items, _ = statistics.sample_items(feature, 1 - self.config.top, 1, self.config.examples, self.config.seed)
             caption = (captions or {}).get(feature) or caption_from_words(statistics, feature)
             row = {"block": block, "who": who, "feature": feature, "caption": caption, "pictures": len(items)}
@@ -500,16 +502,20 @@ class FeatureScorer:
                 row |= {
                     "specificity": mean_similarity(self.pictures.vectors(items)), "monosemanticity": mono,
                     "colour": colour_distance(self.pictures.pictures(items), maps.clamp_min(0)),
-                    **self._sensitivity(sae, block, feature, caption),
+                    **(self._sensitivity(shares[:, number], caption) if shares is not None else {}),
                 }  # fmt: skip
             rows.append(row | self._effects(steerer, block, feature, caption, items, maps))
         return pd.DataFrame(rows)
 
-    def _sensitivity(self, sae: SAE, block: str, feature: int, caption: str) -> dict[str, float]:
-        """Compute the shares of near and of all held-out pictures in which a feature is active."""
+    def _held_out_shares(self, sae: SAE, block: str, features: Sequence[int]) -> Tensor | None:
+        """Compute the share (N, F) of each of N held-out pictures in which F features are active."""
         if self._sentences is None or self._held_out is None:
-            return {}
-        shares = active_shares(feature_maps(sae, self._held_out, block, self._other, [feature])[:, 0])
+            return None
+        maps = feature_maps(sae, self._held_out, block, self._other, features)
+        return active_shares(maps.flatten(0, 1)).view(maps.shape[:2])
+
+    def _sensitivity(self, shares: Tensor, caption: str) -> dict[str, float]:
+        """Compute how many near, and how many of all held-out pictures a feature is active in, by its shares (N,)."""
         near = []
         if caption:
             vector = self._sentences.embed_sentences([caption])[0]
@@ -631,20 +637,24 @@ def choose_features(statistics: FeatureStatistics, count: int, least: int, seed:
 
 
 def summarise_scores(scores: pd.DataFrame) -> pd.DataFrame:
-    """Make Table 1: for each block and autoencoder, or each baseline, the mean and the standard deviation of every
-    score over features or samples.
+    """Make Table 1: for each block and autoencoder, or each baseline, the mean of every score over features or samples,
+    with Student's t interval of 95 %, and the standard deviation.
 
     Args:
         scores: rows of :meth:`FeatureScorer.score` and :meth:`FeatureScorer.baselines`.
 
     Returns:
-        Columns ``block`` (empty for baselines), ``who``, ``score``, ``mean``, ``deviation`` and ``count``.
+        Columns ``block`` (empty for baselines), ``who``, ``score``, ``mean``, ``low``, ``high``, ``deviation`` and
+        ``count``; a single feature or sample has no interval and no deviation (NaN).
     """
     labels = ["block", "who", "feature", "caption", "pictures"]
     names = [name for name in scores.columns if name not in labels]
     long = scores.assign(block=scores["block"].fillna("")).melt(["block", "who"], names, "score", "value")
-    found = long.groupby(["block", "who", "score"], sort=False)["value"].agg(["mean", "std", "count"]).reset_index()
-    return found[found["count"] > 0].rename(columns={"std": "deviation"}).reset_index(drop=True)
+    rows = []
+    for key, values in long.dropna(subset="value").groupby(["block", "who", "score"], sort=False)["value"]:
+        row = dict(zip(("block", "who", "score"), key, strict=True)) | mean_interval(values)._asdict()
+        rows.append(row | {"deviation": values.std(), "count": len(values)})
+    return pd.DataFrame(rows)
 
 
 def paper_layout(table: pd.DataFrame) -> pd.DataFrame:

@@ -167,7 +167,6 @@ class Steerer:
                 last one, a half is requested although there is no guidance, or ``only`` is combined with another way.
         """
         ways: dict[str, set[bool]] = {}
-        passes = activations.count_passes(self._pipeline, sampling)
         for one in steerings:
             if one.block not in self._directions:
                 raise unknown("block (with an autoencoder)", one.block, self._directions)
@@ -180,6 +179,7 @@ class Steerer:
                     f"feature: {one.feature} of {one.block} was never active in the activations, so it has no mean "
                     "activation and nothing to steer"
                 )
+            passes = activations.count_passes(self._pipeline, sampling) if one.steps else 0
             if one.steps and max(one.steps) >= passes:
                 raise ValueError(f"steps: expected numbers from 0 to {passes - 1}, got {list(one.steps)}")
             if one.half != "both" and sampling.guidance_scale <= 1:
