@@ -80,7 +80,7 @@ def test_a_description_goes_from_the_top_left_to_the_bottom_right_and_names_ever
 
 def test_true_answers_get_full_marks_and_answers_of_another_scene_do_not():
     scores = {kind: [] for kind in KINDS}
-    for seed in range(60):
+    for seed in range(120):
         scene, other = sample(seed), sample(seed + 1000)
         wrong = {one.kind: one.answer for one in instructions(other, seed + 1000)}
         for one in instructions(scene, seed):
@@ -89,7 +89,7 @@ def test_true_answers_get_full_marks_and_answers_of_another_scene_do_not():
             if one.kind in wrong and wrong[one.kind] != one.answer:
                 scores[one.kind].append(mark(one, wrong[one.kind]))
     for kind, marks in scores.items():
-        assert len(marks) > 3 and all(each.parsed and each.score < 1 for each in marks), kind
+        assert len(marks) > 2 and all(each.parsed and each.score < 1 for each in marks), kind
         if kind != "describe":
             assert not any(each.score for each in marks)
 
