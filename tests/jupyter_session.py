@@ -36,15 +36,22 @@ def jupyterlab(folder, theme="JupyterLab Light"):
     settings.mkdir(parents=True)
     (settings / "notification.jupyterlab-settings").write_text(json.dumps(QUIET))
     (settings / "themes.jupyterlab-settings").write_text(json.dumps({"theme": theme}))
-    own = {name: str(folder / f".{name.lower()}") for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR")}
-    own |= {"JUPYTERLAB_SETTINGS_DIR": str(folder / ".settings"), "JUPYTERLAB_WORKSPACES_DIR": str(folder / ".workspaces")}
+    own = {
+        name: str(folder / f".{name.lower()}") for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR")
+    }
+    own |= {
+        "JUPYTERLAB_SETTINGS_DIR": str(folder / ".settings"),
+        "JUPYTERLAB_WORKSPACES_DIR": str(folder / ".workspaces"),
+    }
     paths = os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parent)])
     command = [
         sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--ServerApp.port={port}", "--ServerApp.port_retries=0",
         "--IdentityProvider.token=", "--LabApp.expose_app_in_browser=True", f"--ServerApp.root_dir={folder}",
     ]  # fmt: skip
     with open(folder / "lab.log", "w") as log:
-        lab = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, env={**os.environ, **own, "PYTHONPATH": paths})
+        lab = subprocess.Popen(
+            command, cwd=folder, stdout=log, stderr=log, env={**os.environ, **own, "PYTHONPATH": paths}
+        )
         address = f"http://127.0.0.1:{port}"
         try:
             for _ in range(300):
@@ -71,7 +78,7 @@ def chromium(width=1280, height=1400, **options):
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
         context = browser.new_context(viewport={"width": width, "height": height}, **options)
         page = context.new_page()
-        page.set_default_timeout(20_000)
+        page.set_default_timeout(60_000)
         page.complaints = []
         page.on("console", lambda message: page.complaints.append(message.text) if message.type == "error" else None)
         page.on("pageerror", lambda error: page.complaints.append(str(error)))

@@ -77,7 +77,16 @@ def test_the_ways_of_the_form_are_those_of_the_data():
 def test_no_script_makes_markup_of_text_or_asks_another_host():
     for path in STATIC.iterdir():
         text = path.read_text()
-        for word in ("innerHTML", "insertAdjacentHTML", "document.write", "eval(", "fetch(", "import(", "@import", "url("):
+        for word in (
+            "innerHTML",
+            "insertAdjacentHTML",
+            "document.write",
+            "eval(",
+            "fetch(",
+            "import(",
+            "@import",
+            "url(",
+        ):
             assert word not in text, (path.name, word)
         assert set(re.findall(r"https?://[^\s\"]+", text)) <= {"http://www.w3.org/2000/svg"}, path.name
 
@@ -122,8 +131,8 @@ class Lab(types.SimpleNamespace):
         super().__init__(page=page, data=data, widget=page.locator(".vaelab-browser"))
 
     def settle(self):
-        """Wait until a pause of the controls is over and the kernel has answered."""
-        self.page.wait_for_timeout(320)
+        """Wait until the kernel has answered and the pictures are shown."""
+        self.page.evaluate("new Promise((done) => requestAnimationFrame(() => setTimeout(done)))")
         self.page.wait_for_selector(".vaelab-browser[data-ready][data-busy='0']")
 
     def python(self, expression):
@@ -320,7 +329,9 @@ def turns(lab):
     assert (lab.source("before"), lab.source("after"), lab.python("data.generations")) == (before, after, made)
     lab.widget.get_by_label("strength, as a number").fill("2")
     lab.press("Turn")
-    assert lab.source("before") == before and lab.source("after") != after and lab.python("data.generations") == made + 1
+    assert (
+        lab.source("before") == before and lab.source("after") != after and lab.python("data.generations") == made + 1
+    )
 
 
 def drags(lab):
@@ -433,7 +444,7 @@ def is_narrow(lab):
 def obeys_python(lab):
     lab.tab("See")
     lab.python("setattr(browser, 'feature', 40)")
-    lab.settle()
+    lab.page.wait_for_selector(".card[data-feature='40']")
     assert lab.page.locator(".card h3").text_content() == "Feature 40"
 
 

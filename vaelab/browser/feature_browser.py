@@ -29,10 +29,10 @@ MASK_SIDE = 64
 class FeatureBrowser(anywidget.AnyWidget):
     """A widget over a :class:`~vaelab.browser.feature_data.FeatureData`::
 
-        browser = FeatureBrowser(data)
-        browser              # the last line of a cell shows it
-        browser.feature = 7  # opens a card
-        browser.selected     # the features of the last lasso or search
+    browser = FeatureBrowser(data)
+    browser              # the last line of a cell shows it
+    browser.feature = 7  # opens a card
+    browser.selected     # the features of the last lasso or search
     """
 
     _esm = "\n".join((STATIC / name).read_text() for name in SCRIPTS)

@@ -73,14 +73,21 @@ function shown(value) {
 const floats = (view) => new Float32Array(view.buffer.slice(view.byteOffset, view.byteOffset + view.byteLength));
 const texts = (view) => JSON.parse(new TextDecoder().decode(view));
 
-/** Calls a function once the calls have paused for some milliseconds. */
-function afterPause(milliseconds, action) {
+/** Calls a function once the calls have paused for some milliseconds; `busy` hears of the pause's begin and end. */
+function afterPause(milliseconds, action, busy) {
   let timer = 0;
-  const call = (...values) => {
+  const end = () => {
+    if (!timer) return;
     clearTimeout(timer);
-    timer = setTimeout(() => action(...values), milliseconds);
+    timer = 0;
+    busy(false);
   };
-  call.cancel = () => clearTimeout(timer);
+  const call = () => {
+    if (!timer) busy(true);
+    clearTimeout(timer);
+    timer = setTimeout(() => { action(); end(); }, milliseconds);
+  };
+  call.cancel = end;
   return call;
 }
 

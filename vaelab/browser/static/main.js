@@ -17,14 +17,14 @@ function download(name, text) {
 }
 
 /** Builds the parts once the kernel has sent the table; returns {close}. */
-function buildBrowser(root, model, link, report, start) {
+function buildBrowser(root, model, link, { report, busy }, start) {
   const table = {
     count: start.count, positions: floats(start.positions),
     columns: start.columns.map(({ name, numbers, texts: words }) =>
       numbers ? { name, numbers: floats(numbers) } : { name, texts: texts(words) }),
   };
   const column = (name) => table.columns.find((one) => one.name === name);
-  const app = { table, start, report, feature: -1 };
+  const app = { table, start, report, busy, feature: -1 };
   app.ask = async (kind, content, buffers) => {
     const found = await link.ask(kind, content, buffers);
     return found && { answer: unpack(found.answer, found.buffers) };
@@ -169,7 +169,7 @@ function render({ model, el }) {
     status.textContent = "";
     const start = unpack(found.answer, found.buffers);
     title.textContent = `Features of ${start.block}`;
-    close = buildBrowser(root, model, link, report, start);
+    close = buildBrowser(root, model, link, { report, busy }, start);
     root.dataset.ready = "true";
   });
   return () => {

@@ -142,7 +142,7 @@ function brushLayer(changed, asked) {
 
 function turnPanel(app) {
   const { prompt: firstPrompt, seed: firstSeed, passes } = app.start;
-  const turnSoon = afterPause(250, () => turn());
+  const turnSoon = afterPause(250, () => turn(), app.busy);
   const changed = () => turnSoon();
 
   const prompt = h("input", { type: "text", value: firstPrompt, onchange: changed });
@@ -212,16 +212,21 @@ function turnPanel(app) {
     const sourceKey = JSON.stringify(source);
     const found = await app.ask("turn", { ...source, ...steering, before: before?.key !== sourceKey }, mask ? [mask] : []);
     if (!found) return;
+    app.busy(true);
     const { before: made, after, control: random } = found.answer;
     if (made) {
       before = { key: sourceKey, bytes: made };
-      await shots.before.show(made, `before: ${source.prompt}`);
       layer.forgetBox();
     }
     last = key;
-    await Promise.all([shots.after.show(after, `after: feature ${steering.feature}, strength ${steering.strength}`), differences.after.show(before.bytes, after)]);
-    if (random) await Promise.all([shots.control.show(random), differences.control.show(before.bytes, random)]);
-    element.dataset.turned = Number(element.dataset.turned ?? 0) + 1;
+    await Promise.all([
+      made && shots.before.show(made, `before: ${source.prompt}`),
+      shots.after.show(after, `after: feature ${steering.feature}, strength ${steering.strength}`),
+      differences.after.show(before.bytes, after),
+      random && shots.control.show(random),
+      random && differences.control.show(before.bytes, random),
+    ]);
+    app.busy(false);
   }
 
   async function askActive(region) {
