@@ -116,10 +116,7 @@ def test_every_action_in_jupyterlab(tmp_path):
     with jupyterlab(tmp_path) as address, chromium() as page:
         open_notebook(page, address, "features.ipynb")
         lab = Lab(page, SyntheticFeatures(FEATURES, tmp_path))
-        for step in (opens, sorts, filters, shows_markup_as_text, opens_by_keyboard, selects_by_lasso, zooms_to_thumbnails,
-                     lets_the_page_scroll, finds_by_meaning, shows_a_card, changes_the_heat_maps_opacity, turns, drags,
-                     paints_and_undoes, shows_the_control, keeps_the_picture_when_words_are_unknown, asks_what_is_active,
-                     keeps_and_exports, is_narrow, obeys_python, survives_a_reload, survives_the_kernel):  # fmt: skip
+        for step in STEPS:
             step(lab)
         assert page.complaints == []
 
@@ -154,16 +151,17 @@ class Lab(types.SimpleNamespace):
             .sort((a, b) => a[0] - b[0]).map((pair) => pair[1])"""
         return self.page.evaluate(script)
 
-    def pixels(self, selector, frame=None):
+    def pixels(self, selector):
         """The RGB values (H, W, 3) of a picture or canvas."""
         width, height, values = self.page.evaluate("""async (selector) => {
             const source = document.querySelector(selector);
-            const canvas = new OffscreenCanvas(source.naturalWidth || source.width, source.naturalHeight || source.height);
-            const context = canvas.getContext("2d");
+            const [width, height] = [source.naturalWidth || source.width, source.naturalHeight || source.height];
+            const context = new OffscreenCanvas(width, height).getContext("2d");
             context.drawImage(source, 0, 0);
-            return [canvas.width, canvas.height, [...context.getImageData(0, 0, canvas.width, canvas.height).data]];
+            const { data } = context.getImageData(0, 0, width, height);
+            return [width, height, Array.from(data, (value) => String.fromCharCode(value)).join("")];
         }""", selector)  # fmt: skip
-        return np.array(values).reshape(height, width, 4)[..., :3]
+        return np.array(list(map(ord, values))).reshape(height, width, 4)[..., :3]
 
     def source(self, name):
         return self.page.get_attribute(f"img.shot[alt^={name}]", "src")
@@ -435,7 +433,8 @@ def is_narrow(lab):
     assert not lab.page.locator(".map").is_visible()
     lab.page.set_viewport_size({"width": 1280, "height": 1400})
     lab.settle()
-    unlabelled = """(root) => [...root.querySelectorAll("button, input, select, textarea, canvas[tabindex], [role=grid]")]
+    controls = "button, input, select, textarea, canvas[tabindex], [role=grid]"
+    unlabelled = f"""(root) => [...root.querySelectorAll("{controls}")]
         .filter((one) => !(one.textContent.trim() || one.ariaLabel || one.closest("label")))
         .map((one) => one.outerHTML)"""
     assert lab.widget.evaluate(unlabelled) == []
@@ -464,3 +463,11 @@ def survives_the_kernel(lab):
     run_all(lab.page)
     lab.page.wait_for_selector(".vaelab-browser[data-ready]")
     opens(lab)
+
+
+STEPS = (
+    opens, sorts, filters, shows_markup_as_text, opens_by_keyboard, selects_by_lasso, zooms_to_thumbnails,
+    lets_the_page_scroll, finds_by_meaning, shows_a_card, changes_the_heat_maps_opacity, turns, drags, paints_and_undoes,
+    shows_the_control, keeps_the_picture_when_words_are_unknown, asks_what_is_active, keeps_and_exports, is_narrow,
+    obeys_python, survives_a_reload, survives_the_kernel,
+)  # fmt: skip
