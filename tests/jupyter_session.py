@@ -36,22 +36,17 @@ def jupyterlab(folder, theme="JupyterLab Light"):
     settings.mkdir(parents=True)
     (settings / "notification.jupyterlab-settings").write_text(json.dumps(QUIET))
     (settings / "themes.jupyterlab-settings").write_text(json.dumps({"theme": theme}))
-    own = {
-        name: str(folder / f".{name.lower()}") for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR")
-    }
-    own |= {
-        "JUPYTERLAB_SETTINGS_DIR": str(folder / ".settings"),
-        "JUPYTERLAB_WORKSPACES_DIR": str(folder / ".workspaces"),
-    }
-    paths = os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parent)])
+    folders = ("JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR", "JUPYTERLAB_WORKSPACES_DIR")
+    own = {name: str(folder / f".{name.lower()}") for name in folders}
+    own["JUPYTERLAB_SETTINGS_DIR"] = str(folder / ".settings")
+    own["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parent)])
     command = [
-        sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--ServerApp.port={port}", "--ServerApp.port_retries=0",
-        "--IdentityProvider.token=", "--LabApp.expose_app_in_browser=True", f"--ServerApp.root_dir={folder}",
+        sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--ServerApp.port={port}",
+        "--ServerApp.port_retries=0", "--IdentityProvider.token=", "--LabApp.expose_app_in_browser=True",
+        f"--ServerApp.root_dir={folder}",
     ]  # fmt: skip
     with open(folder / "lab.log", "w") as log:
-        lab = subprocess.Popen(
-            command, cwd=folder, stdout=log, stderr=log, env={**os.environ, **own, "PYTHONPATH": paths}
-        )
+        lab = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, env={**os.environ, **own})
         address = f"http://127.0.0.1:{port}"
         try:
             for _ in range(300):

@@ -1,12 +1,11 @@
 """Features that were never trained, for the widget's tests: the same functions and columns as
 :class:`vaelab.browser.feature_data.FeatureData`, with answers that a test can predict.
 
-Feature i has the frequency (i + 1) / n, lies at a place of a spiral, and has a thumbnail of one colour. Its picture is grey;
-turning it by s makes the picture's red brighter by 40 s, under the mask alone.
+Feature i has the frequency (i + 1) / n, lies at a place of a spiral, and has a thumbnail of one colour. Every picture
+is grey; turning a feature by s makes its red brighter by 40 s, under the mask alone; the control does so with its blue.
 """
 
 import io
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +42,6 @@ class SyntheticFeatures:
         angle, radius = number * 2.399963, np.sqrt((number + 0.5) / count)
         self.positions = (0.5 + 0.5 * radius * np.array([np.cos(angle), np.sin(angle)])).T.astype(np.float32)
         self.generations = 0
-        self.threads = set()
         self._draw_sheets()
 
     def _draw_sheets(self):
@@ -80,7 +78,7 @@ class SyntheticFeatures:
         others = [(feature + i) % self.count for i in range(1, 9)]
         return {
             **row, "examples": examples,
-            "histogram": {"edges": np.linspace(0, 6, 21).tolist(), "counts": (2000 * 0.7 ** np.arange(20)).astype(int).tolist()},
+            "histogram": {"edges": list(range(21)), "counts": [2000 // 2**i for i in range(20)]},
             "timesteps": {"timestep": [999.0, 749.0, 499.0, 249.0], "mean": [0.2, 0.9, 0.6, 0.1], "density": [0.1] * 4},
             "co_active": [(other, 1 / (i + 2)) for i, other in enumerate(others)],
             "nearest": [(other, 0.9 - i / 10) for i, other in enumerate(others)],
@@ -94,7 +92,6 @@ class SyntheticFeatures:
         if "zebra" in prompt:
             raise ValueError("prompt: the text model does not know 'zebra'")
         self.generations += 1
-        self.threads.add(threading.get_ident())
         pixels = np.full((64, 64, 3), 100 + seed % 50, np.float64)
         for one in steerings:
             mask = np.ones((64, 64)) if one["mask"] is None else one["mask"]

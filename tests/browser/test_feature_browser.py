@@ -467,7 +467,7 @@ def survives_the_kernel(lab):
 
 STEPS = (
     opens, sorts, filters, shows_markup_as_text, opens_by_keyboard, selects_by_lasso, zooms_to_thumbnails,
-    lets_the_page_scroll, finds_by_meaning, shows_a_card, changes_the_heat_maps_opacity, turns, drags, paints_and_undoes,
-    shows_the_control, keeps_the_picture_when_words_are_unknown, asks_what_is_active, keeps_and_exports, is_narrow,
-    obeys_python, survives_a_reload, survives_the_kernel,
+    lets_the_page_scroll, finds_by_meaning, shows_a_card, changes_the_heat_maps_opacity, turns, drags,
+    paints_and_undoes, shows_the_control, keeps_the_picture_when_words_are_unknown, asks_what_is_active,
+    keeps_and_exports, is_narrow, obeys_python, survives_a_reload, survives_the_kernel,
 )  # fmt: skip

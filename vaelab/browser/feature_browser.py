@@ -1,8 +1,8 @@
 """The feature browser: a widget that finds, shows, turns and keeps the features of one autoencoder.
 
 The front end is plain JavaScript and CSS in the folder ``static``, shown by anywidget in JupyterLab, VS Code and Colab.
-The table, the map and the thumbnails travel once, as bytes. Sorting, filtering and drawing happen in the browser. Python
-answers requests for cards, pictures and searches, one message each.
+The table, the map and the thumbnails travel once, as bytes. Sorting, filtering and drawing happen in the browser.
+Python answers requests for cards, pictures and searches, one message each.
 """
 
 import json
@@ -27,12 +27,14 @@ MASK_SIDE = 64
 
 
 class FeatureBrowser(anywidget.AnyWidget):
-    """A widget over a :class:`~vaelab.browser.feature_data.FeatureData`::
+    """A widget over a :class:`~vaelab.browser.feature_data.FeatureData`.
 
-    browser = FeatureBrowser(data)
-    browser              # the last line of a cell shows it
-    browser.feature = 7  # opens a card
-    browser.selected     # the features of the last lasso or search
+    For example::
+
+        browser = FeatureBrowser(data)
+        browser              # the last line of a cell shows it
+        browser.feature = 7  # opens a card
+        browser.selected     # the features of the last lasso or search
     """
 
     _esm = "\n".join((STATIC / name).read_text() for name in SCRIPTS)
@@ -126,7 +128,7 @@ class FeatureBrowser(anywidget.AnyWidget):
 
 
 def packed(value: Any, buffers: list[bytes]) -> Any:
-    """Make a value ready for a message: bytes are moved to ``buffers``, each leaving ``{"buffer": n}``, and numbers that
+    """Make a value ready for a message: bytes are moved to ``buffers``, each leaving ``{"buffer": n}``; numbers that
     are not finite become None."""
     if isinstance(value, bytes):
         buffers.append(value)
