@@ -133,14 +133,19 @@ def test_smoke_front_page_links_every_run(smoked):
         assert (ROOT / "outputs" / link).exists(), link
 
 
-def census_params(folder):
-    return {"max_images": 4, "batch_size": 4, "output_dir": str(folder / "run")}
+CENSUS = {"max_images": 4, "batch_size": 4}
 
 
-def census(folder, **params):
-    notebook = ROOT / "notebooks" / "12_channel_census.ipynb"
-    given = {**census_params(folder), "device": "cpu", **params}
-    papermill.execute_notebook(notebook, folder / "out.ipynb", given, cwd=ROOT, progress_bar=False)
+@pytest.fixture
+def by_papermill(forked_kernels, tmp_path):
+    """Executes a notebook as papermill does, in a kernel."""
+
+    def execute_notebook(name, **params):
+        given = {"device": "cpu", "output_dir": str(tmp_path / "run"), **params}
+        options = {"cwd": ROOT, "progress_bar": False, **forked_kernels}
+        papermill.execute_notebook(ROOT / "notebooks" / f"{name}.ipynb", tmp_path / "out.ipynb", given, **options)
+
+    return execute_notebook
 
 
 @pytest.fixture
@@ -153,9 +158,9 @@ def no_groupnorm(tmp_path):
     return tmp_path / "tiny"
 
 
-def test_an_unknown_parameter_is_refused_with_the_nearest_name(tmp_path):
+def test_an_unknown_parameter_is_refused_with_the_nearest_name(tmp_path, by_papermill):
     with pytest.raises(PapermillExecutionError, match=r"treshold.*threshold"):
-        census(tmp_path, treshold=1.0e-3)
+        by_papermill("12_channel_census", treshold=1.0e-3)
     assert not list(tmp_path.rglob("results.json"))
 
 
@@ -181,7 +186,7 @@ def test_wrong_input_is_one_clear_error_and_leaves_nothing_finished(
     places = {"no_groupnorm": str(no_groupnorm), "a-file": str(tmp_path / "a-file" / "run")}
     given = {key: places.get(value, value) if isinstance(value, str) else value for key, value in params.items()}
     with pytest.raises((ValueError, OSError), match=f"(?s){message}"):
-        execute_cells("12_channel_census", *ORDER[2:], **{**census_params(tmp_path), **given})
+        execute_cells("12_channel_census", *ORDER[2:], **{**CENSUS, "output_dir": str(tmp_path / "run"), **given})
     assert not list(tmp_path.rglob("results.json"))
 
 
@@ -234,6 +239,7 @@ def test_wrong_input_is_refused_before_anything_is_computed(tmp_path, monkeypatc
         ("34_feature_gallery", {"mask": [0.5, 0.0, 0.5, 1.0]}, "mask: expected"),
         ("40_layer_features", {"blocks": ["up_ft9"]}, "blocks: unknown name 'up_ft9'.*up_ft0"),
         ("42_diffc", {"blocks": ["up_ft9"]}, "blocks: unknown name 'up_ft9'.*up_ft0"),
+        ("42_diffc", {"timesteps": [25, 1000]}, "timesteps: expected numbers from 0 to 999, got .25, 1000."),
         ("42_diffc", {"diffc_layers": ["up_ft1.t26"]}, "diffc_layers: unknown name 'up_ft1.t26'.*up_ft1.t25"),
         ("43_pca_maps", {"other_model": "embedded-dit", "other_blocks": ["block9"]}, "other_blocks: unknown name"),
         ("43_pca_maps", {"other_model": "embeded", "other_blocks": ["block9"]}, "other_model: 'embeded' is neither"),
@@ -334,7 +340,7 @@ def test_own_pictures_that_cannot_be_classified_are_refused_at_once(tmp_path, mo
     assert not (tmp_path / "run" / "results.json").exists()
 
 
-def test_planted_channels_are_found_by_the_census_and_no_others(tmp_path):
+def test_planted_channels_are_found_by_the_census_and_no_others(tmp_path, by_papermill):
     import numpy as np
     import PIL.Image
     import torch
@@ -356,7 +362,7 @@ def test_planted_channels_are_found_by_the_census_and_no_others(tmp_path):
     (tmp_path / "pictures").mkdir()
     for i in range(6):
         PIL.Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(tmp_path / "pictures" / f"{i}.png")
-    census(tmp_path, model=str(tmp_path / "vae"), dataset=str(tmp_path / "pictures"))
+    by_papermill("12_channel_census", **CENSUS, model=str(tmp_path / "vae"), dataset=str(tmp_path / "pictures"))
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     rows = results["tables"]["suppressed"]
     assert len(planted) == 20
@@ -365,11 +371,9 @@ def test_planted_channels_are_found_by_the_census_and_no_others(tmp_path):
     assert str(tmp_path) not in json.dumps(results)
 
 
-def test_a_run_reads_finished_runs_only(tmp_path):
-    notebook = ROOT / "notebooks" / "11_compare_interventions.ipynb"
-    params = {"runs": ["outputs/10_finetune_vae/never"], "device": "cpu", "output_dir": str(tmp_path / "run")}
+def test_a_run_reads_finished_runs_only(by_papermill):
     with pytest.raises(PapermillExecutionError, match="run it first"):
-        papermill.execute_notebook(notebook, tmp_path / "out.ipynb", params, cwd=ROOT, progress_bar=False)
+        by_papermill("11_compare_interventions", runs=["outputs/10_finetune_vae/never"])
 
 
 def test_a_params_file_names_the_runs_it_needs(monkeypatch):

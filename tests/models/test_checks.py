@@ -28,6 +28,15 @@ def test_names_of_blocks_are_checked_without_weights(without_weights, small_pipe
         models.check_blocks(folder, [], parameter="layers")
 
 
+def test_timesteps_are_checked_without_weights(without_weights):
+    name, folder = without_weights
+    last = 1000 if name == "flux" else 999
+    models.check_timesteps(folder, [0, last])
+    for wrong in ([25, last + 1], []):
+        with pytest.raises(ValueError, match=rf"^timesteps: expected numbers from 0 to {last}, got "):
+            models.check_timesteps(folder, wrong)
+
+
 def test_modules_are_those_of_the_loaded_denoiser(without_weights, small_pipeline):
     name, folder = without_weights
     bare, loaded = models.denoiser_without_weights(folder), find_denoiser(small_pipeline(name))

@@ -29,6 +29,7 @@ from vaelab.models.conditioning import (
     last_timestep,
     patch_size,
     predict,
+    validate_timesteps,
 )
 from vaelab.models.vocabulary import report_unknown_words
 
@@ -191,9 +192,8 @@ def from_pictures(
         ValueError: a block or class is unknown, the scheduler does not have one of the timesteps, the model cannot
             take pictures of this size, or there is not exactly one seed (and prompt) per picture.
     """
-    found, timesteps, last = block_names.find_blocks(pipeline, blocks), list(timesteps), last_timestep(pipeline)
-    if not timesteps or min(timesteps) < 0 or max(timesteps) > last:
-        raise ValueError(f"timesteps: expected numbers from 0 to {last}, got {timesteps}")
+    found = block_names.find_blocks(pipeline, blocks)
+    validate_timesteps(pipeline, timesteps)
     _same_number("seeds", seeds, len(pixels))
     _same_number("prompts", pixels if prompts is None else prompts, len(pixels))
     model, paths = find_denoiser(pipeline), list(dict.fromkeys(found.values()))

@@ -1,7 +1,7 @@
 """Autoencoders and pipelines by one name, and the short names of their blocks."""
 
 from vaelab.models.block_names import blocks
-from vaelab.models.checks import check_blocks
+from vaelab.models.checks import check_blocks, check_timesteps
 from vaelab.models.checksums import save_with_checksums
 from vaelab.models.loading import (
     decode_latents,
@@ -26,6 +26,7 @@ from vaelab.models.registry import embedded_dit_path, embedded_path, embedded_va
 __all__ = [
     "blocks",
     "check_blocks",
+    "check_timesteps",
     "decode_latents",
     "denoiser_without_weights",
     "embedded_dit_path",

@@ -1,11 +1,13 @@
-"""Check the names of blocks on a model's configuration, before its weights are read or downloaded."""
+"""Check names of blocks and timesteps on a model's configuration, before its weights are read or downloaded."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from types import SimpleNamespace
 
 from vaelab.core.validate import one_of
 from vaelab.hooks import SIDES
 from vaelab.models.block_names import example_outputs, find_blocks, picture_entry
-from vaelab.models.loading import denoiser_without_weights
+from vaelab.models.conditioning import validate_timesteps
+from vaelab.models.loading import denoiser_without_weights, load_scheduler
 
 
 def check_blocks(
@@ -48,3 +50,17 @@ def check_blocks(
         reason = str(error).removeprefix("blocks: ").removeprefix("layers: ")
         raise ValueError(f"{parameter}: {reason}") from error
     return list(found)
+
+
+def check_timesteps(model: str, timesteps: Sequence[int], *, revision: str | None = None) -> None:
+    """Check that a pipeline's scheduler has some timesteps, without loading weights.
+
+    Args:
+        model: the pipeline's name, as for :func:`vaelab.models.load_pipeline`.
+        timesteps: the timesteps.
+        revision: the model's revision on the hub.
+
+    Raises:
+        ValueError: there is no such model, or the scheduler does not have one of the timesteps.
+    """
+    validate_timesteps(SimpleNamespace(scheduler=load_scheduler(model, revision=revision)), timesteps)

@@ -43,6 +43,13 @@ def last_timestep(pipeline: Any) -> int:
     return pipeline.scheduler.config.num_train_timesteps - (0 if is_flow(pipeline) else 1)
 
 
+def validate_timesteps(pipeline: Any, timesteps: Sequence[int]) -> None:
+    """Raise ValueError if the pipeline's scheduler does not have one of these timesteps, or there is none."""
+    last = last_timestep(pipeline)
+    if not timesteps or min(timesteps) < 0 or max(timesteps) > last:
+        raise ValueError(f"timesteps: expected numbers from 0 to {last}, got {list(timesteps)}")
+
+
 def patch_size(model: nn.Module) -> int:
     """Return the side of the square of latent pixels that is one token of a denoiser; 1 for a U-Net."""
     return FLUX_PATCH if architecture(model) == FLUX else model.config.get("patch_size", 1)

@@ -150,6 +150,21 @@ def denoiser_without_weights(
             return kind.from_config(config).eval()
 
 
+def load_scheduler(name: str = "embedded", *, revision: str | None = None) -> Any:
+    """Load a pipeline's scheduler alone; arguments and errors are those of :func:`denoiser_without_weights`."""
+    import diffusers
+
+    with access_model(name, revision, "model"):
+        path = pipeline_folder(name, revision)
+        index, _ = _read_index(path, name, revision)
+        try:
+            return getattr(diffusers, index["scheduler"][1]).from_pretrained(
+                path, subfolder="scheduler", revision=revision
+            )
+        except OSError as error:
+            raise ValueError(_damaged_file(path, name, "scheduler") or _could_not_be_read(name, error)) from error
+
+
 def vae_without_weights(
     name: str = "embedded",
     *,
