@@ -48,7 +48,7 @@ TILE, SMALL_TILE, MANY = 32, 16, 20_480
 """Sides of a thumbnail, in pixels; the smaller one is for more features than the last number."""
 SHEET = 2048
 """The largest side of a sheet of thumbnails, in pixels."""
-FADED = 0.3
+FADED = 0.4
 """Brightness of a thumbnail where the feature is not active."""
 LOSSLESS_SIDE = 256
 """Side in pixels up to which pictures are PNG; larger ones are WebP."""
@@ -513,8 +513,8 @@ class FeatureData:
             name = f"F1 for {row['value']}"
             found.append({"score": name, "feature": float(row["f1"]), "random directions": float(row["control"])})
         if self._scores is not None:
-            numbers = self._scores.drop(columns=["block", "caption", "pictures"], errors="ignore")
-            own = numbers[numbers["feature"] == feature].set_index("who").drop(columns="feature")
+            numbers = self._scores.set_index("who").select_dtypes("number").drop(columns="pictures", errors="ignore")
+            own = numbers[numbers["feature"] == feature].drop(columns="feature")
             means = numbers.drop(columns="feature").groupby("who").mean()
             for score in own.columns if "sae" in own.index else ():
                 controls = {who: means.loc[who, score] for who in means.index if who != "sae"}

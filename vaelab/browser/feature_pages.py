@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from jinja2 import Environment, FileSystemLoader
 from PIL import Image
 
-from vaelab.sae.gallery import heat_colours
+from vaelab.browser.feature_figures import heat_pixels
 
 if TYPE_CHECKING:
     from vaelab.browser.feature_data import FeatureData
@@ -79,7 +78,12 @@ def _prepare(data: "FeatureData", feature: int, note: str) -> dict[str, Any]:
     """Add to a feature's card what the template shows of it."""
     card = data.card(feature)
     examples = [
-        {**one, "src": _uri(one["picture"]), "heat": _heat(one), "activation": shown(one["activation"])}
+        {
+            **one,
+            "src": _uri(one["picture"]),
+            "heat": _uri(_png(heat_pixels(one))),
+            "activation": shown(one["activation"]),
+        }
         for one in card["examples"]
     ]
     top = [one for one in examples if one["group"] == "top"]
@@ -151,14 +155,6 @@ def _points(curve: Mapping[str, list[float]]) -> dict[str, Any] | None:
         for x, y, t, m in zip(across, down, times, means, strict=True)
     ]
     return {"points": places, "first": f"{times[0]:g}", "last": f"{times[-1]:g}", "most": shown(most)}
-
-
-def _heat(example: Mapping[str, Any]) -> str:
-    """Draw a map as a PNG with one pixel per position, transparent where the feature is not active."""
-    values = torch.tensor(example["map"])
-    span = max(example["vmax"] - example["vmin"], 1e-12)
-    colours = heat_colours(((values - example["vmin"]) / span).clamp(0, 1))
-    return _uri(_png((np.dstack([colours, values > 0]) * 255).round().astype(np.uint8)))
 
 
 def _png(pixels: np.ndarray) -> bytes:
