@@ -92,7 +92,7 @@ def test_edit_that_decides_results_is_refused(project):
     write_params(project)
 
 
-def test_run_that_reads_it_does_not_run_it_again(project):
+def test_run_that_reads_it_does_not_run_it_again(project, forked_kernels):
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
     cells = [
         nbformat.v4.new_code_cell('output_dir: str = ""\nactivations: str = ""'),
@@ -105,7 +105,7 @@ def test_run_that_reads_it_does_not_run_it_again(project):
     path.parent.mkdir(exist_ok=True)
     path.write_text(f"output_dir: outputs/31_reads/test\nactivations: outputs/{NAME}/test/activations\n")
     write_params(project, device="auto")
-    assert execute.run(path) is True
+    assert execute.run(path, fork=True) is True
     write_params(project)
 
 
