@@ -131,15 +131,18 @@ def planted_table():
 def test_strengths_are_chosen_on_one_half_and_reported_on_the_other():
     table = planted_table()
     (row,) = steering_scores.steering_summary(table, resamples=200).to_dict("records")
-    assert row["effect"] == 0.75 and row["selectivity"] == pytest.approx(0.7) and row["damage"] == pytest.approx(3)
-    assert row["distance"] == pytest.approx(0.2) and row["pictures"] == 4
-    assert 0.25 <= row["effect_low"] < 0.75 < row["effect_high"] <= 1
+    assert row["effect"] == 7 / 8 and row["selectivity"] == pytest.approx(0.75) and row["damage"] == pytest.approx(3)
+    assert row["distance"] == pytest.approx(0.2) and row["pictures"] == 8
+    assert 0.25 <= row["effect_low"] < 7 / 8 < row["effect_high"] <= 1
     assert row["damage_low"] == pytest.approx(3) == row["damage_high"]  # the same ratio in every scene
     curve = steering_scores.steering_curve(table, resamples=50).set_index("strength")
     assert curve["effect"].tolist() == [0, 7 / 8, 7 / 8] and curve["damage"].tolist() == pytest.approx([1, 3, 9])
     metrics = steering_scores.steering_metrics(pd.DataFrame([row]))
-    assert metrics["up.steer.add.effect.sae"] == 0.75
+    assert metrics["up.steer.add.effect.sae"] == 7 / 8
     assert set(metrics) == {f"up.steer.add.{name}.sae" for name in steering_scores.MEASURES}
+    late = (table["scene"] >= 4) == (table["strength"] == 2)
+    (luck,) = steering_scores.steering_summary(table.assign(effect=late), resamples=20).to_dict("records")
+    assert luck["effect"] == 0 < steering_scores.steering_curve(table.assign(effect=late), resamples=20)["effect"].min()
 
 
 def test_blocks_are_summarised_together_and_the_best_way_is_told():
@@ -148,9 +151,9 @@ def test_blocks_are_summarised_together_and_the_best_way_is_told():
     summary = steering_scores.steering_summary(pd.concat([planted_table(), weak, prompt]), resamples=20)
     assert summary["block"].tolist() == ["up", "low", "up", "all", "all", "all"]
     best = steering_scores.best_ways(summary)
-    assert best.loc["sae", "way"] == "add" and best.loc["sae", "effect"] == 0.75 and best.loc["sae", "pictures"] == 4
+    assert best.loc["sae", "way"] == "add" and best.loc["sae", "effect"] == 7 / 8 and best.loc["sae", "pictures"] == 8
     sentence = steering_scores.change_sentence(summary)
-    assert "75 % of pictures (feature of an autoencoder, damage 3.00) and 100 % of pictures (the prompt" in sentence
+    assert "88 % of pictures (feature of an autoencoder, damage 3.00) and 100 % of pictures (the prompt" in sentence
 
 
 def test_finding_and_changing_stand_in_one_table():

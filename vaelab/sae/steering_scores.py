@@ -548,22 +548,27 @@ def steering_curve(table: pd.DataFrame, *, resamples: int = 500, seed: int = 0) 
 def steering_summary(table: pd.DataFrame, *, resamples: int = 500, seed: int = 0) -> pd.DataFrame:
     """Average over values and scenes for each block, direction and way, at the best strength of each value.
 
-    The strength of a value is the one with the largest product of effect and selectivity in the first half of the
-    scenes, among equal ones the smallest. Everything is reported on the other half. If there are several blocks, rows
-    over all their pictures together follow, with :data:`ALL_BLOCKS` as block.
+    The strength of a value is the one with the largest product of effect and selectivity in one half of the scenes,
+    among equal ones the smallest; it is scored on the other half. Both halves choose and are scored in turn. If there
+    are several blocks, rows over all their pictures together follow, with :data:`ALL_BLOCKS` as block.
 
     Args, and columns without ``strength``: as in :func:`steering_curve`.
     """
-    middle = table["scene"].max() // 2
+    by, middle = ["block", "direction", "way"], table["scene"].max() // 2
     first, second = table[table["scene"] <= middle], table[table["scene"] > middle]
-    keys = ["block", "direction", "way", "factor", "value"]
-    means = first.groupby([*keys, "strength"], sort=False)[["effect", "selectivity"]].mean().reset_index()
-    product = (means["effect"] * means["selectivity"]).rename("product")
-    order = means.assign(product=product).sort_values(["product", "strength"], ascending=[False, True], kind="stable")
-    best = order.drop_duplicates(keys)[[*keys, "strength"]]
-    chosen, by = second.merge(best, on=[*keys, "strength"]), ["block", "direction", "way"]
+    chosen = pd.concat([_at_best_strengths(*halves) for halves in ((first, second), (second, first))])
     parts = [chosen] if chosen["block"].nunique() == 1 else [chosen, chosen.assign(block=ALL_BLOCKS)]
     return pd.concat([_averaged(part, by, resamples, seed) for part in parts], ignore_index=True)
+
+
+def _at_best_strengths(choosing: pd.DataFrame, scored: pd.DataFrame) -> pd.DataFrame:
+    """Select the rows ``scored`` at the strength of each value that is best among the rows ``choosing``."""
+    keys = ["block", "direction", "way", "factor", "value"]
+    means = choosing.groupby([*keys, "strength"], sort=False)[["effect", "selectivity"]].mean().reset_index()
+    order = means.assign(product=means["effect"] * means["selectivity"]).sort_values(
+        ["product", "strength"], ascending=[False, True], kind="stable"
+    )
+    return scored.merge(order.drop_duplicates(keys)[[*keys, "strength"]], on=[*keys, "strength"])
 
 
 def _averaged(table: pd.DataFrame, keys: list[str], resamples: int, seed: int) -> pd.DataFrame:
