@@ -10,6 +10,7 @@ from vaelab.hooks import capture
 from vaelab.models import block_names
 from vaelab.sae import steering
 from vaelab.sae.baselines import Moments, PrincipalComponents
+from vaelab.sae.feature_statistics import FeatureStatistics
 from vaelab.sae.model import SAE, SAEConfig
 from vaelab.sae.steering import Directions, Steerer, Steering, activate_alone, modulate, steer_update, turn_on
 
@@ -185,6 +186,8 @@ def test_other_wrong_input_is_refused(steered):
     pipeline, block, steerer = steered
     with pytest.raises(ValueError, match=r"^saes: the autoencoder of .* is for vectors of 24 numbers"):
         Steerer(pipeline, {block: directions()})
+    with pytest.raises(ValueError, match=r"^statistics: of 7 features, but the autoencoder has 5"):
+        Directions.of(SAE(SAEConfig(4, 5, 2)), FeatureStatistics(7, 2))
     with pytest.raises(ValueError, match=r"^half: 'guided' needs guidance"):
         steerer.validate([modulate(block, 5, 1.0, half="guided")], Sampling(1, 0.0))
     with pytest.raises(ValueError, match=r"^way: 'only' replaces the whole update"):

@@ -487,8 +487,7 @@ class FeatureScorer:
         """
         for feature in features:
             statistics.require_feature(feature, block)
-        own = Directions(written_by or sae, statistics.mean_activation(), statistics.largest_activation(), sae.config.k)
-        steerer = Steerer(self._pipeline, {block: own})
+        steerer = Steerer(self._pipeline, {block: Directions.of(written_by or sae, statistics)})
         means = mean_activations(sae, self.pictures.store, block, self.pool, features)
         scored = monosemanticity(means, self.pictures.vectors(self.pool))
         shares = None if written_by else self._held_out_shares(sae, block, features)

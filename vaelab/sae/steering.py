@@ -121,7 +121,15 @@ class Directions(NamedTuple):
 
     @classmethod
     def of(cls, sae: Any, statistics: FeatureStatistics) -> "Directions":
-        """Take an autoencoder and the statistics of its features."""
+        """Take an autoencoder and the statistics of its features.
+
+        Raises:
+            ValueError: the statistics have another number of features.
+        """
+        if statistics.n_features != sae.config.n_features:
+            raise ValueError(
+                f"statistics: of {statistics.n_features} features, but the autoencoder has {sae.config.n_features}"
+            )
         return cls(sae, statistics.mean_activation(), statistics.largest_activation(), sae.config.k)
 
     @torch.no_grad()
