@@ -68,7 +68,13 @@ def chromium(width=1280, height=1400, **options):
     """Start Chromium; gives a page of this size whose messages of the console are kept in ``page.complaints``."""
     from playwright.sync_api import sync_playwright
 
-    arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--enable-precise-memory-info"]
+    arguments = [
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-background-networking",
+        "--enable-precise-memory-info",
+        "--js-flags=--expose-gc",
+    ]
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
         context = browser.new_context(viewport={"width": width, "height": height}, **options)
@@ -92,6 +98,19 @@ def open_notebook(page, address, name):
     page.goto(f"{address}/doc/tree/{name}")
     page.wait_for_function("window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'")
     run_all(page)
+
+
+def kernel_python(page, expression):
+    """Evaluate an expression in the notebook's kernel."""
+    code = f"import json; print(json.dumps({expression}))"
+    return json.loads(page.evaluate("""async (code) => {
+        const { kernel } = window.jupyterapp.shell.currentWidget.sessionContext.session;
+        const future = kernel.requestExecute({ code, store_history: false });
+        let text = "";
+        future.onIOPub = ({ content }) => { text += content.text ?? content.traceback?.join("\\n") ?? ""; };
+        await future.done;
+        return text;
+    }""", code))  # fmt: skip
 
 
 def run_all(page):

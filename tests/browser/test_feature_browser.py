@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import traitlets
-from jupyter_session import chromium, jupyterlab, missing, open_notebook, run_all, save_notebook
+from jupyter_session import chromium, jupyterlab, kernel_python, missing, open_notebook, run_all, save_notebook
 from synthetic_features import MARKUP, SyntheticFeatures
 
 from vaelab.browser import FeatureBrowser
@@ -133,16 +133,7 @@ class Lab(types.SimpleNamespace):
         self.page.wait_for_selector(".vaelab-browser[data-ready][data-busy='0']")
 
     def python(self, expression):
-        """Evaluate an expression in the notebook's kernel."""
-        code = f"import json; print(json.dumps({expression}))"
-        return json.loads(self.page.evaluate("""async (code) => {
-            const { kernel } = window.jupyterapp.shell.currentWidget.sessionContext.session;
-            const future = kernel.requestExecute({ code, store_history: false });
-            let text = "";
-            future.onIOPub = ({ content }) => { text += content.text ?? content.traceback?.join("\\n") ?? ""; };
-            await future.done;
-            return text;
-        }""", code))  # fmt: skip
+        return kernel_python(self.page, expression)
 
     def rows(self):
         """The features in sight in the table, in order."""

@@ -151,15 +151,15 @@ function kernelLink(model, report, busy) {
   return { ask, close: () => model.off("msg:custom", receive) };
 }
 
-/** The sheets of thumbnails, decoded in the browser. `draw` draws one feature's tile. */
-function thumbnails(sheets, [columns, rows, side], onready) {
+/** The sheets of thumbnails, decoded in the browser; `ready` resolves when all are. `draw` draws one feature's tile. */
+function thumbnails(sheets, [columns, rows, side]) {
   const bitmaps = sheets.map(() => null);
-  sheets.forEach(async (bytes, place) => {
+  const ready = Promise.all(sheets.map(async (bytes, place) => {
     bitmaps[place] = await createImageBitmap(new Blob([bytes]));
-    onready();
-  });
+  }));
   return {
     side,
+    ready,
     draw(context, feature, x, y, size) {
       const bitmap = bitmaps[Math.floor(feature / (columns * rows))];
       if (!bitmap) return;
@@ -181,7 +181,8 @@ function thumbnail(app) {
     context.clearRect(0, 0, canvas.width, canvas.height);
     if (current >= 0) app.thumbs.draw(context, current, 0, 0, canvas.width);
   };
-  return { element: canvas, draw, show: (feature) => { current = feature; draw(); } };
+  app.thumbs.ready.then(draw);
+  return { element: canvas, show: (feature) => { current = feature; draw(); } };
 }
 
 /** A button with a feature's thumbnail, number and a value, which opens the feature. */

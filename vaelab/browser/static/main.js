@@ -31,7 +31,8 @@ function buildBrowser(root, model, link, { report, busy }, start) {
   };
   app.textOf = (feature, name) => column(name)?.texts?.[feature] ?? "";
   app.nameOf = (feature) => [feature, app.textOf(feature, "caption") || app.textOf(feature, "words")].filter((part) => part !== "").join(" · ");
-  app.thumbs = thumbnails(start.sprites, start.sprite_grid, () => find.draw());
+  app.thumbs = thumbnails(start.sprites, start.sprite_grid);
+  app.thumbs.ready.then(() => find.draw());
   app.list = featureList(app);
   app.list.update();
 

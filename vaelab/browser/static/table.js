@@ -179,7 +179,7 @@ function featureGrid(app, sortBy) {
     if (scroller.clientWidth > 620) return known.filter((name) => name !== "words" || words === "words");
     const number = list.sort !== "rank" && list.sort !== "feature" && list.sort !== words && known.includes(list.sort)
       ? [list.sort] : known.includes("frequency") ? ["frequency"] : [];
-    const room = scroller.clientWidth > 430 ? ["mu", "f1"].filter((one) => known.includes(one) && !number.includes(one)) : [];
+    const room = scroller.clientWidth > 430 ? ["f1", "mu"].filter((one) => known.includes(one) && !number.includes(one)) : [];
     return ["feature", ...number, ...room.slice(0, 1), ...(words ? [words] : [])];
   }
 
