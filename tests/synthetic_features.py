@@ -14,6 +14,7 @@ from PIL import Image
 
 MARKUP = "<img src=x onerror=\"document.title='owned'\"><b>bold</b>"
 """The caption of feature 5."""
+VALUES = ("shape", "colour")
 WORDS = ("star", "ring", "red", "blue", "stripes", "corner", "small", "ground")
 
 
@@ -36,7 +37,7 @@ class SyntheticFeatures:
             "feature": number, "frequency": (number + 1) / count, "density": random.random(count) ** 3,
             "mu": random.random(count) * 5, "words": [WORDS[i % 8] for i in range(count)],
             "specificity": random.random(count), "f1": np.where(number % 3, random.random(count), np.nan),
-            "value": [f"shape {WORDS[i % 3]}" if i % 3 else "" for i in range(count)],
+            "value": [f"{VALUES[i % 2]}: {WORDS[i % 3]}" if i % 3 else "" for i in range(count)],
             "stability": np.full(count, np.nan), "caption": captions, "caption_score": random.random(count),
         })  # fmt: skip
         angle, radius = number * 2.399963, np.sqrt((number + 0.5) / count)

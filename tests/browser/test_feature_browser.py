@@ -49,10 +49,11 @@ def test_the_table_travels_as_bytes(data):
 
 
 def test_input_that_cannot_be_used_is_answered_by_its_reason(data):
-    answer, _ = Asked(data).ask(
-        "turn", prompt="a zebra", seed=0, feature=1, strength=1, way="add", steps=None, before=False, control=False
-    )
+    asked = {"feature": 1, "strength": 1, "way": "add", "steps": None, "before": False, "control": False}
+    answer, _ = Asked(data).ask("turn", prompt="a zebra", seed=0, **asked)
     assert answer["error"] == "prompt: the text model does not know 'zebra'"
+    answer, _ = Asked(data).ask("turn", prompt="a star", seed=1.5, **asked)
+    assert answer["error"] == "seed: expected a whole number, at least 0, got 1.5"
 
 
 def test_an_error_of_the_kernel_is_raised_and_answered(data):

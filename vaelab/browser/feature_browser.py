@@ -90,14 +90,15 @@ class FeatureBrowser(anywidget.AnyWidget):
             **self._start, "block": data.block, "count": len(data.table), "passes": data.passes,
             "columns": [packed_column(name, data.table[name]) for name in data.table],
             "positions": np.ascontiguousarray(data.positions, np.float32).tobytes(),
-            "sprites": list(data.sprites), "sprite_grid": list(data.sprite_grid), "shelf": self._kept(),
+            "sprites": list(data.sprites), "sprite_grid": list(data.sprite_grid),
+            "shelf": [{"feature": feature, "note": note} for feature, note in data.load_shelf().items()],
         }  # fmt: skip
 
     def _card(self, request: Mapping[str, Any], buffers: Sequence[Any]) -> dict[str, Any]:
         return {"card": self._data.card(request["feature"])}
 
     def _turn(self, request: Mapping[str, Any], buffers: Sequence[Any]) -> dict[str, Any]:
-        prompt, seed, generate = request["prompt"], request["seed"], self._data.generate
+        prompt, seed, generate = request["prompt"], whole(request["seed"]), self._data.generate
         steering = {name: request[name] for name in ("feature", "strength", "way")}
         steering["mask"] = painted(buffers[0]) if buffers else None
         steps = None if request["steps"] is None else tuple(request["steps"])
@@ -109,17 +110,14 @@ class FeatureBrowser(anywidget.AnyWidget):
         return found
 
     def _active(self, request: Mapping[str, Any], buffers: Sequence[Any]) -> dict[str, Any]:
-        return {"features": self._data.active_at(request["prompt"], request["seed"], painted(buffers[0]))}
+        return {"features": self._data.active_at(request["prompt"], whole(request["seed"]), painted(buffers[0]))}
 
     def _meaning(self, request: Mapping[str, Any], buffers: Sequence[Any]) -> dict[str, Any]:
         return {"features": self._data.search_meaning(request["text"])}
 
     def _shelf(self, request: Mapping[str, Any], buffers: Sequence[Any]) -> dict[str, Any]:
         self._data.save_shelf({one["feature"]: one["note"] for one in request["shelf"]})
-        return {"shelf": self._kept()}
-
-    def _kept(self) -> list[dict[str, Any]]:
-        return [{"feature": feature, "note": note} for feature, note in self._data.load_shelf().items()]
+        return {}
 
     def _export(self, request: Mapping[str, Any], buffers: Sequence[Any]) -> dict[str, Any]:
         if not request["shelf"]:
@@ -147,6 +145,13 @@ def packed_column(name: str, column: pd.Series) -> dict[str, Any]:
     if pd.api.types.is_numeric_dtype(column):
         return {"name": name, "numbers": column.to_numpy(np.float32).tobytes()}
     return {"name": name, "texts": json.dumps(column.fillna("").astype(str).tolist()).encode()}
+
+
+def whole(seed: Any) -> int:
+    """Return a seed, or raise ValueError if it is none."""
+    if not isinstance(seed, int) or seed < 0:
+        raise ValueError(f"seed: expected a whole number, at least 0, got {seed}")
+    return seed
 
 
 def painted(buffer: Any) -> np.ndarray:

@@ -91,9 +91,9 @@ function afterPause(milliseconds, action, busy) {
   return call;
 }
 
-/** Sends requests to the kernel. Of each kind one is under way and at most one waits; a newer one takes the place of
- * the one that waits, and an answer that was overtaken is dropped. `ask` resolves to {answer, buffers}, or to null for
- * a request that was overtaken or failed. */
+/** Sends requests to the kernel. On each line (by default one per kind) one request is under way and at most one waits;
+ * a newer one takes the place of the one that waits, and an answer that was overtaken is dropped. `ask` resolves to
+ * {answer, buffers}, or to null for a request that was overtaken or failed. */
 function kernelLink(model, report, busy) {
   const view = Math.random().toString(36).slice(2);
   const lines = new Map();
@@ -112,9 +112,9 @@ function kernelLink(model, report, busy) {
     }
   }
 
-  function ask(kind, content = {}, buffers = []) {
-    if (!lines.has(kind)) lines.set(kind, { current: null, waiting: null });
-    const line = lines.get(kind);
+  function ask(kind, content = {}, buffers = [], name = kind) {
+    if (!lines.has(name)) lines.set(name, { current: null, waiting: null });
+    const line = lines.get(name);
     number += 1;
     return new Promise((resolve) => {
       const job = { content: { ...content, ask: kind, request: number }, buffers, resolve };
@@ -130,8 +130,8 @@ function kernelLink(model, report, busy) {
 
   function receive(answer, buffers) {
     if (answer.view !== view) return; // another view of the same widget asked
-    const line = lines.get(answer.ask);
-    if (!line?.current || line.current.content.request !== answer.request) return;
+    const line = [...lines.values()].find((one) => one.current?.content.request === answer.request);
+    if (!line) return;
     const { resolve } = line.current;
     line.current = line.waiting;
     line.waiting = null;

@@ -25,8 +25,8 @@ function buildBrowser(root, model, link, { report, busy }, start) {
   };
   const column = (name) => table.columns.find((one) => one.name === name);
   const app = { table, start, report, busy, feature: -1 };
-  app.ask = async (kind, content, buffers) => {
-    const found = await link.ask(kind, content, buffers);
+  app.ask = async (...request) => {
+    const found = await link.ask(...request);
     return found && { answer: unpack(found.answer, found.buffers) };
   };
   app.textOf = (feature, name) => column(name)?.texts?.[feature] ?? "";
@@ -61,7 +61,7 @@ function buildBrowser(root, model, link, { report, busy }, start) {
     turn.featureChanged();
   };
   const exported = async (name, content) => {
-    const found = await app.ask("export", content);
+    const found = await app.ask("export", content, [], name); // on its own line: none takes another's place
     if (!found) return;
     download(name, found.answer.page);
     report(`${name} is downloaded; it opens without a network.`);

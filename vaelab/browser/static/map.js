@@ -4,9 +4,16 @@ const MAP_ROOM = 14; // px around the map
 const THUMBS_FROM = 700; // thumbnails are drawn when at most so many features are in sight
 const NEAR = 12; // px within which the pointer meets a dot
 
+const GROUPS = ["#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#b07aa1", "#76b7b2", "#edc948", "#9c755f"];
+
+/** What a text's value belongs to: "colour" of "colour: red". */
+const groupOf = (text) => text.split(":")[0];
+const groupsOf = (column) => [...new Set(column.texts.filter(Boolean).map(groupOf))].sort();
+
 function featureMap(app) {
   const { columns, positions, count } = app.table;
   const numeric = columns.filter((one) => one.numbers && one.name !== "feature" && one.numbers.some((v) => !Number.isNaN(v)));
+  const grouped = columns.filter((one) => one.texts && groupsOf(one).length > 0 && groupsOf(one).length <= GROUPS.length);
   const canvas = h("canvas", {
     class: "map", tabindex: "0", role: "img",
     "aria-label": "Map of the features. Arrow keys move, plus and minus zoom, Enter opens the feature at the centre",
@@ -22,6 +29,7 @@ function featureMap(app) {
   let drag = null; // {x, y, moved, path}
   let frame = 0;
   let colours = null; // of each feature the place in the palette
+  let paletteOn = null; // gives the palette for a dark or a light ground
   let palette = [];
 
   const size = () => [canvas.clientWidth, canvas.clientHeight];
@@ -31,8 +39,22 @@ function featureMap(app) {
     return [width / 2 + (positions[2 * feature] - view.x) * w, height / 2 + (positions[2 * feature + 1] - view.y) * t];
   }
 
+  function choose(name) {
+    const column = grouped.find((one) => one.name === name);
+    if (column) groupColours(column);
+    else numberColours(name);
+  }
+
+  function groupColours(column) {
+    const groups = groupsOf(column);
+    colours = Uint8Array.from(column.texts, (text) => (text ? groups.indexOf(groupOf(text)) : 255));
+    paletteOn = () => GROUPS;
+    legend.replaceChildren(...groups.flatMap((group, place) =>
+      [h("i", { "aria-hidden": "true", style: `background: ${GROUPS[place]}` }), group]), without, "no value", unlisted, "not listed");
+  }
+
   /** A colour bucket per feature, from the 2nd to the 98th percentile; logarithmic where the values span a lot. */
-  function chooseColours(name) {
+  function numberColours(name) {
     const { numbers } = numeric.find((one) => one.name === name);
     const sorted = numbers.filter((value) => !Number.isNaN(value)).sort();
     const positive = sorted.filter((value) => value > 0);
@@ -47,11 +69,12 @@ function featureMap(app) {
       const missing = Number.isNaN(value) || (logarithmic && value <= 0);
       colours[feature] = missing ? 255 : Math.round(Math.min(Math.max(scale(value), 0), 1) * 31);
     }
+    paletteOn = viridisOn;
     legend.replaceChildren(shown(low), bar, `${shown(high)}${logarithmic ? " (log)" : ""}`,
       without, "no value", unlisted, "not listed");
   }
   /** Viridis, without its darkest part on a dark ground. */
-  function paletteOn(dark) {
+  function viridisOn(dark) {
     const from = dark ? 0.25 : 0;
     return Array.from({ length: 32 }, (_, step) => `rgb(${colourAt(VIRIDIS, from + ((1 - from) * step) / 31).join(" ")})`);
   }
@@ -95,7 +118,7 @@ function featureMap(app) {
     };
     dots(buckets[33], faint, radius * 0.8);
     dots(buckets[32], empty, radius);
-    for (let step = 0; step < 32; step++) dots(buckets[step], palette[step], radius);
+    palette.forEach((colour, step) => dots(buckets[step], colour, radius));
     const thumbs = seen.length <= THUMBS_FROM && seen.length > 0;
     canvas.dataset.drawn = thumbs ? "thumbnails" : "dots";
     if (thumbs) paintThumbnails(rows, new Set(seen));
@@ -259,10 +282,10 @@ function featureMap(app) {
   const setMode = (value) => { mode = value; canvas.dataset.mode = value; };
   setMode("move");
   const start = numeric.some((one) => one.name === "f1") ? "f1" : "frequency";
-  const colour = select(numeric.map(({ name }) => [name, `colour: ${title(name)}`]), () => { chooseColours(colour.value); draw(); },
+  const colour = select([...numeric, ...grouped].map(({ name }) => [name, `colour: ${title(name)}`]), () => { choose(colour.value); draw(); },
     { "aria-label": "colour of the dots" });
   colour.value = start;
-  chooseColours(start);
+  choose(start);
   const observer = new ResizeObserver(draw);
   observer.observe(canvas);
   const element = h("div", { class: "map-part" },

@@ -20,10 +20,9 @@ function shelfPanel(app) {
   }
 
   async function save(next) {
-    const found = await app.ask("shelf", { shelf: next });
-    if (!found) return;
-    shelf = found.answer.shelf;
+    shelf = next; // at once, so that the next change builds on this one
     draw();
+    await app.ask("shelf", { shelf });
   }
 
   draw();

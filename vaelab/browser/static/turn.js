@@ -195,8 +195,8 @@ function turnPanel(app) {
   active.append(h("p", { class: "hint" }, help));
   tools();
 
-  let before = null; // {key, bytes}: the picture that is shown as before
-  let last = ""; // what the pictures show
+  let before = null; // {key, source, bytes}: the picture that is shown as before
+  let last = ""; // what was asked for last
   let visible = false;
 
   async function turn() {
@@ -209,16 +209,19 @@ function turnPanel(app) {
     const mask = layer.painted() ? layer.mask.slice() : null;
     const key = JSON.stringify([source, steering, mask && Array.from(mask).join("")]);
     if (key === last) return;
+    last = key;
     const sourceKey = JSON.stringify(source);
     const found = await app.ask("turn", { ...source, ...steering, before: before?.key !== sourceKey }, mask ? [mask] : []);
-    if (!found) return;
+    if (!found) {
+      if (last === key) last = ""; // it failed, so the same may be asked again
+      return;
+    }
     app.busy(true);
     const { before: made, after, control: random } = found.answer;
     if (made) {
-      before = { key: sourceKey, bytes: made };
+      before = { key: sourceKey, source, bytes: made };
       layer.forgetBox();
     }
-    last = key;
     await Promise.all([
       made && shots.before.show(made, `before: ${source.prompt}`),
       shots.after.show(after, `after: feature ${steering.feature}, strength ${steering.strength}`),
@@ -230,7 +233,8 @@ function turnPanel(app) {
   }
 
   async function askActive(region) {
-    const found = await app.ask("active", { prompt: prompt.value, seed: Number(seed.value) }, [region]);
+    if (!before) return;
+    const found = await app.ask("active", before.source, [region]);
     if (!found) return;
     const { features } = found.answer;
     active.replaceChildren(h("h4", {}, "Active here, strongest first"), h("div", { class: "features" },
