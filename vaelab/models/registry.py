@@ -59,6 +59,16 @@ def embedded_vae_path() -> Path:
     return Path(__file__).parent.parent / "embedded" / "weights" / "vae"
 
 
+def embedded_clip_path() -> Path:
+    """Return the folder of the embedded CLIP, a ``CLIPModel`` of transformers with its processor."""
+    return Path(__file__).parent.parent / "embedded" / "weights" / "clip"
+
+
+def embedded_language_path() -> Path:
+    """Return the folder of the embedded language model, a ``LlamaForCausalLM`` of transformers with its tokenizer."""
+    return Path(__file__).parent.parent / "embedded" / "weights" / "language_model"
+
+
 def pipeline_folder(name: str, revision: str | None = None) -> str:
     """Return the local folder of a pipeline, or its id on the hub.
 
