@@ -161,7 +161,7 @@ class DiffCs(nn.Module):
     """Several Diff-Cs of one size on the same maps, computed together: one convolution with the first layers of all,
     and then convolutions with one group for each.
 
-    On one core of a CPU, six Diff-Cs of width 32 take about two thirds of the time that they take one after
+    On one core of a CPU, six Diff-Cs of width 32 take about three quarters of the time that they take one after
     another.
     """
 
