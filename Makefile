@@ -22,9 +22,9 @@ demo: $(READY) ## every notebook on the embedded models that is not finished, th
 
 test: export HF_HUB_OFFLINE := 1
 test: export OMP_NUM_THREADS := 1
+test: export PYTHONDONTWRITEBYTECODE := # workers share what they compile
 test: $(READY) ## the tests, every notebook's smoke run among them
-	$(PYTHON) -m pytest -n $(JOBS) --dist worksteal -m 'not smoke'
-	$(PYTHON) -m pytest -m smoke
+	$(PYTHON) -m pytest -n $(JOBS) --dist loadgroup --no-loadscope-reorder
 
 test-cuda: $(READY) ## the tests that need a CUDA GPU; without one they are skipped, with that reason
 	$(PYTHON) -m pytest -m cuda -rs tests/cuda

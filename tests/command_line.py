@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from helpers import CHILDREN
 
-from vaelab.runner import cli, execute
+from vaelab.runner import cli, execute, forked
 
 
 class Ended(NamedTuple):
@@ -58,3 +58,9 @@ def _main(folder, words):
 def _hold(folder, words):
     execute._execute = lambda *args: time.sleep(60)
     _main(folder, words)
+
+
+def run_forked(params_file, libraries):
+    """Run one params file in a kernel that is forked from a server with these libraries: for a process to be killed."""
+    forked.LIBRARIES = libraries
+    execute.run(Path(params_file), show_output=False, fork=True)

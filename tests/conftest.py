@@ -5,11 +5,27 @@ from pathlib import Path
 
 import fsspec
 import pytest
-import torch
+
+FORKING = (
+    "test_cli", "test_collect", "test_collection_survives", "test_finetune", "test_forked", "test_io",
+    "test_notebooks", "test_writer",
+)  # fmt: skip
+"""The modules whose processes are forked from one server, see :mod:`helpers`."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Workers take whole modules, whose fixtures are then made once; and the smoke runs first, which take longest."""
+    for item in items:
+        name = item.path.stem
+        group = "forking" if name in FORKING else f"{item.path.parent.name}/{name}"
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: (item.path.stem != "test_smoke", item.path.stem not in FORKING))
 
 
 @pytest.fixture
 def tiny_vae():
+    import torch
     from diffusers import AutoencoderKL
 
     with torch.random.fork_rng():

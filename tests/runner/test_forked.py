@@ -1,19 +1,19 @@
-"""Kernels that are forked, in a process of their own: its end ends them."""
+"""Kernels that are forked: they work, their end is seen, and the end of their parent ends them."""
 
 import json
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import nbformat
 import psutil
+import pytest
+from command_line import run_forked
+from helpers import CHILDREN
 
-ROOT = Path(__file__).parents[2]
+from vaelab.runner import execute
+
 CELL = """
 import os, signal, time
-import psutil, torch
 from vaelab import runner
 run = runner.start("10_one", globals())
 if act == "die":
@@ -21,28 +21,17 @@ if act == "die":
 if act == "wait":
     open("pid", "w").write(str(os.getpid()))
     time.sleep(60)
+import psutil, torch
 run.metric("forked", "forkserver" in " ".join(psutil.Process().parent().cmdline()))
 run.metric("threads", torch.get_num_threads())
 run.metric("leads_its_group", os.getpgid(0) == os.getpid())
 run.save()
 """
-SCRIPT = """
-import os
-from pathlib import Path
-from vaelab.runner import execute, forked
-
-if __name__ == "__main__":
-    forked.LIBRARIES = ["torch", "matplotlib.pyplot", "ipykernel.kernelapp", "no_such_library"]
-    os.environ["OMP_NUM_THREADS"] = "1"
-    for name in ("work", "die", "wait"):
-        try:
-            execute.run(Path("params/10_one") / f"{name}.yaml", show_output=False, fork=True)
-        except execute.RunFailed as error:
-            Path("error").write_text(str(error))
-"""
 
 
-def test_forked_kernels_work_and_their_end_and_their_parents_are_seen(tmp_path):
+@pytest.fixture
+def project(tmp_path, monkeypatch, forked_kernels):
+    monkeypatch.chdir(tmp_path)
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
     nb = nbformat.v4.new_notebook(metadata={"kernelspec": kernel})
     parameters = 'act: str = ""  # what to do\noutput_dir: str = ""  # folder\noverwrite: bool = False'
@@ -54,16 +43,29 @@ def test_forked_kernels_work_and_their_end_and_their_parents_are_seen(tmp_path):
     for name in ("work", "die", "wait"):
         text = f"act: {name}\noutput_dir: outputs/10_one/{name}\n"
         (tmp_path / "params" / "10_one" / f"{name}.yaml").write_text(text)
-    (tmp_path / "script.py").write_text(SCRIPT)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen([sys.executable, "script.py"], cwd=tmp_path, env=environment)
-    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
-        assert process.poll() is None
-        time.sleep(0.1)
-    waiting = psutil.Process(int((tmp_path / "pid").read_text()))
-    process.kill()
-    process.wait()
-    waiting.wait(timeout=20)
-    results = json.loads((tmp_path / "outputs" / "10_one" / "work" / "results.json").read_text())
+    return tmp_path
+
+
+def test_forked_kernel_works(project):
+    execute.run(Path("params/10_one/work.yaml"), show_output=False, fork=True)
+    results = json.loads((project / "outputs" / "10_one" / "work" / "results.json").read_text())
     assert results["metrics"] == {"forked": True, "threads": 1, "leads_its_group": True}
-    assert "10_one/die failed: the kernel died" in (tmp_path / "error").read_text()
+
+
+def test_end_of_a_forked_kernel_is_seen(project):
+    with pytest.raises(execute.RunFailed, match="10_one/die failed: the kernel died"):
+        execute.run(Path("params/10_one/die.yaml"), show_output=False, fork=True)
+
+
+def test_forked_kernel_ends_with_its_parent(project):
+    """Its server imports what is installed of a list."""
+    libraries = ["ipykernel.kernelapp", "no_such_library"]
+    process = CHILDREN.Process(target=run_forked, args=("params/10_one/wait.yaml", libraries))
+    process.start()
+    while not (project / "pid").exists() or not (project / "pid").read_text():
+        assert process.is_alive()
+        time.sleep(0.1)
+    waiting = psutil.Process(int((project / "pid").read_text()))
+    process.kill()
+    process.join()
+    waiting.wait(timeout=20)
