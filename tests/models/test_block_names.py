@@ -58,7 +58,12 @@ def test_shapes_are_those_of_what_is_captured(small_pipeline, name):
     }
 
 
-def test_listing_the_blocks_computes_nothing_and_leaves_the_model_alone(small_pipeline):
+@pytest.fixture
+def nothing_known(monkeypatch):
+    monkeypatch.setattr(module, "_example_outputs", {})
+
+
+def test_listing_the_blocks_computes_nothing_and_leaves_the_model_alone(small_pipeline, nothing_known):
     model = find_denoiser(small_pipeline("sd"))
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     state = torch.get_rng_state()
@@ -69,7 +74,7 @@ def test_listing_the_blocks_computes_nothing_and_leaves_the_model_alone(small_pi
     assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
 
 
-def test_listing_the_blocks_warns_of_nothing(small_pipeline, complaints):
+def test_listing_the_blocks_warns_of_nothing(small_pipeline, nothing_known, complaints):
     for name in PIPELINES:
         blocks(small_pipeline(name))
     assert complaints() == []
@@ -101,6 +106,13 @@ def test_sdxl_has_the_papers_eleven_cross_attention_blocks(sample_size, side):
     assert found["up.1.0"] == ("up_blocks.1.attentions.0", (2 * side, 2 * side, 640))
     assert found["mid.0"] == ("mid_block.attentions.0", (side, side, 1280))
     assert blocks(model.to(torch.float16)) == found
+
+
+def test_blocks_found_before_are_those_of_the_same_configuration_alone():
+    small = real(diffusers.DiTTransformer2DModel, **{**WIDE, "num_layers": 1}, sample_size=8)
+    assert blocks(small) == blocks(small) == {"block0": ("transformer_blocks.0", (4, 4, 1152))}
+    other = real(diffusers.DiTTransformer2DModel, **{**WIDE, "num_layers": 1}, sample_size=16)
+    assert blocks(other)["block0"].shape == (8, 8, 1152)
 
 
 def test_stable_diffusion_1_5_at_its_real_size():
