@@ -143,15 +143,15 @@ def choose_features(pool: Pool, count: int, least: int, given: Sequence[int] = (
     Raises:
         ValueError: a given feature, or every feature, is active in fewer pictures.
     """
-    active = pool.active()
+    active = dict(zip(pool.features, pool.active().tolist(), strict=True))
     for feature in given:
         if active[feature] < least:
             raise ValueError(
                 f"features: {feature} of {pool.block} is active in {active[feature]} pictures of a half of the pool, "
                 f"and a caption needs {least}"
             )
-    usable = np.flatnonzero(active >= least)
-    if not len(usable):
+    usable = [feature for feature, pictures in active.items() if pictures >= least]
+    if not usable:
         raise ValueError(
             f"pool: no feature of {pool.block} is active in {least} of the {len(pool.items) // 2} pictures of a half"
         )
@@ -174,17 +174,17 @@ def choose_pictures(pool: Pool, feature: int, seed: int = 0) -> ShownPictures:
     items, means = np.array(pool.items[::2]), pool.column(feature)[::2]
     active = np.argsort(-means, kind="stable")[: np.count_nonzero(means > 0)]
     strongest, rest = active[:STRONGEST], active[STRONGEST:]
-    progression: list[int] = []
-    for share in range(PROGRESSION, 0, -1):
-        if not len(rest):
-            break
-        nearest = np.abs(means[rest] - share / 10 * means[active[0]]).argmin()
-        progression.append(rest[nearest])
-        rest = np.delete(rest, nearest)
-    progression.sort(key=lambda place: means[place])
     shuffled = np.random.default_rng(seed).permutation(len(items))
     weakest = shuffled[np.argsort(means[shuffled], kind="stable")]
-    unrelated = weakest[~np.isin(weakest, [*strongest, *progression])][:UNRELATED]
+    unrelated = weakest[~np.isin(weakest, strongest)][:UNRELATED]
+    rest = rest[~np.isin(rest, unrelated)]
+    progression: list[int] = []
+    for share in range(PROGRESSION, 0, -1):
+        if len(rest):
+            nearest = np.abs(means[rest] - share / 10 * means[active[0]]).argmin()
+            progression.append(rest[nearest])
+            rest = np.delete(rest, nearest)
+    progression.sort(key=lambda place: means[place])
     return ShownPictures(*(items[np.array(places, int)].tolist() for places in (unrelated, progression, strongest)))
 
 
@@ -330,10 +330,10 @@ def name_by_factors(pool: Pool, scenes: Sequence[Scene]) -> list[Caption]:
         One caption per feature.
     """
     shown = shown_values(scenes[::2])
-    share = shown.mean(0)
-    usable = np.flatnonzero((share > 0) & (share < 1))
+    count = shown.sum(0)
+    usable = np.flatnonzero((count > 0) & (count < len(shown)))
     found, _ = best_f1(pool.means[::2], shown[:, usable], signed=False)
-    everything = 2 * share[usable] / (1 + share[usable])
+    everything = 2 * count[usable] / (len(shown) + count[usable])
     captions = []
     for f1 in found.T:
         gain = f1 - everything
