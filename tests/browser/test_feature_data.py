@@ -366,7 +366,8 @@ def test_a_transcoder_and_unknown_autoencoders_are_refused(small, tmp_path):
 
 
 def test_captions_of_another_run_are_refused(tmp_path):
-    rows = [{"block": "up.1.2", "feature": 3, "caption": "rings", "reasoning": "", "score": 0.8}]
+    rows = [{"block": "up.1.2", "feature": 3, "caption": "rings", "reasoning": "", "score": 0.8},
+            {"block": "up.1.2", "feature": 4, "caption": "", "reasoning": "", "score": None}]  # fmt: skip
     params = {"saes": "outputs/31_train_sae/demo", "k": 10, "n_features": 256}
     write_json(tmp_path / "results.json", {
         "notebook": "36_annotate_features", "params": params, "metrics": {}, "tables": {"captions": rows},

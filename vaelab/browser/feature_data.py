@@ -148,7 +148,7 @@ class FeatureData:
         at_least("examples", examples, 1)
         own = None if scores is None else scores[scores["who"] == "sae"]
         for name, table in {"scores": own, "captions": captions}.items():
-            if table is not None and table["feature"].max() >= sae.config.n_features:
+            if table is not None and table["feature"].max() >= sae.config.n_features:  # NaN of an empty table is not
                 raise ValueError(
                     f"{name}: has feature {table['feature'].max()}; the autoencoder of {block} has features 0 to "
                     f"{sae.config.n_features - 1}, so they belong to another one"
@@ -637,7 +637,8 @@ def read_captions(folder: str, block: str, autoencoders: Mapping[str, Any]) -> p
         ValueError: the folder holds no such run, or the run is of other autoencoders or has no captions of the block.
     """
     table = _own_table("captions", folder, "36_annotate_features", "captions", block, autoencoders)
-    return table[["feature", "caption", "reasoning", "score"]].drop_duplicates("feature")
+    table = table.loc[table["caption"] != "", ["feature", "caption", "reasoning", "score"]]  # not those that failed
+    return table.drop_duplicates("feature").astype({"score": float})
 
 
 def read_scores(folder: str, block: str, autoencoders: Mapping[str, Any]) -> pd.DataFrame:
@@ -724,7 +725,7 @@ def embed_directions(directions: Tensor, seed: int = 0) -> np.ndarray:
     vectors, n = directions.float().numpy(), len(directions)
     if 8 <= n <= TSNE_MOST:
         perplexity = min(30.0, (n - 1) / 3)
-        found = TSNE(2, perplexity=perplexity, metric="cosine", init="pca", random_state=seed).fit_transform(vectors)
+        found = TSNE(2, perplexity=perplexity, metric="cosine", max_iter=500, random_state=seed).fit_transform(vectors)
     elif n > 1:
         found = PCA(2, svd_solver="covariance_eigh", random_state=seed).fit_transform(vectors)
     else:
