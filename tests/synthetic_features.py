@@ -60,7 +60,7 @@ class SyntheticFeatures:
             tiles[: len(own)] = own * shade
             sheet = tiles.reshape(rows, columns, side, side, 3).transpose(0, 2, 1, 3, 4)
             buffer = io.BytesIO()
-            Image.fromarray(sheet.reshape(rows * side, columns * side, 3)).save(buffer, "WEBP", quality=80)
+            Image.fromarray(sheet.reshape(rows * side, columns * side, 3)).save(buffer, "JPEG", quality=80)
             self.sprites.append(buffer.getvalue())
 
     def card(self, feature):

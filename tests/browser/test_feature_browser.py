@@ -252,6 +252,8 @@ def selects_by_lasso(lab):
 
 
 def zooms_to_thumbnails(lab):
+    lab.widget.get_by_label("colour of the dots").select_option("value")
+    assert lab.page.locator(".legend").text_content() == "colourshapeno valuenot listed"
     drawn = lambda: lab.page.get_attribute(".map", "data-drawn")  # noqa: E731
     assert drawn() == "dots"
     for _ in range(3):
@@ -317,11 +319,13 @@ def turns(lab):
     assert made == 2
     lab.press("Turn")  # nothing has changed
     assert (lab.source("before"), lab.source("after"), lab.python("data.generations")) == (before, after, made)
-    lab.widget.get_by_label("strength, as a number").fill("2")
-    lab.press("Turn")
-    assert (
-        lab.source("before") == before and lab.source("after") != after and lab.python("data.generations") == made + 1
-    )
+    for strength in ("3", "2"):  # the first is overtaken
+        lab.widget.get_by_label("strength, as a number").fill(strength)
+        lab.widget.get_by_role("button", name="Turn", exact=True).click()
+    lab.settle()
+    assert (lab.pixels("img.shot[alt^=after]")[5, 5] == [182, 102, 102]).all()
+    assert lab.source("before") == before and lab.source("after") != after
+    assert lab.python("data.generations") <= made + 2
 
 
 def drags(lab):
@@ -399,11 +403,17 @@ def asks_what_is_active(lab):
 def keeps_and_exports(lab):
     lab.tab("See")
     lab.press("keep feature 7")
-    lab.tab("Keep")
-    note = lab.widget.get_by_label("note on feature 7")
-    note.fill("round <b>and</b> red")
-    note.blur()
+    lab.page.get_by_label("open feature 8", exact=False).first.click()
     lab.settle()
+    lab.press("keep feature 8")
+    lab.tab("Keep")
+    lab.page.evaluate("""() => document.querySelectorAll(".shelf textarea").forEach((note, place) => {
+        note.value = ["round <b>and</b> red", "not round"][place];
+        note.dispatchEvent(new Event("change"));
+    })""")  # at once: the second must not undo the first
+    lab.settle()
+    assert lab.python("data.shelf") == {"7": "round <b>and</b> red", "8": "not round"}
+    lab.press("remove feature 8 from the shelf")
     assert lab.python("data.shelf") == {"7": "round <b>and</b> red"}
     with lab.page.expect_download() as download:
         lab.press("export feature 7 as a page")

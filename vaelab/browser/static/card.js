@@ -17,7 +17,8 @@ function chart(label, unit, xs, ys, isBars) {
        ...xs.map((x, place) => h("rect", { x: toX(x) - 3, y: toY(ys[place]) - 3, width: 6, height: 6, class: "bar" },
          h("title", {}, `${shown(x)}: ${shown(ys[place])}`)))];
   return h("svg", {
-    viewBox: `0 0 ${width} ${height}`, class: "chart", role: "img", "aria-label": `${label}, ${shown(first)} to ${shown(last)}`,
+    viewBox: `0 0 ${width} ${height}`, class: "chart", role: "img",
+    "aria-label": `${label}, ${shown(first)} to ${shown(last)}`,
   },
     h("text", { x: left, y: 11, class: "chart-title" }, label), marks,
     h("line", { x1: left, x2: width - left, y1: height - bottom, y2: height - bottom, class: "axis" }),
@@ -37,15 +38,17 @@ function exampleTile() {
     clear: shownPicture.clear,
     show(example) {
       element.hidden = false;
-      shownPicture.show(example.picture, example.prompt || `item ${example.item}`);
-      element.title = `${example.prompt || `item ${example.item}`}${example.seed === undefined || example.seed === null ? "" : `, seed ${example.seed}`}`;
+      const name = example.prompt || `item ${example.item}`;
+      shownPicture.show(example.picture, name);
+      element.title = `${name}, seed ${example.seed ?? "unknown"}`;
       caption.replaceChildren(h("b", {}, shown(example.activation)), h("small", {}, example.group));
       const [rows, columns] = [example.map.length, example.map[0].length];
       canvas.width = columns;
       canvas.height = rows;
       const pixels = new ImageData(columns, rows);
+      const span = example.vmax - example.vmin || 1;
       example.map.flat().forEach((value, place) => {
-        if (value > 0) pixels.data.set([...colourAt(TURBO, (value - example.vmin) / (example.vmax - example.vmin || 1)), 255], 4 * place);
+        if (value > 0) pixels.data.set([...colourAt(TURBO, (value - example.vmin) / span), 255], 4 * place);
       });
       canvas.getContext("2d").putImageData(pixels, 0, 0);
     },
@@ -55,7 +58,8 @@ function exampleTile() {
 function cardPanel(app) {
   const tiles = []; // kept from card to card, so that pictures are swapped and not made anew
   const grid = h("div", { class: "examples" });
-  const deciles = h("p", { class: "hint wide" }, "One of each decile of the items in which it is active, the strongest first");
+  const deciles = h("p", { class: "hint wide" },
+    "One of each decile of the items in which it is active, the strongest first");
   const opacity = h("input", { type: "range", min: 0, max: 1, step: 0.05, value: 0.6,
     oninput: () => grid.style.setProperty("--heat", opacity.value) });
   const content = h("div", { class: "card" });
@@ -66,14 +70,16 @@ function cardPanel(app) {
   const facts = h("dl", { class: "facts" });
   const rest = h("div", { class: "card-rest" });
   content.append(head, facts,
-    h("div", { class: "line" }, h("h4", {}, "Where it is most active"), h("span", { class: "push" }), labelled("Heat map", opacity)),
+    h("div", { class: "line" }, h("h4", {}, "Where it is most active"), h("span", { class: "push" }),
+      labelled("Heat map", opacity)),
     grid, rest);
 
   function showFacts(feature) {
     const known = app.table.columns.filter((one) => !["feature", "caption", "words"].includes(one.name));
     facts.replaceChildren(...known.flatMap((one) => {
       const value = one.numbers ? shown(one.numbers[feature]) : one.texts[feature] || "–";
-      return value === "–" ? [] : [h("div", { title: EXPLAINED[one.name] }, h("dt", {}, title(one.name)), h("dd", {}, value))];
+      if (value === "–") return [];
+      return [h("div", { title: EXPLAINED[one.name] }, h("dt", {}, title(one.name)), h("dd", {}, value))];
     }));
   }
 
@@ -128,13 +134,18 @@ function cardPanel(app) {
     showFacts(feature);
     showExamples(card.examples);
     const { histogram, timesteps, twin } = card;
-    rest.replaceChildren(
-      h("div", { class: "charts" },
-        histogram?.counts.length ? chart("Activations (log count)", "activation", histogram.edges, histogram.counts, true) : "",
-        timesteps?.timestep.length > 1 ? chart("Mean activation over timesteps", "timestep", timesteps.timestep, timesteps.mean, false) : ""),
+    const charts = h("div", { class: "charts" });
+    if (histogram.counts.length) {
+      charts.append(chart("Activations (log count)", "activation", histogram.edges, histogram.counts, true));
+    }
+    if (timesteps.timestep.length > 1) {
+      charts.append(chart("Mean activation over timesteps", "timestep", timesteps.timestep, timesteps.mean, false));
+    }
+    const twins = twin && `feature ${twin.feature} of the autoencoder with seed ${twin.seed}, cosine ${shown(twin.cosine)}`;
+    rest.replaceChildren(charts,
       related("Active at the same positions", card.co_active, (share) => `${Math.round(100 * share)} %`) ?? "",
       related("Nearest directions", card.nearest, (cosine) => `cos ${cosine.toFixed(2)}`) ?? "",
-      twin ? h("p", { class: "twin" }, h("b", {}, "Twin: "), `feature ${twin.feature} of the autoencoder with seed ${twin.seed}, cosine ${twin.cosine.toFixed(3)}`) : "",
+      twin ? h("p", { class: "twin" }, h("b", {}, "Twin: "), twins) : "",
       card.scores?.length ? h("div", {}, h("h4", {}, "Scores and their controls"), scoresTable(card.scores)) : "",
       card.reasoning ? h("details", {}, h("summary", {}, "Reasoning behind the caption"), h("p", {}, card.reasoning)) : "");
   }

@@ -202,11 +202,14 @@ const TURBO = [
   "#dd3d08", "#b71d02",
 ];
 
+/** "#rrggbb" as [r, g, b]. */
+const fromHex = (hex) => [1, 3, 5].map((start) => parseInt(hex.slice(start, start + 2), 16));
+const toCss = (colour) => `rgb(${colour.join(" ")})`;
+
 /** The colour [r, g, b] at a place from 0 to 1 of a colour map. */
 function colourAt(map, place) {
   const position = Math.min(Math.max(place, 0), 1) * (map.length - 1);
   const low = Math.min(Math.floor(position), map.length - 2);
-  const parts = (hex) => [1, 3, 5].map((start) => parseInt(hex.slice(start, start + 2), 16));
-  const [from, to] = [parts(map[low]), parts(map[low + 1])];
+  const [from, to] = [fromHex(map[low]), fromHex(map[low + 1])];
   return from.map((value, channel) => Math.round(value + (to[channel] - value) * (position - low)));
 }

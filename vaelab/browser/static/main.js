@@ -30,7 +30,8 @@ function buildBrowser(root, model, link, { report, busy }, start) {
     return found && { answer: unpack(found.answer, found.buffers) };
   };
   app.textOf = (feature, name) => column(name)?.texts?.[feature] ?? "";
-  app.nameOf = (feature) => [feature, app.textOf(feature, "caption") || app.textOf(feature, "words")].filter((part) => part !== "").join(" · ");
+  app.captionOf = (feature) => app.textOf(feature, "caption") || app.textOf(feature, "words");
+  app.nameOf = (feature) => [feature, app.captionOf(feature)].filter((part) => part !== "").join(" · ");
   app.thumbs = thumbnails(start.sprites, start.sprite_grid);
   app.thumbs.ready.then(() => find.draw());
   app.list = featureList(app);
@@ -108,7 +109,8 @@ function buildBrowser(root, model, link, { report, busy }, start) {
   }
 
   const bar = h("div", { class: "tabs", role: "tablist", "aria-label": "Parts of the feature browser" }, tabs);
-  root.append(h("div", { class: "parts" }, h("div", { class: "detail" }, bar, panels.see, panels.turn, panels.keep), find.element));
+  const detail = h("div", { class: "detail" }, bar, panels.see, panels.turn, panels.keep);
+  root.append(h("div", { class: "parts" }, detail, find.element));
   let wasNarrow = null;
   const observer = new ResizeObserver(() => {
     if (narrow() === wasNarrow) return;

@@ -12,8 +12,8 @@ const groupsOf = (column) => [...new Set(column.texts.filter(Boolean).map(groupO
 
 function featureMap(app) {
   const { columns, positions, count } = app.table;
-  const numeric = columns.filter((one) => one.numbers && one.name !== "feature" && one.numbers.some((v) => !Number.isNaN(v)));
-  const grouped = columns.filter((one) => one.texts && groupsOf(one).length > 0 && groupsOf(one).length <= GROUPS.length);
+  const numeric = columns.filter((one) => one.numbers && one.name !== "feature" && hasValues(one));
+  const grouped = columns.filter((one) => one.texts && hasValues(one) && groupsOf(one).length <= GROUPS.length);
   const canvas = h("canvas", {
     class: "map", tabindex: "0", role: "img",
     "aria-label": "Map of the features. Arrow keys move, plus and minus zoom, Enter opens the feature at the centre",
@@ -48,9 +48,10 @@ function featureMap(app) {
   function groupColours(column) {
     const groups = groupsOf(column);
     colours = Uint8Array.from(column.texts, (text) => (text ? groups.indexOf(groupOf(text)) : 255));
-    paletteOn = () => GROUPS;
-    legend.replaceChildren(...groups.flatMap((group, place) =>
-      [h("i", { "aria-hidden": "true", style: `background: ${GROUPS[place]}` }), group]), without, "no value", unlisted, "not listed");
+    paletteOn = () => GROUPS.map(fromHex);
+    const named = groups.flatMap((group, place) =>
+      [h("i", { "aria-hidden": "true", style: `background: ${GROUPS[place]}` }), group]);
+    legend.replaceChildren(...named, without, "no value", unlisted, "not listed");
   }
 
   /** A colour bucket per feature, from the 2nd to the 98th percentile; logarithmic where the values span a lot. */
@@ -62,7 +63,8 @@ function featureMap(app) {
     const logarithmic = sorted[0] >= 0 && positive.length > 1 && at(positive, 0.98) > 50 * at(positive, 0.02);
     const used = logarithmic ? positive : sorted;
     const [low, high] = [at(used, 0.02), at(used, 0.98)];
-    const scale = (value) => (logarithmic ? Math.log(value / low) / Math.log(high / low) : (value - low) / (high - low || 1));
+    const scale = (value) =>
+      logarithmic ? Math.log(value / low) / Math.log(high / low) : (value - low) / (high - low || 1);
     colours = new Uint8Array(count);
     for (let feature = 0; feature < count; feature++) {
       const value = numbers[feature];
@@ -76,7 +78,7 @@ function featureMap(app) {
   /** Viridis, without its darkest part on a dark ground. */
   function viridisOn(dark) {
     const from = dark ? 0.25 : 0;
-    return Array.from({ length: 32 }, (_, step) => `rgb(${colourAt(VIRIDIS, from + ((1 - from) * step) / 31).join(" ")})`);
+    return Array.from({ length: 32 }, (_, step) => colourAt(VIRIDIS, from + ((1 - from) * step) / 31));
   }
 
   function paint() {
@@ -90,45 +92,60 @@ function featureMap(app) {
     context.clearRect(0, 0, width, height);
     const ink = getComputedStyle(canvas).color;
     palette = paletteOn(Number(ink.match(/\d+/)[0]) > 127);
-    bar.style.background = `linear-gradient(90deg, ${palette.join(", ")})`;
-    const [faint, empty] = [unlisted, without].map((one) => getComputedStyle(one).backgroundColor);
+    bar.style.background = `linear-gradient(90deg, ${palette.map(toCss).join(", ")})`;
+    const [faint, empty] = [unlisted, without].map((one) => getComputedStyle(one).backgroundColor.match(/\d+/g).map(Number));
     const { inside, rows } = app.list;
     const inSight = (x, y) => x > -32 && y > -32 && x < width + 32 && y < height + 32;
-    const buckets = Array.from({ length: 34 }, () => []); // 32 colours, no value, filtered out
+    const layers = [faint, empty, ...palette].map((colour) => ({ colour, places: [] })); // drawn in this order
     const seen = [];
     for (let feature = 0; feature < count; feature++) {
       const [x, y] = toScreen(feature);
       if (!inSight(x, y)) continue;
-      const bucket = inside[feature] ? Math.min(colours[feature], 32) : 33;
-      buckets[bucket].push(x, y);
+      layers[inside[feature] ? (colours[feature] === 255 ? 1 : 2 + colours[feature]) : 0].places.push(x, y);
       if (inside[feature]) seen.push(feature);
     }
     const radius = Math.min(5, Math.max(1.1, (70 * Math.sqrt(view.scale)) / Math.sqrt(count)));
-    const dots = (places, colour, r) => {
-      context.fillStyle = colour;
-      context.beginPath();
-      for (let i = 0; i < places.length; i += 2) {
-        if (count > 20000) context.rect(places[i] - r, places[i + 1] - r, 2 * r, 2 * r);
-        else {
-          context.moveTo(places[i] + r, places[i + 1]);
-          context.arc(places[i], places[i + 1], r, 0, 7);
-        }
-      }
-      context.fill();
-    };
-    dots(buckets[33], faint, radius * 0.8);
-    dots(buckets[32], empty, radius);
-    palette.forEach((colour, step) => dots(buckets[step], colour, radius));
+    if (count > 20000) paintSquares(layers, Math.round(radius * ratio), ratio);
+    else paintDiscs(layers, radius);
     const thumbs = seen.length <= THUMBS_FROM && seen.length > 0;
     canvas.dataset.drawn = thumbs ? "thumbnails" : "dots";
-    if (thumbs) paintThumbnails(rows, new Set(seen));
+    if (thumbs) paintThumbnails(rows, new Set(seen), empty);
     if (app.feature >= 0) ring(toScreen(app.feature), ink);
     if (drag?.path) paintLasso(ink);
-    if (document.activeElement === canvas || canvas.getRootNode().activeElement === canvas) paintCentre(width, height, ink);
+    if (canvas.matches(":focus")) paintCentre(width, height, ink);
+  }
+
+  function paintDiscs(layers, radius) {
+    for (const { colour, places } of layers) {
+      context.fillStyle = toCss(colour);
+      context.beginPath();
+      for (let i = 0; i < places.length; i += 2) {
+        context.moveTo(places[i] + radius, places[i + 1]);
+        context.arc(places[i], places[i + 1], radius, 0, 7);
+      }
+      context.fill();
+    }
+  }
+
+  /** Squares written as pixels: for very many features much faster than discs. */
+  function paintSquares(layers, reach, ratio) {
+    const image = context.createImageData(canvas.width, canvas.height);
+    const pixels = new Uint32Array(image.data.buffer);
+    for (const { colour: [red, green, blue], places } of layers) {
+      const value = (255 << 24) | (blue << 16) | (green << 8) | red; // bytes in the order of little-endian machines
+      for (let i = 0; i < places.length; i += 2) {
+        const [left, top] = [Math.round(places[i] * ratio), Math.round(places[i + 1] * ratio)];
+        const [from, to] = [Math.max(0, left - reach), Math.min(canvas.width, left + reach)];
+        for (let y = Math.max(0, top - reach); y < Math.min(canvas.height, top + reach); y++) {
+          if (from < to) pixels.fill(value, y * canvas.width + from, y * canvas.width + to);
+        }
+      }
+    }
+    context.putImageData(image, 0, 0);
   }
 
   /** Thumbnails in the order of the table, where they do not cover one another; the other features stay dots. */
-  function paintThumbnails(rows, seen) {
+  function paintThumbnails(rows, seen, empty) {
     const side = 32;
     const taken = new Map();
     for (const feature of rows) {
@@ -142,7 +159,7 @@ function featureMap(app) {
       }
       if (!free) continue;
       taken.set(`${column},${row}`, [x, y]);
-      context.fillStyle = colours[feature] === 255 ? getComputedStyle(without).backgroundColor : palette[colours[feature]];
+      context.fillStyle = toCss(colours[feature] === 255 ? empty : palette[colours[feature]]);
       context.fillRect(x - side / 2 - 2, y - side / 2 - 2, side + 4, side + 4);
       app.thumbs.draw(context, feature, x - side / 2, y - side / 2, side);
     }
@@ -227,7 +244,8 @@ function featureMap(app) {
     pointerdown(event) {
       if (event.button) return;
       canvas.setPointerCapture(event.pointerId);
-      drag = { x: event.offsetX, y: event.offsetY, moved: false, path: mode === "lasso" ? [[event.offsetX, event.offsetY]] : null };
+      const { offsetX: x, offsetY: y } = event;
+      drag = { x, y, moved: false, path: mode === "lasso" ? [[x, y]] : null };
     },
     pointermove(event) {
       if (!drag) {
@@ -282,8 +300,8 @@ function featureMap(app) {
   const setMode = (value) => { mode = value; canvas.dataset.mode = value; };
   setMode("move");
   const start = numeric.some((one) => one.name === "f1") ? "f1" : "frequency";
-  const colour = select([...numeric, ...grouped].map(({ name }) => [name, `colour: ${title(name)}`]), () => { choose(colour.value); draw(); },
-    { "aria-label": "colour of the dots" });
+  const colour = select([...numeric, ...grouped].map(({ name }) => [name, `colour: ${title(name)}`]),
+    () => { choose(colour.value); draw(); }, { "aria-label": "colour of the dots" });
   colour.value = start;
   choose(start);
   const observer = new ResizeObserver(draw);

@@ -10,18 +10,23 @@ function shelfPanel(app) {
   function draw() {
     hint.hidden = shelf.length > 0;
     exportAll.hidden = !shelf.length;
-    items.replaceChildren(...shelf.map((one) => h("li", {},
-      featureButton(app, one.feature, ""),
-      h("div", { class: "grow" }, h("p", { class: "caption" }, app.textOf(one.feature, "caption") || app.textOf(one.feature, "words")),
-        h("textarea", { rows: 2, placeholder: "note", "aria-label": `note on feature ${one.feature}`, value: one.note,
-          onchange: (event) => save(shelf.map((other) => (other === one ? { ...one, note: event.target.value } : other))) })),
-      button("Export", () => app.exportFeature(one.feature), { "aria-label": `export feature ${one.feature} as a page` }),
-      button("×", () => save(shelf.filter((other) => other !== one)), { "aria-label": `remove feature ${one.feature} from the shelf` }))));
+    items.replaceChildren(...shelf.map(item));
+  }
+
+  function item(one) {
+    const { feature } = one;
+    const write = (note) => save(shelf.map((other) => (other.feature === feature ? { feature, note } : other)));
+    const remove = () => { save(shelf.filter((other) => other.feature !== feature)); draw(); };
+    return h("li", {}, featureButton(app, feature, ""),
+      h("div", { class: "grow" }, h("p", { class: "caption" }, app.captionOf(feature)),
+        h("textarea", { rows: 2, placeholder: "note", "aria-label": `note on feature ${feature}`, value: one.note,
+          onchange: (event) => write(event.target.value) })),
+      button("Export", () => app.exportFeature(feature), { "aria-label": `export feature ${feature} as a page` }),
+      button("×", remove, { "aria-label": `remove feature ${feature} from the shelf` }));
   }
 
   async function save(next) {
     shelf = next; // at once, so that the next change builds on this one
-    draw();
     await app.ask("shelf", { shelf });
   }
 
@@ -29,7 +34,11 @@ function shelfPanel(app) {
   return {
     element,
     async keep(feature) {
-      if (!shelf.some((one) => one.feature === feature)) await save([...shelf, { feature, note: "" }]);
+      if (!shelf.some((one) => one.feature === feature)) {
+        const saved = save([...shelf, { feature, note: "" }]);
+        draw();
+        await saved;
+      }
       app.report(`Feature ${feature} is on the shelf.`);
     },
   };

@@ -3,7 +3,8 @@
 const ROW = 36; // px, as in the style sheet
 const TITLES = {
   feature: "feature", frequency: "frequency", mu: "mean act.", density: "density", specificity: "specificity",
-  f1: "truth F1", control: "random F1", value: "best value", stability: "stability", caption: "caption", caption_score: "caption score",
+  f1: "truth F1", control: "random F1", value: "best value", stability: "stability", caption: "caption",
+  caption_score: "caption score",
   words: "prompt words",
 };
 const EXPLAINED = {
@@ -16,6 +17,8 @@ const EXPLAINED = {
   stability: "cosine of its nearest feature in an autoencoder trained with another seed",
   caption_score: "how well the caption tells active from inactive pictures",
 };
+const hasValues = ({ numbers, texts: words }) =>
+  words ? words.some(Boolean) : numbers.some((value) => !Number.isNaN(value));
 const title = (name) => TITLES[name] ?? name.replaceAll("_", " ");
 
 /** Sorts and filters the features: `rows` is what is listed now, in order. */
@@ -158,6 +161,7 @@ function findPanel(app) {
 /** The rows in sight. Arrow keys move the marked row, Enter opens it. */
 function featureGrid(app, sortBy) {
   const list = app.list;
+  const known = app.table.columns.filter(hasValues).map((one) => one.name);
   const head = h("div", { class: "grid-head", role: "row" });
   const spacer = h("div", { class: "grid-space" });
   const scroller = h("div", {
@@ -172,15 +176,11 @@ function featureGrid(app, sortBy) {
 
   /** The columns for which there is room: those with values, in the narrow layout the sorted one and the caption. */
   function chooseColumns() {
-    const { columns } = app.table;
-    const filled = columns.filter((one) => one.texts ? one.texts.some(Boolean) : one.numbers.some((v) => !Number.isNaN(v)));
-    const known = filled.map((one) => one.name);
-    const words = known.includes("caption") ? "caption" : known.includes("words") ? "words" : null;
+    const words = ["caption", "words"].find((name) => known.includes(name));
     if (scroller.clientWidth > 620) return known.filter((name) => name !== "words" || words === "words");
-    const number = list.sort !== "rank" && list.sort !== "feature" && list.sort !== words && known.includes(list.sort)
-      ? [list.sort] : known.includes("frequency") ? ["frequency"] : [];
-    const room = scroller.clientWidth > 430 ? ["f1", "mu"].filter((one) => known.includes(one) && !number.includes(one)) : [];
-    return ["feature", ...number, ...room.slice(0, 1), ...(words ? [words] : [])];
+    const sorted = known.includes(list.sort) && !["feature", words].includes(list.sort) ? list.sort : "frequency";
+    const second = ["f1", "mu"].find((name) => known.includes(name) && name !== sorted);
+    return ["feature", sorted, scroller.clientWidth > 430 && second, words].filter(Boolean);
   }
 
   function build() {
@@ -189,8 +189,9 @@ function featureGrid(app, sortBy) {
       : one.numbers ? "minmax(84px, 0.8fr)" : one.name === "value" ? "minmax(90px, 1fr)" : "minmax(110px, 3fr)");
     scroller.style.setProperty("--columns", `32px ${widths.join(" ")}`);
     head.replaceChildren(h("span", { role: "columnheader" }, h("span", { class: "unseen" }, "thumbnail")),
-      ...columns.map((one) => h("span", { role: "columnheader", title: EXPLAINED[one.name], class: one.numbers ? "number" : "" },
-        h("button", { type: "button", onclick: () => sortBy(one.name), "data-name": one.name }, title(one.name)))));
+      ...columns.map((one) => h("span",
+        { role: "columnheader", title: EXPLAINED[one.name] ?? "", class: one.numbers ? "number" : "" },
+        button(title(one.name), () => sortBy(one.name), { "data-name": one.name }))));
     const visible = Math.ceil(scroller.clientHeight / ROW) + 2;
     lines = Array.from({ length: visible }, (_, place) => {
       const thumb = thumbnail(app);
@@ -231,8 +232,9 @@ function featureGrid(app, sortBy) {
       line.thumb.show(feature);
       names.forEach((name, column) => {
         const { numbers, texts: words } = app.table.columns.find((one) => one.name === name);
-        line.cells[column].textContent = name === "feature" ? String(feature) : numbers ? shown(numbers[feature]) : words[feature];
-        if (words) line.cells[column].title = words[feature];
+        const text = name === "feature" ? String(feature) : numbers ? shown(numbers[feature]) : words[feature];
+        line.cells[column].textContent = text;
+        line.cells[column].title = text;
       });
       if (place === marked) scroller.setAttribute("aria-activedescendant", line.element.id);
     });

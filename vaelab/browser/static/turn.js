@@ -88,8 +88,9 @@ function brushLayer(changed, asked) {
     asked(region);
   }
 
+  const inside = (value, most) => Math.min(Math.max(value, 0), most);
   const place = (event) => [event.offsetX / canvas.clientWidth, event.offsetY / canvas.clientHeight].map(
-    (share) => Math.min(Math.max(Math.floor(share * MASK), 0), MASK - 1));
+    (share) => inside(Math.floor(share * MASK), MASK - 1));
   const actions = {
     pointerdown(event) {
       if (event.button) return;
@@ -115,10 +116,10 @@ function brushLayer(changed, asked) {
     pointercancel() { start = null; },
     keydown(event) {
       const moves = { ArrowLeft: [-2, 0], ArrowRight: [2, 0], ArrowUp: [0, -2], ArrowDown: [0, 2] };
-      if (event.key in moves) cursor = cursor.map((value, axis) => Math.min(Math.max(value + moves[event.key][axis], 0), MASK - 1));
+      if (event.key in moves) cursor = cursor.map((value, axis) => inside(value + moves[event.key][axis], MASK - 1));
       else if (event.key === " " && state.tool === "ask") {
         const reach = Math.floor(state.size / 2);
-        box = [Math.max(0, cursor[0] - reach), Math.max(0, cursor[1] - reach), Math.min(MASK, cursor[0] + reach + 1), Math.min(MASK, cursor[1] + reach + 1)];
+        box = [-reach, -reach, reach + 1, reach + 1].map((step, side) => inside(cursor[side % 2] + step, MASK));
         ask();
       } else if (event.key === " ") { remember(); stamp(cursor); changed(); }
       else return;
@@ -156,13 +157,17 @@ function turnPanel(app) {
     oninput: () => { exact.value = strength.value; } });
   const exact = h("input", { type: "number", step: "any", value: 1, "aria-label": "strength, as a number",
     onchange: () => { strength.value = exact.value; changed(); } });
-  const control = h("input", { type: "checkbox", onchange: () => { figures.control.hidden = figures.controlDifference.hidden = !control.checked; changed(); } });
+  const control = h("input", { type: "checkbox", onchange: () => { showControl(); changed(); } });
 
   const heading = h("div", { class: "card-head" });
-  const shots = { before: picture("before", { class: "shot" }), after: picture("after", { class: "shot" }), control: picture("random direction", { class: "shot" }) };
-  const differences = { after: differenceCanvas("difference of before and after"), control: differenceCanvas("difference of before and the random direction") };
+  const shot = (alt) => picture(alt, { class: "shot" });
+  const shots = { before: shot("before"), after: shot("after"), control: shot("random direction") };
+  const differences = {
+    after: differenceCanvas("difference of before and after"),
+    control: differenceCanvas("difference of before and the random direction"),
+  };
   const layer = brushLayer(() => { tools(); changed(); }, askActive);
-  const figure = (text, ...parts) => h("figure", { class: "result" }, h("div", { class: "stack" }, parts), h("figcaption", {}, text));
+  const figure = (text, ...parts) => h("figure", {}, h("div", { class: "stack" }, parts), h("figcaption", {}, text));
   const figures = {
     before: figure("before", shots.before.element, layer.element),
     after: figure("after", shots.after.element),
@@ -170,7 +175,10 @@ function turnPanel(app) {
     control: figure("random direction, equal norm", shots.control.element),
     controlDifference: figure(`its difference × ${GAIN}`, differences.control.element),
   };
-  figures.control.hidden = figures.controlDifference.hidden = true;
+  const showControl = () => {
+    for (const one of [figures.control, figures.controlDifference]) one.hidden = !control.checked;
+  };
+  showControl();
   figures.control.classList.add("below-after");
 
   const brushSize = h("input", { type: "range", min: 2, max: 32, value: layer.state.size,
@@ -179,7 +187,8 @@ function turnPanel(app) {
   const clear = button("Clear mask", () => layer.clearMask());
   const tools = () => { undo.disabled = !layer.canUndo(); clear.disabled = !layer.painted(); };
   const active = h("div", { class: "active", role: "status" });
-  const help = "Click or drag in the picture before: the features active there are listed. Or paint a mask: the feature is turned only there.";
+  const help = "Click or drag in the picture before: the features active there are listed. Or paint a mask: "
+    + "the feature is turned only there.";
   const element = h("div", { class: "turn" }, heading,
     h("div", { class: "line" }, labelled("Prompt", prompt, "grow"), labelled("Seed", seed)),
     h("div", { class: "line" }, labelled("Strength (k mu)", strength, "grow"), exact, labelled("Way", way)),
@@ -188,7 +197,8 @@ function turnPanel(app) {
       button("Turn", () => { turnSoon.cancel(); turn(); }, { class: "main" })),
     h("div", { class: "results" }, Object.values(figures)),
     h("div", { class: "line" },
-      choice("What dragging in the picture does", [["ask", "What is active?"], ["paint", "Paint mask"], ["erase", "Erase"]], "ask",
+      choice("What dragging in the picture does",
+        [["ask", "What is active?"], ["paint", "Paint mask"], ["erase", "Erase"]], "ask",
         (value) => { layer.state.tool = value; layer.forgetBox(); }),
       labelled("Brush", brushSize), undo, clear),
     active);
@@ -252,7 +262,7 @@ function turnPanel(app) {
       const thumb = thumbnail(app);
       thumb.show(app.feature);
       heading.replaceChildren(thumb.element, h("div", { class: "grow" }, h("h3", {}, `Turn feature ${app.feature}`),
-        h("p", { class: "caption" }, app.textOf(app.feature, "caption") || app.textOf(app.feature, "words"))));
+        h("p", { class: "caption" }, app.captionOf(app.feature))));
       turn();
     },
     close: () => { turnSoon.cancel(); Object.values(shots).forEach((shot) => shot.clear()); },
