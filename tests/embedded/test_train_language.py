@@ -42,9 +42,9 @@ def test_a_batch_has_the_description_in_the_picture_s_place_and_learns_the_answe
 
 
 def test_a_trained_model_is_saved_and_loaded_as_the_embedded_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(train_language, "BATCH_SIZE", 2)
-    made = train_language.train_language_model(tmp_path / "training", steps=2, device="cpu")
-    assert [row["step"] for row in made.trained.history] == [2]
+    monkeypatch.setattr(train_language, "LESSONS", {"first": (2, 1), "second": (1, 3)})
+    made = train_language.train_language_model(tmp_path / "training", steps=[2, 1], device="cpu")
+    assert [trained.history[-1]["step"] for trained in made.lessons.values()] == [2, 1]
     asked = ["what is in the picture?"], ["a large red star on the left"]
     made.model.model.half().float()
     before = train_language.answers_from_descriptions(made.model, asked[1], asked[0])
@@ -55,6 +55,17 @@ def test_a_trained_model_is_saved_and_loaded_as_the_embedded_one(tmp_path, monke
     assert train_language.answers_from_descriptions(loaded, asked[1], asked[0]) == before
 
 
-def test_the_plan_names_the_training():
-    plan = train_language.plan_language_model(steps=3, device="cpu")
-    assert (plan.title, plan.steps, plan.seconds) == ("language model", 3, None)
+def test_a_conversation_of_the_second_lesson_has_several_questions(language):
+    batch = next(train_language.text_batches(4, language, questions=8)())
+    for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
+        assert (labels == language.tokenizer.eos_token_id).sum() == 8, "each answer ends"
+        assert language.tokenizer.decode(ids).count("user") == 8
+
+
+def test_the_plan_names_the_training_and_every_lesson_needs_its_steps():
+    plan = train_language.plan_language_model(steps=[3, 2], device="cpu")
+    assert (plan.title, plan.steps, plan.seconds) == ("language model", 5, None)
+    with pytest.raises(ValueError, match=r"^language_steps: expected one for each of one question, several questions"):
+        train_language.plan_language_model(steps=[3], device="cpu")
+    with pytest.raises(ValueError, match=r"^language_steps: must be at least 1, got 0"):
+        train_language.train_language_model("nowhere", steps=[3, 0])

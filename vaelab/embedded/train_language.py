@@ -3,11 +3,12 @@
 Its architecture is Llama's (Touvron et al. 2023), its tokenizer has one token for each word, and its chat template is
 LLaVA's. Where a multimodal model reads the tokens of a picture, this one reads the picture's description in words, and
 it learns to answer questions about it (:mod:`vaelab.world.questions`). It learns to reason about scenes before it has
-seen a picture, as language models do.
+seen a picture, as language models do. In the first lesson a conversation has one question, in the second several.
 """
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -28,7 +29,10 @@ from vaelab.world.scenes import sample
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-BATCH_SIZE = 32
+LESSONS = {"one question": (32, 1), "several questions": (8, 8)}
+"""The lessons: conversations of a step, and questions of a conversation."""
+HORIZON = 1.5
+"""Length of the first lesson's learning rate schedule, in units of its steps: it ends at a high learning rate."""
 WIDTH, LAYERS, HEADS = 128, 4, 4
 """Channels, layers and attention heads."""
 LONGEST = 256
@@ -44,7 +48,8 @@ class TrainedLanguageModel(NamedTuple):
     """Result of :func:`train_language_model`."""
 
     model: LanguageModel
-    trained: Trained
+    lessons: dict[str, Trained]
+    """The results of the lessons, by name."""
 
 
 class QuestionsObjective(nn.Module):
@@ -102,12 +107,17 @@ def new_language_model(tokenizer: "PreTrainedTokenizerFast", seed: int = 0) -> "
         return LlamaForCausalLM(config)
 
 
-def text_batches(batch_size: int, model: LanguageModel) -> Batches:
+def text_batches(batch_size: int, model: LanguageModel, questions: int = 1) -> Batches:
     """Make endless batches of conversations about training scenes, each with the scene's description in the picture's
     place, for :meth:`QuestionsObjective.forward`. The loss counts the answers alone.
 
-    A kind of question is drawn uniformly, but ``describe`` :data:`DESCRIBE_WEIGHT` times as often: its answer repeats
-    the description, and a model that has learned to copy soon learns to look up.
+    Kinds of questions are drawn without replacement, ``describe`` with :data:`DESCRIBE_WEIGHT` times the weight of the
+    others: its answer repeats the description, and a model that has learned to copy soon learns to look up.
+
+    Args:
+        batch_size: conversations of a batch.
+        model: the language model, whose tokenizer and chat template are used.
+        questions: the number of questions of a conversation, or fewer where a scene does not allow as many.
     """
     at_least("batch_size", batch_size, 1)
 
@@ -119,37 +129,58 @@ def text_batches(batch_size: int, model: LanguageModel) -> Batches:
             scene = sample(seed)
             asked = instructions(scene, seed)
             weights = np.array([DESCRIBE_WEIGHT if one.kind == "describe" else 1 for one in asked])
-            one = asked[rng.choice(len(asked), p=weights / weights.sum())]
-            rows.append(_with_description(model, describe(scene), Turn(one.question, one.answer)))
+            chosen = rng.choice(len(asked), min(questions, len(asked)), replace=False, p=weights / weights.sum())
+            turns = [Turn(asked[place].question, asked[place].answer) for place in chosen]
+            rows.append(_with_description(model, describe(scene), turns))
         return _padded(rows, model.padding)
 
     return NumberedBatches(make)
 
 
 def train_language_model(
-    folder: str | Path, *, steps: int, device: str = "auto", seed: int = 0
+    folder: str | Path, *, steps: Sequence[int], device: str = "auto", seed: int = 0
 ) -> TrainedLanguageModel:
-    """Train the small language model; an interrupted training is resumed from the folder's checkpoint.
+    """Train the small language model; an interrupted training is resumed from the folder's checkpoints.
 
     Args:
-        folder: the folder for the checkpoint.
-        steps: the number of steps, with 32 conversations each.
+        folder: the folder for the checkpoints.
+        steps: the number of steps of each lesson.
         device: the device to train on.
         seed: determines the initial weights.
+
+    Raises:
+        ValueError: ``steps`` does not have one number, at least 1, per lesson.
     """
+    require_language_steps(steps)
+    model, lessons = _new(seed), {}
+    for (name, (batch_size, questions)), count in zip(LESSONS.items(), steps, strict=True):
+        config = _training(count, device, seed, 1e-3 if lessons else 2e-3)
+        if not lessons:
+            config = replace(config, horizon=round(HORIZON * count))
+        lessons[name] = train(
+            QuestionsObjective(model.model), text_batches(batch_size, model, questions), config,
+            folder=Path(folder, name), title=f"language model, {name}",
+            settings={"batch_size": batch_size, "questions": questions, "width": WIDTH, "layers": LAYERS},
+        )  # fmt: skip
+    return TrainedLanguageModel(model, lessons)
+
+
+def plan_language_model(*, steps: Sequence[int], device: str = "auto", seed: int = 0) -> TrainingPlan:
+    """Estimate what :func:`train_language_model` takes; the arguments and the errors are its own."""
+    require_language_steps(steps)
     model = _new(seed)
-    trained = train(
-        QuestionsObjective(model.model), text_batches(BATCH_SIZE, model), _training(steps, device, seed),
-        folder=folder, settings={"batch_size": BATCH_SIZE, "width": WIDTH, "layers": LAYERS}, title="language model",
+    batch_size, questions = LESSONS["several questions"]
+    return plan_training(
+        QuestionsObjective(model.model), text_batches(batch_size, model, questions),
+        _training(sum(steps), device, seed, 1e-3), "language model", checkpoints=len(LESSONS),
     )  # fmt: skip
-    return TrainedLanguageModel(model, trained)
 
 
-def plan_language_model(*, steps: int, device: str = "auto", seed: int = 0) -> TrainingPlan:
-    """Estimate what :func:`train_language_model` takes; the arguments are its own."""
-    model = _new(seed)
-    batches = text_batches(BATCH_SIZE, model)
-    return plan_training(QuestionsObjective(model.model), batches, _training(steps, device, seed), "language model")
+def require_language_steps(steps: Sequence[int]) -> None:
+    """Raise ValueError unless there is one number of steps, at least 1, for each of the ``LESSONS``."""
+    if len(steps) != len(LESSONS):
+        raise ValueError(f"language_steps: expected one for each of {', '.join(LESSONS)}, got {list(steps)}")
+    at_least("language_steps", min(steps), 1)
 
 
 def save_language_model(model: LanguageModel, folder: str | Path) -> None:
@@ -174,10 +205,10 @@ def _new(seed: int) -> LanguageModel:
     return LanguageModel(new_language_model(tokenizer, seed), tokenizer, "embedded")
 
 
-def _with_description(model: LanguageModel, description: str, turn: Turn) -> list[Segment]:
+def _with_description(model: LanguageModel, description: str, turns: Sequence[Turn]) -> list[Segment]:
     """Write a conversation with a description in the picture's place."""
     ids = tuple(model.tokenizer(description, add_special_tokens=False).input_ids)
-    return [Segment(ids, "prompt") if one.kind == "picture" else one for one in model.segments([turn])]
+    return [Segment(ids, "prompt") if one.kind == "picture" else one for one in model.segments(turns)]
 
 
 def _padded(rows: Sequence[Sequence[Segment]], padding: int) -> dict[str, Tensor]:
@@ -193,9 +224,9 @@ def _padded(rows: Sequence[Sequence[Segment]], padding: int) -> dict[str, Tensor
     }
 
 
-def _training(steps: int, device: str, seed: int) -> TrainConfig:
+def _training(steps: int, device: str, seed: int, learning_rate: float) -> TrainConfig:
     options: dict[str, Any] = {"precision": training_precision(device), "device": device, "seed": seed}
     return TrainConfig(
-        steps=steps, learning_rate=2e-3, weight_decay=0.01, warmup=min(50, steps // 2), schedule="cosine", log_every=20,
-        checkpoint_every=50, **options,
+        steps=steps, learning_rate=learning_rate, weight_decay=0.01, warmup=min(50, steps // 2), schedule="cosine",
+        log_every=20, checkpoint_every=50, **options,
     )  # fmt: skip
