@@ -164,7 +164,7 @@ def summarise_captions(captions: pd.DataFrame, untrained: pd.DataFrame) -> pd.Da
 
     Returns:
         One row per block and kind of caption: ``block``, ``who``, ``mean`` with its 95 % interval ``low`` and ``high``
-        over features (NaN for a single one), ``features`` (scored ones) and ``captioned``, their share.
+        over features (cut at 0 and 1; NaN for a single one), ``features`` (scored ones) and ``captioned``, their share.
     """
     rows = []
     for block, own in captions.groupby("block", sort=False):
@@ -174,7 +174,7 @@ def summarise_captions(captions: pd.DataFrame, untrained: pd.DataFrame) -> pd.Da
         for name, scores in parts:
             scored = scores.dropna()
             interval = mean_interval(scored) if len(scored) else (np.nan,) * 3
-            low_mean_high = dict(zip(("mean", "low", "high"), interval, strict=True))
+            low_mean_high = dict(zip(("mean", "low", "high"), np.clip(interval, 0, 1).tolist(), strict=True))
             rows.append({"block": block, "who": name, **low_mean_high, "features": len(scored),
                          "captioned": len(scored) / max(len(scores), 1)})  # fmt: skip
     return pd.DataFrame(rows)
