@@ -197,17 +197,20 @@ def test_where_autoencoders_must_win_is_told(ica, words):
 def test_steering_is_told_beside_the_prompt_and_beside_finding():
     ends = {f"{name}{end}": 0.5 for name in ("effect", "selectivity", "damage", "distance") for end in turbo.ENDS}
     rows = [
-        {"block": "up.1.2", "direction": direction, "way": way, "strength": 2.0, **ends, "effect": effect}
-        for direction, way, effect in (("sae", "add", 0.3), ("mean_difference", "add", 0.6), ("prompt", "prompt", 1.0))
-    ]
-    found = [{"block": "up.1.2", "method": name, "f1": f1, "way": "add", "effect": effect, "selectivity": 0.5,
-              "damage": 2}
-             for name, f1, effect in (("sae", 0.4, 0.3), ("pca", 0.5, None), ("random", None, 0.1))]  # fmt: skip
-    tables = {"steering": rows, "steering_curve": rows, "find_or_change": found}
-    shown = turbo.steered(planted("35_feature_scores/full-steering", {}, tables, {"steered_values": 10}))
-    assert "60 % of pictures (difference of means, damage 0.50) and 100 % of pictures (the prompt" in shown.finding
-    assert "the prompt that names it | 1.00 (0.50 to 0.50)" in shown.blocks[1]
-    assert len(shown.blocks[3].splitlines()) == 3 and "| trained SAE | 0.40 | add | 0.30 |" in shown.blocks[3]
+        {"block": block, "direction": direction, "way": way, "strength": 2.0, **ends, "effect": effect}
+        for block in ("up.1.1", "up.1.2", "all")
+        for direction, way, effect in (
+            ("sae", "add", 0.3), ("mean_difference", "add", 0.6), ("random", "add", 0.1), ("prompt", "prompt", 1.0),
+        )
+    ]  # fmt: skip
+    scores = planted("35_feature_scores/full", {}, {"truth": scored("block", "up.1.2", sae=0.4, random=0.2, pca=0.5)})
+    tables = {"steering": rows, "steering_curve": rows[:8]}
+    shown = turbo.steered(scores, planted("35_feature_scores/full-steering", {}, tables, {"steered_values": 10}))
+    assert "60 % of pictures (difference of means, damage 0.50)" in shown.finding
+    assert "| prompt | the prompt that names it | 1.00 (0.50 to 0.50)" in shown.blocks[1]
+    assert len(shown.blocks[1].splitlines()) == 2 + 4
+    found = shown.blocks[3].splitlines()
+    assert len(found) == 4 and "| `up.1.2` | trained SAE | 0.40 | add | 0.30 |" in found[3]
 
 
 def test_a_missing_number_is_one_sentence():

@@ -15,7 +15,7 @@ from vaelab.report.runs import FinishedRun
 from vaelab.sae import truth_plots
 from vaelab.sae.interventions import PAPER_TABLE_2, PAPER_WIDTH
 from vaelab.sae.steering_plots import effect_against_damage
-from vaelab.sae.steering_scores import MEASURES, PROMPT, change_sentence
+from vaelab.sae.steering_scores import ALL_BLOCKS, MEASURES, PROMPT, change_sentence, find_or_change
 from vaelab.sae.truth import verdict, worth_sentence
 from vaelab.sae.truth_plots import LABELS
 
@@ -235,17 +235,21 @@ def truth(run: FinishedRun) -> Shown:
     ])  # fmt: skip
 
 
-def steered(run: FinishedRun) -> Shown:
-    """Show how often directions change a factor of the pictures, and at what cost."""
+def steered(scores: FinishedRun, run: FinishedRun) -> Shown:
+    """Show how often directions change a factor of the pictures, at what cost, and whether those that find one do."""
     rows = run.table("steering", "block", "direction", "way", *(f"{name}{end}" for name in MEASURES for end in ENDS))
     curve = run.table("steering_curve", "block", "direction", "way", "strength", *MEASURES)
-    both = run.table("find_or_change", "block", "method", "f1", "way", "effect", "selectivity", "damage")
-    cells = [(f"`{row['block']}`", row["way"], LABELS.get(row["direction"], "the prompt that names it"),
-              *(_interval(row, name) for name in MEASURES)) for row in rows.to_dict("records")]  # fmt: skip
-    tried = both[both["effect"].notna() & both["f1"].notna()]
-    compared = [(f"`{row['block']}`", LABELS[row["method"]], number(row["f1"], 2), row["way"],
-                 *(number(row[name], 2) for name in ("effect", "selectivity", "damage")))
-                for row in tried.to_dict("records")]  # fmt: skip
+    found = scores.table("truth", "block", "method", *F1, "coverage")
+    blocks = list(dict.fromkeys(curve["block"]))
+    together = rows[rows["block"] == (ALL_BLOCKS if len(blocks) > 1 else blocks[0])]
+    cells = [(row["way"], LABELS.get(row["direction"], "the prompt that names it"),
+              *(_interval(row, name) for name in MEASURES)) for row in together.to_dict("records")]  # fmt: skip
+    compared = []
+    for block in blocks:
+        both = find_or_change(found[found["block"] == block], rows[rows["block"] == block])
+        compared += [(f"`{block}`", LABELS[row["method"]], number(row["f1"], 2), row["way"],
+                      *(number(row[name], 2) for name in ("effect", "selectivity", "damage")))
+                     for row in both.dropna(subset=["f1", "effect"]).to_dict("records")]  # fmt: skip
     charts = [
         Chart(f"steering-{block}",
               lambda own=own: effect_against_damage(own, own[own["direction"] == PROMPT]),
@@ -255,19 +259,20 @@ def steered(run: FinishedRun) -> Shown:
     ]  # fmt: skip
     return Shown(change_sentence(rows), [
         f"From prompts that name another value, or leave it open, a direction is written where the factor is, for "
-        f"the {run.params['steered_values']} values that are found best. Effect: how often the oracle then reads the "
-        "value. Selectivity: the share of the other factors that stay. Damage: the denoiser's own loss on the picture, "
-        "relative to pictures without steering. Distance: to the picture that a prompt with the value gives, by "
+        f"the {run.params['steered_values']} values of each block that are found best. Effect: how often the oracle "
+        "then reads the value. Selectivity: the share of the other factors that stay. Damage: the denoiser's own loss "
+        "on the picture, relative to pictures without steering. Distance: to the picture that a prompt with the value "
+        "gives, by "
         "EfficientNet-Lite0. The best strength of each value is chosen on one half of the scenes; the numbers are of "
         "the other half, with intervals over scenes. *Add* adds the direction; *replace* first takes away what is "
-        "there along it; *clamp* goes no further than the largest amount seen in the data.",
-        table(("block", "way", "direction", *MEASURES), cells),
-        "Which to find a factor, and which to change it? F1 of the best feature, in this run's small truth table of "
-        f"{run.params.get('max_images')} scenes, beside the way of steering that does most:",
+        "there along it; *clamp* goes no further than the largest amount seen in the data. All blocks together:",
+        table(("way", "direction", *MEASURES), cells),
+        "Which to find a factor, and which to change it? F1 of the best feature beside the way of steering that does "
+        "most, by block:",
         table(("block", "direction", "F1", "way", "effect", "selectivity", "damage"), compared),
         *charts,
         *[Picture(path, "One scene for each value: without steering, steered, and of the prompt that names the value.")
-          for path in run.pictures("steered-*")],
+          for path in run.pictures("steered-*")[-1:]],
     ])  # fmt: skip
 
 
@@ -356,7 +361,7 @@ SECTION = Section(
         Entry("Figures 1 and 5 to 10: features in pictures", (GALLERY,), gallery),
         Entry("Where autoencoders must win: beyond the paper", (SCORES,), positive_controls),
         Entry("Features against the truth: beyond the paper", (SCORES,), truth, headline=True),
-        Entry("Steering against the truth: beyond the paper", ("35_feature_scores/full-steering",), steered,
+        Entry("Steering against the truth: beyond the paper", (SCORES, "35_feature_scores/full-steering"), steered,
               headline=True),
     ),
     (
