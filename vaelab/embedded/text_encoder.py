@@ -7,12 +7,13 @@ describe objects ("things" in the code) on a ground: a small head must predict f
 and size a prompt names at each of the nine positions. A factor is such an attribute.
 """
 
+import functools
 import itertools
 import json
 import string
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,8 +58,7 @@ def new_tokenizer() -> "CLIPTokenizer":
     """
     from transformers import CLIPTokenizer
 
-    prompts = (sample(seed).prompt for seed in range(TOKENIZER_PROMPTS))
-    merges = _merges(sorted({word for prompt in prompts for word in prompt.replace(",", " ,").split()}))
+    merges = _merges(_world_words())
     characters = string.ascii_lowercase + string.digits + ".,!?'-"
     tokens = [*SPECIAL_TOKENS, *characters, *(f"{character}</w>" for character in characters), *map("".join, merges)]
     with tempfile.TemporaryDirectory() as folder:
@@ -67,7 +67,14 @@ def new_tokenizer() -> "CLIPTokenizer":
         return CLIPTokenizer.from_pretrained(folder, model_max_length=MAX_TOKENS)
 
 
-def _merges(words: list[str]) -> list[tuple[str, str]]:
+@functools.cache
+def _world_words() -> tuple[str, ...]:
+    """The words of the scene world's prompts, in alphabetical order; sampling the prompts takes a second."""
+    prompts = (sample(seed).prompt for seed in range(TOKENIZER_PROMPTS))
+    return tuple(sorted({word for prompt in prompts for word in prompt.replace(",", " ,").split()}))
+
+
+def _merges(words: Iterable[str]) -> list[tuple[str, str]]:
     """Compute byte-pair merges (Sennrich et al. 2016) until each word is one token; every word counts once."""
     pieces = [[*word[:-1], f"{word[-1]}</w>"] for word in words]
     merges: list[tuple[str, str]] = []
