@@ -279,7 +279,7 @@ class FeatureStatistics:
         """
         with_word = self._items_with.double().clamp_min(1)
         mean = self._total_with[:, feature].cpu() / with_word
-        everywhere = self._peaks.summary().total[feature] / max(self._peaks.row_count, 1)
+        everywhere = self._peaks.totals()[feature] / max(self._peaks.row_count, 1)
         table = pd.DataFrame({
             "word": self.words, "items": self._items_with.tolist(),
             "active": (self._active_with[:, feature].cpu() / with_word).tolist(), "mean": mean.tolist(),
