@@ -35,7 +35,7 @@ def prompts_for(name):
     return CLASSES if name == "dit" else TEXTS
 
 
-def sampling_for(name, steps=3, guidance_scale=3.0, **options):
+def sampling_for(name, steps=2, guidance_scale=3.0, **options):
     """Small pictures also of FLUX, which takes 1024 pixels for its own size whatever its transformer."""
     size = {"height": 32, "width": 32} if name == "flux" else {}
     return Sampling(steps, guidance_scale, **size, options=options)
@@ -129,7 +129,7 @@ def test_update_is_output_minus_input_at_every_step(small_pipeline, name):
 
 @pytest.mark.parametrize("name", PIPELINES)
 def test_an_early_stop_and_chosen_steps_change_nothing(small_pipeline, name):
-    pipeline, sampling = small_pipeline(name), sampling_for(name)
+    pipeline, sampling = small_pipeline(name), sampling_for(name, steps=3)
     asked = pipeline, prompts_for(name), SEEDS, keeping_their_shape(pipeline), sampling
     everything = from_prompts(*asked, pictures=True)
     assert_equal(from_prompts(*asked).maps, everything.maps)
