@@ -339,14 +339,18 @@ def test_the_shelf_is_kept_in_the_folder(small, data, tmp_path):
     assert list(data.load_shelf()) == [9, 2]
     with pytest.raises(ValueError, match=r"^feature: up\.1\.1 has features 0 to"):
         data.save_shelf({N: ""})
+    shuffled = SAE(small.sae.config, seed=4)
+    other = FeatureData(small.pipeline, BLOCK, shuffled, small.statistics, small.pictures, tmp_path, thumbnails=1)
+    assert other.load_shelf() == {}
+    other.save_shelf({1: "another autoencoder's"})
+    assert data.load_shelf() == {9: "red\n<b>", 2: ""} and other.load_shelf() == {1: "another autoencoder's"}
     stored = json.loads((tmp_path / "shelf.json").read_text())
-    write_json(tmp_path / "shelf.json", {**stored, "sae_sha256": "0" * 64})
-    with pytest.raises(ValueError, match=r"^shelf: shelf\.json belongs to another autoencoder; move it away"):
-        data.load_shelf()
-    for damaged in ("{", "[]", json.dumps({**stored, "features": [{"feature": "x"}]}), '"text"'):
+    for damaged in ("{", "[]", json.dumps({**stored, "shelves": {"a": {"features": [{"feature": "x"}]}}}), '"text"'):
         (tmp_path / "shelf.json").write_text(damaged)
-        with pytest.raises(ValueError, match=r"^shelf: shelf\.json is damaged"):
+        with pytest.raises(ValueError, match=r"^shelf: shelf\.json is damaged; move it away to begin anew$"):
             data.load_shelf()
+        with pytest.raises(ValueError, match=r"^shelf: shelf\.json is damaged"):
+            data.save_shelf({1: ""})
 
 
 def test_a_transcoder_and_unknown_autoencoders_are_refused(small, tmp_path):

@@ -309,38 +309,42 @@ class FeatureData:
         """Read the features that were kept, with their notes, in their order; empty if none was kept yet.
 
         Raises:
-            ValueError: the file is damaged, or belongs to another autoencoder.
+            ValueError: the file is damaged.
         """
+        rows = self._shelves().get(self._checksum, {"features": []})["features"]
+        return {row["feature"]: row["note"] for row in rows if 0 <= row["feature"] < len(self)}
+
+    def save_shelf(self, shelf: Mapping[int, str]) -> None:
+        """Write the features that are kept, with their notes, to ``shelf.json`` in the folder. What was kept of other
+        autoencoders stays there.
+
+        Raises:
+            ValueError: the autoencoder has no such feature, or the file is damaged.
+        """
+        for feature in shelf:
+            self._require(feature)
+        rows = [{"feature": int(feature), "note": str(note)} for feature, note in shelf.items()]
+        shelves = {**self._shelves(), self._checksum: {"block": self.block, "features": rows}}
+        write_json(self.folder / SHELF, {"format": SHELF_FORMAT, "version": 1, "shelves": shelves})
+
+    def _shelves(self) -> dict[str, Any]:
+        """Read what was kept, by the checksum of the autoencoder."""
         path = self.folder / SHELF
         if not path.exists():
             return {}
         try:
             stored = read_json(path)
-            found = {int(row["feature"]): str(row["note"]) for row in stored["features"]}
-            whose = stored["sae_sha256"]
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            raise ValueError(
-                f"shelf: {path.name} is damaged ({type(error).__name__}); move it away to begin anew"
-            ) from error
-        if stored.get("format") != SHELF_FORMAT or whose != self._checksum:
-            raise ValueError(f"shelf: {path.name} belongs to another autoencoder; move it away to begin anew")
-        for feature in found:
-            self._require(feature)
-        return found
-
-    def save_shelf(self, shelf: Mapping[int, str]) -> None:
-        """Write the features that are kept, with their notes, to ``shelf.json`` in the folder.
-
-        Raises:
-            ValueError: the autoencoder has no such feature.
-        """
-        for feature in shelf:
-            self._require(feature)
-        rows = [{"feature": int(feature), "note": str(note)} for feature, note in shelf.items()]
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(self.folder / SHELF, {
-            "format": SHELF_FORMAT, "version": 1, "block": self.block, "sae_sha256": self._checksum, "features": rows,
-        })  # fmt: skip
+            if (stored["format"], stored["version"]) != (SHELF_FORMAT, 1):
+                raise ValueError("another format")
+            return {
+                name: {
+                    "block": str(own["block"]),
+                    "features": [{"feature": int(row["feature"]), "note": str(row["note"])} for row in own["features"]],
+                }
+                for name, own in stored["shelves"].items()
+            }
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+            raise ValueError(f"shelf: {path.name} is damaged; move it away to begin anew") from error
 
     def feature_page(self, feature: int) -> str:
         """Make a feature's card as one HTML page, which needs neither a server nor a network."""
