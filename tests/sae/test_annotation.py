@@ -4,6 +4,7 @@ import io
 import logging
 from types import SimpleNamespace
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -199,6 +200,16 @@ def test_pictures_stand_in_a_row():
     colours = torch.tensor([-1.0, 0.0, 1.0]).view(3, 1, 1, 1).expand(3, 3, 8, 8)
     row = np.asarray(Image.open(io.BytesIO(annotation.picture_row(colours))))
     assert row.shape == (224, 3 * 224 + 2 * 4, 3)
-    assert row[5, [5, 223, 226, 300, 500, -1], 0].tolist() == [0, 0, 255, 128, 255, 255]
+    assert row[5, [5, 223, 226, 300, 500, -1], 0].tolist() == [0, 0, 178, 128, 255, 255]
     large = Image.open(io.BytesIO(annotation.picture_row(torch.zeros(9, 3, 512, 512))))
     assert large.size == (2048, 224)
+
+
+def test_white_pictures_have_frames():
+    figure = annotation.draw_rows(
+        {"unrelated": torch.ones(2, 3, 4, 4), "strongest": torch.ones(1, 3, 4, 4)}, "up: a $1 bill"
+    )
+    shown = figure.axes[0].images[0].get_array()
+    assert shown.shape[:2] == (6, 6) and shown[0].max() < 0.8 and shown[1:-1, 1:-1].min() == 1
+    assert [text.get_text() for axis in figure.axes for text in axis.texts] == ["unrelated", "strongest"]
+    plt.close(figure)

@@ -22,8 +22,10 @@ import numpy as np
 import PIL.Image
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from torch import Tensor
 
+from vaelab import viz
 from vaelab.core.validate import at_least
 from vaelab.models.vision_language import Question, VisionLanguageModel, ask_all, load_model
 from vaelab.sae.detection import best_f1, factor_values
@@ -44,6 +46,8 @@ LONGEST_CAPTION = 15
 SIDE, GAP = 224, 4
 """Side of a picture in a row, and the gap after it, in pixels: nine of them have 2,048 pixels, to which endpoints
 reduce wider pictures."""
+GREY = 0.4
+"""The colour of gaps and frames."""
 SYSTEM = "You study the inside of an image generation model, and name the features of its hidden layers."
 INTRODUCTION = f"""\
 You will see rows of pictures that an image generation model made. A feature of a sparse autoencoder, which was trained
@@ -380,7 +384,12 @@ def picture_row(pictures: Tensor) -> bytes:
         sized = F.interpolate(pictures, (SIDE, SIDE), mode="nearest-exact")
     else:
         sized = F.interpolate(pictures, (SIDE, SIDE), mode="bilinear", align_corners=False, antialias=True)
-    row = torch.cat([F.pad(one, (0, GAP), value=1.0) for one in sized], -1)[..., :-GAP]
+    row = torch.cat([F.pad(one, (0, GAP), value=GREY) for one in sized], -1)[..., :-GAP]
     file = io.BytesIO()
     PIL.Image.fromarray((displayable(row[None])[0] * 255).round().astype(np.uint8)).save(file, "PNG")
     return file.getvalue()
+
+
+def draw_rows(rows: Mapping[str, Tensor], title: str = "") -> Figure:
+    """Draw the rows of :func:`shown_rows`, with a frame around each picture: masked ones may be white."""
+    return viz.picture_grid({name: F.pad(shown, (1, 1, 1, 1), value=GREY) for name, shown in rows.items()}, title)

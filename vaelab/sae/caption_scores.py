@@ -233,6 +233,7 @@ def draw_scores(captions: pd.DataFrame, untrained: pd.DataFrame, title: str = ""
             axis.scatter(own, place + shift, s=16, color=colour, alpha=0.55, linewidths=0)
             if len(own):
                 axis.plot([own.mean()] * 2, [place - 0.3, place + 0.3], color=colour, linewidth=3)
+        axis.grid(visible=False, axis="y")
         axis.set_title(block, fontsize=10)
         axis.set_xlim(-0.02, 1.02)
         axis.set_xlabel("AUROC on held-out pictures")
