@@ -1,4 +1,5 @@
 import functools
+import gc
 import logging
 import shutil
 from pathlib import Path
@@ -11,6 +12,16 @@ FORKING = (
     "test_notebooks", "test_writer",
 )  # fmt: skip
 """The modules whose processes are forked from one server, see :mod:`helpers`."""
+
+
+def pytest_sessionstart():
+    """What is imported and collected stays to the end: the garbage collector need not look through it."""
+    gc.disable()
+
+
+def pytest_collection_finish():
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.hookimpl(tryfirst=True)
