@@ -59,7 +59,7 @@ def test_end_of_a_forked_kernel_is_seen(project):
 
 def test_forked_kernel_ends_with_its_parent(project):
     """Its server imports what is installed of a list."""
-    libraries = ["ipykernel.kernelapp", "no_such_library"]
+    libraries = ["torch", "matplotlib.pyplot", "ipykernel.kernelapp", "no_such_library"]
     process = CHILDREN.Process(target=run_forked, args=("params/10_one/wait.yaml", libraries))
     process.start()
     while not (project / "pid").exists() or not (project / "pid").read_text():
