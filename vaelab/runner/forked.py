@@ -4,6 +4,7 @@ Torch, diffusers and the other libraries take about ten seconds of CPU to import
 imports them once, before any thread of theirs starts, and every kernel begins as its copy.
 """
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -83,6 +84,7 @@ def _serve(arguments: list[str], environment: dict[str, str], folder: str) -> No
     import torch
     from ipykernel.kernelapp import IPKernelApp
 
+    gc.freeze()  # the imports stay: the garbage collector would look through them, and so copy their memory
     os.setsid()  # as other kernels: signals reach it with the processes that it starts
     threading.Thread(target=_end_with_parent, daemon=True).start()
     multiprocessing.set_start_method(None, force=True)  # the fork server has set its own
