@@ -135,6 +135,11 @@ def test_figures_are_drawn_with_markup_and_without_examples():
     figures += [feature_figures.draw_map(data, "f1", "F1", "a $ sign"), feature_figures.draw_summary(data, [0], "two")]
     assert len(figures[0].axes) == 4 and len(figures[1].axes) == 2
     assert len(figures[2].axes[1].images) == 1  # feature 1 has no thumbnail
+    pictures = [feature_data.encode_picture(PICTURE * share) for share in (0.0, 1.0, 0.5)]
+    turn = feature_figures.draw_turn(*pictures, 3)
+    assert [axis.get_title() for axis in turn.axes] == ["before", "after", "difference", "", "", ""]
+    differences = [turn.axes[place].images[0].get_array() for place in (2, 5)]
+    assert differences[0].max() == 1 and differences[1].max() == pytest.approx(0.5, abs=0.01)
     plt.close("all")
 
 

@@ -139,16 +139,15 @@ def draw_turn(before: bytes, after: bytes, control: bytes, feature: int, title: 
         title: the figure's title.
     """
     plain = decode_picture(before)
-    rows = {f"feature {feature}": decode_picture(after), "random\ndirection": decode_picture(control)}
-    most = max(float((picture - plain).abs().max()) for picture in rows.values()) or 1.0
+    rows = [(f"feature {feature}", decode_picture(after)), ("random\ndirection", decode_picture(control))]
+    most = max(float((picture - plain).abs().max()) for _, picture in rows) or 1.0
     figure, axes = plt.subplots(2, 3, figsize=(6.4, 4.0), layout="constrained")
-    for line, (label, picture) in zip(axes, rows.items(), strict=True):
+    for line, (label, picture) in zip(axes, rows, strict=True):
         shown = torch.stack([plain, picture, 2 * (picture - plain).abs() / most - 1])
         for axis, pixels, heading in zip(line, viz.displayable(shown), ("before", "after", "difference"), strict=True):
             axis.imshow(pixels, interpolation="nearest")
             axis.axis("off")
-            if line is axes[0]:
-                axis.set_title(heading, fontsize=9)
+            axis.set_title(heading if picture is rows[0][1] else "", fontsize=9)
         line[0].text(-0.06, 0.5, label, transform=line[0].transAxes, ha="right", va="center", fontsize=9)
     figure.suptitle("\n".join(textwrap.wrap(title, 70)), fontsize=10.5)
     return figure
@@ -171,5 +170,5 @@ def find_table(table: pd.DataFrame, count: int = 20) -> pd.DataFrame:
     otherwise those with the best scores, otherwise the most frequent ones; columns that nothing is known for are left
     out."""
     column = next((name for name in ("f1", "caption_score", "specificity") if table[name].notna().any()), "frequency")
-    found = table.sort_values(column, ascending=False, kind="stable")[:count]
+    found = table.sort_values(column, ascending=False, kind="stable", ignore_index=True)[:count]
     return found.loc[:, [name for name in found if found[name].notna().any() and (found[name] != "").any()]]
