@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import CLIPTextModel
 
+from vaelab import models
 from vaelab.embedded import train_clip
 from vaelab.models.clip import Clip, load_clip
 from vaelab.models.registry import embedded_path
@@ -48,6 +49,6 @@ def test_training_lowers_the_loss_and_a_saved_model_retrieves_as_it_did(tmp_path
     assert 6 * share == pytest.approx(round(6 * share), abs=1e-5), "one sixth for each picture"
     pixels = render([sample(0)])
     expected = Clip(made.model, made.processor).embed_pictures(pixels)
-    train_clip.save_clip(made.model, made.processor, tmp_path / "saved")
+    models.save_in_float16(made.model, tmp_path / "saved", made.processor)
     assert (tmp_path / "saved" / "checksums.json").is_file()
     assert torch.allclose(load_clip(str(tmp_path / "saved"), device="cpu").embed_pictures(pixels), expected, atol=5e-3)

@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 
+from vaelab import models
 from vaelab.embedded import train_language
 from vaelab.models import language_model
 from vaelab.models.language_model import IGNORED, load_language_model
@@ -48,7 +49,7 @@ def test_a_trained_model_is_saved_and_loaded_as_the_embedded_one(tmp_path, monke
     asked = ["what is in the picture?"], ["a large red star on the left"]
     made.model.model.half().float()
     before = train_language.answers_from_descriptions(made.model, asked[1], asked[0])
-    train_language.save_language_model(made.model, tmp_path / "saved")
+    models.save_in_float16(made.model.model, tmp_path / "saved", made.model.tokenizer)
     monkeypatch.setattr(language_model, "embedded_language_path", lambda: tmp_path / "saved")
     loaded = load_language_model("embedded", device="cpu")
     assert loaded.model.dtype == torch.float32 and (tmp_path / "saved" / "checksums.json").is_file()

@@ -246,6 +246,13 @@ def test_unknown_precision_and_device_of_a_pipeline(pipeline_folder):
         load_pipeline(folder, device="gpu")
 
 
+class Companion:
+    """Stands for a tokenizer."""
+
+    def save_pretrained(self, folder):
+        (folder / "words.txt").write_text("word")
+
+
 def test_models_are_put_in_the_embedded_ones_place(tiny_vae, tmp_path, monkeypatch):
     monkeypatch.setattr(loading, "embedded_vae_path", lambda: tmp_path / "vae")
     monkeypatch.setattr(loading, "embedded_dit_path", lambda: tmp_path / "dit")
@@ -258,6 +265,9 @@ def test_models_are_put_in_the_embedded_ones_place(tiny_vae, tmp_path, monkeypat
     loading.replace_embedded({"vae": tiny_vae, "dit": tiny_vae}, ["vae"])
     assert [path.name for path in tmp_path.iterdir()] == ["vae"]
     assert_same_weights(load_vae(str(tmp_path / "vae"), device="cpu"), tiny_vae.to(torch.float32))
+    monkeypatch.setattr(loading, "embedded_clip_path", lambda: tmp_path / "clip")
+    loading.replace_embedded({"clip": (tiny_vae, Companion())}, ["clip"])
+    assert {"checksums.json", "words.txt"} <= {path.name for path in (tmp_path / "clip").iterdir()}
 
 
 needs_embedded_pipeline = pytest.mark.skipif(

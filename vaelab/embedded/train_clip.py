@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from vaelab.core.validate import at_least
 from vaelab.embedded.train_unet import training_precision
-from vaelab.models.checksums import save_with_checksums
 from vaelab.models.registry import embedded_path
 from vaelab.training.batches import Batches, NumberedBatches
 from vaelab.training.loop import TrainConfig, Trained, train
@@ -126,12 +125,6 @@ def plan_clip(*, steps: int, device: str = "auto", seed: int = 0) -> TrainingPla
     model, processor = new_clip(seed)
     batches = pair_batches(BATCH_SIZE, processor)
     return plan_training(ContrastiveObjective(model), batches, _training(steps, device, seed), "CLIP")
-
-
-def save_clip(model: "CLIPModel", processor: "CLIPProcessor", folder: str | Path) -> None:
-    """Save a CLIP with its processor, in float16 and with the checksums of its weights."""
-    save_with_checksums(model.to(torch.float16), folder)
-    processor.save_pretrained(folder)
 
 
 def retrieval_accuracy(model: "CLIPModel", processor: "CLIPProcessor", seeds: Sequence[int], split: str) -> float:

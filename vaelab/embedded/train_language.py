@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from vaelab.core.validate import at_least
 from vaelab.embedded.train_unet import training_precision
-from vaelab.models.checksums import save_with_checksums
 from vaelab.models.language_model import IGNORED, TEMPLATES, LanguageModel, Segment, Turn
 from vaelab.training.batches import Batches, NumberedBatches
 from vaelab.training.loop import TrainConfig, Trained, train
@@ -181,12 +180,6 @@ def require_language_steps(steps: Sequence[int]) -> None:
     if len(steps) != len(LESSONS):
         raise ValueError(f"language_steps: expected one for each of {', '.join(LESSONS)}, got {list(steps)}")
     at_least("language_steps", min(steps), 1)
-
-
-def save_language_model(model: LanguageModel, folder: str | Path) -> None:
-    """Save a language model with its tokenizer, in float16 and with the checksums of its weights."""
-    save_with_checksums(model.model.to(torch.float16), folder)
-    model.tokenizer.save_pretrained(folder)
 
 
 @torch.no_grad()

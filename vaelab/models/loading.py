@@ -30,7 +30,9 @@ from vaelab.models.block_names import DENOISERS, EXAMPLES, architecture
 from vaelab.models.checksums import checksums_verified, save_with_checksums
 from vaelab.models.registry import (
     access_model,
+    embedded_clip_path,
     embedded_dit_path,
+    embedded_language_path,
     embedded_path,
     embedded_vae_path,
     locate_vae,
@@ -45,7 +47,7 @@ LEFT_OUT = {
     "feature_extractor": None, "image_encoder": None,
 }  # fmt: skip
 """Arguments that leave out parts of a pipeline which neither generate the picture nor are analysed here."""
-SHIPPED = ("vae", "pipeline", "dit")
+SHIPPED = ("vae", "pipeline", "dit", "clip", "language_model")
 """Short names of the embedded models, which are shipped with the package."""
 SDXL_SCALING_FACTOR = 0.13025
 UNUSED_WEIGHTS = re.compile(r"(^|\.)position_ids$")
@@ -422,8 +424,9 @@ def validate_precision(name: str, precision: str, revision: str | None = None) -
         _refuse_overflow(locate_vae(name, revision).config, precision, name)
 
 
-def save_in_float16(model: Any, folder: Path) -> None:
-    """Save a module or pipeline in float16 as a diffusers folder; its own weights are float16 afterwards.
+def save_in_float16(model: Any, folder: Path, *companions: Any) -> None:
+    """Save a module or pipeline in float16 as a folder of diffusers or transformers, with its companions, such as a
+    tokenizer; its own weights are float16 afterwards.
 
     A text model stays in float32: transformers loads it in the precision of its file, while the rest of a pipeline is
     loaded in float32, and the two would not fit together.
@@ -432,24 +435,31 @@ def save_in_float16(model: Any, folder: Path) -> None:
     if hasattr(model, "text_encoder"):
         model.text_encoder.to(torch.float32)
     save_with_checksums(model, folder)
+    for companion in companions:
+        companion.save_pretrained(folder)
 
 
 def replace_embedded(made: dict[str, Any], names: Iterable[str]) -> None:
     """Save trained models over the embedded ones.
 
     Args:
-        made: the trained modules or pipelines, by name: ``vae``, ``pipeline``, ``dit``.
+        made: the trained modules or pipelines, by name: ``vae``, ``pipeline``, ``dit``, and each with its processor or
+            tokenizer, as a pair, ``clip`` and ``language_model``.
         names: the names of those to save.
 
     Raises:
         ValueError: a name is not in ``made``.
     """
-    folders = {"vae": embedded_vae_path(), "pipeline": embedded_path(), "dit": embedded_dit_path()}
+    folders = {
+        "vae": embedded_vae_path(), "pipeline": embedded_path(), "dit": embedded_dit_path(),
+        "clip": embedded_clip_path(), "language_model": embedded_language_path(),
+    }  # fmt: skip
     for name in names:
         if name not in made:
             raise unknown("ship", name, made)
     for name in names:
-        save_in_float16(made[name], folders[name])
+        model, *companions = made[name] if isinstance(made[name], tuple) else (made[name],)
+        save_in_float16(model, folders[name], *companions)
 
 
 def validate_embedded_names(names: Iterable[str]) -> None:

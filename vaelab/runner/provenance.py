@@ -12,8 +12,11 @@ import xxhash
 
 REPORTED = ("vaelab", "torch", "diffusers", "accelerate", "datasets", "transformers", "torchmetrics", "numpy")
 WEIGHTS = Path(__file__).parent.parent / "embedded" / "weights"
-DEPENDS = {"0": ("pipeline", "dit"), "1": ("vae",), "2": ("vae",), "3": ("pipeline",), "9": ("pipeline", "vae")}
-"""The embedded models that a run on ``embedded`` depends on, by the first digit of its notebook."""
+DEPENDS = {
+    "0": ("pipeline", "dit"), "1": ("vae",), "2": ("vae",), "3": ("pipeline",), "9": ("pipeline", "vae"),
+    "44": ("pipeline", "clip", "language_model"),
+}  # fmt: skip
+"""The embedded models that a run on ``embedded`` depends on, by the first digit or both of its notebook."""
 PIECE = 2**22
 """Number of bytes that are hashed at a time."""
 
@@ -71,7 +74,11 @@ def depends_on(notebook: str, params: Mapping[str, Any]) -> tuple[str, ...]:
     model = str(params.get("model", ""))
     if not model.startswith("embedded") and not (model.startswith("outputs/") and derived):
         return ()
-    found = DEPENDS.get(notebook[0]) or (("dit",) if model == "embedded-dit" else ("pipeline",))
+    found = (
+        DEPENDS.get(notebook[:2])
+        or DEPENDS.get(notebook[0])
+        or (("dit",) if model == "embedded-dit" else ("pipeline",))
+    )
     return (*found, "dit") if "embedded-dit" in embedded and "dit" not in found else found
 
 

@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vaelab.core.paths import local
-from vaelab.core.validate import at_least
+from vaelab.core.validate import at_least, one_of
 from vaelab.data.transforms import decode, square, to_rgb
 from vaelab.models.language_model import Turn
 from vaelab.probing.reasoning.model import Conversation
 from vaelab.world.questions import Instruction, instructions
-from vaelab.world.scenes import SIDE, Scene, render, sample
+from vaelab.world.scenes import SIDE, SPLITS, Scene, render, sample
 
 
 class Asked(NamedTuple):
@@ -83,17 +83,17 @@ class Lessons(NamedTuple):
     """Stage 2: questions about pictures."""
 
 
-def scene_lessons(count: int, seed: int = 0, resolution: int = SIDE, first: int = 0) -> Lessons:
-    """Make lessons from training scenes: one description of each, and all questions that a scene allows.
+def scene_lessons(count: int, seed: int = 0, resolution: int = SIDE, split: str = "train") -> Lessons:
+    """Make lessons from scenes: one description of each, and all questions that a scene allows.
 
     Args:
         count: the number of scenes.
         seed: determines the questions.
         resolution: the side of the pictures.
-        first: the seed of the first scene.
+        split: the scenes' split.
     """
     at_least("max_images", count, 1)
-    scenes = tuple(sample(first + i) for i in range(count))
+    scenes = tuple(sample(i, split) for i in range(count))
     captions, questions = [], []
     for i, scene in enumerate(scenes):
         for one in instructions(scene, 1_000_003 * seed + i):
@@ -114,6 +114,9 @@ def scene_questions(
         resolution: the side of the pictures.
     """
     at_least("test_images", count, 1)
+    at_least("test_splits", len(splits), 1)
+    for split in splits:
+        one_of("test_splits", split, SPLITS)
     scenes = [(split, sample(i, split)) for split in splits for i in range(count)]
     asked = [
         Asked(i, one.question, one.category, one, split)

@@ -238,8 +238,9 @@ class FeatureTable:
     """The features of a set of pictures, computed once if they fit in memory, otherwise whenever they are asked for."""
 
     def __init__(
-        self, features: PictureFeatures, pictures: Callable[[Sequence[int]], Tensor], count: int, batch_size: int = 32
-    ):
+        self, features: PictureFeatures, pictures: Callable[[Sequence[int]], Tensor], count: int, batch_size: int = 32,
+        *, hold: bool = True,
+    ):  # fmt: skip
         """Compute the features, in batches of consecutive pictures, and hold them in float16.
 
         Args:
@@ -247,6 +248,7 @@ class FeatureTable:
             pictures: reads pictures by their indices, (B, 3, H, W) in [-1, 1].
             count: the number of pictures.
             batch_size: the number of pictures that are encoded together.
+            hold: False computes nothing beforehand, as for an estimate.
 
         Raises:
             ValueError: a feature is not finite.
@@ -256,8 +258,9 @@ class FeatureTable:
         self.shapes = {part: tuple(values.shape[1:]) for part, values in first.items()}
         self.bytes = 2 * count * sum(int(np.prod(shape)) for shape in self.shapes.values())
         self._held: dict[str, Tensor] | None = None
-        if self.bytes > HELD_BYTES:
-            print(f"the features of {count:,} pictures would take {readable(self.bytes)}: each batch computes its own")
+        if not hold or self.bytes > HELD_BYTES:
+            where = "each batch computes its own" if self.bytes > HELD_BYTES else "they will be held in memory"
+            print(f"the features of {count:,} pictures take {readable(self.bytes)}: {where}")
             return
         self._held = {part: torch.empty(count, *shape, dtype=torch.float16) for part, shape in self.shapes.items()}
         starts = range(0, count, batch_size)

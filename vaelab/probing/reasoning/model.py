@@ -234,26 +234,32 @@ def train_stage(
     Raises:
         ValueError: nothing can be trained: the stream has no picture and the language model is frozen.
     """
-    one_of("tuning", tuning, TUNINGS)
-    at_least("conversations", len(conversations), 1)
-    if not reasoner.parts and tuning == "frozen":
-        raise ValueError("tuning: a stream without pictures has nothing to train beside a frozen language model")
-    language = reasoner.language.model
-    language.requires_grad_(tuning == "full")
-    if tuning == "lora":
-        add_lora(language, config.seed)
-    reasoner.adapters.requires_grad_(True)
-    stage = _Stage(reasoner, table, conversations, tuning != "frozen")
+    stage = prepare_stage(reasoner, table, conversations, tuning, config.seed)
     trained = train(
-        stage, conversation_batches(len(conversations), config.batch_size // config.accumulation, config.seed),
-        config.training(len(conversations)), folder=folder, title=title,
+        stage, stage_batches(conversations, config), config.training(len(conversations)), folder=folder, title=title,
         settings={
             **(settings or {}), "tuning": tuning, "conversations": len(conversations), "parts": list(reasoner.parts),
             "batch_size": config.batch_size,
         },
     )  # fmt: skip
-    language.eval()
+    reasoner.language.model.eval()
     return trained
+
+
+def prepare_stage(
+    reasoner: VisualReasoner, table: FeatureTable, conversations: Sequence[Conversation], tuning: str, seed: int
+) -> nn.Module:
+    """Make what :func:`train_stage` trains, and let what is trained require gradients; arguments and errors are its
+    own."""
+    one_of("tuning", tuning, TUNINGS)
+    at_least("conversations", len(conversations), 1)
+    if not reasoner.parts and tuning == "frozen":
+        raise ValueError("tuning: a stream without pictures has nothing to train beside a frozen language model")
+    reasoner.language.model.requires_grad_(tuning == "full")
+    if tuning == "lora":
+        add_lora(reasoner.language.model, seed)
+    reasoner.adapters.requires_grad_(True)
+    return _Stage(reasoner, table, conversations, tuning != "frozen")
 
 
 def add_lora(model: Any, seed: int) -> None:
@@ -276,13 +282,14 @@ def add_lora(model: Any, seed: int) -> None:
         )
 
 
-def conversation_batches(count: int, batch_size: int, seed: int) -> Batches:
-    """Make endless shuffled batches of the indices of conversations: ``rows`` (batch_size,)."""
+def stage_batches(conversations: Sequence[Conversation], config: StageConfig) -> Batches:
+    """Make endless shuffled batches of the indices of conversations: ``rows`` (batch_size / accumulation,)."""
 
     def take(rows: np.ndarray, epoch: int) -> dict[str, Tensor]:
         return {"rows": torch.from_numpy(rows)}
 
-    return shuffled_batches(count, batch_size, seed, take, remainder="join")
+    size = config.batch_size // config.accumulation
+    return shuffled_batches(len(conversations), size, config.seed, take, remainder="join")
 
 
 def answer_all(

@@ -7,6 +7,7 @@ import pandas as pd
 
 from vaelab.core.validate import one_of
 from vaelab.probing.reasoning.conversations import Asked
+from vaelab.probing.reasoning.features import UNTRAINED, stream_layers, stream_parts
 from vaelab.world.questions import CATEGORIES, mark
 
 DRAWS = 1000
@@ -97,6 +98,31 @@ def generalization_table(marks: pd.DataFrame) -> pd.DataFrame:
     """Compute each stream's accuracy by the world's split and by whether the phrasing is held out."""
     named = marks.assign(phrasing=np.where(marks["held_out"], "held out", "of training"))
     return named.groupby(["stream", "split", "phrasing"], sort=False)["score"].agg(["mean", "size"]).reset_index()
+
+
+def layer_table(table: pd.DataFrame, known: pd.DataFrame | None = None) -> pd.DataFrame:
+    """Arrange the differences of streams that have a denoiser's layer by layer and category.
+
+    Args:
+        table: the result of :func:`accuracy_table`.
+        known: the accuracies of notebook 42, with columns ``layer``, ``factor``, ``classifier`` and ``accuracy``, or
+            None.
+
+    Returns:
+        One row per stream with a layer: ``layer``, ``stream``, the difference to the baseline in each category, and
+        with ``known`` the column ``probe``: the linear probe's accuracy on the layer, the mean over all sets of
+        classes, missing where it was not measured. Empty if no stream has a layer.
+    """
+    rows = []
+    for stream, part in table.groupby("stream", sort=False):
+        layers = [each for each in stream_parts(stream) if each.removeprefix(UNTRAINED) in stream_layers([stream])]
+        if layers:
+            rows.append({"layer": layers[-1], "stream": stream, **part.set_index("category")["difference"]})
+    found = pd.DataFrame(rows)
+    if known is not None and len(found):
+        probes = known[known["classifier"] == "probe"].groupby("layer")["accuracy"].mean()
+        found["probe"] = found["layer"].map(probes)
+    return found
 
 
 def _weighted(values: np.ndarray, by_seed: np.ndarray, by_picture: np.ndarray) -> np.ndarray:

@@ -10,10 +10,20 @@ import pandas as pd
 from tqdm import tqdm
 
 from vaelab.core.io import read_json, write_json
+from vaelab.core.paths import local
 from vaelab.models.language_model import LanguageModel
+from vaelab.models.registry import embedded_clip_path, embedded_language_path, files_digest
 from vaelab.probing.reasoning.conversations import Asked, Lessons
-from vaelab.probing.reasoning.features import FeatureTable
-from vaelab.probing.reasoning.model import StageConfig, VisualReasoner, answer_all, train_stage
+from vaelab.probing.reasoning.features import FeatureTable, stream_parts
+from vaelab.probing.reasoning.model import (
+    StageConfig,
+    VisualReasoner,
+    answer_all,
+    prepare_stage,
+    stage_batches,
+    train_stage,
+)
+from vaelab.training.planning import TrainingPlan, plan_training
 
 
 @dataclass(frozen=True)
@@ -85,6 +95,43 @@ def answer_streams(
             answers[stream, seed] = kept["answers"]
             history += kept["history"]
     return answers, pd.DataFrame(history)
+
+
+def plan_streams(
+    streams: Sequence[str], seeds: Sequence[int], load_language: Callable[[], LanguageModel], lessons: Lessons,
+    training: FeatureTable, config: StudyConfig,
+) -> list[TrainingPlan]:  # fmt: skip
+    """Estimate what the trainings of :func:`answer_streams` take, from a few steps of the stream with the most parts;
+    the arguments are its own."""
+    reasoner = make_reasoner(
+        max(streams, key=lambda stream: len(stream_parts(stream))), load_language(), training, config, seeds[0]
+    )
+    seen = sum(bool(stream_parts(stream)) for stream in streams)
+    plans = []
+    for name, stage, conversations, tuning, count in (
+        ("stage 1, captions", config.stage1, lessons.captions, "frozen", seen),
+        ("stage 2, instructions", config.stage2, lessons.instructions, config.tuning, len(streams)),
+    ):
+        objective = prepare_stage(reasoner, training, conversations, tuning, seeds[0])
+        plans.append(
+            plan_training(
+                objective, stage_batches(conversations, stage), stage.training(len(conversations)), name,
+                trainings=count * len(seeds), checkpoints=count * len(seeds),
+            )
+        )  # fmt: skip
+    return plans
+
+
+def identify(**models: str) -> dict[str, str]:
+    """Describe what identifies models, by the parameter that names each: the SHA-256 of a folder's files, or the id on
+    the hub. ``embedded`` means the embedded CLIP as ``image_encoder``, the embedded language model as
+    ``language_model``."""
+    embedded = {"image_encoder": embedded_clip_path(), "language_model": embedded_language_path()}
+    found = {}
+    for parameter, name in models.items():
+        folder = embedded.get(parameter) if name == "embedded" else local(name)
+        found[parameter] = files_digest(folder) if folder and folder.is_dir() else name
+    return found
 
 
 def make_reasoner(
