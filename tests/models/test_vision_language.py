@@ -285,12 +285,13 @@ def local_folder(tmp_path_factory):
         num_additional_image_tokens=1,
     ).save_pretrained(folder)  # fmt: skip
     size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         transformers.LlavaForConditionalGeneration(
             transformers.LlavaConfig(
                 vision_config=transformers.CLIPVisionConfig(image_size=16, patch_size=8, **size),
-                text_config=transformers.LlamaConfig(vocab_size=len(tokenizer), pad_token_id=0, bos_token_id=1, eos_token_id=2, **size),
+                text_config=transformers.LlamaConfig(vocab_size=len(tokenizer), **special, **size),
                 image_token_id=3, vision_feature_layer=-1,
             )
         ).save_pretrained(folder)  # fmt: skip
