@@ -1,5 +1,6 @@
 """A real JupyterLab on a folder, and a real Chromium on it."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -49,18 +50,20 @@ def jupyterlab(folder, theme="JupyterLab Light"):
         lab = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, env={**os.environ, **own})
         address = f"http://127.0.0.1:{port}"
         try:
-            for _ in range(300):
-                try:
-                    urllib.request.urlopen(f"{address}/api", timeout=1).close()
-                    break
-                except OSError:
-                    if lab.poll() is not None:
-                        raise RuntimeError(Path(log.name).read_text()) from None
-                    time.sleep(0.1)
+            wait_for_server(f"{address}/api", lab)
             yield address
         finally:
             lab.terminate()
             lab.wait(20)
+
+
+def wait_for_server(url, process, seconds=240):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and process.poll() is None:
+        with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=5):
+            return
+        time.sleep(0.1)
+    raise RuntimeError(f"JupyterLab did not start within {seconds} s")
 
 
 @contextmanager
