@@ -153,7 +153,9 @@ def test_blocks_are_summarised_together_and_the_best_way_is_told():
     best = steering_scores.best_ways(summary)
     assert best.loc["sae", "way"] == "add" and best.loc["sae", "effect"] == 7 / 8 and best.loc["sae", "pictures"] == 8
     sentence = steering_scores.change_sentence(summary)
-    assert "88 % of pictures (feature of an autoencoder, damage 3.00) and 100 % of pictures (the prompt" in sentence
+    assert sentence.startswith("Steered in up, the value that was asked for appears in 88 % of pictures (feature of")
+    assert "damage 3.00) and 100 % of pictures (the prompt" in sentence
+    assert sentence.endswith("In low no direction gives it to more than 0 %.")
 
 
 def test_finding_and_changing_stand_in_one_table():

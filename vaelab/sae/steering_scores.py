@@ -641,18 +641,28 @@ def best_ways(summary: pd.DataFrame) -> pd.DataFrame:
 
 
 def change_sentence(summary: pd.DataFrame) -> str:
-    """State in one sentence how often directions change a factor, each in its best way, and how often the prompt does.
+    """State how often directions change a factor in the block in which they do most, each in its best way, how often
+    the prompt does, and how often they do in other blocks.
 
     Args:
-        summary: as for :func:`best_ways`.
+        summary: rows of :func:`steering_summary`.
     """
-    named = best_ways(summary).to_dict("index")
+    own = {block: best_ways(rows) for block, rows in summary.groupby("block", sort=False) if block != ALL_BLOCKS}
+    largest = {block: rows.drop(index=PROMPT, errors="ignore")["effect"].max() for block, rows in own.items()}
+    most = max(largest, key=largest.__getitem__)
     words = {
         "sae": "feature of an autoencoder", "mean_difference": "difference of means", "random": "random direction",
         PROMPT: "the prompt that names it",
     }  # fmt: skip
+    rows = own[most].to_dict("index")
     parts = [
-        f"{100 * row['effect']:.0f} % of pictures ({words[name]}, damage {row['damage']:.2f})"
-        for name, row in ((name, named[name]) for name in (*DIRECTIONS, PROMPT) if name in named)
+        f"{100 * rows[name]['effect']:.0f} % of pictures ({words[name]}, damage {rows[name]['damage']:.2f})"
+        for name in (*DIRECTIONS, PROMPT)
+        if name in rows
     ]
-    return f"Steered, the value that was asked for appears in {', '.join(parts[:-1])} and {parts[-1]}."
+    said = f"Steered in {most}, the value that was asked for appears in {', '.join(parts[:-1])} and {parts[-1]}."
+    others = [block for block in own if block != most]
+    if others:
+        said += f" In {' and '.join(others)} no direction gives it to more than "
+        said += f"{100 * max(largest[block] for block in others):.0f} %."
+    return said
