@@ -116,12 +116,11 @@ def _facts(card: Mapping[str, Any]) -> list[tuple[str, str]]:
         for name, label in names.items() if np.isfinite(card[name])
     ]  # fmt: skip
     if card["value"]:
-        facts.append(
-            (f"F1 for {card['value']}", f"{shown(card['f1'])} (best random direction {shown(card['control'])})")
-        )
+        facts.append((f"F1 for {card['value']}", shown(card["f1"])))
+        facts.append(("the best random direction", shown(card["control"])))
     if card["twin"]:
         twin = card["twin"]
-        facts.append((f"twin in seed {twin['seed']}", f"feature {twin['feature']}, cosine {twin['cosine']:.2f}"))
+        facts.append((f"twin in seed {twin['seed']}", f"{twin['feature']}, cosine {twin['cosine']:.2f}"))
     return facts
 
 
