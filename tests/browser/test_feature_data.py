@@ -71,7 +71,7 @@ def small(small_pipeline, tmp_path_factory):
     mean = stored.maps(BLOCK, range(4)).float().mean((0, 1, 2))
     sae = controls_of(SAE(SAEConfig(WIDTH, N, 3)), mean)["untrained"]
     statistics = collect_statistics(sae, stored, BLOCK)
-    pictures = ItemPictures(pipeline, stored, None, batch_size=4)
+    pictures = ItemPictures(pipeline, stored, batch_size=4)
     return SimpleNamespace(pipeline=pipeline, store=stored, sae=sae, statistics=statistics, pictures=pictures)
 
 

@@ -364,8 +364,10 @@ def items_at_step(activation_store: Store, step: int, count: int = 0) -> list[in
 class ItemPictures:
     """The pictures of a store's items, generated again from their prompts and seeds, and the pictures' vectors."""
 
-    def __init__(self, pipeline: Any, activation_store: Store, model: PictureModel, *, batch_size: int = 16):
-        """Take the store's model, the store, and the model that embeds the pictures."""
+    def __init__(
+        self, pipeline: Any, activation_store: Store, model: PictureModel | None = None, *, batch_size: int = 16
+    ):  # fmt: skip
+        """Take the store's model, the store, and the model that embeds the pictures, which :meth:`vectors` needs."""
         self.store, self.model = activation_store, model
         self.sampling = Sampling(**activation_store.settings["sampling"])
         self._pipeline, self._batch_size = pipeline, batch_size
