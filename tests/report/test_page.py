@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vaelab.report import SECTIONS, page, pelap, runs, suppression, turbo
+from vaelab.report import SECTIONS, page, pelap, revelio, runs, suppression, turbo
 from vaelab.report.markdown import Chart, Picture, number, percent, signed
 from vaelab.runner.provenance import changed_weights, embedded_weights
 
@@ -306,3 +306,30 @@ def test_numbers_have_three_digits(value, text):
 def test_signs_and_shares():
     assert [signed(value) for value in (0.5, -0.5, 0.0)] == ["+0.50", "-0.50", "0"]
     assert [percent(share) for share in (0.984, -0.001, 1)] == ["98 %", "0 %", "100 %"]
+
+
+def test_captions_stand_beside_their_controls():
+    means = [("caption", 0.7, 0.6, 0.8), ("untrained autoencoder", 0.5, 0.4, 0.6)]
+    scores = [dict(zip(("block", "who", "mean", "low", "high"), ("up", *row), strict=True)) for row in means]
+    captions = [
+        {"block": "up", "feature": i, "caption": "a star" if i else "", "score": 0.9 if i else None, "words": "red",
+         "words_score": 0.25} for i in range(9)
+    ]  # fmt: skip
+    run = planted("36_annotate_features/full", tables={"scores": scores, "captions": captions}, params={"pool": 20})
+    shown = "\n".join(map(str, turbo.captions(run).blocks))
+    assert "| `up` | 0.70 (0.60 to 0.80) | 0.50 (0.40 to 0.60) |" in shown and "Each of 9 features" in shown
+    assert "| `up` | 0 | none |  | red | 0.25 |" in shown and "| `up` | 4 | a star | 0.90 | red | 0.25 |" in shown
+    assert "| `up` | 5 |" not in shown
+
+
+def test_granularity_stands_beside_random_pictures_and_the_paper():
+    names = list(revelio.TABLE_1["up_ft1"])
+    rows = [("up", 0.1, 0.6, 0.2, 0.1), ("random pictures", 0, 0, 0.05, 0.95)]
+    table = [dict(zip(("block", *names), row, strict=True)) | {"features": 20} for row in rows]
+    params = {"granularity_pictures": 10, "granularity_features": 20}
+    shown = revelio.granularity(planted("36_annotate_features/full", tables={"granularity": table}, params=params))
+    assert shown.finding == (
+        "60 % of the features of `up` are moderately granular; 95 % of random sets of pictures have no pattern."
+    )
+    assert "| `up` | 10 % | 60 % | 20 % | 10 % |" in shown.blocks[1]
+    assert "| paper, `up_ft1` | 47 % | 41 % | 11 % | 1 % |" in shown.blocks[1]

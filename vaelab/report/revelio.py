@@ -7,8 +7,16 @@ from vaelab.probing.layer_features import with_block_and_timestep
 from vaelab.report.markdown import Chart, Picture, listed, number, percent, percent_between, span, table
 from vaelab.report.page import Absent, Entry, Section, Shown
 from vaelab.report.runs import FinishedRun
+from vaelab.sae.granularity import OPTIONS, RANDOM
 
 LAYERS = ("bottleneck", "up_ft0", "up_ft1", "up_ft2")
+TABLE_1 = {
+    layer: dict(zip(OPTIONS, shares, strict=True))
+    for layer, shares in {
+        "bottleneck": (25, 52, 22, 1), "up_ft0": (33, 46, 20, 1), "up_ft1": (47, 41, 11, 1), "up_ft2": (28, 50, 20, 2),
+    }.items()
+}  # fmt: skip
+"""GPT-4o's answers to what the top pictures of features share, in percent of the features; Pets, t = 25."""
 TABLE_2A = {
     "Pets": (9.48, 9.90, 8.59, 9.67),
     "Caltech-101": (9.35, 15.65, 21.33, 25.61),
@@ -37,6 +45,27 @@ SECONDS = (24.0, 0.13)
 """Seconds per picture of the two (section 4.7)."""
 LOWEST = 25
 COLUMNS = ("layer", "factor", "classifier", "accuracy", "low", "high", "chance", "validation", "count")
+
+
+def granularity(run: FinishedRun) -> Shown:
+    """Show how fine the patterns are that features of each block respond to."""
+    shares = run.table("granularity", "block", *TABLE_1["bottleneck"], "features")
+    own = shares[shares["block"] != RANDOM]
+    names = list(TABLE_1["bottleneck"])
+    rows = [(row["block"] if row["block"] == RANDOM else f"`{row['block']}`", *(percent(row[name]) for name in names))
+            for row in shares.to_dict("records")]  # fmt: skip
+    rows += [(f"paper, `{layer}`", *(f"{share} %" for share in known.values())) for layer, known in TABLE_1.items()]
+    found = [f"{percent(row[most])} of the features of `{row['block']}` are {most}" for row, most in
+             ((row, max(names, key=row.get)) for row in own.to_dict("records"))]  # fmt: skip
+    random = shares[shares["block"] == RANDOM]["no pattern"]
+    control = f"; {percent(random.iloc[0])} of random sets of pictures have no pattern" if len(random) else ""
+    return Shown(f"{listed(found)}{control}.", [
+        f"The {run.params['granularity_pictures']} strongest pictures of a block's most active features "
+        f"(at most {run.params['granularity_features']}), and what at least 70 % of them share, twice as often as all "
+        "pictures do. Fine-grained: a thing of the same shape and colour, or a ground of the same texture and colour. "
+        "Moderately granular: one of these factors alone. Very coarse: only a position or a size.",
+        table(("layer", *names), rows),
+    ])  # fmt: skip
 
 
 def knowledge(run: FinishedRun, purity: FinishedRun | None) -> Shown:
@@ -367,6 +396,10 @@ SECTION = Section(
             paper_runs=("41_label_purity/paper-pets-sd15", "41_label_purity/paper-caltech-sd15",
                         "41_label_purity/paper-pets-dit"),
         ),
+        Entry("Table 1: how fine patterns are", ("36_annotate_features/full",), granularity,
+              paper="GPT-4o's answers on Pets: the features of up_ft1 are the most fine-grained ones.",
+              differs="features of the embedded model while it draws; the factors of the scenes answer, not a vision-"
+              "language model."),
         Entry("Figures 1 to 3, 5, 7 and 14: pictures that activate a feature", ("41_label_purity/full",), features,
               paper="chosen features of Pets and Caltech-101; at the bottleneck they share a position, at up_ft1 a "
                     "breed.",
@@ -388,8 +421,7 @@ SECTION = Section(
         Entry("Photographs: beyond the paper", ("42_diffc/cifar10",), cifar, optional=("41_label_purity/cifar10",)),
     ),
     (
-        Absent("Table 1, Table 14", "GPT-4o's answers to what features' pictures share", why="needs a vision-language "
-               "model"),
+        Absent("Table 14", "GPT-4o's prompt", why="our own words: `vaelab.sae.granularity`"),
         Absent("Table 2c, Figure 7", "Stable Diffusion 2.1 beside 1.5", why="no params file for 2.1"),
         Absent("Tables 6 to 8, prompts from CLIP", "accuracy with CLIP-inferred prompts", "42_diffc/paper-pets-clip"),
         Absent("Table 9", "a generic prompt beside none", "42_diffc/paper-pets-generic"),

@@ -38,6 +38,7 @@ PICTURES = {
     "33_block_ablation": ("pictures",),
     "34_feature_gallery": ("prompt-*", "features-*", "turned-on-*"),
     "35_feature_scores": ("steered-*",),
+    "36_annotate_features": ("shown-*",),
     "41_label_purity": ("features-*",),
     "43_pca_maps": ("jointly",),
 }

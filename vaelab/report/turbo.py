@@ -22,6 +22,8 @@ from vaelab.sae.truth_plots import LABELS
 STRONG = 0.1
 """A block matters for a factor where switching it off costs so much accuracy."""
 ENDS = ("", "_low", "_high")
+CAPTIONS = 5
+"""Captions of a block that are listed."""
 F1, AHEAD = ("f1", "f1_low", "f1_high"), ("ahead", "ahead_low", "ahead_high")
 """Columns of tables of features against the truth."""
 METHODS = {
@@ -172,6 +174,31 @@ def gallery(run: FinishedRun) -> Shown:
     return Shown("", [Picture(path, text) for name, text in captions.items() for path in run.pictures(name)[-1:]])
 
 
+def captions(run: FinishedRun) -> Shown:
+    """Show how well captions tell active from inactive pictures, and the first captions of each block."""
+    scores = run.table("scores", "block", "who", "mean", "low", "high")
+    scores["text"] = [f"{row['mean']:.2f} ({row['low']:.2f} to {row['high']:.2f})" for row in scores.to_dict("records")]
+    wide = scores.pivot(index="block", columns="who", values="text")[list(dict.fromkeys(scores["who"]))]
+    named = run.table("captions", "block", "feature", "caption", "score", "words", "words_score")
+    first = named.groupby("block", sort=False).head(CAPTIONS)
+    rows = [
+        (f"`{row['block']}`", row["feature"], row["caption"] or "none", _auroc(row["score"]), row["words"],
+         _auroc(row["words_score"])) for row in first.to_dict("records")
+    ]  # fmt: skip
+    return Shown(run.results["finding"], [
+        f"Each of {len(named)} features, chosen at random, is named by the factor value that it finds best on one half "
+        f"of {run.params['pool']} pictures. The score is the AUROC with which the name tells the pictures of the other "
+        "half in which the feature is strongest from those in which it is inactive; 0.5 is chance. Mean over features, "
+        "with its 95 % interval:",
+        table(("block", *wide), [(f"`{block}`", *row) for block, row in zip(wide.index, wide.values, strict=True)]),
+        "The first captions of each block, and the three words whose prompts activate the feature most. The words were "
+        "counted over all prompts, the held-out ones too.",
+        table(("block", "feature", "caption", "score", "words", "score of the words"), rows),
+        *_pictures(run, "shown-*", "What a vision-language model would be shown of this feature: pictures without it, "
+                   "pictures with rising activation, and the strongest; masked, what is left where it is active.")[:1],
+    ])  # fmt: skip
+
+
 def positive_controls(run: FinishedRun) -> Shown:
     """Show how well features find what was planted, and factors where the update has few dimensions."""
     panels, blocks, sentences = {}, [], []
@@ -276,6 +303,10 @@ def steered(scores: FinishedRun, run: FinishedRun) -> Shown:
     ])  # fmt: skip
 
 
+def _auroc(value: float | None) -> str:
+    return "" if pd.isna(value) else f"{value:.2f}"
+
+
 def _interval(row: Mapping[str, float], name: str) -> str:
     return f"{row[name]:.2f} ({row[f'{name}_low']:.2f} to {row[f'{name}_high']:.2f})"
 
@@ -359,6 +390,11 @@ SECTION = Section(
               "scikit-image.",
               paper_runs=("34_feature_gallery/paper-sdxl-turbo-down", "34_feature_gallery/paper-sdxl-turbo-up")),
         Entry("Figures 1 and 5 to 10: features in pictures", (GALLERY,), gallery),
+        Entry("Table 6 and Figure 11: captions of features", ("36_annotate_features/full",), captions,
+              paper="captions of `down.2.1` by GPT-4o; CLIP's similarity to top pictures 0.21, to random ones 0.12.",
+              differs="features are named by factors of the world, without a vision-language model, and compared with "
+              "the truth of the scene.",
+              paper_runs=("36_annotate_features/paper-sdxl-turbo-down",)),
         Entry("Where autoencoders must win: beyond the paper", (SCORES,), positive_controls),
         Entry("Features against the truth: beyond the paper", (SCORES,), truth, headline=True),
         Entry("Steering against the truth: beyond the paper", (SCORES, "35_feature_scores/full-steering"), steered,
@@ -367,8 +403,6 @@ SECTION = Section(
     (
         Absent("Tables 3 to 5", "the prompts of the top examples in Figures 6 to 8",
                why="the prompts stand in the executed notebook `34_feature_gallery`"),
-        Absent("Table 6, Figure 11", "captions of features by GPT-4o, and the pictures shown to it",
-               "36_annotate_features/full"),
         Absent("Figure 2", "a diagram of SDXL's U-Net", why="not a result"),
         Absent("Footnote 4", "linear probes for the position", why="in the results of `34_feature_gallery`"),
     ),
