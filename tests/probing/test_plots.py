@@ -19,7 +19,7 @@ def table():
 def test_every_accuracy_has_its_interval_and_every_line_its_chance(table):
     axis = plots.accuracies(table, "title").axes[0]
     assert [label.get_text() for label in axis.get_yticklabels()] == ["shape\nup.t25", "colour\nmid.t25"]
-    for number, (name, accuracy) in enumerate((("probe", 0.5), ("diffc", 0.7))):
+    for number, (name, accuracy) in enumerate((("linear probe", 0.5), ("Diff-C", 0.7))):
         bars = axis.containers[number]
         assert bars.get_label() == name
         assert bars.lines[0].get_xdata().tolist() == [accuracy] * 2
@@ -63,7 +63,9 @@ def test_the_map_has_every_number_in_its_place_and_its_colour_begins_at_chance()
     drawn = colour.collections[0].get_array().ravel()
     assert drawn.tolist() == pytest.approx([(v - 0.2) / 0.8 for v in (0.3025, 0.35, 0.4025, 0.45)])
     assert shape.collections[0].get_array().ravel().max() == 0, "what is below chance is drawn as chance"
+    assert {text.get_color() for text in colour.texts} == {"0.15"}
     for axis in pure:
+        assert {text.get_color() for text in axis.texts} == {"white"}
         drawn = axis.collections[0].get_array()
         assert np.ma.getmaskarray(drawn).tolist() == [[True, True], [False, False]] and drawn[1].tolist() == [1, 1]
         assert [text.get_text() for text in axis.texts] == ["1.00"] * 2, "what was not measured has no number"

@@ -13,6 +13,9 @@ from vaelab.viz.text import plain_text
 
 APART = 0.28
 AT_CHANCE, ALL = "#f2f0eb", "#14506e"
+WHITE_FROM = 2 / 3
+"""Share of the colour scale from which white numbers have more contrast than dark ones."""
+NAMES = {"probe": "linear probe", "diffc": "Diff-C"}
 
 
 @plain_text
@@ -52,6 +55,9 @@ def knowledge(tables: Mapping[str, pd.DataFrame], title: str = "") -> Figure:
                 above, annot=wide, fmt=".2f", annot_kws={"fontsize": 7}, vmin=0, vmax=1, cmap=colours, cbar=False,
                 linewidths=0.5, ax=axis, yticklabels=axis is line[0],
             )  # fmt: skip
+            for number in axis.texts:
+                column, row = map(int, number.get_position())
+                number.set_color("white" if above.iat[row, column] >= WHITE_FROM else "0.15")
             axis.set_visible(False)
             axis.grid(visible=False)
             axis.set(xlabel="", ylabel="")
@@ -62,10 +68,10 @@ def knowledge(tables: Mapping[str, pd.DataFrame], title: str = "") -> Figure:
             )
             axis.set_title(f"{factor}\n{below}", fontsize=9)
         line[0].set_ylabel(measure, fontsize=10, labelpad=8)
-        line[len(factors) // 2].set_xlabel("timestep", fontsize=8)
     for axis in axes.flat:
         axis.set_visible(True)
     figure.set_layout_engine("constrained")
+    figure.supxlabel("timestep", fontsize=9)
     figure.suptitle(title, fontsize=11)
     return figure
 
@@ -90,7 +96,8 @@ def accuracies(table: pd.DataFrame, title: str = "") -> Figure:
         part = table[table["classifier"] == classifier]
         heights = np.array([lines.index(line) for line in part["line"]]) + APART * (number - (len(classifiers) - 1) / 2)
         ends = np.abs(part[["low", "high"]].to_numpy().T - part["accuracy"].to_numpy())
-        axis.errorbar(part["accuracy"], heights, xerr=ends, fmt="o", color=colours[number], capsize=3, label=classifier)
+        name = NAMES.get(classifier, classifier)
+        axis.errorbar(part["accuracy"], heights, xerr=ends, fmt="o", color=colours[number], capsize=3, label=name)
     marks = table.groupby("line", sort=False)[["chance", "uniform"]].first().loc[lines]
     for column, label, colour in (
         ("chance", "always the commonest class", viz.SUPPRESSED_COLOUR),
