@@ -206,6 +206,7 @@ function featureGrid(app, sortBy) {
   }
 
   function draw() {
+    if (!scroller.clientHeight) return; // hidden: the number of rows in sight is not known
     const columns = chooseColumns();
     if (columns.join() !== names.join()) {
       names = columns;
@@ -233,8 +234,10 @@ function featureGrid(app, sortBy) {
       names.forEach((name, column) => {
         const { numbers, texts: words } = app.table.columns.find((one) => one.name === name);
         const text = name === "feature" ? String(feature) : numbers ? shown(numbers[feature]) : words[feature];
-        line.cells[column].textContent = text;
-        line.cells[column].title = text;
+        const isCaption = name === "caption";
+        line.cells[column].textContent = isCaption ? app.captionOf(feature) : text;
+        line.cells[column].classList.toggle("hint", isCaption && !text); // prompt words stand in for it
+        line.cells[column].title = line.cells[column].textContent;
       });
       if (place === marked) scroller.setAttribute("aria-activedescendant", line.element.id);
     });

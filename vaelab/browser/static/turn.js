@@ -184,7 +184,7 @@ function turnPanel(app) {
   const brushSize = h("input", { type: "range", min: 2, max: 32, value: layer.state.size,
     oninput: () => { layer.state.size = Number(brushSize.value); } });
   const undo = button("Undo", () => layer.undo());
-  const clear = button("Clear mask", () => layer.clearMask());
+  const clear = button("Clear", () => layer.clearMask());
   const tools = () => { undo.disabled = !layer.canUndo(); clear.disabled = !layer.painted(); };
   const active = h("div", { class: "active", role: "status" });
   const help = "Click or drag in the picture before: the features active there are listed. Or paint a mask: "
