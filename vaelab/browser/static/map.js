@@ -144,11 +144,12 @@ function featureMap(app) {
     context.putImageData(image, 0, 0);
   }
 
-  /** Thumbnails in the order of the table, where they do not cover one another; the other features stay dots. */
+  /** Thumbnails where they do not cover one another; the other features stay dots. The open feature comes first, then
+   * those of the table in its order. */
   function paintThumbnails(rows, seen, empty) {
     const side = 32;
     const taken = new Map();
-    for (const feature of rows) {
+    for (const feature of [app.feature, ...rows]) {
       if (!seen.has(feature)) continue;
       const [x, y] = toScreen(feature);
       const [column, row] = [Math.floor(x / side), Math.floor(y / side)];
