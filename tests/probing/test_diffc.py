@@ -222,7 +222,7 @@ def test_a_size_that_is_0_fits_the_pictures_and_a_given_one_is_kept(capsys):
 
 def test_the_time_of_a_training_is_estimated_from_a_step(capsys):
     config = DiffCConfig(**SMALL)
-    seconds = diffc.estimate_training(planted_pictures.LAYOUT[BLOCK], [3, 2], 60, config, 2)
+    seconds = diffc.estimate_training([planted_pictures.LAYOUT[BLOCK]] * 2, [3, 2], 60, config)
     assert (
         0 < seconds < 60
         and "4 Diff-Cs on 60 pictures, 2 at a time" in (shown := capsys.readouterr().out)

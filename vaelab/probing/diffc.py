@@ -12,6 +12,7 @@ Diff-C needs more training steps than a wide one until it is sensitive to the sm
 import math
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -105,22 +106,36 @@ def choose_size(
 
 
 def estimate_training(
-    shape: BlockShape, classes: Sequence[int], pictures: int, config: DiffCConfig, layers: int
+    shapes: Sequence[BlockShape], classes: Sequence[int], pictures: int, config: DiffCConfig
 ) -> float:
     """Estimate the seconds that training Diff-Cs takes, from a measured step, and print them with their size.
 
     Args:
-        shape: the shape of the largest layer's maps.
-        classes: the number of classes of each factor; these Diff-Cs are trained together.
+        shapes: the shape of the maps of each layer; the layers are trained on one after another.
+        classes: the number of classes of each factor; these Diff-Cs are trained together on a layer.
         pictures: the number of training pictures.
         config: the size and training of each Diff-C.
-        layers: how often this is done, one after another: the number of layers.
     """
+    steps = math.ceil(pictures / config.batch_size) * config.epochs
+    seconds, parameters = 0.0, 0
+    for shape, layers in Counter(shapes).items():
+        models = DiffCs(DiffC(shape.width, count, config.width) for count in classes)
+        seconds += layers * steps * _measure_step(models, shape, config)
+        parameters = max(parameters, sum(parameter.numel() for parameter in models.parameters()))
+    print(
+        f"training: {len(classes) * len(shapes)} Diff-Cs on {pictures} pictures, {len(classes)} at a time with up to "
+        f"{parameters:,} parameters, {steps * len(shapes):,} steps, at most about {seconds / 60:.1f} minutes, "
+        f"{parameters * 16 / 1e9:.2g} GB of memory for weights and optimizer"
+    )
+    return seconds
+
+
+def _measure_step(models: "DiffCs", shape: BlockShape, config: DiffCConfig) -> float:
     device = devices.pick(config.device)
-    objective = DiffCObjective(DiffCs(DiffC(shape.width, count, config.width) for count in classes)).to(device)
+    objective = DiffCObjective(models).to(device)
     optimizer = torch.optim.AdamW(objective.parameters(), lr=config.learning_rate)
     maps = torch.randn(config.batch_size, *shape.positions, shape.width, device=device)
-    labels = torch.zeros(config.batch_size, len(classes), dtype=torch.long, device=device)
+    labels = torch.zeros(config.batch_size, len(models.models), dtype=torch.long, device=device)
     for _ in range(3):  # the last step is timed
         devices.synchronize(device)
         began = time.perf_counter()
@@ -128,15 +143,7 @@ def estimate_training(
         optimizer.step()
         optimizer.zero_grad()
         devices.synchronize(device)
-    steps = math.ceil(pictures / config.batch_size) * config.epochs * layers
-    seconds = (time.perf_counter() - began) * steps
-    parameters = sum(parameter.numel() for parameter in objective.parameters())
-    print(
-        f"training: {len(classes) * layers} Diff-Cs on {pictures} pictures, {len(classes)} at a time with up to "
-        f"{parameters:,} parameters, {steps:,} steps, at most about {seconds / 60:.1f} minutes, "
-        f"{parameters * 16 / 1e9:.2g} GB of memory for weights and optimizer"
-    )
-    return seconds
+    return time.perf_counter() - began
 
 
 class DiffC(nn.Module):
