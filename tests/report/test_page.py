@@ -154,8 +154,11 @@ def test_the_finding_on_causes_follows_the_shares(share, sentence):
             ("photos", 0.3),
         )
     ]
-    run = planted("15_causes_of_suppression/study", {}, {"validation": rows}, {"threshold": 0.01})
-    assert sentence in suppression.causes(run).finding
+    run = planted("15_causes_of_suppression/study", {}, {"validation": rows}, {"threshold": 0.01, "dataset": "a+b"})
+    shown = suppression.causes(run)
+    assert sentence in shown.finding
+    few = "no weight decay and scales not decayed" if share == 0 else "no weight decay"
+    assert f"Almost none are suppressed with {few}." in shown.blocks[-1].caption
 
 
 def test_blocks_that_draw_are_told_from_the_others():
