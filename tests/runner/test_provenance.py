@@ -32,7 +32,7 @@ def test_embedded_weights_change_with_any_byte_of_the_model_and_with_nothing_els
 
 
 def test_embedded_weights_name_every_shipped_model():
-    assert list(provenance.embedded_weights()) == ["dit", "pipeline", "vae"]
+    assert list(provenance.embedded_weights()) == ["clip", "dit", "language_model", "pipeline", "vae"]
 
 
 @pytest.mark.parametrize(
@@ -44,6 +44,7 @@ def test_embedded_weights_name_every_shipped_model():
         ("10_finetune_vae/a", {"model": "stabilityai/sdxl-vae"}, ()),
         ("33_block_ablation/a", {"model": "embedded"}, ("pipeline",)),
         ("42_diffc/a", {"model": "embedded"}, ("pipeline",)),
+        ("44_visual_reasoning/a", {"model": "embedded"}, ("pipeline", "clip", "language_model")),
         ("42_diffc/a", {"model": "embedded-dit"}, ("dit",)),
         ("43_pca_maps/a", {"model": "embedded", "other_model": "embedded-dit"}, ("pipeline", "dit")),
     ],

@@ -65,7 +65,7 @@ def test_results_have_the_key_numbers_the_finding_and_the_thumbnail_of_the_front
     assert results["finding"] == "Nothing changed."
     assert results["files"] == ["thumbnail.png"]
     assert Image.open(tmp_path / "out" / "thumbnail.png").size == (480, 300)
-    assert set(results["embedded_weights"]) == {"vae", "pipeline", "dit"}
+    assert set(results["embedded_weights"]) == {"vae", "pipeline", "dit", "clip", "language_model"}
 
 
 @pytest.mark.parametrize("interval", [None, (0.0, math.inf)])

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from transformers import CLIPModel, CLIPProcessor
 
 BATCH_SIZE = 64
+SCHEDULE = 500
+"""The learning rate falls over at least so many steps: a shorter training is the beginning of a longer one."""
 PATCH = 16
 """Side of the patches of a picture, in pixels: 4 x 4 tokens."""
 WIDTH, LAYERS = 128, 4
@@ -142,6 +144,6 @@ def retrieval_accuracy(model: "CLIPModel", processor: "CLIPProcessor", seeds: Se
 def _training(steps: int, device: str, seed: int) -> TrainConfig:
     options: dict[str, Any] = {"precision": training_precision(device), "device": device, "seed": seed}
     return TrainConfig(
-        steps=steps, learning_rate=1e-3, weight_decay=0.05, warmup=min(50, steps // 2), schedule="cosine", log_every=20,
-        checkpoint_every=50, **options,
+        steps=steps, learning_rate=1e-3, weight_decay=0.05, warmup=min(50, steps // 2), schedule="cosine",
+        horizon=max(steps, SCHEDULE), log_every=20, checkpoint_every=50, **options,
     )  # fmt: skip

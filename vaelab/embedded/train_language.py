@@ -30,8 +30,9 @@ if TYPE_CHECKING:
 
 LESSONS = {"one question": (32, 1), "several questions": (8, 8)}
 """The lessons: conversations of a step, and questions of a conversation."""
-HORIZON = 1.5
-"""Length of the first lesson's learning rate schedule, in units of its steps: it ends at a high learning rate."""
+SCHEDULES = (900, 200)
+"""Each lesson's learning rate falls over at least so many steps: a shorter training is the beginning of a longer one.
+"""
 WIDTH, LAYERS, HEADS = 128, 4, 4
 """Channels, layers and attention heads."""
 LONGEST = 256
@@ -153,9 +154,9 @@ def train_language_model(
     require_language_steps(steps)
     model, lessons = _new(seed), {}
     for (name, (batch_size, questions)), count in zip(LESSONS.items(), steps, strict=True):
-        config = _training(count, device, seed, 1e-3 if lessons else 2e-3)
-        if not lessons:
-            config = replace(config, horizon=round(HORIZON * count))
+        config = replace(
+            _training(count, device, seed, 1e-3 if lessons else 2e-3), horizon=max(count, SCHEDULES[len(lessons)])
+        )
         lessons[name] = train(
             QuestionsObjective(model.model), text_batches(batch_size, model, questions), config,
             folder=Path(folder, name), title=f"language model, {name}",

@@ -52,7 +52,7 @@ def processor() -> str:
 
 
 def embedded_weights(folder: Path = WEIGHTS) -> dict[str, str]:
-    """A short hash of each embedded model: ``{"vae": ..., "pipeline": ..., "dit": ...}``.
+    """A short hash of each embedded model: ``{"vae": ..., "pipeline": ..., ...}``.
 
     A result whose hash differs from today's was measured on other weights, and is stale.
 

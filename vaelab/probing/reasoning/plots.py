@@ -42,6 +42,8 @@ def accuracies(table: pd.DataFrame, baseline: str, title: str = "", value: str =
             axis.errorbar(middle.iloc[place], place, xerr=end, fmt="o", color=colour, capsize=3, markersize=6)
         if baseline in streams:
             axis.axvline(middle[baseline], color=BASE, linewidth=1, linestyle="--", zorder=0)
+        reach = max(10.0, 1.08 * scale * part["high"].max())
+        axis.set_xlim(-0.03 * reach, reach)
         axis.set_title(category, fontsize=10)
         axis.set_ylim(len(streams) - 0.5, -0.5)
         axis.tick_params(labelsize=9)
@@ -64,7 +66,7 @@ def examples(pictures: Tensor, asked: Sequence[Asked], answers: Mapping[str, Seq
         answers: N answers by stream.
         title: the figure's title.
     """
-    columns = 3
+    columns = min(3, len(asked))
     lines = -(-len(asked) // columns)
     figure, axes = plt.subplots(
         lines, 2 * columns, figsize=(5.0 * columns, (0.3 * len(answers) + 1.5) * lines), squeeze=False,
@@ -76,6 +78,7 @@ def examples(pictures: Tensor, asked: Sequence[Asked], answers: Mapping[str, Seq
     for number, (one, picture) in enumerate(zip(asked, displayable(pictures), strict=True)):
         line, column = places[number]
         axes[line][column].imshow(picture, interpolation="nearest")
+        axes[line][column].set_anchor("N")
         truth = one.instruction.answer if one.instruction else one.reference
         rows = [(f"{one.question}", "#222222", "bold"), (f"truth: {truth}", "#222222", "normal")]
         for stream, given in answers.items():
