@@ -91,7 +91,7 @@ def measure_opening(page, address, folder, count, seconds):
     before = cpu()
     report(f"open {count:,} features", page.evaluate(OPENED) / 1000, seconds, "s")
     print(f"    CPU {cpu() - before:.2g} s")
-    report(f"bytes for {count:,} features", sum(received) / 1e6, 20 * max(1, count / 5120), "MB")
+    report(f"bytes for {count:,} features", sum(received) / 1e6, 20, "MB")
     before, words = drawing(page), ("star", "star near", "ring near a red", "7", "")
     times = [page.evaluate(FILTERED, word) for word in words]
     report(f"slowest of five filters over {count:,} features", max(times), 100, "ms")

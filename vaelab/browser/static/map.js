@@ -32,7 +32,8 @@ function featureMap(app) {
   let paletteOn = null; // gives the palette for a dark or a light ground
   let palette = [];
 
-  const size = () => [canvas.clientWidth, canvas.clientHeight];
+  let extent = [0, 0]; // width and height as last painted: asking the page for each feature would be slow
+  const size = () => extent;
   function toScreen(feature) {
     const [width, height] = size();
     const [w, t] = [(width - 2 * MAP_ROOM) * view.scale, (height - 2 * MAP_ROOM) * view.scale];
@@ -83,7 +84,8 @@ function featureMap(app) {
 
   function paint() {
     frame = 0;
-    const [width, height] = size();
+    extent = [canvas.clientWidth, canvas.clientHeight];
+    const [width, height] = extent;
     if (!width) return;
     const ratio = window.devicePixelRatio || 1;
     if (canvas.width !== Math.round(width * ratio)) canvas.width = Math.round(width * ratio);
