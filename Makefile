@@ -24,7 +24,7 @@ test: export HF_HUB_OFFLINE := 1
 test: export OMP_NUM_THREADS := 1
 test: export PYTHONDONTWRITEBYTECODE := # workers share what they compile
 test: $(READY) ## the tests, every notebook's smoke run among them
-	$(PYTHON) -m pytest -n $(JOBS) --dist loadgroup --no-loadscope-reorder
+	$(PYTHON) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 test-cuda: $(READY) ## the tests that need a CUDA GPU; without one they are skipped, with that reason
 	$(PYTHON) -m pytest -m cuda -rs tests/cuda

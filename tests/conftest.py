@@ -24,13 +24,6 @@ def pytest_collection_finish():
     gc.enable()
 
 
-def pytest_itemcollected(item):
-    """Workers take whole modules, whose fixtures are then made once."""
-    name = item.path.stem
-    group = "forking" if name in FORKING else f"{item.path.parent.name}/{name}"
-    item.add_marker(pytest.mark.xdist_group(group))
-
-
 def pytest_collection_modifyitems(items):
     """The smoke runs are first, since they take longest."""
     items.sort(key=lambda item: (item.path.stem != "test_smoke", item.path.stem not in FORKING))
