@@ -277,7 +277,7 @@ def test_one_folder_of_class_folders_gives_an_accuracy(tmp_path, monkeypatch):
     assert (probe["classifier"], probe["accuracy"], probe["uniform"]) == ("probe", 1.0, 0.5)
     assert diffc["classifier"] == "diffc" and 0 <= diffc["low"] <= diffc["accuracy"] <= diffc["high"] <= 1
     assert probe["count"] == diffc["count"] == 5, "a fifth of the pictures"
-    assert "label: the linear probe is correct for 100% of 5 test pictures" in results["finding"]
+    assert "label: the linear probe is correct for 100.0% of 5 test pictures" in results["finding"]
 
 
 @pytest.mark.parametrize(
