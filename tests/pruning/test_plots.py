@@ -43,7 +43,7 @@ def test_the_loss_over_the_scale_shows_every_run_the_control_and_the_paper():
     assert lines(left)["the same, scaled to 0"].get_xydata().tolist() == [
         [0.1, 0.01]
     ]  # at the edge: 0 has no logarithm
-    assert [text.get_text() for text in left.texts] == ["the paper's losses: 0.024 and 0.023"]
+    assert [text.get_text() for text in left.texts] == ["PeLAP-A's losses: 0.024 and 0.023"]
 
 
 def test_the_spectrum_has_the_closed_form_and_the_medians():
