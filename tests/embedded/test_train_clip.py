@@ -51,4 +51,5 @@ def test_training_lowers_the_loss_and_a_saved_model_retrieves_as_it_did(tmp_path
     expected = Clip(made.model, made.processor).embed_pictures(pixels)
     models.save_in_float16(made.model, tmp_path / "saved", made.processor)
     assert (tmp_path / "saved" / "checksums.json").is_file()
+    assert "text_encoder" not in (tmp_path / "saved" / "config.json").read_text(), "it does not name its source"
     assert torch.allclose(load_clip(str(tmp_path / "saved"), device="cpu").embed_pictures(pixels), expected, atol=5e-3)

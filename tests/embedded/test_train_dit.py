@@ -1,6 +1,7 @@
 """The training of the class-conditional transformer: its classes and data, its loss, that it learns and resumes."""
 
 import math
+import re
 
 import diffusers
 import numpy as np
@@ -193,6 +194,8 @@ def test_the_shipped_folders_are_small_and_plain():
     files = [path for path in place.parent.rglob("*") if path.is_file()]
     assert {path.suffix for path in files} <= {".json", ".safetensors", ".txt", ".jinja"}
     assert sum(path.stat().st_size for path in files) < 40e6
+    named = [path.name for path in files if path.suffix == ".json" and re.search(r': "(?:/|[A-Z]:)', path.read_text())]
+    assert named == [], "no file names a path of the machine that made it"
 
 
 def test_what_is_refused():

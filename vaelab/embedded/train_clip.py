@@ -76,11 +76,11 @@ def new_clip(seed: int = 0) -> tuple["CLIPModel", "CLIPProcessor"]:
         "hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": 4,
         "image_size": SIDE, "patch_size": PATCH,
     }  # fmt: skip
+    # the folder that the text model came from must not be saved with this one
+    reads = {name: value for name, value in text.config.to_dict().items() if name != "_name_or_path"}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = CLIPModel(
-            CLIPConfig(text_config=text.config.to_dict(), vision_config=vision, projection_dim=text.config.hidden_size)
-        )
+        model = CLIPModel(CLIPConfig(text_config=reads, vision_config=vision, projection_dim=text.config.hidden_size))
     # older versions of transformers have one more name in the path
     model.text_model.load_state_dict({name.removeprefix("text_model."): v for name, v in text.state_dict().items()})
     sides = {"height": SIDE, "width": SIDE}
