@@ -674,19 +674,22 @@ def _own_table(
 
 
 def features_against_truth(sae: SAE, halves: Halves, seed: int = 0) -> pd.DataFrame:
-    """Compare every feature with the factor values of scenes.
+    """Measure how well each feature detects a known factor value, such as red or star, in the world's scenes.
 
-    For each feature the value and the threshold with the largest gain in F1 over marking every patch are chosen on one
-    half of the scenes; F1 is that of the other half. The control is the best of as many random directions for that
-    value, chosen and scored on the same halves (:func:`vaelab.sae.detection.detect`).
+    On one half of the scenes, the value and the threshold are chosen whose F1 most exceeds the F1 of calling every
+    patch positive. The reported F1 is that of the other half. The control is the F1 of the best of n random directions
+    for the same value, n being the number of features, chosen and scored on the same halves
+    (:func:`vaelab.sae.detection.detect`).
 
     Args:
         sae: the autoencoder.
-        halves: labelled vectors of the scenes, see :func:`vaelab.sae.truth.label_factors`.
+        halves: the vectors of the scenes' patches with their factor values, split by scene into two halves, see
+            :func:`vaelab.sae.truth.label_factors`.
         seed: the seed of the random directions.
 
     Returns:
-        ``feature``, ``value``, ``f1`` and ``control``; only features that gain something.
+        One row per feature with ``feature``, ``value``, ``f1`` and ``control``; features that on the first half are no
+        better than calling every patch positive are left out.
     """
     readout, (first, second) = SAEReadout(sae), halves
     scores, later = (readout.scores(half.flat).cpu().numpy() for half in halves)

@@ -344,19 +344,20 @@ def train_together(
     settings: dict[str, Any] | None = None,
     progress: Callable[[int], Any] | None = None,
 ) -> dict[str, TrainedDiffC]:
-    """Train a Diff-C for each factor on a layer's stored maps, all on the same batches.
+    """Train a Diff-C, a small classifier of a layer's stored maps, for each factor (such as shape or colour).
 
-    Each has the initial weights and the steps that it would have alone.
+    All see the same batches, in one pass. Each starts from the same weights as if it were trained alone, and ends with
+    the same ones up to rounding.
 
     Args:
-        training: for each factor the pictures to train on, the same for all; each epoch has one random view (uncropped,
-            or a crop) of every picture.
-        validation: for each factor the pictures by which the epoch is selected, the same for all.
-        layer: the name in the store of the layer's maps (h, w, d).
-        config: the size and training of each classifier; None means the paper's.
-        folder: the folder for the checkpoint, and for the best weights in a folder for each factor, from which
-            interrupted training resumes; None means that no file is written.
-        settings: further settings, as plain JSON, that must be equal for a checkpoint to be resumed.
+        training: the labelled training pictures by factor; the pictures are the same, only their labels differ. An
+            epoch has one view of each picture, drawn at random among those stored: the whole picture or a crop.
+        validation: likewise the pictures on which each factor's best epoch is chosen.
+        layer: the layer's name in the store; its maps are (h, w, d).
+        config: the size and training of each classifier; None means the settings of the paper (Revelio).
+        folder: where the checkpoint is written, from which interrupted training resumes, and in a subfolder for each
+            factor its best weights; None writes nothing.
+        settings: further settings, as plain JSON; a checkpoint with other ones is not resumed.
         progress: is called after each step with the number of steps so far; None shows a progress bar instead.
 
     Returns:

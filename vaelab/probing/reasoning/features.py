@@ -1,18 +1,18 @@
 """Features of pictures for a language model: an image encoder's tokens, a denoiser's maps, and controls.
 
-A stream is what the language model sees of a picture, such as ``clip + up_ft1.t25``: the parts whose tokens are
-interleaved, joined by ``+``. The parts are
+A stream is the sequence of tokens that shows a picture to the language model. Its name joins its parts with ``+``, as in
+``clip + up_ft1.t25``; the tokens of the parts are interleaved. The parts are
 
 ==================== =============================================================================================
-``clip``             tokens of the image encoder, a CLIP or DINOv2
+``clip``             tokens of the main image encoder, usually a CLIP
 ``other``            tokens or maps of another image encoder
-``up_ft1.t25``       maps of a denoiser's block at a timestep
+``up_ft1.t25``       maps of a denoiser's block, here ``up_ft1``, at a timestep, here t = 25
 ``untrained:up_ft1.t25``  the same of a denoiser with random weights
-``noise``            normally distributed tokens in the image encoder's shape
+``noise``            random tokens, normally distributed, in the main image encoder's shape
 ==================== =============================================================================================
 
-``none`` is the stream without a picture. ``clip + clip`` has as many tokens and weights as ``clip + up_ft1.t25``
-without anything new in them, and is what that stream must be compared with.
+``none`` is the stream without a picture. ``clip + clip`` is the control of ``clip + up_ft1.t25``: it has as many tokens
+and as large projectors, but no new information.
 """
 
 import sys
@@ -44,7 +44,7 @@ STATISTICS_PICTURES = 512
 
 
 class Statistics(NamedTuple):
-    """Mean and standard deviation of each channel of a part, each (d,)."""
+    """Mean and standard deviation of each channel of a part, each (d,), by which its tokens are normalised."""
 
     mean: Tensor
     deviation: Tensor
