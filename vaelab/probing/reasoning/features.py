@@ -1,7 +1,7 @@
 """Features of pictures for a language model: an image encoder's tokens, a denoiser's maps, and controls.
 
-A stream is the sequence of tokens that shows a picture to the language model. Its name joins its parts with ``+``, as in
-``clip + up_ft1.t25``; the tokens of the parts are interleaved. The parts are
+A stream is the sequence of tokens that shows a picture to the language model. Its name joins its parts with ``+``, as
+in ``clip + up_ft1.t25``; the tokens of the parts are interleaved. The parts are
 
 ==================== =============================================================================================
 ``clip``             tokens of the main image encoder, usually a CLIP
