@@ -105,7 +105,14 @@ def test_sdxl_has_the_papers_eleven_cross_attention_blocks(sample_size, side):
     assert found["up.0.1"] == ("up_blocks.0.attentions.1", (side, side, 1280))
     assert found["up.1.0"] == ("up_blocks.1.attentions.0", (2 * side, 2 * side, 640))
     assert found["mid.0"] == ("mid_block.attentions.0", (side, side, 1280))
-    assert blocks(model.to(torch.float16)) == found
+
+
+def test_a_model_in_half_precision_has_the_same_blocks(monkeypatch):
+    found = {}
+    for precision in (torch.float32, torch.float16):
+        monkeypatch.setattr(module, "_example_outputs", {})  # the precision is no part of the configuration
+        found[precision] = blocks(unet().to(precision))
+    assert "bottleneck" in found[torch.float32] and found[torch.float16] == found[torch.float32]
 
 
 def test_blocks_found_before_are_those_of_the_same_configuration_alone():
