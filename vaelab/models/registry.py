@@ -1,9 +1,9 @@
 """Find a model by its name, and what identifies it.
 
 A name is ``embedded`` or ``embedded-dit``, an id on the hub (owner/name), a local diffusers folder or, for an
-autoencoder, a local ``.safetensors`` file. Three small models are embedded, that is, shipped with the package: a
+autoencoder, a local ``.safetensors`` file. Five small models are embedded, that is, shipped with the package: a
 text-to-image pipeline that was trained on the synthetic scene world (:mod:`vaelab.world`), a class-conditional pipeline
-(``embedded-dit``), and an autoencoder with suppressed channels.
+(``embedded-dit``), an autoencoder with suppressed channels, and a CLIP and a language model of the scene world.
 """
 
 import hashlib
@@ -20,6 +20,8 @@ from vaelab.core.validate import nearest, one_of
 from vaelab.models.checksums import CHECKSUMS
 
 EMBEDDED = ("embedded", "embedded-dit")
+SHIPPED_WEIGHTS = Path(__file__).parent.parent / "embedded" / "weights"
+"""Folder of the embedded models."""
 RENAMED = {
     "stabilityai/sdxl-va": "stabilityai/sdxl-vae",
     "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
@@ -46,27 +48,27 @@ class VAELocation(NamedTuple):
 
 def embedded_path() -> Path:
     """Return the folder of the embedded text-to-image model, a diffusers ``StableDiffusionPipeline``."""
-    return Path(__file__).parent.parent / "embedded" / "weights" / "pipeline"
+    return SHIPPED_WEIGHTS / "pipeline"
 
 
 def embedded_dit_path() -> Path:
     """Return the folder of the embedded class-conditional model, a diffusers ``DiTPipeline``."""
-    return Path(__file__).parent.parent / "embedded" / "weights" / "dit"
+    return SHIPPED_WEIGHTS / "dit"
 
 
 def embedded_vae_path() -> Path:
     """Return the folder of the embedded autoencoder with suppressed channels."""
-    return Path(__file__).parent.parent / "embedded" / "weights" / "vae"
+    return SHIPPED_WEIGHTS / "vae"
 
 
 def embedded_clip_path() -> Path:
     """Return the folder of the embedded CLIP, a ``CLIPModel`` of transformers with its processor."""
-    return Path(__file__).parent.parent / "embedded" / "weights" / "clip"
+    return SHIPPED_WEIGHTS / "clip"
 
 
 def embedded_language_path() -> Path:
     """Return the folder of the embedded language model, a ``LlamaForCausalLM`` of transformers with its tokenizer."""
-    return Path(__file__).parent.parent / "embedded" / "weights" / "language_model"
+    return SHIPPED_WEIGHTS / "language_model"
 
 
 def pipeline_folder(name: str, revision: str | None = None) -> str:
