@@ -14,7 +14,7 @@ from small_features import BLOCK, WIDTH, Letters, N, collect_small
 
 from vaelab import activations, store
 from vaelab.activations.denoiser import Sampling
-from vaelab.browser import feature_data
+from vaelab.browser import dictionary_map, feature_data
 from vaelab.browser.feature_data import FeatureData, Twin
 from vaelab.core.io import write_json
 from vaelab.sae import formats
@@ -43,9 +43,9 @@ class CountedPictures:
 
 @pytest.fixture(scope="module", autouse=True)
 def fast_maps():
-    """PCA in place of t-SNE, but for the test of maps."""
+    """PCA in place of t-SNE."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(feature_data, "TSNE_MOST", 0)
+        patch.setattr(dictionary_map, "TSNE_MOST", 0)
         yield
 
 
@@ -166,32 +166,6 @@ def test_every_active_feature_has_a_thumbnail_and_no_other(of_formats, tmp_path)
     assert data.thumbnail(7) is None and data.card(7)["examples"] == []
     columns, rows, side = data.sprite_grid
     assert Image.open(io.BytesIO(data.sprites[0])).size == (columns * side, rows * side)
-
-
-def test_sheets_hold_all_tiles():
-    for n in (1, 2, 40, 5120, 81_920):
-        columns, rows, side = feature_data.sprite_grid(n)
-        assert max(columns, rows) * side <= feature_data.SHEET and columns * rows * -(-n // (columns * rows)) >= n
-    assert feature_data.sprite_grid(81_920)[2] == 16
-
-
-def test_few_pictures_cover_many_features():
-    tops = {0: ["a", "x"], 1: ["b", "x"], 2: ["c", "y"], 3: []}
-    assert feature_data.choose_pictures(tops, 3) == {"a", "b", "c"}
-    assert feature_data.choose_pictures(tops, 1) == {"x"}
-    assert "x" in feature_data.choose_pictures(tops, 2)
-
-
-@pytest.mark.parametrize("most", [40, 8])
-def test_the_map_keeps_similar_directions_together(monkeypatch, most):
-    monkeypatch.setattr(feature_data, "TSNE_MOST", most)
-    generator = torch.Generator().manual_seed(0)
-    centres = torch.eye(16)[:2].repeat_interleave(20, 0)
-    directions = torch.nn.functional.normalize(centres + 0.05 * torch.randn(40, 16, generator=generator))
-    places = feature_data.embed_directions(directions)
-    assert places.dtype == np.float32 and places.min() == 0 and places.max() == 1
-    gaps = np.linalg.norm(places[:, None] - places, axis=-1)
-    assert gaps[:20, :20].max() < gaps[:20, 20:].min()
 
 
 def test_histograms_keep_every_activation_between_their_edges():
