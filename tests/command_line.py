@@ -1,4 +1,4 @@
-"""The command line without the imports of a new process: in this process, or in one forked from the tests' server."""
+"""The command line without the imports of a new process: in this process, or in one that is forked."""
 
 import io
 import logging

@@ -11,7 +11,7 @@ FORKING = (
     "test_cli", "test_collect", "test_collection_survives", "test_finetune", "test_forked", "test_io",
     "test_notebooks", "test_writer",
 )  # fmt: skip
-"""The modules whose processes are forked from one server, see :mod:`helpers`."""
+"""The modules that start processes from a fork server, see :mod:`helpers`."""
 
 
 def pytest_sessionstart():
@@ -25,7 +25,7 @@ def pytest_collection_finish():
 
 
 def pytest_collection_modifyitems(items):
-    """The smoke runs are first, since they take longest."""
+    """The smoke runs are first, since they take longest, and then the modules that start processes."""
     items.sort(key=lambda item: (item.path.stem != "test_smoke", item.path.stem not in FORKING))
 
 
@@ -99,7 +99,7 @@ def url(request, written):
 
 @pytest.fixture
 def forked_kernels(monkeypatch):
-    """What the runner executes has its kernel forked from the tests' server, which has the imports."""
+    """What the runner executes has its kernel forked from the fork server of :mod:`helpers`, which has the imports."""
     from helpers import PRELOADED
 
     from vaelab.runner import cli, execute, forked, schedule

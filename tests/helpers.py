@@ -10,7 +10,7 @@ import numpy as np
 import PIL.Image
 import torch
 
-# one server for the whole test run, whose children have these imports; it keeps the environment it began with
+# one server for each process that runs tests; its children have these imports and the environment that it began with
 CHILDREN = multiprocessing.get_context("forkserver")
 PRELOADED = [
     "accelerate", "datasets", "diffusers.models.autoencoders.autoencoder_kl", "ipykernel.kernelapp",
