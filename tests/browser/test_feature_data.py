@@ -24,6 +24,7 @@ from vaelab.sae.feature_statistics import collect_statistics
 from vaelab.sae.model import SAE, SAEConfig
 from vaelab.sae.transcoder import Transcoder, TranscoderConfig
 from vaelab.store.format import BlockShape
+from vaelab.viz.encoding import encode_picture
 
 PROMPT = "a red circle on the left"
 
@@ -125,7 +126,7 @@ def test_a_card_is_json_but_for_its_pictures_and_covers_all_deciles(small, data,
     card = data.card(active[0])
     assert {one["group"] for one in card["examples"]} == {"top", *(f"decile {i}" for i in range(1, 11))}
     for one in card["examples"]:
-        expected = feature_data.encode_picture(small.pictures.pictures([one["item"]])[0])
+        expected = encode_picture(small.pictures.pictures([one["item"]])[0])
         assert one.pop("picture") == expected
     json.dumps(card)
     top = [one["activation"] for one in card["examples"] if one["group"] == "top"]
@@ -181,7 +182,7 @@ def test_histograms_keep_every_activation_between_their_edges():
 def test_pictures_change_when_features_are_turned_and_not_otherwise(small, data, active):
     plain = data.generate(PROMPT, 3)
     expected = activations.generate(small.pipeline, [PROMPT], [3], data.sampling)[0]
-    assert plain == {"picture": feature_data.encode_picture(expected), "maps": {}}
+    assert plain == {"picture": encode_picture(expected), "maps": {}}
     turn = {"feature": active[0], "strength": 3.0}
     found = {
         "add": data.generate(PROMPT, 3, [turn]),

@@ -37,14 +37,13 @@ from vaelab.sae.steering import Directions, Steerer, Steering
 from vaelab.sae.sweep import SAESweep
 from vaelab.sae.top_activating import BINS, FINEST, OCTAVES, PARTS
 from vaelab.sae.transcoder import Transcoder, load_trained
+from vaelab.viz.encoding import decode_picture, encode_picture, encode_pixels
 
 SHELF = "shelf.json"
 """The file of the features that were kept, in the browser's folder."""
 SHELF_FORMAT = "vaelab.browser.shelf"
 CACHE = "cache"
 """The folder of what was computed once, in the browser's folder."""
-LOSSLESS_SIDE = 256
-"""Side in pixels up to which pictures are PNG; larger ones are WebP."""
 TOGETHER = 64
 """Number of pictures that are generated before they are saved."""
 DECILES = 10
@@ -410,7 +409,7 @@ class FeatureData:
             maps = feature_maps(self.sae, self._pictures.store, self.block, [item], features)[0]
             tiles[features] = draw_tiles(picture, maps, side)
         return [
-            _encode(sheet.transpose(0, 2, 1, 3, 4).reshape(rows * side, columns * side, 4), "WEBP", quality=82)
+            encode_pixels(sheet.transpose(0, 2, 1, 3, 4).reshape(rows * side, columns * side, 4), "WEBP", quality=82)
             for sheet in sheets
         ]
 
@@ -422,7 +421,7 @@ class FeatureData:
         return self.folder / CACHE / f"pictures-{store.identity[:12]}" / name
 
     def _picture_bytes(self, items: Sequence[int]) -> list[bytes]:
-        """Return the pictures of items, as :func:`encode_picture` makes them; those that are missing are generated."""
+        """Return the encoded pictures of items; those that are missing are generated."""
         files = {item: self._picture_file(item) for item in items}
         missing = {file: item for item, file in files.items() if not file.is_file()}
         if missing:
@@ -710,7 +709,7 @@ def write_page(path: Path, page: str) -> str:
     return portable(str(path))
 
 
-# Parts of a card, and pictures
+# Parts of a card
 
 
 def words_of_all(statistics: FeatureStatistics, count: int = 3, least: int = 3) -> list[str]:
@@ -748,24 +747,6 @@ def histogram(bins: Tensor) -> dict[str, list[float]]:
         "edges": edges[np.append(starts, end)].tolist(),
         "counts": [int(counts[a:b].sum()) for a, b in zip(starts, ends, strict=True)],
     }
-
-
-def encode_picture(picture: Tensor) -> bytes:
-    """Encode a picture (3, H, W) in [-1, 1]: as PNG, or as WebP if a side is above :data:`LOSSLESS_SIDE`."""
-    pixels = ((picture.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
-    return _encode(pixels, "PNG") if max(pixels.shape[:2]) <= LOSSLESS_SIDE else _encode(pixels, "WEBP", quality=90)
-
-
-def decode_picture(data: bytes) -> Tensor:
-    """Decode what :func:`encode_picture` made: (3, H, W) in [-1, 1]."""
-    pixels = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 127.5 - 1
-
-
-def _encode(pixels: np.ndarray, kind: str, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 def _mask(mask: Any) -> Tensor:

@@ -13,9 +13,10 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from vaelab import viz
-from vaelab.browser.feature_data import FeatureData, decode_picture
+from vaelab.browser.feature_data import FeatureData
 from vaelab.sae.feature_scores import at_pixels
 from vaelab.sae.gallery import heat_colours
+from vaelab.viz.encoding import decode_picture
 from vaelab.viz.text import plain_text
 
 THUMBNAIL = 0.055

@@ -6,16 +6,15 @@ policy allows this script alone, and no request to any host. Captions, notes and
 
 import base64
 import hashlib
-import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader
-from PIL import Image
 
 from vaelab.browser.feature_figures import heat_pixels
+from vaelab.viz.encoding import encode_pixels
 
 if TYPE_CHECKING:
     from vaelab.browser.feature_data import FeatureData
@@ -71,7 +70,7 @@ def _render(data: "FeatureData", notes: Mapping[int, str], title: str) -> str:
 def _tile(data: "FeatureData", feature: int) -> str:
     """Return a feature's thumbnail as a data URI; empty if it has none."""
     tile = data.thumbnail(feature)
-    return "" if tile is None else _uri(_png(tile))
+    return "" if tile is None else _uri(encode_pixels(tile))
 
 
 def _prepare(data: "FeatureData", feature: int, note: str) -> dict[str, Any]:
@@ -81,7 +80,7 @@ def _prepare(data: "FeatureData", feature: int, note: str) -> dict[str, Any]:
         {
             **one,
             "src": _uri(one["picture"]),
-            "heat": _uri(_png(heat_pixels(one))),
+            "heat": _uri(encode_pixels(heat_pixels(one))),
             "activation": shown(one["activation"]),
         }
         for one in card["examples"]
@@ -154,12 +153,6 @@ def _points(curve: Mapping[str, list[float]]) -> dict[str, Any] | None:
         for x, y, t, m in zip(across, down, times, means, strict=True)
     ]
     return {"points": places, "first": f"{times[0]:g}", "last": f"{times[-1]:g}", "most": shown(most)}
-
-
-def _png(pixels: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def _uri(data: bytes) -> str:

@@ -12,14 +12,12 @@ The pool is a list of items of a store, each of another picture. Only its first,
 factor values chosen on them; captions are scored on the others (:mod:`vaelab.sae.caption_scores`).
 """
 
-import io
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import PIL.Image
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
@@ -33,7 +31,7 @@ from vaelab.sae.feature_scores import ItemPictures, at_pixels
 from vaelab.sae.feature_statistics import feature_maps, mean_activations
 from vaelab.sae.model import SAE
 from vaelab.store.reader import Store
-from vaelab.viz.grids import displayable
+from vaelab.viz.encoding import encode_pixels, pixels_of
 from vaelab.world import oracle
 from vaelab.world.scenes import PHRASES, SCENE_FACTORS, THING_FACTORS, Scene
 
@@ -385,9 +383,7 @@ def picture_row(pictures: Tensor) -> bytes:
     else:
         sized = F.interpolate(pictures, (SIDE, SIDE), mode="bilinear", align_corners=False, antialias=True)
     row = torch.cat([F.pad(one, (0, GAP), value=GREY) for one in sized], -1)[..., :-GAP]
-    file = io.BytesIO()
-    PIL.Image.fromarray((displayable(row[None])[0] * 255).round().astype(np.uint8)).save(file, "PNG")
-    return file.getvalue()
+    return encode_pixels(pixels_of(row))
 
 
 def draw_rows(rows: Mapping[str, Tensor], title: str = "") -> Figure:
