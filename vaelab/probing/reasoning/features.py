@@ -15,6 +15,7 @@ in ``clip + up_ft1.t25``; the tokens of the parts are interleaved. The parts are
 and as large projectors, but no new information.
 """
 
+import copy
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -30,13 +31,15 @@ from vaelab import activations
 from vaelab.core import devices, hub
 from vaelab.core.disk import readable
 from vaelab.core.finite import all_finite
-from vaelab.models.block_names import find_denoiser
+from vaelab.models.block_names import DENOISERS, find_denoiser
 from vaelab.models.clip import load_clip
 from vaelab.models.registry import embedded_clip_path
 from vaelab.models.similarity import EFFICIENTNET, load_picture_model
 from vaelab.probing.layer_features import digest, split_layer_name
 
 CLIP, OTHER, NOISE, NONE, UNTRAINED = "clip", "other", "noise", "none", "untrained:"
+WORDS = (CLIP, OTHER, NOISE)
+"""The parts that are no layer of a denoiser."""
 HELD_BYTES = 2**31
 """Features that take at most so many bytes are computed once and held in memory."""
 STATISTICS_PICTURES = 512
@@ -149,7 +152,7 @@ def stream_parts(stream: str, parameter: str = "streams") -> tuple[str, ...]:
     parts = tuple(part.strip() for part in stream.split("+"))
     for part in parts:
         block, mark, timestep = part.removeprefix(UNTRAINED).rpartition(".t")
-        if part not in (CLIP, OTHER, NOISE) and not (mark and block and timestep.isdecimal()):
+        if part not in WORDS and not (mark and block and timestep.isdecimal()):
             raise ValueError(
                 f"{parameter}: {part!r} of {stream!r} is no part; expected {CLIP}, {OTHER}, {NOISE}, {NONE}, or a "
                 f"block at a timestep such as up_ft1.t25 or {UNTRAINED}up_ft1.t25"
@@ -160,20 +163,18 @@ def stream_parts(stream: str, parameter: str = "streams") -> tuple[str, ...]:
 def stream_layers(streams: Sequence[str]) -> list[str]:
     """List the blocks at timesteps that streams need, of the trained or the untrained denoiser, each once."""
     parts = [part.removeprefix(UNTRAINED) for stream in streams for part in stream_parts(stream)]
-    return [part for part in dict.fromkeys(parts) if part not in (CLIP, OTHER, NOISE)]
+    return [part for part in dict.fromkeys(parts) if part not in WORDS]
 
 
 def untrained_denoiser(pipeline: Any, seed: int) -> Any:
     """Copy a pipeline with a denoiser of the same architecture and random weights; everything else is shared."""
-    import copy
-
     denoiser = find_denoiser(pipeline)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         fresh = type(denoiser).from_config(denoiser.config)
     fresh.to(denoiser.device, denoiser.dtype).eval().requires_grad_(False)
     copied = copy.copy(pipeline)
-    name = next(name for name in ("unet", "transformer") if getattr(pipeline, name, None) is denoiser)
+    name = next(name for name in DENOISERS if getattr(pipeline, name, None) is denoiser)
     setattr(copied, name, fresh)
     return copied
 
@@ -222,7 +223,7 @@ class PictureFeatures:
 
     def _maps(self, pipeline: Any, prefix: str, pixels: Tensor, seeds: list[int]) -> dict[str, Tensor]:
         wanted = [part for part in self.parts if part.startswith(UNTRAINED) == bool(prefix)]
-        wanted = [part.removeprefix(prefix) for part in wanted if part not in (CLIP, OTHER, NOISE)]
+        wanted = [part.removeprefix(prefix) for part in wanted if part not in WORDS]
         by_timestep: dict[int, list[str]] = {}
         for layer in wanted:
             block, timestep = split_layer_name(layer)

@@ -7,7 +7,7 @@ import pandas as pd
 
 from vaelab.core.validate import one_of
 from vaelab.probing.reasoning.conversations import Asked
-from vaelab.probing.reasoning.features import UNTRAINED, stream_layers, stream_parts
+from vaelab.probing.reasoning.features import WORDS, stream_parts
 from vaelab.world.questions import CATEGORIES, mark
 
 DRAWS = 1000
@@ -115,7 +115,7 @@ def layer_table(table: pd.DataFrame, known: pd.DataFrame | None = None) -> pd.Da
     """
     rows = []
     for stream, part in table.groupby("stream", sort=False):
-        layers = [each for each in stream_parts(stream) if each.removeprefix(UNTRAINED) in stream_layers([stream])]
+        layers = [each for each in stream_parts(stream) if each not in WORDS]
         if layers:
             rows.append({"layer": layers[-1], "stream": stream, **part.set_index("category")["difference"]})
     found = pd.DataFrame(rows)
