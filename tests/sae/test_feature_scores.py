@@ -106,6 +106,7 @@ def test_a_caption_has_the_words_that_raise_a_feature():
     assert feature_scores.caption_from_words(statistics, 0) == "red circle"  # "square" lowers it
     assert feature_scores.caption_from_words(statistics, 0, least=7) == ""
     assert feature_scores.caption_from_words(statistics, 1) == ""
+    assert feature_scores.captions_from_words(statistics) == ["red circle", ""]
 
 
 def test_position_probes_read_positions_that_are_there_and_no_others():

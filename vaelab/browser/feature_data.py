@@ -30,7 +30,7 @@ from vaelab.runner.parameters import portable
 from vaelab.runner.run import read_results
 from vaelab.sae.controls import LinearReadout, SAEReadout
 from vaelab.sae.detection import Halves, best_f1, best_threshold, count_errors, detect, pooled_f1
-from vaelab.sae.feature_scores import FUNCTION_WORDS, TELLING, ItemPictures, with_random_directions
+from vaelab.sae.feature_scores import ItemPictures, captions_from_words, with_random_directions
 from vaelab.sae.feature_statistics import FeatureStatistics, encoded_maps, feature_maps, sae_checksum
 from vaelab.sae.model import SAE, config_checksum
 from vaelab.sae.steering import Directions, Steerer, Steering
@@ -436,7 +436,7 @@ class FeatureData:
             "feature": np.arange(n),
             "frequency": (summary.active_items.double() / max(summary.item_count, 1)).numpy(),
             "density": (summary.active_rows.double() / max(summary.row_count, 1)).numpy(),
-            "mu": self._mean.numpy(), "words": words_of_all(self.statistics),
+            "mu": self._mean.numpy(), "words": captions_from_words(self.statistics),
             **{name: [value] * n for name, value in UNKNOWN.items()},
         }).set_index("feature", drop=False)  # fmt: skip
         if truth is not None:
@@ -710,21 +710,6 @@ def write_page(path: Path, page: str) -> str:
 
 
 # Parts of a card
-
-
-def words_of_all(statistics: FeatureStatistics, count: int = 3, least: int = 3) -> list[str]:
-    """Make :func:`vaelab.sae.feature_scores.caption_from_words` of all features at once."""
-    items, ratios = statistics.word_ratios()
-    allowed = (items >= least) & torch.tensor([word not in FUNCTION_WORDS for word in statistics.words], dtype=bool)
-    if not allowed.any():
-        return [""] * statistics.n_features
-    words = [word for word, use in zip(statistics.words, allowed.tolist(), strict=True) if use]
-    best = ratios[allowed].sort(dim=0, descending=True, stable=True)
-    values, places = best.values[:count].T.tolist(), best.indices[:count].T.tolist()
-    return [
-        " ".join(words[place] for value, place in zip(*own, strict=True) if value > TELLING)
-        for own in zip(values, places, strict=True)
-    ]
 
 
 def histogram(bins: Tensor) -> dict[str, list[float]]:

@@ -224,9 +224,22 @@ def caption_from_words(statistics: FeatureStatistics, feature: int, count: int =
     Only words that occur in ``least`` prompts and raise the feature's mean activation by a factor :data:`TELLING` are
     used, and none of :data:`FUNCTION_WORDS`; the caption is empty if there is none.
     """
-    table = statistics.by_word(feature, len(statistics.words))
-    telling = table[(table["ratio"] > TELLING) & (table["items"] >= least) & ~table["word"].isin(FUNCTION_WORDS)]
-    return " ".join(telling["word"][:count])
+    return captions_from_words(statistics, [feature], count, least)[0]
+
+
+def captions_from_words(
+    statistics: FeatureStatistics, features: Sequence[int] | None = None, count: int = 3, least: int = 3
+) -> list[str]:
+    """Make :func:`caption_from_words` of several features at once; None takes all."""
+    items, ratios = statistics.word_ratios(features)
+    allowed = (items >= least) & torch.tensor([word not in FUNCTION_WORDS for word in statistics.words], dtype=bool)
+    words = [word for word, use in zip(statistics.words, allowed.tolist(), strict=True) if use]
+    best = ratios[allowed].sort(dim=0, descending=True, stable=True)
+    values, places = best.values[:count].T.tolist(), best.indices[:count].T.tolist()
+    return [
+        " ".join(words[place] for value, place in zip(*own, strict=True) if value > TELLING)
+        for own in zip(values, places, strict=True)
+    ]
 
 
 def position_accuracy(maps: Tensor, seed: int = 0, most: int = 20_000) -> dict[str, float]:

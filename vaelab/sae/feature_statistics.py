@@ -278,25 +278,25 @@ class FeatureStatistics:
             of all items. The largest ratio comes first.
         """
         with_word = self._items_with.double().clamp_min(1)
-        mean = self._total_with[:, feature].cpu() / with_word
-        everywhere = self._peaks.totals()[feature] / max(self._peaks.row_count, 1)
         table = pd.DataFrame({
             "word": self.words, "items": self._items_with.tolist(),
-            "active": (self._active_with[:, feature].cpu() / with_word).tolist(), "mean": mean.tolist(),
-            "ratio": (mean / everywhere if everywhere else torch.zeros_like(mean)).tolist(),
+            "active": (self._active_with[:, feature].cpu() / with_word).tolist(),
+            "mean": (self._total_with[:, feature].cpu() / with_word).tolist(),
+            "ratio": self.word_ratios([feature])[1].flatten().tolist(),
         })  # fmt: skip
         table = table[table["items"] > 0]
         return table.sort_values("ratio", ascending=False, kind="stable", ignore_index=True)[:count]
 
-    def word_ratios(self) -> tuple[Tensor, Tensor]:
-        """Compute the ratios of :meth:`by_word` of all n features.
+    def word_ratios(self, features: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+        """Compute the ratios of :meth:`by_word` of F features; None takes all.
 
         Returns:
-            (W,) the number of items whose prompt has each of the W :attr:`words`; and (W, n) the ratios, 0 for features
+            (W,) the number of items whose prompt has each of the W :attr:`words`; and (W, F) the ratios, 0 for features
             that were never active.
         """
-        mean = self._total_with.cpu() / self._items_with.double().clamp_min(1)[:, None]
-        everywhere = self._peaks.totals() / max(self._peaks.row_count, 1)
+        chosen = slice(None) if features is None else list(features)
+        mean = self._total_with[:, chosen].cpu() / self._items_with.double().clamp_min(1)[:, None]
+        everywhere = self._peaks.totals()[chosen] / max(self._peaks.row_count, 1)
         return self._items_with, torch.where(everywhere != 0, mean / everywhere, 0)
 
     def table(self) -> pd.DataFrame:
