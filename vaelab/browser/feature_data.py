@@ -35,7 +35,7 @@ from vaelab.sae.feature_statistics import FeatureStatistics, encoded_maps, featu
 from vaelab.sae.model import SAE, config_checksum
 from vaelab.sae.steering import Directions, Steerer, Steering
 from vaelab.sae.sweep import SAESweep
-from vaelab.sae.top_activating import BINS, FINEST, OCTAVES, PARTS
+from vaelab.sae.top_activating import BINS, bin_edges
 from vaelab.sae.transcoder import Transcoder, load_trained
 from vaelab.viz.encoding import decode_picture, encode_picture, encode_pixels
 
@@ -722,14 +722,12 @@ def histogram(bins: Tensor) -> dict[str, list[float]]:
     filled = np.flatnonzero(counts)
     if not len(filled):
         return {"edges": [], "counts": []}
-    octaves = 2.0 ** np.arange(FINEST, FINEST + OCTAVES)
-    edges = np.append((octaves[:, None] * (1 + np.arange(PARTS) / PARTS)).flatten(), 2.0 ** (FINEST + OCTAVES))
     begin, end = filled[0], filled[-1] + 1
     joined = -(-(end - begin) // BARS)
     starts = np.arange(begin, end, joined)
     ends = np.append(starts[1:], end)
     return {
-        "edges": edges[np.append(starts, end)].tolist(),
+        "edges": bin_edges()[np.append(starts, end)].tolist(),
         "counts": [int(counts[a:b].sum()) for a, b in zip(starts, ends, strict=True)],
     }
 

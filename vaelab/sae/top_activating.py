@@ -286,11 +286,18 @@ def histogram_bins(values: Tensor) -> Tensor:
     return torch.where(values < 0, BINS // 2 - 1 - place, BINS // 2 + place)
 
 
+def bin_edges() -> Tensor:
+    """Compute the edges (BINS / 2 + 1,) float64 of the bins of positive values, rising."""
+    octaves = torch.arange(FINEST, FINEST + OCTAVES, dtype=torch.float64)
+    parts = 1 + torch.arange(PARTS, dtype=torch.float64) / PARTS
+    begins = (2 ** octaves[:, None] * parts).flatten()
+    return torch.cat([begins, begins.new_tensor([2.0 ** (FINEST + OCTAVES)])])
+
+
 def bin_centres() -> Tensor:
     """Compute the middle (BINS,) float64 of each bin."""
-    octaves = torch.arange(FINEST, FINEST + OCTAVES, dtype=torch.float64)
-    parts = 1 + (torch.arange(PARTS, dtype=torch.float64) + 0.5) / PARTS
-    positive = (2 ** octaves[:, None] * parts).flatten()
+    edges = bin_edges()
+    positive = (edges[1:] + edges[:-1]) / 2
     return torch.cat([-positive.flip(0), positive])
 
 
