@@ -25,7 +25,7 @@ from vaelab.browser.dictionary_map import choose_pictures, draw_tiles, embed_dir
 from vaelab.core.io import atomic, read_json, write_json
 from vaelab.core.validate import at_least, one_of, unknown
 from vaelab.models.similarity import MINILM, load_sentence_model
-from vaelab.models.vocabulary import unknown_words
+from vaelab.models.vocabulary import require_known_words
 from vaelab.runner.parameters import portable
 from vaelab.runner.run import read_results
 from vaelab.sae.controls import LinearReadout, SAEReadout
@@ -234,7 +234,7 @@ class FeatureData:
             ValueError: the prompt has words that the text model does not know, a feature does not exist or was never
                 active, or a number is out of range.
         """
-        require_prompt(self._pipeline, prompt)
+        require_known_words(self._pipeline, prompt)
         requests = [self._steering(one, step_range) for one in steerings]
         controls = {bool(one.get("control")) for one in steerings}
         if len(controls) > 1:
@@ -265,7 +265,7 @@ class FeatureData:
         Raises:
             ValueError: the mask holds no position, or the prompt has words that the text model does not know.
         """
-        require_prompt(self._pipeline, prompt)
+        require_known_words(self._pipeline, prompt)
         weights = None if mask is None else _mask(mask)
         updates = torch.stack(self._draw(prompt, seed).updates)  # (steps, h, w, d)
         if weights is None:
@@ -589,12 +589,6 @@ class FeatureData:
         parts = [self._sentences.embed_sentences(different[i : i + 64]) for i in range(0, len(different), 64)]
         place = {text: i for i, text in enumerate(different)}
         return named.index.tolist(), torch.cat(parts)[[place[text] for text in named]]
-
-
-def require_prompt(pipeline: Any, prompt: str) -> None:
-    """Raise ValueError if a prompt has words that the pipeline's text model does not know."""
-    if unknown := unknown_words(pipeline.tokenizer, [prompt]):
-        raise ValueError(f"prompt: the text model does not know {', '.join(map(repr, unknown))}")
 
 
 # What finished runs know

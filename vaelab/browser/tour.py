@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vaelab import activations, models, viz
 from vaelab.activations.denoiser import Sampling
 from vaelab.hooks import capture
-from vaelab.models.vocabulary import unknown_words
+from vaelab.models.vocabulary import require_known_words
 from vaelab.sae import interventions
 
 STYLE = {"description_width": "70px"}
@@ -77,8 +77,7 @@ class BlockSwitch(_Viewer):
         Raises:
             ValueError: the prompt has words that the text model never learned.
         """
-        if unknown := unknown_words(self._pipeline.tokenizer, [self.prompt.value]):
-            raise ValueError(f"prompt: the text model does not know {', '.join(map(repr, unknown))}")
+        require_known_words(self._pipeline, self.prompt.value)
         prompts, sampling, seed = [self.prompt.value] * self._count, Sampling(), self.seed.value
         rows = {"unchanged": activations.generate_all(self._pipeline, prompts, sampling, seed=seed)}
         if self.off.value:

@@ -35,6 +35,12 @@ def unknown_words(tokenizer: Any, texts: Iterable[str]) -> list[str]:
     return [word for word, row in zip(words, rows, strict=True) if is_unknown(word, row)]
 
 
+def require_known_words(pipeline: Any, prompt: str) -> None:
+    """Raise ValueError if a prompt has words that the pipeline's first text model does not know."""
+    if unknown := unknown_words(pipeline.tokenizer, [prompt]):
+        raise ValueError(f"prompt: the text model does not know {', '.join(map(repr, unknown))}")
+
+
 def _is_closed(tokenizer: Any) -> bool:
     """Whether a byte-pair vocabulary of CLIP's kind lacks the tokens of single bytes, here of 0xC3."""
     whole_word, byte = tokenizer.convert_tokens_to_ids(["a</w>", "\u00c3"])
