@@ -42,9 +42,7 @@ class Clip:
     def embed_pictures(self, pixels: Tensor) -> Tensor:
         """Embed pictures (B, 3, H, W) in [-1, 1] as vectors (B, d) of length 1; the processor resizes
         and crops."""
-        rounded = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-        images = [np.asarray(image) for image in rounded.permute(0, 2, 3, 1).cpu()]
-        inputs = self.processor(images=images, return_tensors="pt")["pixel_values"]
+        inputs = self.processor(images=to_images(pixels), return_tensors="pt")["pixel_values"]
         return _unit_length(self.model.get_image_features(pixel_values=inputs.to(self.model.device, self.model.dtype)))
 
     @torch.no_grad()
@@ -93,6 +91,12 @@ def load_clip(name: str, *, device: str = "auto", revision: str | None = None, p
         if not all_finite(value):
             raise ValueError(f"{parameter}: {name!r} has NaN or infinite values in {key}")
     return Clip(model.to(devices.pick(device)), processor, name)
+
+
+def to_images(pixels: Tensor) -> list[np.ndarray]:
+    """Convert pictures (B, 3, H, W) in [-1, 1] to arrays (H, W, 3) uint8, as image processors take them."""
+    rounded = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return list(rounded.permute(0, 2, 3, 1).cpu().numpy())
 
 
 def _unit_length(features: Any) -> Tensor:

@@ -32,7 +32,7 @@ from vaelab.core import devices, hub
 from vaelab.core.disk import readable
 from vaelab.core.finite import all_finite
 from vaelab.models.block_names import DENOISERS, find_denoiser
-from vaelab.models.clip import load_clip
+from vaelab.models.clip import load_clip, to_images
 from vaelab.models.registry import embedded_clip_path
 from vaelab.models.similarity import EFFICIENTNET, load_picture_model
 from vaelab.probing.layer_features import digest, split_layer_name
@@ -79,9 +79,7 @@ class PatchTokens:
     def __call__(self, pixels: Tensor) -> Tensor:
         """Encode pictures as the patches' states before the last layer, as LLaVA does (section 4.1), without the
         class token and registers: (B, T, d)."""
-        rounded = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-        images = [np.asarray(image) for image in rounded.permute(0, 2, 3, 1).cpu()]
-        inputs = self.processor(images=images, return_tensors="pt")["pixel_values"]
+        inputs = self.processor(images=to_images(pixels), return_tensors="pt")["pixel_values"]
         inputs = inputs.to(self.model.device, self.model.dtype)
         states = self.model(pixel_values=inputs, output_hidden_states=True).hidden_states[-2]
         return states[:, 1 + getattr(self.model.config, "num_register_tokens", 0) :]
