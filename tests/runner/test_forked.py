@@ -25,6 +25,9 @@ import psutil, torch
 run.metric("forked", "forkserver" in " ".join(psutil.Process().parent().cmdline()))
 run.metric("threads", torch.get_num_threads())
 run.metric("leads_its_group", os.getpgid(0) == os.getpid())
+import logging
+run.metric("transformers_warns", logging.getLogger("transformers").level == logging.WARNING)
+run.metric("verbosity_is_inherited", "TRANSFORMERS_VERBOSITY" in os.environ)
 run.save()
 """
 
@@ -49,7 +52,10 @@ def project(tmp_path, monkeypatch, forked_kernels):
 def test_forked_kernel_works(project):
     execute.run(Path("params/10_one/work.yaml"), show_output=False, fork=True)
     results = json.loads((project / "outputs" / "10_one" / "work" / "results.json").read_text())
-    assert results["metrics"] == {"forked": True, "threads": 1, "leads_its_group": True}
+    assert results["metrics"] == {
+        "forked": True, "threads": 1, "leads_its_group": True, "transformers_warns": True,
+        "verbosity_is_inherited": False,
+    }  # fmt: skip
 
 
 def test_end_of_a_forked_kernel_is_seen(project):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from vaelab.core.validate import at_least
 from vaelab.embedded.train_unet import training_precision
+from vaelab.models.loading import quiet_imports
 from vaelab.models.registry import embedded_path
 from vaelab.training.batches import Batches, NumberedBatches
 from vaelab.training.loop import TrainConfig, Trained, train
@@ -68,7 +69,8 @@ class ContrastiveObjective(nn.Module):
 
 def new_clip(seed: int = 0) -> tuple["CLIPModel", "CLIPProcessor"]:
     """Make a CLIP whose picture model is untrained and whose text model is the embedded pipeline's text encoder."""
-    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTextModel, CLIPTokenizer
+    with quiet_imports():
+        from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTextModel, CLIPTokenizer
 
     tokenizer = CLIPTokenizer.from_pretrained(embedded_path() / "tokenizer")
     text = CLIPTextModel.from_pretrained(embedded_path() / "text_encoder", dtype=torch.float32)

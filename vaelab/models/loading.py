@@ -13,7 +13,8 @@ import inspect
 import json
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -489,7 +490,8 @@ def _pipeline_class(index: dict[str, Any], name: str) -> type:
     """Find the class that a ``model_index.json`` names; an unsupported class is refused before large files are read."""
     import diffusers
 
-    kind = _quietly_imported(index.get("_class_name"))
+    with quiet_imports():
+        kind = getattr(diffusers, str(index.get("_class_name")), None)
     if not (isinstance(kind, type) and issubclass(kind, diffusers.DiffusionPipeline)):
         raise ValueError(f"model: {name!r} is a {index.get('_class_name')}; expected a diffusers pipeline")
     denoisers = [index[part][1] for part in DENOISERS if part in index]
@@ -499,16 +501,15 @@ def _pipeline_class(index: dict[str, Any], name: str) -> type:
     return kind
 
 
-def _quietly_imported(name: Any) -> Any:
-    """Import a class of diffusers without the warnings of transformers about image processors, which are not used
-    here."""
-    import diffusers
-
+@contextmanager
+def quiet_imports() -> Iterator[None]:
+    """Silence the warnings with which transformers imports image processors where torchvision is not installed: the
+    processors based on PIL do the same."""
     logger = logging.getLogger("transformers.utils.import_utils")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        return getattr(diffusers, str(name), None)
+        yield
     finally:
         logger.setLevel(level)
 

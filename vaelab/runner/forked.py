@@ -5,6 +5,7 @@ imports them once, before any thread of theirs starts, and every kernel begins a
 """
 
 import gc
+import logging
 import multiprocessing
 import os
 import signal
@@ -31,6 +32,8 @@ LIBRARIES = [
     "diffusers.pipelines.dit.pipeline_dit",
 ]
 """What notebooks import, torch and transformers included; one that is not installed is left out."""
+VERBOSITY = "TRANSFORMERS_VERBOSITY"
+"""The environment variable that transformers reads when it is imported."""
 
 
 class ForkedKernelManager(AsyncKernelManager):
@@ -57,7 +60,16 @@ class _Process:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(LIBRARIES)
         self._process = context.Process(target=_serve, args=(arguments, environment, str(folder)))
-        self._process.start()
+        # the first start imports the libraries, of which transformers warns of image processors that are not used here
+        before = os.environ.get(VERBOSITY)
+        os.environ[VERBOSITY] = "error"
+        try:
+            self._process.start()
+        finally:
+            if before is None:
+                del os.environ[VERBOSITY]
+            else:
+                os.environ[VERBOSITY] = before
         self.pid = self._process.pid
 
     def poll(self) -> int | None:
@@ -91,7 +103,9 @@ def _serve(arguments: list[str], environment: dict[str, str], folder: str) -> No
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
-    # these two were read when the libraries were imported
+    # these were read when the libraries were imported
+    if VERBOSITY not in environment:
+        logging.getLogger("transformers").setLevel(logging.WARNING)
     torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
     matplotlib.use(environment.get("MPLBACKEND", "module://matplotlib_inline.backend_inline"))
     IPKernelApp.launch_instance(argv=arguments)
