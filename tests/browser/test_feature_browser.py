@@ -155,6 +155,10 @@ class Lab(types.SimpleNamespace):
         }""", selector)  # fmt: skip
         return np.array(list(map(ord, values))).reshape(height, width, 4)[..., :3]
 
+    def turned(self):
+        """Where (H, W) the picture after the turn is redder than the one before."""
+        return self.pixels("img.shot[alt^=after]")[..., 0] > 102
+
     def source(self, name):
         return self.page.get_attribute(f"img.shot[alt^={name}]", "src")
 
@@ -344,12 +348,12 @@ def paints_and_undoes(lab):
     plain = lab.pixels("img.shot[alt^=after]")
     lab.press("Paint mask")
     lab.drag(".brush", [(0.2, 0.25), (0.4, 0.25)])
-    painted = lab.pixels("img.shot[alt^=after]")[..., 0] > 102
+    painted = lab.turned()
     assert painted[16, 13:25].all() and not painted[32:].any() and not painted[:, 40:].any()
     lab.drag(".brush", [(0.8, 0.8), (0.8, 0.85)])
-    assert (lab.pixels("img.shot[alt^=after]")[..., 0] > 102).sum() > painted.sum()
+    assert lab.turned().sum() > painted.sum()
     lab.press("Undo")
-    assert ((lab.pixels("img.shot[alt^=after]")[..., 0] > 102) == painted).all()
+    assert (lab.turned() == painted).all()
     lab.press("Undo")
     assert (lab.pixels("img.shot[alt^=after]") == plain).all()
     assert lab.widget.get_by_role("button", name="Undo").is_disabled()
@@ -357,7 +361,7 @@ def paints_and_undoes(lab):
     for key in ("ArrowLeft", "ArrowLeft", " "):
         lab.page.keyboard.press(key)
     lab.settle()
-    by_key = lab.pixels("img.shot[alt^=after]")[..., 0] > 102
+    by_key = lab.turned()
     assert by_key[54, 47] and not by_key[54, 56] and not by_key[40, 47]  # four positions left of where the pointer was
     lab.press("Clear")
 
