@@ -22,6 +22,7 @@ from vaelab.sae.detection import Halves, LabelledVectors
 from vaelab.sae.feature_scores import ItemPictures, caption_from_words, controls_of
 from vaelab.sae.feature_statistics import collect_statistics
 from vaelab.sae.model import SAE, SAEConfig
+from vaelab.sae.sweep import SAESweep
 from vaelab.sae.transcoder import Transcoder, TranscoderConfig
 from vaelab.store.format import BlockShape
 from vaelab.viz.encoding import encode_picture
@@ -333,9 +334,7 @@ def test_a_transcoder_and_unknown_autoencoders_are_refused(small, tmp_path):
         small_with = SimpleNamespace(**{**vars(small), "sae": Transcoder(TranscoderConfig(WIDTH, N, 3))})
         browse(small_with, tmp_path)
     small.sae.save_pretrained(tmp_path / "a")
-    trained = SimpleNamespace(
-        blocks=[BLOCK], sizes=lambda: [(3, N)], folder=tmp_path, names={(BLOCK, 3, N, 0): "a", (BLOCK, 3, N, 7): "a"}
-    )
+    trained = SAESweep(tmp_path, {}, {(BLOCK, 3, N, 0): "a", (BLOCK, 3, N, 7): "a"}, small.store)
     sae, twin = feature_data.load_autoencoders(trained, BLOCK, 3, N)
     assert torch.equal(sae.decoder, small.sae.decoder) and twin.seed == 7
     with pytest.raises(ValueError, match=r"^block \(of the autoencoders\): unknown name 'up\.0\.1'"):

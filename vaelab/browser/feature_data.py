@@ -604,10 +604,8 @@ def load_autoencoders(
     """
     if block not in trained.blocks:
         raise unknown("block (of the autoencoders)", block, trained.blocks)
+    trained.validate([], (k, n_features))
     seeds = [seed for (*key, seed) in trained.names if key == [block, k, n_features]]
-    if not seeds:
-        there = ", ".join(f"{a} and {b}" for a, b in trained.sizes())
-        raise ValueError(f"k and n_features: the run has none of {k} and {n_features}; it has {there}")
     saes = [load_trained(trained.folder / trained.names[block, k, n_features, s], device=device) for s in seeds[:2]]
     return saes[0], Twin(seeds[1], saes[1]) if len(seeds) > 1 else None
 
