@@ -33,7 +33,7 @@ from vaelab.sae.model import SAE
 from vaelab.store.reader import Store
 from vaelab.viz.encoding import encode_pixels, pixels_of
 from vaelab.world import oracle
-from vaelab.world.scenes import PHRASES, SCENE_FACTORS, THING_FACTORS, Scene
+from vaelab.world.scenes import PHRASES, SCENE_FACTORS, THING_FACTORS, Scene, with_article
 
 FACTORS = "factors"
 """The annotator that names features by factor values."""
@@ -372,8 +372,7 @@ def describe_value(factor: str, value: str) -> str:
         "shape": f"a {value}", "position": f"a thing {PHRASES.get(value, '')}", "texture": f"a {value} background",
         "ground": f"a {value} background",
     }  # fmt: skip
-    article = "an" if value[0] in "aeiou" else "a"
-    return phrases.get(factor, f"{article} {value} thing")
+    return phrases.get(factor, with_article(f"{value} thing"))
 
 
 def picture_row(pictures: Tensor) -> bytes:

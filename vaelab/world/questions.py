@@ -15,7 +15,18 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vaelab.core.validate import at_least, one_of
-from vaelab.world.scenes import COLOURS, GROUNDS, PHRASES, POSITIONS, SHAPES, SIZES, TEXTURES, Scene, Thing
+from vaelab.world.scenes import (
+    COLOURS,
+    GROUNDS,
+    PHRASES,
+    POSITIONS,
+    SHAPES,
+    SIZES,
+    TEXTURES,
+    Scene,
+    Thing,
+    with_article,
+)
 
 CATEGORIES = ("conversational", "detail", "complex")
 NUMBERS = ("zero", "one", "two", "three")
@@ -265,8 +276,8 @@ def _fact(given: str, asked: str) -> Callable[[Scene, np.random.Generator], _Ask
 
 
 def _existence(negated: bool) -> Callable[[Scene, np.random.Generator], _Asked]:
-    """Ask whether there is an object of some colour and shape. Half of those asked for do not exist, and most of
-    these have the colour or the shape of one that does."""
+    """Ask whether there is an object of some colour and shape. Half of those asked for do not exist; these have the
+    colour or the shape of one that does."""
 
     def ask(scene: Scene, rng: np.random.Generator) -> _Asked:
         real = {(thing.colour, thing.shape) for thing in scene.things}
@@ -274,11 +285,9 @@ def _existence(negated: bool) -> Callable[[Scene, np.random.Generator], _Asked]:
         if exists:
             colour, shape = _pick(sorted(real), rng)
         else:
-            near = {(c, s) for c, _ in real for _, s in real} - real
-            near |= {(c, s) for c, _ in real for s in SHAPES} | {(c, s) for c in COLOURS for _, s in real}
+            near = {(c, s) for c, _ in real for s in SHAPES} | {(c, s) for c in COLOURS for _, s in real}
             colour, shape = _pick(sorted(near - real), rng)
-        article = "an" if colour[0] in "aeiou" else "a"
-        return {"a_thing": f"{article} {colour} {shape}"}, "yes" if exists != negated else "no"
+        return {"a_thing": with_article(f"{colour} {shape}")}, "yes" if exists != negated else "no"
 
     return ask
 

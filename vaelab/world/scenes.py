@@ -69,6 +69,11 @@ OMISSION_RATES = {"shape": 0.1, "colour": 0.15, "size": 0.25, "position": 0.25, 
 """Probability that a prompt does not name a factor."""
 
 
+def with_article(words: str) -> str:
+    """Put the indefinite article before words."""
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+
 @dataclass(frozen=True)
 class Thing:
     """One object of a scene."""
@@ -99,8 +104,7 @@ class Thing:
         size, colour = (getattr(self, factor) if factor in self.named else "" for factor in ("size", "colour"))
         noun = self.shape if "shape" in self.named else "thing"
         words = " ".join(word for word in (size, colour, noun) if word)
-        article = "an" if words[0] in "aeiou" else "a"
-        return f"{article} {words}" + (f" {PHRASES[self.position]}" if "position" in self.named else "")
+        return with_article(words) + (f" {PHRASES[self.position]}" if "position" in self.named else "")
 
     def coverage(self) -> np.ndarray:
         """Compute the fraction of each pixel that the object covers: (64, 64) float32 in [0, 1]."""
