@@ -112,9 +112,8 @@ def train_diffcs(
         for layer in layers[factor]:
             factors_of.setdefault(layer, []).append(factor)
     steps = next(iter(tasks.values())).training.steps(config.batch_size) * config.epochs
-    bar = tqdm(
-        total=steps * len(factors_of), desc="Diff-C", unit="step", file=sys.stdout, mininterval=2, ncols=100
-    )  # fmt: skip
+    total = steps * len(factors_of)
+    bar = tqdm(total=total, desc="Diff-C", unit="step", file=sys.stdout, mininterval=2, ncols=100)
     for number, (layer, factors) in enumerate(factors_of.items()):
         bar.set_description(f"Diff-C, layer {number + 1} of {len(factors_of)}", refresh=False)
         together = {factor: tasks[factor] for factor in factors}
@@ -127,13 +126,12 @@ def train_diffcs(
         )  # fmt: skip
         bar.update(steps * (number + 1) - bar.n)  # a finished training that is resumed makes no step
         test = join_factors([task.test for task in together.values()])
-        for factor, each in trained.items():
-            models[layer, factor] = each.model
         predictions = classify_stored([each.model for each in trained.values()], test, layer + MAPS, config.batch_size)
         for (factor, each), predicted in zip(trained.items(), predictions, strict=True):
             accuracy = measure_accuracy(predicted, tasks[factor].test.labels, tasks[factor].training.labels)
             validation = each.epochs.set_index("epoch")["accuracy"][each.epoch]
             rows[layer, factor] = _row(layer, factor, "diffc", accuracy, validation, each.epoch)
+            models[layer, factor] = each.model
     bar.close()
     return pd.DataFrame([rows[layer, factor] for factor in tasks for layer in layers[factor]]), models
 

@@ -410,7 +410,7 @@ def classify_stored(models: Sequence[DiffC], examples: Examples, layer: str, bat
 
 
 def read_weights(file: Path, model: nn.Module) -> dict[str, Tensor]:
-    """Read the weights in a file that :class:`EpochSelection` wrote, and check them against a model.
+    """Read the weights in a file that :class:`BestEpoch` wrote, and check them against a model.
 
     Args:
         file: the file of weights.
