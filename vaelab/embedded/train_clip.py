@@ -7,7 +7,7 @@ learned to read the world's prompts; the picture model starts from random weight
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -144,8 +144,8 @@ def retrieval_accuracy(model: "CLIPModel", processor: "CLIPProcessor", seeds: Se
 
 
 def _training(steps: int, device: str, seed: int) -> TrainConfig:
-    options: dict[str, Any] = {"precision": training_precision(device), "device": device, "seed": seed}
     return TrainConfig(
         steps=steps, learning_rate=1e-3, weight_decay=0.05, warmup=min(50, steps // 2), schedule="cosine",
-        horizon=max(steps, SCHEDULE), log_every=20, checkpoint_every=50, **options,
+        horizon=max(steps, SCHEDULE), precision=training_precision(device), device=device, seed=seed, log_every=20,
+        checkpoint_every=50,
     )  # fmt: skip

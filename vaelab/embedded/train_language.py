@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -219,8 +219,7 @@ def _padded(rows: Sequence[Sequence[Segment]], padding: int) -> dict[str, Tensor
 
 
 def _training(steps: int, device: str, seed: int, learning_rate: float) -> TrainConfig:
-    options: dict[str, Any] = {"precision": training_precision(device), "device": device, "seed": seed}
     return TrainConfig(
         steps=steps, learning_rate=learning_rate, weight_decay=0.01, warmup=min(50, steps // 2), schedule="cosine",
-        log_every=20, checkpoint_every=50, **options,
+        precision=training_precision(device), device=device, seed=seed, log_every=20, checkpoint_every=50,
     )  # fmt: skip
