@@ -10,6 +10,7 @@ from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 
 from vaelab.sae import controls, truth
+from vaelab.sae.detection import Halves, LabelledVectors
 from vaelab.sae.model import SAE, SAEConfig
 from vaelab.training import TrainConfig
 
@@ -52,6 +53,22 @@ def test_what_is_planted_has_the_strength_asked_for_and_its_labels():
     rest = after - torch.from_numpy(labels).double() @ left
     assert rest.square().sum() < 0.15 * after.square().sum()
     assert truth.plant(MAPS, 30, **PLAN).choosing.covered.shape == (20, 64, 10)
+
+
+def test_a_feature_that_finds_a_value_is_told_from_random_directions():
+    generator = torch.Generator().manual_seed(0)
+    shown = np.random.default_rng(0).random((2, 8, 16, 2)) < [0.2, 0.4]
+    x = torch.randn(2, 8, 16, 12, generator=generator)
+    x[..., 0] = torch.from_numpy(6.0 * shown[..., 0])
+    sae = SAE(SAEConfig(12, 12, 1))
+    with torch.no_grad():
+        for weight in (sae.encoder, sae.decoder):
+            weight.copy_(torch.eye(12))
+    halves = Halves(*(LabelledVectors(a, b.astype(np.float32), ("red", "star")) for a, b in zip(x, shown, strict=True)))
+    found = truth.features_against_truth(sae, halves).set_index("feature")
+    assert found.loc[0, "value"] == "red" and found.loc[0, "f1"] > 0.95 > found.loc[0, "control"]
+    noise = found.drop(index=0)
+    assert (noise["f1"] < 0.6).all()
 
 
 def test_a_projection_keeps_labels_and_is_orthonormal():

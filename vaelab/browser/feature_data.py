@@ -28,8 +28,6 @@ from vaelab.models.similarity import MINILM, load_sentence_model
 from vaelab.models.vocabulary import require_known_words
 from vaelab.runner.parameters import portable
 from vaelab.runner.run import read_results
-from vaelab.sae.controls import LinearReadout, SAEReadout
-from vaelab.sae.detection import Halves, best_f1, best_threshold, count_errors, detect, pooled_f1
 from vaelab.sae.feature_scores import ItemPictures, captions_from_words, with_random_directions
 from vaelab.sae.feature_statistics import FeatureStatistics, encoded_maps, feature_maps, sae_checksum
 from vaelab.sae.model import SAE, config_checksum
@@ -120,7 +118,7 @@ class FeatureData:
             statistics: its statistics over the store.
             pictures: the pictures of the store's items.
             folder: the folder for the shelf and for what is computed once.
-            truth: a table of :func:`features_against_truth`.
+            truth: a table of :func:`vaelab.sae.truth.features_against_truth`.
             scores: the table of :func:`read_scores`.
             captions: the table of :func:`read_captions`.
             twin: the autoencoder of another seed.
@@ -655,43 +653,6 @@ def _own_table(
         there = ", ".join(dict.fromkeys(row["block"] for row in rows)) or "none"
         raise ValueError(f"{parameter}: {folder!r} has no feature of block {block}; its blocks: {there}")
     return pd.DataFrame(own)
-
-
-def features_against_truth(sae: SAE, halves: Halves, seed: int = 0) -> pd.DataFrame:
-    """Measure how well each feature detects a known factor value, such as red or star, in the world's scenes.
-
-    On one half of the scenes, the value and the threshold are chosen whose F1 most exceeds the F1 of calling every
-    patch positive. The reported F1 is that of the other half. The control is the F1 of the best of n random directions
-    for the same value, n being the number of features, chosen and scored on the same halves
-    (:func:`vaelab.sae.detection.detect`).
-
-    Args:
-        sae: the autoencoder.
-        halves: the vectors of the scenes' patches with their factor values, split by scene into two halves, see
-            :func:`vaelab.sae.truth.label_factors`.
-        seed: the seed of the random directions.
-
-    Returns:
-        One row per feature with ``feature``, ``value``, ``f1`` and ``control``; features that on the first half are no
-        better than calling every patch positive are left out.
-    """
-    readout, (first, second) = SAEReadout(sae), halves
-    scores, later = (readout.scores(half.flat).cpu().numpy() for half in halves)
-    found, _ = best_f1(scores, first.labels, signed=False)  # (V, n)
-    shown = first.labels.sum(0)
-    gain = found - (2 * shown / (len(scores) + shown))[:, None]
-    best = gain.argmax(0)
-    generator = torch.Generator().manual_seed(20_000 + seed)
-    random = F.normalize(torch.randn(len(best), sae.config.d, generator=generator))
-    control = detect(LinearReadout(random, first.flat.mean(0)), halves).table["f1"].to_numpy()
-    rows = []
-    for feature in np.flatnonzero(gain.max(0) > 0).tolist():
-        value = best[feature]
-        at = later[:, feature] >= np.float32(best_threshold(scores[:, feature], first.labels[:, value]))
-        errors = count_errors(at[None, :, None], second.labels[None, :, [value]])[0, 0]
-        rows.append({"feature": feature, "value": second.concepts[value], "f1": float(pooled_f1(errors)),
-                     "control": float(control[value])})  # fmt: skip
-    return pd.DataFrame(rows, columns=["feature", "value", "f1", "control"])
 
 
 def write_page(path: Path, page: str) -> str:

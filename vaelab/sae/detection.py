@@ -156,7 +156,7 @@ def best_f1(scores: np.ndarray, labels: np.ndarray, *, signed: bool) -> tuple[np
     """
     count, shown = len(scores), labels.sum(0)
     sparse = scipy.sparse.csr_array(labels)
-    everything = 2 * shown / (count + shown)
+    everything = f1_of_marking_all(shown, count)
     f1, auroc = [], []
     down = []
     for column in scores.T:
@@ -176,12 +176,17 @@ def best_f1(scores: np.ndarray, labels: np.ndarray, *, signed: bool) -> tuple[np
     return np.array(f1 + down).T, np.concatenate([area, 1 - area], 1) if signed else area
 
 
+def f1_of_marking_all(shown: np.ndarray, count: int) -> np.ndarray:
+    """Compute the F1 of marking all of ``count`` examples, of which ``shown`` (V,) show a concept."""
+    return 2 * shown / (count + shown)
+
+
 def best_threshold(scores: np.ndarray, shown: np.ndarray) -> float:
     """Find the threshold of scores (N,) with the largest F1 for one concept, shown (N,) bool."""
     ranked = _ranked(scores, scipy.sparse.csr_array(shown[:, None]), skip_least=False)
     f1 = 2 * ranked.true / (ranked.at_least + shown.sum())
     best = int(f1.argmax())
-    everything = 2 * shown.sum() / (len(scores) + shown.sum())
+    everything = f1_of_marking_all(shown.sum(), len(scores))
     return float(ranked.scores[best]) if f1[best] > everything else float(scores.min())
 
 
@@ -229,7 +234,7 @@ def detect(readout: Readout, halves: Halves) -> Detection:
     with np.errstate(invalid="ignore"):
         iou = np.nanmean(overlap, 0)
     shown = first.labels.sum(0)
-    everything = 2 * shown / (len(scores) + shown)
+    everything = f1_of_marking_all(shown, len(scores))
     sharing = (found >= SHARING * found.max(1, keepdims=True)) & (found > everything[:, None])
     table = pd.DataFrame({
         "concept": second.concepts, "feature": choice % m, "sign": signs, "threshold": thresholds,

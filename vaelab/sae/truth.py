@@ -27,13 +27,18 @@ from vaelab.sae.detection import (
     Detection,
     Halves,
     Summary,
+    best_f1,
+    best_threshold,
+    count_errors,
     detect,
+    f1_of_marking_all,
     factor_coverage,
     factor_values,
+    pooled_f1,
     split_halves,
     summarise,
 )
-from vaelab.sae.model import VARIANTS, SAEConfig
+from vaelab.sae.model import SAE, VARIANTS, SAEConfig
 from vaelab.training import TrainConfig
 
 METRIC_SCORES = ("f1", "coverage", "iou", "auroc", "picture_f1")
@@ -155,6 +160,43 @@ def plant(maps: Tensor, count: int, *, active: int, strength: float, scored: int
     shown = torch.zeros(len(x), count).scatter_(1, which, 1.0)[:, : min(scored, count)].numpy()
     vectors = (x + scale * added).view(len(maps), -1, x.shape[1])
     return split_halves(vectors, shown.reshape(*vectors.shape[:2], -1), [f"planted {i}" for i in range(shown.shape[1])])
+
+
+def features_against_truth(sae: SAE, halves: Halves, seed: int = 0) -> pd.DataFrame:
+    """Measure how well each feature detects a known factor value, such as red or star, in the world's scenes.
+
+    On one half of the scenes, the value and the threshold are chosen whose F1 most exceeds the F1 of calling every
+    patch positive. The reported F1 is that of the other half. The control is the F1 of the best of n random directions
+    for the same value, n being the number of features, chosen and scored on the same halves
+    (:func:`vaelab.sae.detection.detect`).
+
+    Args:
+        sae: the autoencoder.
+        halves: the vectors of the scenes' patches with their factor values, split by scene into two halves, see
+            :func:`label_factors`.
+        seed: the seed of the random directions.
+
+    Returns:
+        One row per feature with ``feature``, ``value``, ``f1`` and ``control``; features that on the first half are no
+        better than calling every patch positive are left out.
+    """
+    readout, (first, second) = SAEReadout(sae), halves
+    scores, later = (readout.scores(half.flat).cpu().numpy() for half in halves)
+    found, _ = best_f1(scores, first.labels, signed=False)  # (V, n)
+    shown = first.labels.sum(0)
+    gain = found - f1_of_marking_all(shown, len(scores))[:, None]
+    best = gain.argmax(0)
+    generator = torch.Generator().manual_seed(20_000 + seed)
+    random = F.normalize(torch.randn(len(best), sae.config.d, generator=generator))
+    control = detect(LinearReadout(random, first.flat.mean(0)), halves).table["f1"].to_numpy()
+    rows = []
+    for feature in np.flatnonzero(gain.max(0) > 0).tolist():
+        value = best[feature]
+        at = later[:, feature] >= np.float32(best_threshold(scores[:, feature], first.labels[:, value]))
+        errors = count_errors(at[None, :, None], second.labels[None, :, [value]])[0, 0]
+        rows.append({"feature": feature, "value": second.concepts[value], "f1": float(pooled_f1(errors)),
+                     "control": float(control[value])})  # fmt: skip
+    return pd.DataFrame(rows, columns=["feature", "value", "f1", "control"])
 
 
 def project(halves: Halves, d: int, seed: int) -> Halves:
