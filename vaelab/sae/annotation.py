@@ -26,7 +26,7 @@ from torch import Tensor
 from vaelab import viz
 from vaelab.core.validate import at_least
 from vaelab.models.vision_language import Question, VisionLanguageModel, ask_all, load_model
-from vaelab.sae.detection import best_f1, factor_values
+from vaelab.sae.detection import best_f1, f1_of_marking_all, factor_values
 from vaelab.sae.feature_scores import ItemPictures, at_pixels
 from vaelab.sae.feature_statistics import feature_maps, mean_activations
 from vaelab.sae.model import SAE
@@ -335,7 +335,7 @@ def name_by_factors(pool: Pool, scenes: Sequence[Scene]) -> list[Caption]:
     count = shown.sum(0)
     usable = np.flatnonzero((count > 0) & (count < len(shown)))
     found, _ = best_f1(pool.means[::2], shown[:, usable], signed=False)
-    everything = 2 * count[usable] / (len(shown) + count[usable])
+    everything = f1_of_marking_all(count[usable], len(shown))
     captions = []
     for f1 in found.T:
         gain = f1 - everything
