@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from vaelab.core.validate import at_least
-from vaelab.embedded.train_unet import training_precision
+from vaelab.embedded.train_unet import require_lesson_steps, training_precision
 from vaelab.models.language_model import IGNORED, TEMPLATES, LanguageModel, Segment, Turn
 from vaelab.training.batches import Batches, NumberedBatches
 from vaelab.training.loop import TrainConfig, Trained, train
@@ -178,9 +178,7 @@ def plan_language_model(*, steps: Sequence[int], device: str = "auto", seed: int
 
 def require_language_steps(steps: Sequence[int]) -> None:
     """Raise ValueError unless there is one number of steps, at least 1, for each of the ``LESSONS``."""
-    if len(steps) != len(LESSONS):
-        raise ValueError(f"language_steps: expected one for each of {', '.join(LESSONS)}, got {list(steps)}")
-    at_least("language_steps", min(steps), 1)
+    require_lesson_steps(steps, LESSONS, "language_steps")
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ classifier-free guidance (Ho and Salimans 2022). It is trained in the stages of 
 in the code; :mod:`vaelab.embedded.curriculum` has its training data and their order.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -191,11 +191,13 @@ def plan_pipeline(
     return [*plans, lessons]
 
 
-def require_lesson_steps(lesson_steps: Sequence[int]) -> None:
-    """Raise ValueError unless there is one number of steps, at least 1, for each of the ``LESSONS``."""
-    if len(lesson_steps) != len(LESSONS):
-        raise ValueError(f"lesson_steps: expected one for each of {', '.join(LESSONS)}, got {list(lesson_steps)}")
-    at_least("lesson_steps", min(lesson_steps), 1)
+def require_lesson_steps(
+    steps: Sequence[int], lessons: Collection[str] = tuple(LESSONS), parameter: str = "lesson_steps"
+) -> None:
+    """Raise ValueError, naming the parameter, unless there is one number of steps, at least 1, for each lesson."""
+    if len(steps) != len(lessons):
+        raise ValueError(f"{parameter}: expected one for each of {', '.join(lessons)}, got {list(steps)}")
+    at_least(parameter, min(steps), 1)
 
 
 @contextmanager
