@@ -80,7 +80,7 @@ def examples(pictures: Tensor, asked: Sequence[Asked], answers: Mapping[str, Seq
         axes[line][column].imshow(picture, interpolation="nearest")
         axes[line][column].set_anchor("N")
         truth = one.instruction.answer if one.instruction else one.reference
-        rows = [(f"{one.question}", "#222222", "bold"), (f"truth: {truth}", "#222222", "normal")]
+        rows = [(one.question, "#222222", "bold"), (f"truth: {truth}", "#222222", "normal")]
         for stream, given in answers.items():
             score = mark(one.instruction, given[number]).score if one.instruction else 0.5
             colour = RIGHT if score == 1 else WRONG if score == 0 else "#6b6b6b"
